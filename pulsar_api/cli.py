@@ -1,0 +1,5 @@
+"""The command ``pulsar-api``."""
+
+
+def main() -> int:
+    return 0

@@ -1,0 +1,284 @@
+"""Turns what was asked for into a list of arguments, and refuses what would not be one."""
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from attrs import evolve, frozen
+
+from pulsar_api.errors import InvalidInput, SettingsError
+from pulsar_api.task import Command, TaskSpec
+
+MAX_NAME = 100
+MAX_ACTION = 200
+MAX_VARIABLES = 100
+MAX_VARIABLES_BYTES = 64 * 1024
+
+_RUBY = Path(__file__).with_name("ruby")
+
+# Variables of these names change what a program does before it does anything.
+_DANGEROUS = re.compile(
+    r"(LD_|DYLD_|GLIBC_|GCONV_|MALLOC_|RUBY|GEM_|BUNDLE|RAKE|PYTHON|PERL|NODE|GIT_|SSH_"
+    r"|BASH|PULSAR_|XDG_|LC_).*"
+    r"|PATH|HOME|SHELL|ENV|IFS|CDPATH|SHELLOPTS|PS4|PROMPT_COMMAND|EDITOR|PAGER|VISUAL"
+    r"|TMPDIR|LANG|LOCALDOMAIN|HOSTALIASES|RES_OPTIONS|USER|LOGNAME",
+    re.IGNORECASE,
+)
+
+# What the daemon is told by systemd, or keeps to itself, is no task's business.
+_OURS = re.compile(
+    r"CREDENTIALS_DIRECTORY|NOTIFY_SOCKET|WATCHDOG_\w+|LISTEN_\w+|JOURNAL_STREAM"
+    r"|INVOCATION_ID|MEMORY_PRESSURE_\w+|PULSAR_API_\w+|PULSAR_(APP|ENV|ACTION|TASK_ID"
+    r"|USER)|PULSAR_VAR_.*"
+)
+
+
+@frozen
+class Names:
+    """Which names are allowed. Each pattern must match the whole of a name."""
+
+    app: re.Pattern[str] = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+    env: re.Pattern[str] = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+    action: re.Pattern[str] = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_:.-]*")
+    variable: re.Pattern[str] = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+    forbidden_actions: frozenset[str] = frozenset()
+
+
+@frozen
+class Template:
+    """How a command is made of a `TaskSpec`: data, no code.
+
+    ``{app}``, ``{env}``, ``{action}``, ``{config_repo}``, ``{config_branch}``, ``{id}``
+    and ``{user}`` are replaced inside one argument; the argument ``{variables}`` becomes
+    ``variable`` once for each variable. What ``{config_repo}`` is part of is left out,
+    with its flag, if there is none.
+    """
+
+    arguments: tuple[str, ...]
+    variable: tuple[str, ...] = ("{key}={value}",)
+    directory: str | None = None
+    action_arguments: bool = False
+    """Whether ``action[one,two]`` can be carried."""
+    into_environment: bool = False
+    """Whether variables are set in the environment under their own names."""
+    word_keys: bool = False
+    """Whether a key may only be a word, as Rake wants it."""
+    ruby: bool = False
+    last_line: str | None = None
+    needs_repo: bool = False
+    local_repo: bool = False
+
+
+_CAP = "{config_repo}/apps/{app}"
+
+PRESETS: Mapping[str, Template] = {
+    "pulsar-0.3": Template(
+        arguments=(
+            *("pulsar", "--conf-repo", "{config_repo}", "--conf-branch"),
+            *("{config_branch}", "{app}", "{env}", "{action}", "{variables}"),
+        ),
+        variable=("-s", "{key}={value}"),
+        ruby=True,
+    ),
+    "pulsar-1": Template(
+        arguments=("pulsar", "task", "{app}", "{env}", "{action}", "-c", "{config_repo}"),
+        into_environment=True,
+        ruby=True,
+        last_line="Executed task {action} for {app} on {env}!",
+    ),
+    "capistrano": Template(
+        arguments=("cap", "-f", f"{_CAP}/Capfile", "{env}", "{action}", "{variables}"),
+        # Stages and log/ are looked for where it is started, not where the Capfile is.
+        directory=_CAP,
+        action_arguments=True,
+        word_keys=True,
+        ruby=True,
+        needs_repo=True,
+        local_repo=True,
+    ),
+    "scripts": Template(
+        arguments=(f"{_CAP}/{{action}}",),
+        directory=_CAP,
+        needs_repo=True,
+        local_repo=True,
+    ),
+}
+DETECTED = "pulsar"
+"""The preset that stands for one of two, see `preset_for`."""
+
+_PLACES = re.compile(r"\{(\w+)\}")
+_PLACE_NAMES = frozenset(
+    "app env action config_repo config_branch id user variables".split()
+)
+
+
+def parse_template(text: str) -> Template:
+    """Make a template of a preset's name or of one line, split by shell rules, once."""
+    if text in PRESETS:
+        return PRESETS[text]
+    try:
+        arguments = tuple(shlex.split(text))
+    except ValueError as e:
+        raise SettingsError(f"--command cannot be split into arguments: {e}") from None
+    if not arguments or _PLACES.search(arguments[0]):
+        presets = ", ".join((DETECTED, *PRESETS))
+        raise SettingsError(
+            "--command needs a program that does not depend on the request, or one of "
+            f"the presets {presets}"
+        )
+    for argument in arguments:
+        for name in _PLACES.findall(argument):
+            if name not in _PLACE_NAMES:
+                raise SettingsError(
+                    f"--command: {{{name}}} is unknown; there are "
+                    + ", ".join(f"{{{known}}}" for known in sorted(_PLACE_NAMES))
+                )
+        if "{variables}" in argument and argument != "{variables}":
+            raise SettingsError("--command: {variables} must be an argument of its own")
+    return Template(arguments)
+
+
+def preset_for(version: str) -> str:
+    """Return the preset that fits what ``pulsar --version`` printed."""
+    found = re.search(r"(\d+)\.\d+", version)
+    return "pulsar-1" if found and int(found[1]) >= 1 else "pulsar-0.3"
+
+
+@frozen
+class Commands:
+    """Checks requests and makes commands of them, by one template."""
+
+    template: Template
+    environment: Mapping[str, str]
+    config_repo: str | None = None
+    config_branch: str = "master"
+    names: Names = Names()
+
+    def check(self, spec: TaskSpec) -> None:
+        """Raise `InvalidInput` for the first thing that this template cannot carry."""
+        _check_name("app", spec.app, self.names.app, MAX_NAME)
+        _check_name("env", spec.env, self.names.env, MAX_NAME)
+        action = spec.action
+        if self.template.action_arguments:
+            action, bracket, rest = action.partition("[")
+            if bracket and not re.fullmatch(r"[A-Za-z0-9_:.,/@+ -]*\]", rest):
+                detail = "arguments are written action[one,two], of A-Z a-z 0-9 _:./@+-"
+                raise InvalidInput("action", detail)
+        _check_name("action", action, self.names.action, MAX_ACTION)
+        if len(spec.action) > MAX_ACTION:
+            raise InvalidInput("action", f"at most {MAX_ACTION} characters are allowed")
+        if action in self.names.forbidden_actions:
+            raise InvalidInput("action", "the settings of this daemon forbid it")
+        self._check_variables(spec.variables)
+
+    def _check_variables(self, variables: Mapping[str, str]) -> None:
+        if len(variables) > MAX_VARIABLES:
+            detail = f"at most {MAX_VARIABLES} are allowed"
+            raise InvalidInput("variables", detail)
+        size = 0
+        for key, value in variables.items():
+            where = f"variables.{key[:MAX_NAME]}"
+            if not self.names.variable.fullmatch(key):
+                raise InvalidInput(where, f"a key must match {self.names.variable.pattern}")
+            if self.template.word_keys and not re.fullmatch(r"\w+", key, re.ASCII):
+                raise InvalidInput(where, "for this command a key is only A-Z a-z 0-9 _")
+            by_name = self.template.into_environment or self.template.word_keys
+            if by_name and (_DANGEROUS.fullmatch(key) or key in self.environment):
+                detail = "this name would change how programs work; take another"
+                raise InvalidInput(where, detail)
+            if "\0" in value:
+                raise InvalidInput(where, "NUL is not allowed")
+            try:
+                size += len(f"{key}{value}".encode())
+            except UnicodeEncodeError:
+                raise InvalidInput(where, "half a surrogate pair is no text") from None
+        if size > MAX_VARIABLES_BYTES:
+            detail = f"together at most {MAX_VARIABLES_BYTES} bytes are allowed"
+            raise InvalidInput("variables", detail)
+
+    def command(self, spec: TaskSpec, task_id: int) -> Command:
+        """Return what to run; `InvalidInput` if it would not be what was asked for."""
+        self.check(spec)
+        places = {
+            "app": spec.app,
+            "env": spec.env,
+            "action": spec.action,
+            "config_repo": self.config_repo,
+            "config_branch": self.config_branch,
+            "id": str(task_id),
+            "user": spec.user or "",
+        }
+        arguments: list[str] = []
+        for argument in self.template.arguments:
+            if argument == "{variables}":
+                arguments += self._variables(spec.variables)
+            elif "{config_repo}" in argument and self.config_repo is None:
+                if arguments[-1].startswith("-"):
+                    del arguments[-1]
+            else:
+                arguments.append(_fill(argument, places))
+        template = self.template
+        return Command(
+            arguments=tuple(arguments),
+            environment=self._environment(spec, task_id),
+            directory=template.directory and _fill(template.directory, places),
+            last_line=template.last_line and _fill(template.last_line, places),
+        )
+
+    def _variables(self, variables: Mapping[str, str]) -> list[str]:
+        return [
+            part.format(key=key, value=value) if "{" in part else part
+            for key, value in variables.items()
+            for part in self.template.variable
+        ]
+
+    def _environment(self, spec: TaskSpec, task_id: int) -> dict[str, str]:
+        result = {k: v for k, v in self.environment.items() if not _OURS.fullmatch(k)}
+        if self.template.ruby:
+            # Ruby holds output back when it is no terminal, and reads options from here.
+            result.pop("RAKEOPT", None)
+            result["RUBYOPT"] = f"{result.get('RUBYOPT', '')} -rpulsar_live".strip()
+            folders = [str(_RUBY), result.get("RUBYLIB", "")]
+            result["RUBYLIB"] = ":".join(filter(None, folders))
+        if self.template.into_environment:
+            result.update(spec.variables)
+        result.update({f"PULSAR_VAR_{k}": v for k, v in spec.variables.items()})
+        result["PULSAR_APP"] = spec.app
+        result["PULSAR_ENV"] = spec.env
+        result["PULSAR_ACTION"] = spec.action
+        result["PULSAR_TASK_ID"] = str(task_id)
+        result["PULSAR_USER"] = spec.user or ""
+        return result
+
+    def with_template(self, template: Template) -> "Commands":
+        """Return the same for another template."""
+        return evolve(self, template=template)
+
+
+def shown(command: Command) -> str:
+    """Return a command as one line for reading; nobody runs it."""
+    return shlex.join(command.arguments)
+
+
+def _check_name(field: str, value: str, pattern: re.Pattern[str], limit: int) -> None:
+    if len(value) > limit:
+        raise InvalidInput(field, f"at most {limit} characters are allowed")
+    if not pattern.fullmatch(value) or ".." in value:
+        raise InvalidInput(
+            field, f"must match {pattern.pattern}, without two dots in a row"
+        )
+
+
+def _fill(argument: str, places: Mapping[str, str | None]) -> str:
+    def value(found: re.Match[str]) -> str:
+        text = places[found[1]] or ""
+        if (
+            found.start() == 0
+            and text.startswith("-")
+            and found[1] in {"app", "env", "action"}
+        ):
+            raise InvalidInput(found[1], "must not begin with -")
+        return text
+
+    return _PLACES.sub(value, argument)

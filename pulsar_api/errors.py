@@ -1,0 +1,71 @@
+"""What can go wrong. No module here knows HTTP; ``web`` maps each to a status."""
+
+from attrs import field, frozen
+
+
+class PulsarError(Exception):
+    """The base of every error that a user can be told about."""
+
+
+@frozen(str=False)
+class InvalidInput(PulsarError):
+    """Something from outside is not allowed.
+
+    ``field`` is its name as the sender knows it; ``detail`` is a sentence that says what
+    is allowed instead.
+    """
+
+    field: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.detail}"
+
+
+@frozen
+class UnknownTask(PulsarError):
+    """There is no task of this number."""
+
+    task_id: str
+
+    def __str__(self) -> str:
+        return f"There is no task {self.task_id}."
+
+
+@frozen
+class QueueFull(PulsarError):
+    """More tasks wait than may wait."""
+
+    limit: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.limit} tasks are waiting already, which is the limit; "
+            "try again when some have started."
+        )
+
+
+class ShuttingDown(PulsarError):
+    """The daemon is about to end and takes no new tasks."""
+
+    def __str__(self) -> str:
+        return "The daemon is stopping and takes no new tasks; try again in a moment."
+
+
+@frozen
+class StoreUnavailable(PulsarError):
+    """The task database cannot be read or written now; nothing was recorded."""
+
+    detail: str
+    full: bool = field(default=False)
+
+    def __str__(self) -> str:
+        return f"The task database is not usable: {self.detail}. Nothing was started."
+
+
+class SettingsError(PulsarError):
+    """The daemon cannot start as it was told to; the message is one line for its user."""
+
+
+class CannotListen(PulsarError):
+    """A port cannot be opened, or not so."""

@@ -1,0 +1,149 @@
+"""Opens ports: tried before the daemon starts, and fatal if they cannot be opened."""
+
+import socket
+from typing import Any
+
+from attrs import define, field
+from twisted.application.service import Service
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import (
+    TCP4ServerEndpoint,
+    TCP6ServerEndpoint,
+    serverFromString,
+    wrapServerTLS,
+)
+from twisted.internet.interfaces import (
+    IListeningPort,
+    IProtocolFactory,
+    IStreamServerEndpoint,
+)
+from twisted.internet.ssl import CertificateOptions
+from twisted.python.failure import Failure
+
+from pulsar_api.errors import CannotListen
+from pulsar_api.settings import Settings, is_loopback
+
+BACKLOG = 4096
+"""Connections that may wait to be accepted; Twisted's 50 make 5,000 clients need 24 s."""
+
+
+def endpoints(
+    settings: Settings, reactor: Any, tls: CertificateOptions | None
+) -> list[tuple[str, IStreamServerEndpoint]]:
+    """Return what to listen on, each with its name; `CannotListen` if one is no endpoint.
+
+    TLS is put round everything that is TCP, not round ``unix:`` (a proxy on the same
+    machine) nor ``tls:`` (which has its own).
+    """
+    found: list[tuple[str, IStreamServerEndpoint]] = []
+    for text in settings.listen:
+        full = text
+        if text.startswith("tcp:") and "backlog=" not in text:
+            full = f"{text}:backlog={BACKLOG}"
+        try:
+            endpoint = serverFromString(reactor, full)
+        except (ValueError, TypeError, KeyError, IndexError) as e:
+            raise CannotListen(f"--listen: {text!r} is no endpoint: {e}") from None
+        if tls is not None and not text.startswith(("unix:", "tls:", "ssl:")):
+            endpoint = wrapServerTLS(tls, endpoint)
+        found.append((text, endpoint))
+    if not settings.listen:
+        kind = TCP6ServerEndpoint if ":" in settings.interface else TCP4ServerEndpoint
+        plain = kind(reactor, settings.port, BACKLOG, settings.interface)
+        name = f"{settings.interface} port {settings.port}"
+        found.append((name, plain if tls is None else wrapServerTLS(tls, plain)))
+    return found
+
+
+class _Trial:
+    """Stands for the reactor where a port is only tried: opened and closed again."""
+
+    def __init__(self, only_loopback: str | None) -> None:
+        self.only_loopback = only_loopback
+
+    def listenTCP(
+        self, port: int, factory: object, backlog: int = 50, interface: str = ""
+    ) -> None:
+        check_address(interface, self.only_loopback)
+        family = socket.AF_INET6 if ":" in interface else socket.AF_INET
+        with socket.socket(family) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((interface, port))
+            trial.listen(1)
+
+
+def check_address(address: str, only_loopback: str | None) -> None:
+    """Raise `CannotListen` if others can reach an address and must not."""
+    if only_loopback is not None and not is_loopback(address):
+        raise CannotListen(
+            f"will not listen on {address or 'all addresses'}: {only_loopback}"
+        )
+
+
+def why_only_loopback(settings: Settings, *, development_key: bool) -> str | None:
+    """Return the reason why only this machine may reach the daemon, if there is one."""
+    if development_key:
+        return "everybody has the key of the development certificate; take your own"
+    if settings.allow_anonymous:
+        return None
+    return (
+        "nobody would be asked who they are; listen on 127.0.0.1 behind a proxy that does "
+        "ask, or say --allow-anonymous if everybody there may deploy"
+    )
+
+
+def try_out(settings: Settings, only_loopback: str | None) -> None:
+    """Raise `CannotListen` for what can be known without starting: form, address, port."""
+    for name, endpoint in endpoints(settings, _Trial(only_loopback), None):
+        if isinstance(endpoint, TCP4ServerEndpoint | TCP6ServerEndpoint):
+            _now(name, endpoint.listen(_NOBODY))
+
+
+_NOBODY: Any = None  # the trial never builds a protocol
+
+
+def _now(name: str, listening: Deferred[Any]) -> Any:
+    """Return what a listen gives, which is always there at once, or raise `CannotListen`."""
+    failures: list[Failure] = []
+    ports: list[Any] = []
+    listening.addCallbacks(ports.append, failures.append)
+    if failures:
+        error = failures[0].value
+        if isinstance(error, CannotListen):
+            raise error
+        reason = getattr(error, "socketError", error)
+        text = getattr(reason, "strerror", None) or str(reason)
+        raise CannotListen(f"cannot listen on {name}: {text}")
+    return ports[0]
+
+
+@define(eq=False)
+class Listener(Service):
+    """Listens as long as the daemon runs; if it cannot, the daemon does not start."""
+
+    description: str
+    endpoint: IStreamServerEndpoint
+    factory: IProtocolFactory
+    only_loopback: str | None
+    port: IListeningPort = field(init=False)
+
+    def privilegedStartService(self) -> None:
+        """Open the port, or raise `CannotListen`, which ends ``twistd``."""
+        self.port = _now(self.description, self.endpoint.listen(self.factory))
+        host = self.port.getHost()
+        if isinstance(host, IPv4Address | IPv6Address):
+            check_address(host.host, self.only_loopback)
+
+    def url(self, scheme: str) -> str:
+        """Return where it listens, as far as it can be said as a URL."""
+        host = self.port.getHost()
+        if not isinstance(host, IPv4Address | IPv6Address):
+            return self.description
+        name = f"[{host.host}]" if ":" in host.host else host.host
+        return f"{scheme}://{name}:{host.port}"
+
+    def stopService(self) -> Deferred[None] | None:
+        """Close the port; connections that are open stay."""
+        super().stopService()
+        return self.port.stopListening()

@@ -1,0 +1,346 @@
+"""Runs commands, each below a shim of its own, and follows those of an earlier daemon."""
+
+import fcntl
+import os
+import resource
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from attrs import define, evolve, field, frozen
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import (
+    IDelayedCall,
+    IProcessTransport,
+    IReactorProcess,
+    IReactorTime,
+)
+from twisted.internet.protocol import ProcessProtocol
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from pulsar_api import shim
+from pulsar_api.output import Output, Record
+from pulsar_api.ports import Clocks, Run, Sink
+from pulsar_api.task import Cause, Command, Exit
+
+_log = Logger()
+
+LOOK = 0.25
+"""Seconds between two looks at a run that was adopted."""
+
+_TROUBLE = 4096  # bytes of a shim's own complaint that are kept
+
+
+def read_exit(folder: Path) -> Exit | None:
+    """Return the result that a shim has written, or None if there is none yet."""
+    try:
+        lines = (folder / "exit").read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    found = dict(line.partition(" ")[::2] for line in lines)
+    number = found.get("signal")
+    return Exit(
+        ended_at=float(found["ended"]),
+        code=int(found["code"]) if "code" in found else None,
+        signal=_signal_name(int(number)) if number else None,
+        error=found.get("error"),
+        cause=Cause(found["cause"]),
+        forced=found["forced"] == "1",
+        output_size=int(found["size"]),
+    )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}"
+
+
+def _alive(folder: Path) -> int:
+    """Return the process number of the folder's shim, 0 if it is not alive.
+
+    The lock says so beyond doubt; a number alone might be somebody else's by now.
+    """
+    try:
+        with (folder / "lock").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read() or 0) or -1
+    except FileNotFoundError:
+        pass
+    return 0
+
+
+def _terminate(folder: Path) -> None:
+    """Send TERM to the shim of a folder, and to nobody else."""
+    with suppress(OSError):
+        handle = os.pidfd_open(_alive(folder))
+        try:
+            # If it still holds the lock, the handle is the shim's.
+            if _alive(folder) > 0:
+                signal.pidfd_send_signal(handle, signal.SIGTERM)
+        finally:
+            os.close(handle)
+
+
+@frozen
+class ShimExecutor:
+    """Runs each command below a shim, in a folder per task."""
+
+    _reactor: IReactorProcess
+    _clock: IReactorTime
+    _tasks: Path
+    _umask: int = 0o022
+    _files: int = 0
+    """The soft limit of open files that commands get; 0: the daemon's."""
+    _launcher: Sequence[str] = (sys.executable, "-I", "-S", shim.__file__)
+
+    def start(self, task_id: int, command: Command, clocks: Clocks, sink: Sink) -> Run:
+        """Start a command. Whatever goes wrong is told to the sink, as an end."""
+        folder = self._tasks / str(task_id)
+        protocol = ShimProtocol(self._clock, folder, sink)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._write_spec(folder, command, clocks)
+            # No path, uid or gid: with them Twisted forks the whole daemon. The shim
+            # changes directory itself.
+            self._reactor.spawnProcess(
+                protocol,
+                self._launcher[0],
+                [*self._launcher, str(folder)],
+                env={},
+                childFDs={0: "w", 1: "r", 2: "r"},
+            )
+        except OSError as e:
+            error = f"cannot start: {e.strerror}: {e.filename or folder}"
+            protocol.end(Exit(ended_at=self._clock.seconds(), error=error))
+        return protocol
+
+    def adopt(self, task_id: int, sink: Sink) -> Run:
+        """Follow a run that another daemon started, or say how it ended."""
+        return AdoptedRun(self._clock, self._tasks / str(task_id), sink)
+
+    def _write_spec(self, folder: Path, command: Command, clocks: Clocks) -> None:
+        if command.last_line is not None:
+            # For whoever reads the result, perhaps a later daemon with other settings.
+            (folder / "promise").write_text(command.last_line, "utf-8")
+        fields = [
+            *(f"{n:.3f}" for n in (clocks.grace, clocks.total, clocks.silence)),
+            *(str(n) for n in (self._umask, self._files, len(command.arguments))),
+            command.directory or "/",
+            *command.arguments,
+            *(f"{key}={value}" for key, value in command.environment.items()),
+        ]
+        data = b"".join(os.fsencode(text) + b"\0" for text in fields)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        fd = os.open(folder / "spec", flags, 0o600)
+        with open(fd, "wb") as file:
+            file.write(data)
+
+
+@define(eq=False)
+class _Following:
+    """What both kinds of run share: telling the sink, once, how it ended."""
+
+    _clock: IReactorTime
+    _folder: Path
+    _sink: Sink | None
+
+    def end(self, exit: Exit) -> None:
+        """Tell the sink soon (never while it is being made) and for the last time."""
+        self._clock.callLater(0, self._tell_end, exit)
+
+    def result(self) -> Exit | None:
+        """Return the result that is on disk, judged by the command's promise."""
+        exit = read_exit(self._folder)
+        if exit is None or exit.code != 0:
+            return exit
+        try:
+            promised = (self._folder / "promise").read_bytes()
+        except FileNotFoundError:
+            return exit
+        return evolve(exit, good=Output(self._folder).last_line() == promised)
+
+    def lost(self, why: str) -> Exit:
+        """Return the end of a run of which nobody can know how it ended."""
+        size = Output(self._folder).size()
+        return Exit(self._clock.seconds(), error=why, lost=True, output_size=size)
+
+    def detach(self) -> None:
+        """Stop telling."""
+        self._sink = None
+
+    def _tell_end(self, exit: Exit) -> None:
+        sink, self._sink = self._sink, None
+        if sink is not None:
+            sink.ended(exit)
+
+    def _read(self, record: Record) -> None:
+        if self._sink is None:
+            return
+        if record.code in {shim.STDOUT, shim.STDERR}:
+            self._sink.printed(record.number)
+        elif record.code == shim.STARTED:
+            self._sink.started(record.number)
+
+
+@define(eq=False)
+class ShimProtocol(_Following, ProcessProtocol):
+    """Hears from a shim that this daemon started: records, not the bytes themselves."""
+
+    _buffer: bytes = field(default=b"", init=False)
+    _trouble: bytes = field(default=b"", init=False)
+    _ready: bool = field(default=False, init=False)
+    _killed: bool = field(default=False, init=False)
+    transport: IProcessTransport = field(init=False)
+
+    def connectionMade(self) -> None:
+        """Give the shim an end of file to read."""
+        self.transport.closeStdin()
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:
+        """Take news (1) or a shim's own complaint (2)."""
+        if childFD != 1:
+            self._trouble = (self._trouble + data)[-_TROUBLE:]
+            return
+        self._buffer += data
+        end = len(self._buffer) // shim.RECORD * shim.RECORD
+        whole, self._buffer = self._buffer[:end], self._buffer[end:]
+        for at in range(0, end, shim.RECORD):
+            record = Record.parse(whole[at : at + shim.RECORD])
+            if record.code == shim.READY:
+                self._ready = True
+                if self._killed:
+                    self.kill()
+            self._read(record)
+
+    def kill(self) -> None:
+        """Let the shim end the tree; as soon as it can hear us."""
+        self._killed = True
+        if self._ready:
+            with suppress(ProcessLookupError):
+                os.kill(self.transport.pid, signal.SIGTERM)
+
+    def processEnded(self, reason: Failure) -> None:
+        """Take the result from the disk."""
+        trouble = self._trouble.decode("utf-8", "replace").strip()
+        if trouble:
+            _log.error("The shim in {folder} says: {it}", folder=self._folder, it=trouble)
+        exit = self.result()
+        if exit is None:
+            why = trouble.rpartition("\n")[2] or str(reason.value)
+            if self._ready:
+                exit = self.lost(f"The process that watched the command ended: {why}")
+            else:
+                error = f"cannot start the process that watches the command: {why}"
+                exit = Exit(self._clock.seconds(), error=error)
+        self.end(exit)
+
+
+@define(eq=False)
+class AdoptedRun(_Following):
+    """Follows a shim that is not our child, by looking at its files."""
+
+    _seen: int = field(default=0, init=False)
+    _killed: bool = field(default=False, init=False)
+    _look: IDelayedCall = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._look = self._clock.callLater(0, self._check)
+
+    def kill(self) -> None:
+        """Let the shim end the tree; asked again at each look, as it may not hear yet."""
+        self._killed = True
+        _terminate(self._folder)
+
+    def detach(self) -> None:
+        """Stop looking."""
+        super().detach()
+        if self._look.active():
+            self._look.cancel()
+
+    def _check(self) -> None:
+        # In this order: what is dead now has written its result before.
+        alive = _alive(self._folder) or self._never_started()
+        for record in Output(self._folder).records(self._seen):
+            self._seen += 1
+            self._read(record)
+        exit = self.result()
+        if exit is not None:
+            self._tell_end(exit)
+        elif alive:
+            if self._killed:
+                _terminate(self._folder)
+            self._look = self._clock.callLater(LOOK, self._check)
+        elif self._seen == 0:
+            error = "The daemon ended before the command was started."
+            self._tell_end(Exit(self._clock.seconds(), error=error))
+        else:
+            why = "The process that watched the command is gone and left no result."
+            self._tell_end(self.lost(why))
+
+    def _never_started(self) -> bool:
+        """Make sure that a shim which has no lock yet will never start.
+
+        Return whether one was faster, and so is alive.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            os.close(os.open(self._folder / "lock", flags, 0o600))
+        except FileExistsError:
+            return bool(_alive(self._folder))
+        return False
+
+
+class _Answer(ProcessProtocol):
+    def __init__(self, done: Deferred[str]) -> None:
+        self.done = done
+        self.text = b""
+
+    def outReceived(self, data: bytes) -> None:
+        self.text = (self.text + data)[:_TROUBLE]
+
+    def processEnded(self, reason: Failure) -> None:
+        self.done.callback(self.text.decode("utf-8", "replace"))
+
+
+async def ask(
+    reactor: IReactorProcess,
+    clock: IReactorTime,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    seconds: float = 10,
+) -> str:
+    """Return what a command prints; "" if it cannot be started or takes too long."""
+    done: Deferred[str] = Deferred()
+    protocol = _Answer(done)
+    try:
+        process = reactor.spawnProcess(
+            protocol, arguments[0], arguments, env=dict(environment)
+        )
+    except OSError:
+        return ""
+    process.closeStdin()
+
+    def too_slow(_: object, __: float) -> str:
+        with suppress(Exception):
+            process.signalProcess("KILL")
+        return ""
+
+    return await done.addTimeout(seconds, clock, too_slow)
+
+
+def raise_file_limit() -> tuple[int, int]:
+    """Allow as many open files as the system lets us; return the old and the new limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, 65536) if hard != resource.RLIM_INFINITY else 65536
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return soft, wanted
+    return soft, soft

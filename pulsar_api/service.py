@@ -1,0 +1,361 @@
+"""What can be done with tasks: create, find, list, kill; the queue; start and end."""
+
+from collections.abc import Awaitable, Callable
+
+from attrs import define, evolve, field, frozen
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from pulsar_api.changes import Changes
+from pulsar_api.command import Commands, shown
+from pulsar_api.errors import (
+    InvalidInput,
+    QueueFull,
+    ShuttingDown,
+    StoreUnavailable,
+    UnknownTask,
+)
+from pulsar_api.ports import Clocks, Executor, Run, TaskStore
+from pulsar_api.task import (
+    Cause,
+    Exit,
+    Status,
+    Task,
+    TaskQuery,
+    TaskSnapshot,
+    TaskSpec,
+)
+
+_log = Logger()
+
+RETRY = 1.0
+"""Seconds until the next try when the store is not usable."""
+
+MAX_ID = 2**63 - 1
+
+_RESTART = 1000  # more revisions than one daemon ever announces without saving
+
+
+@frozen
+class Limits:
+    """How much at the same time, and how long each."""
+
+    clocks: Clocks
+    running: int = 16
+    running_per_target: int = 0
+    queued: int = 1000
+
+
+@define(eq=False)
+class _Live:
+    """A task that has not ended: its newest record, which may not be on disk yet."""
+
+    service: "TaskService"
+    task: Task
+    newest: TaskSnapshot
+    run: Run | None = None
+    kill: bool = False
+
+    # What a run tells (`Sink`).
+
+    def started(self, pid: int) -> None:
+        if self.newest.pid is None:
+            self.newest = self.changed(pid=pid)
+            self.task.announce(self.newest)
+
+    def printed(self, size: int) -> None:
+        self.task.printed(size)
+
+    def ended(self, exit: Exit) -> None:
+        self.service.ended(self, exit)
+
+    def changed(self, **new: object) -> TaskSnapshot:
+        size = max(self.newest.output_size, self.task.snapshot.output_size)
+        fields = {"output_size": size, "revision": self.newest.revision + 1, **new}
+        return evolve(self.newest, **fields)  # type: ignore[arg-type]
+
+
+@define(eq=False)
+class TaskService:
+    """The tasks of one daemon.
+
+    ``start`` before anything else; ``stop`` leaves running commands running.
+    """
+
+    _store: TaskStore
+    _executor: Executor
+    _clock: IReactorTime
+    _commands: Callable[[], Awaitable[Commands]]
+    _limits: Limits
+    created: Changes = field(init=False)
+    """Its version is the number of the newest task."""
+    _waiting: dict[int, _Live] = field(factory=dict, init=False)
+    _running: dict[int, _Live] = field(factory=dict, init=False)
+    _creating: list[str] = field(factory=list, init=False)
+    _stopping: bool = field(default=False, init=False)
+    _moved: Changes = field(init=False)
+    """Its version grows whenever a run has started or ended."""
+
+    def __attrs_post_init__(self) -> None:
+        self.created = Changes(self._clock)
+        self._moved = Changes(self._clock)
+
+    # -- from start to end of the daemon
+
+    async def start(self) -> None:
+        """Take up every task that has not ended: queue what waits, adopt what runs."""
+        newest = await self._store.select(TaskQuery(limit=1))
+        self.created.advance(newest[0].id if newest else 0)
+        for found in await self._store.unfinished():
+            # A change, beyond any that was announced and not saved: whoever waits with a
+            # version from before is answered at once.
+            snapshot = evolve(found, revision=found.revision + _RESTART, pid=None)
+            live = _Live(self, Task(self._clock, snapshot), snapshot)
+            if snapshot.status is Status.CREATED:
+                self._waiting[snapshot.id] = live
+            else:
+                self._adopt(live)
+        self._schedule()
+
+    def _adopt(self, live: _Live) -> None:
+        live.kill = live.newest.killed_by is not None
+        self._running[live.newest.id] = live
+        live.run = self._executor.adopt(live.newest.id, live)
+        if live.kill:
+            live.run.kill()
+        _log.info("Task {id} goes on", id=live.newest.id)
+
+    async def stop(self, drain: float) -> None:
+        """Take no new tasks, wait for the running ones if told to, then let them go."""
+        self._stopping = True
+        # One that is between its record and its process goes back to the queue.
+        while any(live.run is None for live in self._running.values()):
+            await self._moved.after(self._moved.version)
+        until = self._clock.seconds() + drain
+        while self._running and (left := until - self._clock.seconds()) > 0:
+            _log.info("Waiting for {n} tasks", n=len(self._running))
+            moved = self._moved.after(self._moved.version)
+            await moved.addTimeout(left, self._clock, lambda *_: 0)
+        for live in self._running.values():
+            if live.run is not None:
+                live.run.detach()
+            _log.info("Task {id} is left running", id=live.newest.id)
+            live.task.settle()
+
+    def release(self) -> None:
+        """Let everybody who waits for a change go, without one."""
+        self.created.release()
+        for live in (*self._waiting.values(), *self._running.values()):
+            live.task.changes.release()
+            live.task.end.release()
+
+    # -- what callers ask for
+
+    async def create(self, spec: TaskSpec) -> Task:
+        """Record a new task and start it as soon as there is room.
+
+        Raises `InvalidInput`, `QueueFull`, `ShuttingDown` or `StoreUnavailable`; then
+        nothing was recorded.
+        """
+        commands = await self._commands()
+        commands.check(spec)
+        if self._stopping:
+            raise ShuttingDown
+        if not self._room_for(spec.target):
+            raise QueueFull(self._limits.queued)
+        self._creating.append(spec.target)
+        try:
+            snapshot = await self._store.create(spec, self._clock.seconds())
+        finally:
+            self._creating.remove(spec.target)
+        command = commands.command(spec, snapshot.id)
+        snapshot = evolve(snapshot, command=shown(command))
+        live = _Live(self, Task(self._clock, snapshot), snapshot)
+        self._waiting[snapshot.id] = live
+        _log.info("Task {id} created: {it}", id=snapshot.id, it=snapshot.command)
+        self._schedule()
+        self.created.advance(max(snapshot.id, self.created.version))
+        return live.task
+
+    def _room_for(self, target: str) -> bool:
+        """Return whether a task may be created: it can start, or there is room to wait."""
+        if len(self._waiting) + len(self._creating) < self._limits.queued:
+            return True
+        busy = [live.newest.spec.target for live in self._running.values()]
+        busy += self._creating
+        per_target = self._limits.running_per_target or len(busy) + 1
+        return len(busy) < self._limits.running and busy.count(target) < per_target
+
+    async def find(self, task_id: int) -> Task:
+        """Return a task, or raise `UnknownTask`."""
+        live = self._waiting.get(task_id) or self._running.get(task_id)
+        if live is not None:
+            return live.task
+        if not 0 < task_id <= MAX_ID:
+            raise UnknownTask(str(task_id))
+        return Task(self._clock, await self._store.load(task_id))
+
+    async def list(self, query: TaskQuery) -> list[TaskSnapshot]:
+        """Return the tasks that match, newest first."""
+        return [self._current(found) for found in await self._store.select(query)]
+
+    async def next_after(self, task_id: int) -> TaskSnapshot | None:
+        """Return the oldest task whose number is higher, or None."""
+        if task_id >= self.created.version:
+            return None
+        found = await self._store.after(task_id)
+        return None if found is None else self._current(found)
+
+    async def kill(self, task_id: int, by: str) -> Task:
+        """End a task: its whole process tree, or its waiting. Of an ended one: nothing."""
+        live = self._waiting.get(task_id) or self._running.get(task_id)
+        if live is None:
+            return await self.find(task_id)
+        if not live.kill:
+            live.kill = True
+            _log.info("Task {id}: kill asked for by {by}", id=task_id, by=by)
+            if live.run is not None:
+                live.run.kill()
+            reason = f"Kill asked for by {by}."
+            if self._waiting.pop(task_id, None) is not None:
+                reason = f"Killed by {by} before it started."
+                await self._finish(live, status=Status.KILLED, killed_by=by, reason=reason)
+            else:
+                await self._record(live, killed_by=by, reason=reason)
+        return live.task
+
+    # -- the life of a task
+
+    def _current(self, snapshot: TaskSnapshot) -> TaskSnapshot:
+        live = self._waiting.get(snapshot.id) or self._running.get(snapshot.id)
+        return snapshot if live is None else live.task.snapshot
+
+    def _schedule(self) -> None:
+        """Start what may start, oldest first; a blocked target holds up nobody else."""
+        per_target = self._limits.running_per_target or len(self._running) + 1
+        busy: dict[str, int] = {}
+        for live in self._running.values():
+            target = live.newest.spec.target
+            busy[target] = busy.get(target, 0) + 1
+        for live in [] if self._stopping else list(self._waiting.values()):
+            target = live.newest.spec.target
+            why = None
+            if len(self._running) >= self._limits.running:
+                why = f"a free place: {len(self._running)} tasks are running"
+            elif self._limits.running_per_target and busy.get(target, 0) >= per_target:
+                why = f"the end of another task on {target}"
+            if why is None:
+                busy[target] = busy.get(target, 0) + 1
+                del self._waiting[live.newest.id]
+                self._running[live.newest.id] = live
+                _own(self._start(live))
+            elif live.newest.waiting_for != why:
+                live.newest = live.changed(waiting_for=why)
+                live.task.announce(live.newest)
+
+    async def _start(self, live: _Live) -> None:
+        try:
+            commands = await self._commands()
+            command = commands.command(live.newest.spec, live.newest.id)
+        except InvalidInput as e:
+            await self._finish(live, status=Status.FAILED, reason=f"Cannot start: {e}")
+            return
+        # The record that it starts is on disk before the process exists.
+        live.newest = live.changed(
+            status=Status.RUNNING,
+            command=shown(command),
+            waiting_for=None,
+            started_at=self._clock.seconds(),
+        )
+        await self._save(live.newest)
+        if live.kill:
+            reason = f"Killed by {live.newest.killed_by} before it started."
+            await self._finish(live, status=Status.KILLED, reason=reason, started_at=None)
+        elif self._stopping:
+            # Nothing was started and nothing will be: back to the queue.
+            live.newest = live.changed(status=Status.CREATED, started_at=None)
+            await self._save(live.newest)
+            del self._running[live.newest.id]
+            self._waiting[live.newest.id] = live
+        else:
+            clocks = self._limits.clocks
+            live.run = self._executor.start(live.newest.id, command, clocks, live)
+        self._moved.advance(self._moved.version + 1)
+
+    def ended(self, live: _Live, exit: Exit) -> None:
+        """Take the result of a run."""
+        status, reason = _judge(exit, live.newest.killed_by)
+        _own(
+            self._finish(
+                live,
+                status=status,
+                reason=reason,
+                exit_code=exit.code,
+                signal=exit.signal,
+                ended_at=exit.ended_at,
+                output_size=max(exit.output_size, live.task.snapshot.output_size),
+            )
+        )
+
+    async def _finish(self, live: _Live, **new: object) -> None:
+        end = {"ended_at": self._clock.seconds(), "waiting_for": None, **new}
+        await self._record(live, **end)
+        task_id = live.newest.id
+        _log.info(
+            "Task {id} {status}: {why}",
+            id=task_id,
+            status=live.newest.status.value,
+            why=live.newest.reason or "",
+        )
+        self._running.pop(task_id, None)
+        self._moved.advance(self._moved.version + 1)
+        self._schedule()
+
+    async def _record(self, live: _Live, **new: object) -> None:
+        """Change a task, and tell about it when the change is on disk."""
+        live.newest = snapshot = live.changed(**new)
+        await self._save(snapshot)
+        if snapshot.revision > live.task.snapshot.revision:
+            live.task.announce(snapshot)
+
+    async def _save(self, snapshot: TaskSnapshot) -> None:
+        """Save until it is saved: what has happened must not be forgotten."""
+        while True:
+            try:
+                await self._store.save(snapshot)
+            except StoreUnavailable as e:
+                _log.error("Cannot record task {id}: {e}", id=snapshot.id, e=e)
+                wait: Deferred[None] = Deferred()
+                self._clock.callLater(RETRY, wait.callback, None)
+                await wait
+            else:
+                return
+
+
+def _judge(exit: Exit, killed_by: str | None) -> tuple[Status, str | None]:
+    """Return what a result means, and a sentence if it needs one."""
+    ladder = "; TERM was not enough, KILL was sent" if exit.forced else ""
+    if exit.lost:
+        return Status.LOST, exit.error
+    if exit.cause is Cause.KILL:
+        by = killed_by or "a signal from outside to the process that watches the task"
+        return Status.KILLED, f"Killed by {by}{ladder}."
+    if exit.error is not None:
+        return Status.FAILED, exit.error
+    if exit.cause is Cause.TIMEOUT:
+        return Status.FAILED, f"It took longer than a task may (--task-timeout){ladder}."
+    if exit.cause is Cause.SILENCE:
+        limit = "--silence-timeout"
+        return Status.FAILED, f"It printed nothing for too long ({limit}){ladder}."
+    if exit.code == 0 and not exit.good:
+        reason = "The exit code is 0, but the line that says so is not the last one."
+        return Status.FAILED, reason
+    return (Status.FINISHED if exit.code == 0 else Status.FAILED), None
+
+
+def _own(coroutine: object) -> None:
+    """Run a coroutine nobody waits for; what it does not expect is logged."""
+    Deferred.fromCoroutine(coroutine).addErrback(  # type: ignore[arg-type]
+        lambda failure: _log.failure("A task could not be served", failure)
+    )

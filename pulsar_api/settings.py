@@ -1,0 +1,281 @@
+"""Makes one frozen `Settings` of command line, file and environment."""
+
+import ipaddress
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from attrs import field, fields, frozen
+
+from pulsar_api.errors import SettingsError
+
+CLI = "the command line"
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError("needs a text that is not empty")
+    return value
+
+
+def _flag(value: object) -> bool:
+    # On the command line a flag is 0 or 1.
+    if not isinstance(value, bool) and value not in (0, 1):
+        raise ValueError("is true or false")
+    return bool(value)
+
+
+def _number(least: int, most: int) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError("needs a whole number")  # noqa: TRY004
+        if not least <= value <= most:
+            raise ValueError(f"must be from {least} to {most}")
+        return value
+
+    return parse
+
+
+def _seconds(least: float, most: float = 31 * 86400) -> Callable[[object], float]:
+    def parse(value: object) -> float:
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,8}(\.[0-9]{1,6})?", value):
+            value = float(value)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError("needs a number of seconds")  # noqa: TRY004
+        if not least <= value <= most:
+            raise ValueError(f"must be from {least:g} to {most:g} seconds")
+        return float(value)
+
+    return parse
+
+
+def _address(value: object) -> str:
+    try:
+        return str(ipaddress.ip_address(_text(value)))
+    except ValueError:
+        raise ValueError(
+            f"{value!r} is no IP address; for a host name give its address"
+        ) from None
+
+
+def _url(value: object) -> str:
+    parts = urlsplit(_text(value))
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query:
+        raise ValueError("needs a URL like https://deploy.example.com")
+    return parts._replace(fragment="").geturl().rstrip("/")
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError("needs a list of texts")  # noqa: TRY004
+    return tuple(_text(item) for item in value)
+
+
+def _pattern(value: object) -> re.Pattern[str]:
+    try:
+        return re.compile(_text(value))
+    except re.error as e:
+        raise ValueError(f"is no regular expression: {e}") from None
+
+
+def _option(
+    parse: Callable[[object], Any],
+    help: str,
+    default: Any = None,
+    *,
+    file_only: bool = False,
+) -> Any:
+    metadata = {"parse": parse, "help": help, "file_only": file_only}
+    return field(default=default, metadata=metadata)
+
+
+@frozen(kw_only=True)
+class Settings:
+    """Everything that can be set. Times are seconds; None and 0 mean "none"."""
+
+    config_repo: str | None = _option(_text, "configuration repository for the command")
+    config_branch: str = _option(_text, "its branch", "master")
+    port: int = _option(
+        _number(0, 65535), "TCP port, 0 for any free one [8081; 8001 with --dev]"
+    )
+    log_dir: str | None = _option(
+        _text, "folder for pulsar-api.log, made if missing [standard output]"
+    )
+    ssl_key: str | None = _option(_text, "private key file (PEM)")
+    ssl_cert: str | None = _option(
+        _text, "certificate file (PEM), the CA chain appended in it"
+    )
+    ssl_pfx: str | None = _option(
+        _text, "PKCS #12 file with key and certificate; overrides the two above"
+    )
+    ssl_passphrase: str | None = _option(_text, "file that holds the passphrase")
+    auth_username: str | None = _option(_text, "user name at the provider")
+    auth_password: str | None = _option(_text, "password at the provider")
+    auth_provider: str | None = _option(_text, "who knows the users [github]")
+    auth_method: str | None = _option(_text, "how they are let in [user]")
+    dev: bool = _option(
+        _flag, "development: port 8001, TLS for *.pulsar.local, log to the terminal", False
+    )
+    interface: str = _option(_address, "address to listen on", "127.0.0.1")
+    listen: tuple[str, ...] = _option(
+        _texts, "Twisted endpoint to listen on instead of --port; may be repeated", ()
+    )
+    public_url: str | None = _option(
+        _url, "the address under which people reach this daemon, for links"
+    )
+    allow_anonymous: bool = _option(
+        _flag, "listen on other addresses than loopback without authentication", False
+    )
+    state_dir: str = _option(
+        _text,
+        "folder of database and output [$STATE_DIRECTORY or ~/.local/state/pulsar-api]",
+    )
+    command: str = _option(
+        _text,
+        "what a task runs: pulsar, pulsar-0.3, pulsar-1, capistrano, scripts, "
+        "or a line like 'deploy {app} {env} {action}'",
+        "pulsar",
+    )
+    poll_timeout: float = _option(
+        _seconds(1, 3600), "seconds that a long-poll waits at most", 30.0
+    )
+    max_running: int = _option(_number(1, 10000), "tasks that run at the same time", 16)
+    max_running_per_target: int = _option(
+        _number(0, 10000), "tasks of one app and env that run at the same time, 0: any", 0
+    )
+    max_queued: int = _option(_number(0, 100_000), "tasks that may wait", 1000)
+    kill_grace: float = _option(_seconds(0, 3600), "seconds from TERM to KILL", 10.0)
+    task_timeout: float = _option(
+        _seconds(0), "seconds after which a task is ended, 0: never", 0.0
+    )
+    silence_timeout: float = _option(
+        _seconds(0), "seconds without output after which a task is ended, 0: never", 0.0
+    )
+    drain_timeout: float = _option(
+        _seconds(0), "seconds that a stopping daemon waits for running tasks", 0.0
+    )
+    app_pattern: re.Pattern[str] | None = _option(
+        _pattern, "which app names are allowed", file_only=True
+    )
+    env_pattern: re.Pattern[str] | None = _option(
+        _pattern, "which env names are allowed", file_only=True
+    )
+    action_pattern: re.Pattern[str] | None = _option(
+        _pattern, "which actions are allowed", file_only=True
+    )
+    variable_pattern: re.Pattern[str] | None = _option(
+        _pattern, "which keys of variables are allowed", file_only=True
+    )
+    forbidden_actions: tuple[str, ...] = _option(
+        _texts, "actions that nobody may run", (), file_only=True
+    )
+
+    @property
+    def secure(self) -> bool:
+        """Whether TLS was asked for."""
+        return bool(self.dev or self.ssl_key or self.ssl_cert or self.ssl_pfx)
+
+
+def options() -> list[tuple[str, str, object, bool]]:
+    """Return name, help, default and "is a flag" of what the command line takes."""
+    return [
+        (
+            attribute.name.replace("_", "-"),
+            attribute.metadata["help"],
+            attribute.default,
+            attribute.metadata["parse"] is _flag,
+        )
+        for attribute in fields(Settings)
+        if not attribute.metadata["file_only"]
+    ]
+
+
+def _read_file(path: str) -> dict[str, object]:
+    try:
+        with Path(path).open("rb") as file:
+            return tomllib.load(file)
+    except OSError as e:
+        raise SettingsError(f"--config: cannot read {path}: {e.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise SettingsError(f"--config: {path} is no TOML: {e}") from None
+
+
+def load(given: Mapping[str, object], environ: Mapping[str, str]) -> Settings:
+    """Make settings of what the command line gave (names with dashes; absent: not given).
+
+    Raises `SettingsError` with one line that names the option, or file and key.
+    """
+    known = {a.name.replace("_", "-"): a for a in fields(Settings)}
+    path = given.get("config")
+    in_file = _read_file(str(path)) if path else {}
+    values: dict[str, Any] = {}
+    for source, found in ((str(path), in_file), (CLI, given)):
+        for name, value in found.items():
+            if source == CLI and name == "config":
+                continue
+            where = f"--{name}" if source == CLI else f"{source}: {name}"
+            if name not in known:
+                raise SettingsError(f"{where} is no option of pulsar-api")
+            attribute = known[name]
+            try:
+                values[attribute.name] = attribute.metadata["parse"](value)
+            except ValueError as e:
+                raise SettingsError(f"{where}: {e}") from None
+    # A TLS option may be completed by --dev only where it says the same.
+    values.setdefault("port", 8001 if values.get("dev") else 8081)
+    values.setdefault("state_dir", _default_state_dir(environ))
+    for name in ("ssl_key", "ssl_cert", "ssl_pfx", "ssl_passphrase"):
+        if name in values:
+            values[name] = _credential(values[name], environ)
+    settings = Settings(**values)
+    _check_together(settings, given)
+    return settings
+
+
+def _check_together(settings: Settings, given: Mapping[str, object]) -> None:
+    for name in ("auth_username", "auth_password", "auth_provider", "auth_method"):
+        if getattr(settings, name) is not None:
+            raise SettingsError(
+                f"--{name.replace('_', '-')}: this version cannot check who is calling "
+                "yet and will not pretend to; leave the --auth options out and listen on "
+                "loopback, behind a proxy that does"
+            )
+    pem = (settings.ssl_key, settings.ssl_cert)
+    if any(pem) and not all(pem) and not settings.ssl_pfx:
+        missing = "--ssl-cert" if settings.ssl_key else "--ssl-key"
+        raise SettingsError(f"--ssl-key and --ssl-cert go together; {missing} is missing")
+    if settings.ssl_passphrase and not (settings.ssl_pfx or any(pem)):
+        raise SettingsError("--ssl-passphrase needs --ssl-key and --ssl-cert, or --ssl-pfx")
+    if settings.dev and (settings.ssl_pfx or any(pem)):
+        raise SettingsError("--dev brings its own certificate; leave the --ssl options out")
+    if settings.listen and "port" in given:
+        raise SettingsError("--listen replaces --port; give one of them")
+
+
+def _default_state_dir(environ: Mapping[str, str]) -> str:
+    if environ.get("STATE_DIRECTORY"):
+        return environ["STATE_DIRECTORY"].split(":")[0]
+    home = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return str(Path(home) / "pulsar-api")
+
+
+def _credential(name: str, environ: Mapping[str, str]) -> str:
+    """Return the path of a file; a bare name may be one of systemd's credentials."""
+    folder = environ.get("CREDENTIALS_DIRECTORY")
+    if folder and "/" not in name and not Path(name).exists():
+        return str(Path(folder) / name)
+    return name
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,270 @@
+"""Keeps one row per task in SQLite, in threads of its own; never any output."""
+
+import json
+import sqlite3
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from attrs import define, field
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+
+from pulsar_api.errors import StoreUnavailable, UnknownTask
+from pulsar_api.task import Status, TaskQuery, TaskSnapshot, TaskSpec
+
+T = TypeVar("T")
+_Job = Callable[[sqlite3.Connection], Any]
+
+# One script per version; never edit one that was released, add another.
+_SCHEMA = [
+    """
+    CREATE TABLE task (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        revision INTEGER NOT NULL,
+        status TEXT NOT NULL,
+        app TEXT NOT NULL,
+        env TEXT NOT NULL,
+        action TEXT NOT NULL,
+        variables TEXT NOT NULL,
+        user TEXT,
+        command TEXT NOT NULL,
+        pid INTEGER,
+        exit_code INTEGER,
+        signal TEXT,
+        reason TEXT,
+        killed_by TEXT,
+        created_at REAL NOT NULL,
+        started_at REAL,
+        ended_at REAL,
+        output_size INTEGER NOT NULL
+    ) STRICT;
+    CREATE INDEX task_unfinished ON task (id) WHERE status IN ('created', 'running');
+    CREATE INDEX task_target ON task (app, env, id);
+    """,
+]
+
+_COLUMNS = (
+    "revision status command pid exit_code signal reason killed_by "
+    "started_at ended_at output_size"
+).split()
+_UPDATE = (
+    f"UPDATE task SET {', '.join(f'{name} = :{name}' for name in _COLUMNS)} "  # noqa: S608
+    "WHERE id = :id AND revision <= :revision"
+)
+
+
+def _snapshot(row: sqlite3.Row) -> TaskSnapshot:
+    variables = json.loads(row["variables"])
+    spec = TaskSpec(row["app"], row["env"], row["action"], variables, row["user"])
+    rest = {name: row[name] for name in _COLUMNS if name != "status"}
+    return TaskSnapshot(
+        id=row["id"],
+        spec=spec,
+        created_at=row["created_at"],
+        status=Status(row["status"]),
+        **rest,
+    )
+
+
+def _values(snapshot: TaskSnapshot) -> dict[str, object]:
+    return {"id": snapshot.id, **{name: getattr(snapshot, name) for name in _COLUMNS}}
+
+
+def _trouble(error: sqlite3.Error) -> StoreUnavailable:
+    full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return StoreUnavailable(str(error), full=full)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    db.row_factory = sqlite3.Row
+    db.execute("PRAGMA busy_timeout = 5000")
+    db.execute("PRAGMA journal_mode = WAL")
+    # Whoever was told that a task exists must find it after a power cut.
+    db.execute("PRAGMA synchronous = FULL")
+    return db
+
+
+def prepare(path: Path) -> None:
+    """Make the database, or bring it to this version's form; `StoreUnavailable` if not."""
+    try:
+        db = _connect(path)
+        try:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version > len(_SCHEMA):
+                text = f"{path} was made by a newer version (form {version})"
+                raise StoreUnavailable(text)
+            for number, script in enumerate(_SCHEMA[version:], version + 1):
+                db.executescript(f"BEGIN; {script}; PRAGMA user_version = {number}; COMMIT")
+        finally:
+            db.close()
+    except sqlite3.Error as e:
+        raise StoreUnavailable(f"{path}: {e}") from e
+
+
+@define(eq=False)
+class _Thread:
+    """A thread with a connection of its own, to which one gives jobs.
+
+    What has queued up is done in one transaction, so that many records cost one sync.
+    """
+
+    _path: Path
+    _from_thread: Callable[..., object]
+    _jobs: SimpleQueue[tuple[_Job, Deferred[Any]] | None] = field(factory=SimpleQueue)
+    _thread: threading.Thread = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="store", daemon=True)
+        self._thread.start()
+
+    def do(self, job: Callable[[sqlite3.Connection], T]) -> Deferred[T]:
+        """Fire with what the job returns, once its transaction is on disk."""
+        done: Deferred[T] = Deferred()
+        self._jobs.put((job, done))
+        return done
+
+    def close(self) -> None:
+        """Finish what was given, and end."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        db: sqlite3.Connection | None = None
+        going = True
+        while going:
+            batch = [self._jobs.get()]
+            while not self._jobs.empty():
+                batch.append(self._jobs.get())
+            going = None not in batch
+            jobs = [job for job in batch if job is not None]
+            try:
+                db = db or _connect(self._path)
+                results = self._transaction(db, [job for job, _ in jobs])
+            except sqlite3.Error as e:
+                results = [Failure(_trouble(e)) for _ in jobs]
+                if db is not None:
+                    db.close()  # this also rolls back
+                    db = None
+            if jobs:
+                self._from_thread(self._fire, [done for _, done in jobs], results)
+        if db is not None:
+            db.close()
+
+    @staticmethod
+    def _transaction(db: sqlite3.Connection, jobs: list[_Job]) -> list[Any]:
+        results: list[Any] = []
+        db.execute("BEGIN")
+        for job in jobs:
+            try:
+                results.append(job(db))
+            except UnknownTask:
+                results.append(Failure())
+        db.execute("COMMIT")
+        return results
+
+    @staticmethod
+    def _fire(waiting: list[Deferred[Any]], results: list[Any]) -> None:
+        for done, result in zip(waiting, results, strict=True):
+            # A Failure makes it an errback. Who asked may have gone away meanwhile.
+            if not done.called:
+                done.callback(result)
+
+
+@define(eq=False)
+class SQLiteStore:
+    """The `TaskStore` of one daemon. ``close`` it, or its threads stay.
+
+    ``from_thread`` runs a function in the reactor's thread (`callFromThread`).
+    """
+
+    _path: Path
+    _from_thread: Callable[..., object]
+    _writer: _Thread = field(init=False)
+    _reader: _Thread = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        prepare(self._path)
+        self._writer = _Thread(self._path, self._from_thread)
+        self._reader = _Thread(self._path, self._from_thread)
+
+    def close(self) -> None:
+        """Write what was given and end the threads."""
+        self._writer.close()
+        self._reader.close()
+
+    def create(self, spec: TaskSpec, created_at: float) -> Deferred[TaskSnapshot]:
+        """Record a new task; its number is higher than any before, for ever."""
+
+        def job(db: sqlite3.Connection) -> TaskSnapshot:
+            cursor = db.execute(
+                "INSERT INTO task (revision, status, app, env, action, variables, user,"
+                " command, created_at, output_size) VALUES (1, ?, ?, ?, ?, ?, ?, '', ?, 0)",
+                (
+                    Status.CREATED,
+                    spec.app,
+                    spec.env,
+                    spec.action,
+                    json.dumps(dict(spec.variables)),
+                    spec.user,
+                    created_at,
+                ),
+            )
+            assert cursor.lastrowid is not None
+            return TaskSnapshot(cursor.lastrowid, spec, created_at)
+
+        return self._writer.do(job)
+
+    def save(self, snapshot: TaskSnapshot) -> Deferred[None]:
+        """Record how a task stands now; an older record never replaces a newer one."""
+        values = _values(snapshot)
+
+        def job(db: sqlite3.Connection) -> None:
+            db.execute(_UPDATE, values)
+
+        return self._writer.do(job)
+
+    def load(self, task_id: int) -> Deferred[TaskSnapshot]:
+        """Fire with a task's record, or fail with `UnknownTask`."""
+
+        def job(db: sqlite3.Connection) -> TaskSnapshot:
+            row = db.execute("SELECT * FROM task WHERE id = ?", (task_id,)).fetchone()
+            if row is None:
+                raise UnknownTask(str(task_id))
+            return _snapshot(row)
+
+        return self._reader.do(job)
+
+    def select(self, query: TaskQuery) -> Deferred[list[TaskSnapshot]]:
+        """Fire with the tasks that match, newest first."""
+        wanted = {
+            "id < ?": query.before,
+            "status = ?": query.status,
+            "app = ?": query.app,
+            "env = ?": query.env,
+            "user = ?": query.user,
+        }
+        used = {text: value for text, value in wanted.items() if value is not None}
+        where = " AND ".join(used) or "1"
+        text = f"SELECT * FROM task WHERE {where} ORDER BY id DESC LIMIT ?"  # noqa: S608
+        return self._rows(text, *used.values(), query.limit)
+
+    def after(self, task_id: int) -> Deferred[TaskSnapshot | None]:
+        """Fire with the oldest task whose number is higher, or None."""
+        text = "SELECT * FROM task WHERE id > ? ORDER BY id LIMIT 1"
+        return self._rows(text, task_id).addCallback(lambda rows: next(iter(rows), None))
+
+    def unfinished(self) -> Deferred[list[TaskSnapshot]]:
+        """Fire with the tasks that have not ended, oldest first."""
+        return self._rows(
+            "SELECT * FROM task WHERE status IN ('created', 'running') ORDER BY id"
+        )
+
+    def _rows(self, text: str, *values: object) -> Deferred[list[TaskSnapshot]]:
+        def job(db: sqlite3.Connection) -> list[TaskSnapshot]:
+            return [_snapshot(row) for row in db.execute(text, values)]
+
+        return self._reader.do(job)

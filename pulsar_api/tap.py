@@ -1,0 +1,323 @@
+"""Puts the daemon together; the only place that knows everything, and the reactor."""
+
+import fcntl
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeGuard
+
+from attrs import define, evolve, field
+from twisted.application.service import MultiService, Service
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+from twisted.python import usage
+from twisted.web.resource import Resource
+from twisted.web.server import Request
+
+from pulsar_api import __version__, command, listener, process, settings, store, tls
+from pulsar_api.changes import Changes
+from pulsar_api.command import Commands, Names
+from pulsar_api.errors import CannotListen, SettingsError, StoreUnavailable
+from pulsar_api.ports import Clocks
+from pulsar_api.process import ShimExecutor
+from pulsar_api.service import Limits, TaskService
+from pulsar_api.settings import Settings
+from pulsar_api.store import SQLiteStore
+from pulsar_api.web.origin import Origins
+from pulsar_api.web.pages import Pages, Root
+from pulsar_api.web.reply import problem
+from pulsar_api.web.site import BoundedSite
+from pulsar_api.web.tasks import TaskAPI
+
+_log = Logger()
+
+DATABASE = "pulsar-api.db"
+LOG = "pulsar-api.log"
+
+_RESERVE = 256
+"""Open files that are kept for tasks, the database and the log."""
+
+
+def _parameters() -> tuple[list[list[Any]], list[list[Any]]]:
+    parameters: list[list[Any]] = []
+    flags: list[list[Any]] = []
+    for name, help, default, is_flag in settings.options():
+        if default in (None, False, ()) or "[" in help:
+            text = help
+        else:
+            text = f"{help} [{default:g}]" if is_number(default) else f"{help} [{default}]"
+        if is_flag:
+            flags.append([name, None, text])
+        elif name != "listen":  # which may be repeated, see opt_listen
+            parameters.append([name, None, None, text])
+    parameters.append(["config", None, None, "TOML file with these options"])
+    return parameters, flags
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether a default is written as a number."""
+    return isinstance(value, float)
+
+
+class Options(usage.Options):
+    """The command line; ``settings`` is what it means."""
+
+    synopsis = "Usage: twistd [twistd's own options] pulsar-api [options]"
+    longdesc = (
+        "Runs deployment and operations tasks over HTTP. Every option can also stand in "
+        "the file of --config, without the dashes; the command line wins."
+    )
+    optParameters, optFlags = _parameters()
+    settings: Settings
+
+    def __init__(self) -> None:
+        self._listen: list[str] = []
+        super().__init__()
+
+    def opt_listen(self, endpoint: str) -> None:
+        """Twisted endpoint to listen on instead of --port; may be repeated"""  # noqa: D400,D415
+        self._listen.append(endpoint)
+
+    def opt_version(self) -> NoReturn:
+        """Show the version and exit."""
+        print("pulsar-api", __version__)
+        sys.exit(0)
+
+    def parseOptions(self, options: Sequence[str] | None = None) -> None:
+        """Parse and check everything; on a mistake say so in one line and exit with 1."""
+        try:
+            super().parseOptions(options)
+        except usage.UsageError as e:
+            fail(str(e))
+
+    def parseArgs(self, *unknown: str) -> None:
+        """Refuse what is no option."""
+        if unknown:
+            raise usage.UsageError(f"{unknown[0]!r} is no option")
+
+    def postOptions(self) -> None:
+        """Make the settings, and try everything that can be tried without starting."""
+        given = {k: v for k, v in self.items() if v not in (None, 0)}
+        if self._listen:
+            given["listen"] = self._listen
+        twistd: Mapping[str, Any] = self.parent or {}
+        try:
+            self.settings = settings.load(given, os.environ)
+            check(self.settings, own_files=twistd.get("uid") is None)
+        except (SettingsError, CannotListen, StoreUnavailable) as e:
+            fail(str(e))
+        if self.settings.log_dir and self.parent is not None:
+            self.parent["logfile"] = str(Path(self.settings.log_dir) / LOG)
+
+
+def fail(message: str) -> NoReturn:
+    """Say in one line why the daemon does not start, and exit with 1."""
+    print("pulsar-api:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(1)
+
+
+def check(settings: Settings, *, own_files: bool) -> None:
+    """Raise if the daemon could not start like this; nothing stays open.
+
+    ``own_files``: whether the process that tries is the one that will write.
+    """
+    identity = tls.load(settings)
+    listener.try_out(settings, _only_loopback(settings, identity))
+    _commands(settings, {})
+    if not own_files:
+        return
+    if settings.log_dir:
+        _make_folder("--log-dir", Path(settings.log_dir))
+    state = Path(settings.state_dir)
+    _make_folder("--state-dir", state)
+    os.close(_lock(state))
+    store.prepare(state / DATABASE)
+
+
+def _make_folder(option: str, path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as e:
+        raise SettingsError(f"{option}: cannot make {path}: {e.strerror}") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise SettingsError(f"{option}: {path} is not writable")
+
+
+def _lock(state: Path) -> int:
+    """Return a descriptor that keeps other daemons out as long as it is open."""
+    path = state / "lock"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        raise SettingsError(f"--state-dir: cannot open {path}: {e.strerror}") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        text = f"--state-dir: another pulsar-api uses {state}; give each its own"
+        raise SettingsError(text) from None
+    return fd
+
+
+def _only_loopback(settings: Settings, identity: tls.Identity | None) -> str | None:
+    shared = identity is not None and tls.is_development(identity)
+    return listener.why_only_loopback(settings, development_key=shared)
+
+
+def _commands(settings: Settings, environment: Mapping[str, str]) -> Commands:
+    name = settings.command
+    template = command.parse_template("pulsar-0.3" if name == command.DETECTED else name)
+    repo = settings.config_repo
+    if template.needs_repo and repo is None:
+        raise SettingsError(f"--command {name} needs --config-repo")
+    if template.local_repo and repo is not None:
+        if not Path(repo).is_dir():
+            raise SettingsError(f"--config-repo: {repo} is no folder; {name} needs one")
+        repo = str(Path(repo).resolve())
+    usual = Names()
+    names = Names(
+        settings.app_pattern or usual.app,
+        settings.env_pattern or usual.env,
+        settings.action_pattern or usual.action,
+        settings.variable_pattern or usual.variable,
+        frozenset(settings.forbidden_actions),
+    )
+    return Commands(template, environment, repo, settings.config_branch, names)
+
+
+@define(eq=False)
+class Pulsar:
+    """Finds out, once, which pulsar is installed, and gives the commands for it."""
+
+    _reactor: Any
+    _usual: Commands
+    _found: Commands | None = None
+    _known: Changes = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._known = Changes(self._reactor)
+
+    async def find_out(self) -> None:
+        environment = self._usual.environment
+        arguments = [command.DETECTED, "--version"]
+        answer = await process.ask(self._reactor, self._reactor, arguments, environment)
+        name = command.preset_for(answer)
+        said = answer.strip() or "nothing"
+        _log.info("pulsar --version says {said}: using {name}", said=said, name=name)
+        self._found = evolve(self._usual, template=command.PRESETS[name])
+        self._known.advance(1)
+
+    async def commands(self) -> Commands:
+        while self._found is None:
+            await self._known.after(0)
+        return self._found
+
+
+class _Starting(Resource):
+    isLeaf = True
+
+    def render(self, request: Request) -> bytes:
+        request.setHeader("Retry-After", "1")
+        detail = "The daemon is starting; try again in a moment."
+        return problem(request, 503, "starting", "Starting", detail)
+
+
+class Daemon(MultiService):
+    """Everything that runs; `twistd` starts and stops it.
+
+    Nothing is opened before ``twistd`` has forked and given up its privileges, but for
+    the ports.
+    """
+
+    def __init__(
+        self, reactor: Any, settings: Settings, environ: Mapping[str, str]
+    ) -> None:
+        super().__init__()
+        self._reactor = reactor
+        self._settings = settings
+        # twistd sets its own umask when it becomes a daemon; tasks get the one of now.
+        self._umask = os.umask(0o022)
+        os.umask(self._umask)
+        self._environ = {"HOME": os.path.expanduser("~"), "PATH": os.defpath, **environ}
+        identity = tls.load(settings)
+        self._shared_key = identity is not None and tls.is_development(identity)
+        only_loopback = _only_loopback(settings, identity)
+        self._secure = identity is not None
+        options = None if identity is None else identity.options()
+        self._files = process.raise_file_limit()
+        most = max(16, self._files[1] - _RESERVE)
+        self.site = BoundedSite(_Starting(), reactor, most)
+        self.listeners = [
+            listener.Listener(name, endpoint, self.site, only_loopback)
+            for name, endpoint in listener.endpoints(settings, reactor, options)
+        ]
+        for service in self.listeners:
+            self.addService(service)
+        self.tasks: TaskService | None = None
+
+    def startService(self) -> None:
+        """Open the state, take up the tasks, and then serve."""
+        super().startService()
+        state = Path(self._settings.state_dir)
+        self._lock = _lock(state)
+        self._store = SQLiteStore(state / DATABASE, self._reactor.callFromThread)
+        for service in self.listeners:
+            _log.info(
+                "pulsar-api {version} listens on {url}",
+                version=__version__,
+                url=service.url("https" if self._secure else "http"),
+            )
+        if self._shared_key:
+            _log.warn("DEVELOPMENT CERTIFICATE: everybody has its key, it protects nothing")
+        starting = Deferred.fromCoroutine(self._start(state))
+        starting.addErrback(self._cannot_start)
+
+    async def _start(self, state: Path) -> None:
+        s = self._settings
+        usual = _commands(s, self._environ)
+        pulsar = Pulsar(
+            self._reactor, usual, None if s.command == command.DETECTED else usual
+        )
+        if s.command == command.DETECTED:
+            Deferred.fromCoroutine(pulsar.find_out()).addErrback(self._cannot_start)
+        executor = ShimExecutor(
+            self._reactor, self._reactor, state / "tasks", self._umask, self._files[0]
+        )
+        clocks = Clocks(s.kill_grace, s.task_timeout, s.silence_timeout)
+        limits = Limits(clocks, s.max_running, s.max_running_per_target, s.max_queued)
+        self.tasks = TaskService(
+            self._store, executor, self._reactor, pulsar.commands, limits
+        )
+        await self.tasks.start()
+        origins = Origins(s.public_url, frozenset({"*.pulsar.local"} if s.dev else ()))
+        api = TaskAPI(self.tasks, state / "tasks", self._reactor, origins, s.poll_timeout)
+        self.site.resource = Root(api.app.resource(), Pages().app.resource())
+
+    def _cannot_start(self, failure: Any) -> None:
+        _log.failure("The daemon cannot start", failure)
+        self._reactor.stop()
+
+    async def _stop(self) -> None:
+        if self.tasks is not None:
+            await self.tasks.stop(self._settings.drain_timeout)
+            self.tasks.release()
+        # What was answered has to leave before the connections are cut.
+        until = self._reactor.seconds() + 1
+        while self.site.serving and self._reactor.seconds() < until:
+            await deferLater(self._reactor, 0.01)
+        await MultiService.stopService(self)
+        self._store.close()
+        os.close(self._lock)
+
+    def stopService(self) -> Deferred[None]:
+        """Take no new tasks, answer who waits, leave running commands running."""
+        return Deferred.fromCoroutine(self._stop())
+
+
+def makeService(options: Options) -> Service:
+    """Return the daemon for ``twistd``."""
+    from twisted.internet import reactor
+
+    return Daemon(reactor, options.settings, os.environ)

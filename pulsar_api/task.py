@@ -1,0 +1,174 @@
+"""Tasks: what was asked for, how it stands, how it ended."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from attrs import define, evolve, field, frozen
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+
+from pulsar_api.changes import Changes
+
+COALESCE = 0.05
+"""Seconds: news of output wakes the waiting at most this often (the first at once)."""
+
+
+class Status(StrEnum):
+    """Where a task is in its life; the last four are for ever."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+    KILLED = "killed"
+    LOST = "lost"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can change any more."""
+        return self not in {Status.CREATED, Status.RUNNING}
+
+
+@frozen
+class TaskSpec:
+    """What somebody asked for; every name in it has been checked."""
+
+    app: str
+    env: str
+    action: str
+    variables: Mapping[str, str] = field(factory=dict)
+    user: str | None = None
+
+    @property
+    def target(self) -> str:
+        """What two deployments must not touch at the same time."""
+        return f"{self.app}/{self.env}"
+
+
+@frozen
+class Command:
+    """What a task runs: a list of arguments, never a line for a shell."""
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+    directory: str | None = None
+    last_line: str | None = None
+    """If set, exit code 0 is good only if stdout's last line is exactly this."""
+
+
+class Cause(StrEnum):
+    """Why the command ended."""
+
+    ITSELF = "itself"
+    KILL = "kill"
+    TIMEOUT = "timeout"
+    SILENCE = "silence"
+
+
+@frozen
+class Exit:
+    """How a run ended. ``error`` is a sentence and set if it never started or is lost."""
+
+    ended_at: float
+    code: int | None = None
+    signal: str | None = None
+    error: str | None = None
+    lost: bool = False
+    cause: Cause = Cause.ITSELF
+    forced: bool = False
+    """TERM was not enough: KILL was sent."""
+    output_size: int = 0
+    good: bool = True
+    """False if the command answered 0 without the line that it promises (`Command`)."""
+
+
+@frozen
+class TaskSnapshot:
+    """How a task stands at one moment. Times are seconds since the epoch."""
+
+    id: int
+    spec: TaskSpec
+    created_at: float
+    status: Status = Status.CREATED
+    command: str = ""
+    pid: int | None = None
+    exit_code: int | None = None
+    signal: str | None = None
+    reason: str | None = None
+    killed_by: str | None = None
+    waiting_for: str | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+    output_size: int = 0
+    revision: int = 1
+    """Counts the changes of all but the output."""
+
+    @property
+    def version(self) -> int:
+        """Grows with each change, also over a restart: both parts are on disk."""
+        return self.revision + self.output_size
+
+
+@frozen
+class TaskQuery:
+    """Which tasks, newest first; at most ``limit`` with a number below ``before``."""
+
+    limit: int = 100
+    before: int | None = None
+    status: Status | None = None
+    app: str | None = None
+    env: str | None = None
+    user: str | None = None
+
+
+@define(eq=False)
+class Task:
+    """A task that has not ended, or ended a moment ago, and whom to tell about it."""
+
+    _clock: IReactorTime
+    snapshot: TaskSnapshot
+    changes: Changes = field(init=False)
+    end: Changes = field(init=False)
+    """Its version is 0 until the task has ended, then 1."""
+    _printed: int = field(default=0, init=False)
+    _coalescing: IDelayedCall | None = field(default=None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.changes = Changes(self._clock, self.snapshot.version)
+        self.end = Changes(self._clock)
+        self._printed = self.snapshot.output_size
+
+    def announce(self, snapshot: TaskSnapshot) -> None:
+        """Make this the state of the task and wake whoever waits, at once."""
+        self.snapshot = snapshot
+        self._printed = max(self._printed, snapshot.output_size)
+        if snapshot.status.ended:
+            self.settle()
+        self.changes.advance(snapshot.version)
+        if snapshot.status.ended:
+            self.end.advance(1)
+
+    def printed(self, size: int) -> None:
+        """Note that the output has grown to ``size`` bytes, all of them on disk."""
+        if size <= self._printed:
+            return
+        self._printed = size
+        if self._coalescing is None:
+            self.refresh()
+            self._coalescing = self._clock.callLater(COALESCE, self._coalesced)
+
+    def refresh(self) -> None:
+        """Announce what was printed and is held back to wake the waiting less often."""
+        if self._printed > self.snapshot.output_size and not self.snapshot.status.ended:
+            self.announce(evolve(self.snapshot, output_size=self._printed))
+
+    def settle(self) -> None:
+        """Announce nothing later by itself."""
+        if self._coalescing is not None:
+            self._coalescing.cancel()
+            self._coalescing = None
+
+    def _coalesced(self) -> None:
+        self._coalescing = None
+        if self._printed > self.snapshot.output_size:
+            self.refresh()
+            self._coalescing = self._clock.callLater(COALESCE, self._coalesced)

@@ -1,0 +1,132 @@
+"""Makes TLS options of certificate files."""
+
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.serialization import pkcs12
+from twisted.internet.ssl import CertificateOptions, TLSVersion
+
+from pulsar_api.errors import SettingsError
+from pulsar_api.settings import Settings
+
+_Format = serialization.PublicFormat.SubjectPublicKeyInfo
+_DER = serialization.Encoding.DER
+
+
+@frozen
+class Identity:
+    """A private key, its certificate, and what leads from that to a known authority."""
+
+    key: Any  # one of cryptography's many private key types
+    certificate: x509.Certificate
+    chain: tuple[x509.Certificate, ...] = ()
+
+    def options(self) -> CertificateOptions:
+        """Return options for a server: TLS 1.2 and 1.3, nothing older."""
+        # Twisted takes cryptography's objects at run time, its annotations do not know.
+        any_: Any = CertificateOptions
+        options: CertificateOptions = any_(
+            privateKey=self.key,
+            certificate=self.certificate,
+            extraCertChain=list(self.chain),
+            insecurelyLowerMinimumTo=None,
+            lowerMaximumSecurityTo=None,
+            raiseMinimumTo=TLSVersion.TLSv1_2,
+        )
+        return options
+
+
+def development_files() -> tuple[Path, Path]:
+    """Return key and certificate for ``*.pulsar.local`` and ``localhost``.
+
+    Everybody has the key: they are for development, on loopback.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "ssl", package.parent / "ssl"):
+        if (folder / "pulsar.local.key").exists():
+            return folder / "pulsar.local.key", folder / "pulsar.local.crt"
+    raise SettingsError("--dev: the certificate of *.pulsar.local is not installed")
+
+
+def load(settings: Settings) -> Identity | None:
+    """Return what the settings name, None for plain HTTP; or raise `SettingsError`."""
+    if not settings.secure:
+        return None
+    phrase = None
+    if settings.ssl_passphrase:
+        data = _read("--ssl-passphrase", Path(settings.ssl_passphrase))
+        phrase = data.rstrip(b"\r\n") or None
+    if settings.dev:
+        key, certificate = development_files()
+        return _from_pem(key, certificate, None)
+    if settings.ssl_pfx:
+        return _from_pfx(Path(settings.ssl_pfx), phrase)
+    assert settings.ssl_key is not None
+    assert settings.ssl_cert is not None
+    return _from_pem(Path(settings.ssl_key), Path(settings.ssl_cert), phrase)
+
+
+def is_development(identity: Identity) -> bool:
+    """Return whether everybody has this key."""
+    _, path = development_files()
+    own = x509.load_pem_x509_certificate(path.read_bytes())
+    return _public(own.public_key()) == _public(identity.certificate.public_key())
+
+
+def _read(option: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise SettingsError(f"{option}: cannot read {path}: {e.strerror}") from None
+
+
+def _public(key: Any) -> bytes:
+    data: bytes = key.public_bytes(_DER, _Format)
+    return data
+
+
+def _from_pem(key_path: Path, cert_path: Path, phrase: bytes | None) -> Identity:
+    key_data = _read("--ssl-key", key_path)
+    cert_data = _read("--ssl-cert", cert_path)
+    encrypted = b"ENCRYPTED" in key_data
+    if encrypted and phrase is None:
+        raise SettingsError(
+            f"--ssl-key: {key_path} has a passphrase; name the file that holds it by "
+            "--ssl-passphrase"
+        )
+    try:
+        key = serialization.load_pem_private_key(key_data, phrase if encrypted else None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        why = "the passphrase is wrong" if encrypted else "it is no private key in PEM form"
+        raise SettingsError(f"--ssl-key: cannot use {key_path}: {why}") from None
+    try:
+        first, *chain = x509.load_pem_x509_certificates(cert_data)
+    except ValueError:
+        raise SettingsError(
+            f"--ssl-cert: {cert_path} holds no certificate in PEM form"
+        ) from None
+    return _fitting(Identity(key, first, tuple(chain)), f"--ssl-cert: {cert_path}")
+
+
+def _from_pfx(path: Path, phrase: bytes | None) -> Identity:
+    data = _read("--ssl-pfx", path)
+    try:
+        key, certificate, chain = pkcs12.load_key_and_certificates(data, phrase)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise SettingsError(
+            f"--ssl-pfx: cannot open {path}: it is no PKCS #12 file, or the passphrase "
+            "(--ssl-passphrase) is wrong or missing"
+        ) from None
+    if key is None or certificate is None:
+        raise SettingsError(f"--ssl-pfx: {path} must hold a key and its certificate")
+    return _fitting(Identity(key, certificate, tuple(chain)), f"--ssl-pfx: {path}")
+
+
+def _fitting(identity: Identity, where: str) -> Identity:
+    if _public(identity.key.public_key()) != _public(identity.certificate.public_key()):
+        raise SettingsError(f"{where}: the key does not belong to the certificate")
+    return identity

@@ -1,0 +1,1 @@
+"""The HTTP side: requests to calls of the service, and its answers back."""

@@ -1,0 +1,80 @@
+"""The pages for people, and the root of the tree that serves everything."""
+
+from importlib.resources import files
+from typing import ClassVar
+from urllib.parse import unquote_to_bytes
+
+from attrs import frozen
+from klein import Klein
+from twisted.web.resource import IResource, Resource
+from twisted.web.server import Request
+
+from pulsar_api.web.reply import handle_errors, problem, reply
+
+_HTML = "text/html; charset=utf-8"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+
+
+def _new_app() -> Klein:
+    app = Klein()
+    app.url_map.strict_slashes = False
+    handle_errors(app)
+    return app
+
+
+@frozen(eq=False)
+class Pages:
+    """What a browser shows."""
+
+    app: ClassVar[Klein] = _new_app()
+    page: bytes = (files("pulsar_api") / "ui" / "index.html").read_bytes()
+
+    @app.route("/", methods=["GET"])
+    def root(self, request: Request) -> bytes:
+        request.setHeader("Location", "/web/")
+        return reply(request, b"", 302, _HTML)
+
+    @app.route("/web", methods=["GET"])
+    @app.route("/web/job/<number>", methods=["GET"])
+    @app.route("/pulsar", methods=["GET"])
+    @app.route("/pulsar/index.html", methods=["GET"])
+    def index(self, request: Request, number: str = "") -> bytes:
+        request.setHeader("Content-Security-Policy", _POLICY)
+        request.setHeader("Referrer-Policy", "no-referrer")
+        return reply(request, self.page, kind=_HTML)
+
+
+class Root(Resource):
+    """Looks at the path before anybody routes by it, and chooses who does."""
+
+    isLeaf = True
+
+    def __init__(self, api: IResource, pages: IResource) -> None:
+        super().__init__()
+        self._api = api
+        self._pages = pages
+
+    def render(self, request: Request) -> bytes | int:
+        """Refuse a path that would be routed as something else than it says."""
+        segments = request.path.split(b"/")[1:]
+        # Those of POST /:app/:env have names that the sender knows.
+        names = ["app", "env"] if len(segments) == 2 else ["path"] * len(segments)
+        for name, segment in zip(names, segments, strict=True):
+            text = unquote_to_bytes(segment)
+            why = None
+            if b"/" in text or b"\0" in text:
+                why = "a slash or NUL is not allowed in it, percent-encoded or not"
+            try:
+                text.decode("utf-8")
+            except UnicodeDecodeError:
+                why = "must be UTF-8"
+            if why is not None:
+                detail = f"{name}: {why}"
+                title = "Invalid input"
+                return problem(request, 400, "invalid-input", title, detail, name)
+        if not request.method.isalpha() or not request.path.startswith(b"/"):
+            detail = "This method or target is not understood."
+            return problem(request, 400, "malformed", "Bad Request", detail)
+        ours = segments[0] in {b"", b"web", b"pulsar"}
+        answer: bytes | int = (self._pages if ours else self._api).render(request)
+        return answer

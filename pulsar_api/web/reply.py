@@ -1,0 +1,154 @@
+"""Ways to answer: a value, a problem, a stream; and which error is which problem."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from klein import Klein
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IPullProducer
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from twisted.web.server import Request
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from zope.interface import implementer
+
+from pulsar_api import errors, wire
+from pulsar_api.web.origin import ForeignOrigin
+
+_log = Logger()
+
+JSON = "application/json"
+
+# For each error: status, type, title, seconds for Retry-After.
+_PROBLEMS: dict[type[errors.PulsarError], tuple[int, str, str, int | None]] = {
+    errors.InvalidInput: (400, "invalid-input", "Invalid input", None),
+    wire.UnsupportedMedia: (415, "unsupported-media", "Unsupported media type", None),
+    errors.UnknownTask: (404, "unknown-task", "Unknown task", None),
+    ForeignOrigin: (403, "foreign-origin", "Request from another site", None),
+    errors.QueueFull: (503, "queue-full", "Queue full", 10),
+    errors.ShuttingDown: (503, "stopping", "Daemon is stopping", 5),
+    errors.StoreUnavailable: (503, "store-unavailable", "Database unavailable", 10),
+}
+
+
+def reply(request: Request, body: bytes, code: int = 200, kind: str = JSON) -> bytes:
+    """Set the head of an answer and return its body."""
+    request.setResponseCode(code)
+    request.setHeader("Content-Type", kind)
+    request.setHeader("Cache-Control", "no-store")
+    request.setHeader("X-Content-Type-Options", "nosniff")
+    request.setHeader("Content-Length", str(len(body)))
+    return body
+
+
+def problem(
+    request: Request,
+    status: int,
+    type_: str,
+    title: str,
+    detail: str,
+    field: str | None = None,
+) -> bytes:
+    """Answer with an error."""
+    body = wire.problem(status, type_, title, detail, field)
+    return reply(request, body, status, wire.PROBLEM)
+
+
+async def stream(request: Request, pieces: Iterator[bytes]) -> bytes:
+    """Answer piece by piece, as fast as the client reads; nothing is held."""
+    request.setResponseCode(200)
+    request.setHeader("Content-Type", JSON)
+    request.setHeader("Cache-Control", "no-store")
+    request.setHeader("X-Content-Type-Options", "nosniff")
+    if request.method != b"HEAD":
+        await _Pump(request, pieces).run()
+    return b""
+
+
+@implementer(IPullProducer)
+class _Pump:
+    """Writes one piece whenever the client has room for it."""
+
+    def __init__(self, request: Request, pieces: Iterator[bytes]) -> None:
+        self._request = request
+        self._pieces = pieces
+        self._done: Deferred[None] = Deferred(lambda _: self.stopProducing())
+
+    def run(self) -> Deferred[None]:
+        """Fire when the last piece is written. Cancelled when the client goes away."""
+        self._request.registerProducer(self, False)
+        return self._done
+
+    def resumeProducing(self) -> None:
+        try:
+            piece = next(self._pieces, None)
+        except OSError:
+            # Half an answer must not look whole.
+            _log.failure("Cannot read output")
+            transport: Any = self._request.transport
+            transport.abortConnection()
+            return
+        if piece is not None:
+            self._request.write(piece)
+        else:
+            self._request.unregisterProducer()
+            self._done.callback(None)
+
+    def stopProducing(self) -> None:
+        self._pieces = iter(())
+
+
+def handle_errors(app: Klein) -> None:
+    """Make a Klein application answer every error as a problem (RFC 9457)."""
+
+    @app.handle_errors(errors.PulsarError)
+    def known(self: Any, request: Any, failure: Failure) -> bytes:
+        error = failure.value
+        assert isinstance(error, errors.PulsarError)
+        status, type_, title, retry = _PROBLEMS[type(error)]
+        if isinstance(error, errors.StoreUnavailable) and error.full:
+            status = 507
+        if retry is not None:
+            request.setHeader("Retry-After", str(retry))
+        name = error.field if isinstance(error, errors.InvalidInput) else None
+        return problem(request, status, type_, title, str(error), name)
+
+    @app.handle_errors(HTTPException)
+    def routing(self: Any, request: Any, failure: Failure) -> bytes:
+        error = failure.value
+        assert isinstance(error, HTTPException)
+        if isinstance(error, MethodNotAllowed):
+            allowed = sorted({*(error.valid_methods or ()), "OPTIONS"})
+            request.setHeader("Allow", ", ".join(allowed))
+            if request.method == b"OPTIONS":
+                request.setResponseCode(204)
+                return b""
+            method = request.method.decode("ascii", "replace")
+            detail = f"{method} is not possible here; possible: {', '.join(allowed)}."
+            title = "Method not allowed"
+            return problem(request, 405, "method-not-allowed", title, detail)
+        detail = "Nothing is here; /pulsar/index.html lists what there is."
+        return problem(request, 404, "not-found", "Not found", detail)
+
+    @app.handle_errors(Exception)
+    def unexpected(self: Any, request: Any, failure: Failure) -> bytes:
+        _log.failure("Cannot answer {uri}", failure, uri=request.uri)
+        detail = "This is a fault of the daemon; its log says more."
+        return problem(request, 500, "internal-error", "Internal error", detail)
+
+
+def not_modified(request: Request, etag: str) -> bool:
+    """Set the ETag; return whether the client has this version already (RFC 9110)."""
+    request.setHeader("ETag", etag)
+    given = request.requestHeaders.getRawHeaders("if-none-match", [])
+    tags = [tag.strip().removeprefix("W/") for line in given for tag in line.split(",")]
+    if etag not in tags and "*" not in tags:
+        return False
+    request.setResponseCode(304)
+    return True
+
+
+def header(request: Request, name: str) -> str:
+    """Return a header of the request, "" if it is not there."""
+    value: Any = request.getHeader(name)
+    return value or ""

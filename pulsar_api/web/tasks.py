@@ -1,0 +1,239 @@
+"""The API of the document: tasks over HTTP."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import urlencode
+
+from attrs import field, frozen
+from klein import Klein
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.web.server import Request
+from werkzeug.routing import BaseConverter
+
+from pulsar_api import wire
+from pulsar_api.errors import UnknownTask
+from pulsar_api.output import Output
+from pulsar_api.service import MAX_ID, TaskService
+from pulsar_api.task import Task, TaskSnapshot, TaskSpec
+from pulsar_api.web.origin import Origins
+from pulsar_api.web.reply import handle_errors, header, not_modified, reply, stream
+from pulsar_api.wire import Part
+
+RESERVED = (
+    "task tasks job jobs pulsar web websocket event events api static login logout"
+).split()
+"""First segments of a path that are no app's name."""
+
+_SMALL = 1 << 18  # bytes of output up to which an answer is built at once, and shared
+_SHARED = 16  # how many such answers are kept for the next who asks
+_OUTPUTS = ("full", "tail", "none")
+_UNCHANGED = wire.encode({"changed": False})
+
+
+class _AppConverter(BaseConverter):
+    regex = rf"(?!(?:{'|'.join(RESERVED)})\Z)[^/]+"
+    part_isolating = True
+
+
+def _new_app() -> Klein:
+    app = Klein()
+    app.url_map.converters["app"] = _AppConverter
+    app.url_map.strict_slashes = False
+    app.url_map.merge_slashes = False
+    handle_errors(app)
+    return app
+
+
+@frozen(eq=False)
+class TaskAPI:
+    """The routes of the API. ``app.resource()`` is what a site serves."""
+
+    app: ClassVar[Klein] = _new_app()
+
+    service: TaskService
+    folder: Path
+    """Where the output of task 47 is in the folder ``47``."""
+    clock: IReactorTime
+    origins: Origins
+    poll_timeout: float = 30.0
+    _shared: OrderedDict[tuple[object, ...], bytes] = field(factory=OrderedDict)
+
+    # -- tasks
+
+    @app.route("/tasks", methods=["GET"])
+    async def list_tasks(self, request: Request) -> bytes:
+        query = _query(request)
+        wanted = wire.parse_task_query(query)
+        how = wire.parse_choice(query, "output", "tail", _OUTPUTS)
+        found = await self.service.list(wanted)
+        if len(found) == wanted.limit and found[-1].id > 1:
+            more = urlencode({**query, "before": found[-1].id})
+            request.setHeader("Link", f'</tasks?{more}>; rel="next"')
+        base = self.origins.base(request)
+        parts = [Part.chosen(how, task, self._output(task)) for task in found]
+        pieces = chain(
+            [wire.list_head(base)],
+            *(
+                chain(
+                    [f'{", " if number else ""}"{task.id}": '.encode()],
+                    self._pieces(task, base, part),
+                )
+                for number, (task, part) in enumerate(zip(found, parts, strict=True))
+            ),
+            [b"}}\n"],
+        )
+        return await _respond(request, pieces, sum(part.size for part in parts))
+
+    @app.route("/tasks/created", methods=["GET"])
+    async def created(self, request: Request) -> bytes:
+        query = _query(request)
+        created = self.service.created
+        since = wire.parse_number(query, "since", created.version, MAX_ID)
+        how = wire.parse_choice(query, "output", "full", _OUTPUTS)
+        seconds = self._seconds(request, query)
+        # A number from the future is from another database: take it as "from now on".
+        seen = min(since, created.version)
+        if created.version == seen:
+            await self._wait(created.after(seen), seconds)
+        task = await self.service.next_after(seen)
+        if task is None:
+            return reply(request, _UNCHANGED)
+        return await self._changed(
+            request, task, Part.chosen(how, task, self._output(task))
+        )
+
+    @app.route("/<app:app>/<env>", methods=["POST"])
+    async def create(self, request: Request, app: str, env: str) -> bytes:
+        self.origins.check(request)
+        body = request.content.read() if request.content is not None else b""
+        asked = wire.parse_new_task(header(request, "content-type"), body, _query(request))
+        spec = TaskSpec(app, env, asked.action, asked.variables)
+        snapshot = (await self.service.create(spec)).snapshot
+        request.setHeader("Location", f"/task/{snapshot.id}")
+        url = wire.task_url(self.origins.base(request), snapshot.id)
+        answer = {"taskId": snapshot.id, "id": snapshot.id, "url": url}
+        return reply(request, wire.encode(answer))
+
+    # -- one task
+
+    @app.route("/task/<number>", methods=["GET"])
+    async def task(self, request: Request, number: str) -> bytes:
+        how = wire.parse_choice(_query(request), "output", "full", _OUTPUTS)
+        task = await self._find(number)
+        task.refresh()
+        snapshot = task.snapshot
+        if not_modified(request, f'"{snapshot.version}-{how}"'):
+            return b""
+        part = Part.chosen(how, snapshot, self._output(snapshot))
+        pieces = self._pieces(snapshot, self.origins.base(request), part)
+        return await _respond(request, chain(pieces, [b"\n"]), part.size)
+
+    @app.route("/task/<number>/output", methods=["GET"])
+    async def output(self, request: Request, number: str) -> bytes:
+        query = _query(request)
+        task = await self._find(number)
+        seen = wire.parse_number(query, "since", task.changes.version, MAX_ID)
+        offset = wire.parse_number(query, "offset", -1, MAX_ID)
+        how = wire.parse_choice(query, "output", "full", _OUTPUTS)
+        seconds = self._seconds(request, query)
+        if not task.snapshot.status.ended and task.changes.version == seen:
+            await self._wait(task.changes.after(seen), seconds)
+            if task.changes.version == seen:
+                return reply(request, _UNCHANGED)
+        snapshot = task.snapshot
+        if offset < 0:
+            part = Part.chosen(how, snapshot, self._output(snapshot))
+            return await self._changed(request, snapshot, part)
+        start = self._output(snapshot).character_start(min(offset, snapshot.output_size))
+        part = Part(start, snapshot.output_size)
+        return await self._changed(request, snapshot, part, part.end)
+
+    @app.route("/task/<number>/state", methods=["GET"])
+    async def state(self, request: Request, number: str) -> bytes:
+        query = _query(request)
+        task = await self._find(number)
+        seen = wire.parse_number(query, "since", task.changes.version, MAX_ID)
+        how = wire.parse_choice(query, "output", "full", _OUTPUTS)
+        seconds = self._seconds(request, query)
+        if not task.snapshot.status.ended and task.changes.version == seen:
+            await self._wait(task.end.after(0), seconds)
+            if not task.snapshot.status.ended:
+                return reply(request, _UNCHANGED)
+        part = Part.chosen(how, task.snapshot, self._output(task.snapshot))
+        return await self._changed(request, task.snapshot, part)
+
+    @app.route("/task/<number>/kill", methods=["GET", "POST"])
+    async def kill(self, request: Request, number: str) -> bytes:
+        how = wire.parse_choice(_query(request), "output", "full", _OUTPUTS)
+        self.origins.check(request)
+        task = await self._find(number)
+        if request.method != b"HEAD":  # which promises to change nothing
+            task = await self.service.kill(task.snapshot.id, _caller(request))
+        part = Part.chosen(how, task.snapshot, self._output(task.snapshot))
+        pieces = self._pieces(task.snapshot, self.origins.base(request), part)
+        return await _respond(request, chain(pieces, [b"\n"]), part.size)
+
+    # -- what they share
+
+    async def _find(self, number: str) -> Task:
+        if not (number.isascii() and number.isdigit() and len(number) < 20):
+            raise UnknownTask(number[:100])
+        return await self.service.find(int(number))
+
+    def _output(self, snapshot: TaskSnapshot) -> Output:
+        return Output(self.folder / str(snapshot.id))
+
+    def _pieces(self, snapshot: TaskSnapshot, base: str, part: Part) -> Iterator[bytes]:
+        return wire.task_pieces(snapshot, base, self._output(snapshot), part)
+
+    def _seconds(self, request: Request, query: dict[str, str]) -> float:
+        seconds = wire.parse_seconds(query, "timeout", self.poll_timeout)
+        return 0.0 if request.method == b"HEAD" else seconds
+
+    async def _wait(self, change: Deferred[int], seconds: float) -> None:
+        await change.addTimeout(seconds, self.clock, lambda *_: 0)
+
+    async def _changed(
+        self,
+        request: Request,
+        snapshot: TaskSnapshot,
+        part: Part,
+        next_offset: int | None = None,
+    ) -> bytes:
+        base = self.origins.base(request)
+        offset = b"" if next_offset is None else b', "nextOffset": %d' % next_offset
+        pieces = chain(
+            [b'{"changed": true%s, "task": ' % offset],
+            self._pieces(snapshot, base, part),
+            [b"}\n"],
+        )
+        if part.size > _SMALL:
+            return await _respond(request, pieces, part.size)
+        # Thousands may wait for the same change: build their answer once.
+        key = (snapshot.id, snapshot.version, base, part, offset)
+        body = self._shared.get(key)
+        if body is None:
+            body = self._shared[key] = b"".join(pieces)
+            while len(self._shared) > _SHARED:
+                self._shared.popitem(last=False)
+        return reply(request, body)
+
+
+async def _respond(request: Request, pieces: Iterable[bytes], size: int) -> bytes:
+    """Answer at once if it is small, else as fast as the client reads."""
+    if size <= _SMALL:
+        return reply(request, b"".join(pieces))
+    return await stream(request, iter(pieces))
+
+
+def _query(request: Request) -> dict[str, str]:
+    return wire.parse_query(request.uri.partition(b"?")[2])
+
+
+def _caller(request: Request) -> str:
+    """Return who asks, as well as it is known without authentication."""
+    return getattr(request.getClientAddress(), "host", None) or "a local user"

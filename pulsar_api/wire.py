@@ -1,0 +1,283 @@
+"""What goes over the wire: JSON of requests and answers, in both directions."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import parse_qsl
+
+from attrs import frozen
+
+from pulsar_api.errors import InvalidInput, PulsarError
+from pulsar_api.output import Output
+from pulsar_api.task import Status, TaskQuery, TaskSnapshot
+
+PROBLEM = "application/problem+json"
+TYPE_PREFIX = "urn:pulsar-api:problem:"
+TAIL = 4096
+"""Bytes of output of each task in a list."""
+MAX_LIST = 1000
+_MAX_FIELDS = 500
+
+
+@frozen
+class UnsupportedMedia(PulsarError):
+    """A body in a form that is not understood."""
+
+    content_type: str
+
+    def __str__(self) -> str:
+        return (
+            f"A body of type {self.content_type!r} is not understood; send "
+            "application/json or application/x-www-form-urlencoded."
+        )
+
+
+# -- requests
+
+
+def parse_query(query: bytes) -> dict[str, str]:
+    """Return the parameters of a URL; of a repeated one the last."""
+    return _fields("query", query)
+
+
+def _fields(where: str, data: bytes) -> dict[str, str]:
+    try:
+        # keep_blank_values: an empty action is a wrong action, not a missing one.
+        pairs = parse_qsl(
+            data.decode("ascii"),
+            keep_blank_values=True,
+            encoding="utf-8",
+            errors="strict",
+            max_num_fields=_MAX_FIELDS,
+        )
+    except UnicodeError:
+        raise InvalidInput(where, "must be percent-encoded UTF-8") from None
+    except ValueError:
+        raise InvalidInput(where, f"at most {_MAX_FIELDS} fields are allowed") from None
+    return dict(pairs)
+
+
+@frozen
+class NewTask:
+    """What the body and the query of a ``POST /:app/:env`` ask for."""
+
+    action: str
+    variables: Mapping[str, str]
+
+
+def parse_new_task(content_type: str, body: bytes, query: Mapping[str, str]) -> NewTask:
+    """Read a request for a task. What the body says is preferred to the query."""
+    kind = content_type.partition(";")[0].strip().lower()
+    fields: dict[str, Any] = {}
+    if kind == "application/json":
+        fields = _json_object(body)
+    elif kind == "application/x-www-form-urlencoded":
+        fields = _form(body)
+    elif body or kind:
+        raise UnsupportedMedia(content_type[:100])
+    action = fields.get("action", query.get("action"))
+    if action is None:
+        raise InvalidInput("action", "is missing; say which action to run")
+    if not isinstance(action, str):
+        raise InvalidInput("action", "must be a text")
+    return NewTask(action.strip(" \t"), _variables(fields.get("variables", {})))
+
+
+def _form(body: bytes) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    variables: dict[str, str] = {}
+    for name, value in _fields("body", body).items():
+        if name.startswith("variables[") and name.endswith("]"):
+            variables[name[len("variables[") : -1]] = value
+        else:
+            fields[name] = value
+    if "variables" in fields:
+        raise InvalidInput("variables", "in a form write variables[key]=value")
+    return {**fields, "variables": variables}
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    def refuse(text: str) -> None:
+        raise ValueError(f"{text} is no JSON")
+
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as e:
+        why = "it is nested too deeply" if isinstance(e, RecursionError) else str(e)
+        raise InvalidInput("body", f"must be JSON in UTF-8: {why}"[:300]) from None
+    if not isinstance(value, dict):
+        raise InvalidInput("body", "must be a JSON object")
+    return value
+
+
+def _variables(value: object) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise InvalidInput("variables", "must be an object")
+    result = {}
+    for key, item in value.items():
+        if isinstance(item, bool) or not isinstance(item, str | int | float):
+            where = f"variables.{key[:100]}"
+            raise InvalidInput(where, "must be a text or a number")
+        try:
+            result[key] = str(item)
+        except ValueError:
+            raise InvalidInput(f"variables.{key[:100]}", "has too many digits") from None
+    return result
+
+
+def parse_number(query: Mapping[str, str], name: str, default: int, most: int) -> int:
+    """Return a parameter that is a whole number from 0 to ``most``."""
+    text = query.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= most):
+        raise InvalidInput(name, f"must be a whole number from 0 to {most}")
+    return int(text)
+
+
+def parse_seconds(query: Mapping[str, str], name: str, most: float) -> float:
+    """Return a parameter that is a time from 0 to ``most``, which is the default too."""
+    try:
+        seconds = float(query.get(name, most))
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= most:
+        raise InvalidInput(name, f"must be a number of seconds from 0 to {most:g}")
+    return seconds
+
+
+def parse_choice(
+    query: Mapping[str, str], name: str, default: str, choices: tuple[str, ...]
+) -> str:
+    """Return a parameter that is one of a few words."""
+    value = query.get(name, default)
+    if value not in choices:
+        raise InvalidInput(name, f"must be one of {', '.join(choices)}")
+    return value
+
+
+def parse_task_query(query: Mapping[str, str]) -> TaskQuery:
+    """Return which tasks a list shall hold."""
+    limit = parse_number(query, "limit", 100, MAX_LIST)
+    if limit == 0:
+        raise InvalidInput("limit", f"must be a whole number from 1 to {MAX_LIST}")
+    status = query.get("status")
+    if status is not None:
+        parse_choice(query, "status", "", tuple(Status))
+    before = parse_number(query, "before", 0, 2**63 - 1) if "before" in query else None
+    return TaskQuery(
+        limit=limit,
+        before=before,
+        status=None if status is None else Status(status),
+        app=query.get("app"),
+        env=query.get("env"),
+        user=query.get("user"),
+    )
+
+
+# -- answers
+
+
+def problem(
+    status: int, type_: str, title: str, detail: str, field: str | None = None
+) -> bytes:
+    """Return an error in the form of RFC 9457; ``error`` repeats it for old clients."""
+    value = {
+        "type": TYPE_PREFIX + type_,
+        "title": title,
+        "status": status,
+        "detail": detail,
+        "error": detail,
+    }
+    if field is not None:
+        value["field"] = field
+    return encode(value)
+
+
+def encode(value: object) -> bytes:
+    """Return a value as JSON, one line."""
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+def _time(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    text = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
+
+
+def _task_fields(snapshot: TaskSnapshot, base: str) -> dict[str, object]:
+    spec = snapshot.spec
+    return {
+        "id": snapshot.id,
+        "status": snapshot.status,
+        "app": spec.app,
+        "env": spec.env,
+        "action": spec.action,
+        "exitCode": snapshot.exit_code,
+        "pid": snapshot.pid,
+        "version": snapshot.version,
+        "outputSize": snapshot.output_size,
+        "command": snapshot.command,
+        "signal": snapshot.signal,
+        "reason": snapshot.reason,
+        "variables": dict(spec.variables),
+        "user": spec.user,
+        "waitingFor": snapshot.waiting_for,
+        "createdAt": _time(snapshot.created_at),
+        "startedAt": _time(snapshot.started_at),
+        "endedAt": _time(snapshot.ended_at),
+        "url": task_url(base, snapshot.id),
+    }
+
+
+def task_url(base: str, task_id: int) -> str:
+    """Return the address of a task's page."""
+    return f"{base}/web#job/{task_id}"
+
+
+def list_head(base: str) -> bytes:
+    """Return how the answer with a list of tasks begins."""
+    url = json.dumps(f"{base}/pulsar/index.html", ensure_ascii=False)
+    return f'{{"url": {url}, "tasks": {{'.encode()
+
+
+@frozen
+class Part:
+    """Which bytes of a task's output an answer holds."""
+
+    start: int
+    end: int
+
+    @classmethod
+    def chosen(cls, how: str, snapshot: TaskSnapshot, output: Output) -> "Part":
+        """Return all of it, its tail, or nothing, as ``how`` says."""
+        size = snapshot.output_size
+        start = {"full": 0, "tail": max(0, size - TAIL), "none": size}[how]
+        return cls(output.character_start(start) if how == "tail" else start, size)
+
+    @property
+    def size(self) -> int:
+        """How many bytes that are."""
+        return self.end - self.start
+
+
+def task_pieces(
+    snapshot: TaskSnapshot, base: str, output: Output, part: Part
+) -> Iterator[bytes]:
+    """Yield the JSON of a task piece by piece; nothing of it is held.
+
+    ``output`` stands last; ``outputOffset`` says at which byte it begins, where that is
+    not the first.
+    """
+    fields = _task_fields(snapshot, base)
+    if part.start:
+        fields["outputOffset"] = part.start
+    head = json.dumps(fields, ensure_ascii=False)
+    yield f'{head[:-1]}, "output": "'.encode()
+    for text in output.text(part.start, part.end):
+        if text:
+            yield json.dumps(text, ensure_ascii=False)[1:-1].encode()
+    yield b'"}'

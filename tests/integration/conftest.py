@@ -1,0 +1,55 @@
+"""Daemons that end with the test that started them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.daemon import Daemon
+
+Start = Callable[..., Daemon]
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    """Return a configuration repository for the ``scripts`` preset, with no action yet."""
+    folder = tmp_path / "repo" / "apps" / "site"
+    folder.mkdir(parents=True)
+    return folder.parents[1]
+
+
+Script = Callable[[str, str], None]
+
+
+@pytest.fixture
+def script(repo: Path) -> Script:
+    """Return a function that writes an action of the app ``site``."""
+
+    def write(name: str, text: str) -> None:
+        path = repo / "apps" / "site" / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    return write
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Return a function that starts a daemon with some options."""
+    daemons: list[Daemon] = []
+
+    def begin(*options: str, **more: object) -> Daemon:
+        folder = tmp_path / f"daemon{len(daemons)}"
+        folder.mkdir()
+        daemons.append(Daemon(folder, *options, **more))  # type: ignore[arg-type]
+        return daemons[-1]
+
+    yield begin
+    for daemon in daemons:
+        daemon.stop()
+
+
+@pytest.fixture
+def daemon(start: Start, repo: Path) -> Daemon:
+    """Return a daemon that runs the scripts of ``repo``."""
+    return start("--command", "scripts", "--config-repo", str(repo), "--kill-grace", "2")

@@ -1,0 +1,189 @@
+"""A real daemon as a child process, and raw HTTP to it: no code of ours on this side."""
+
+import json
+import os
+import re
+import signal
+import ssl
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+PATIENCE = 60.0
+"""Seconds after which something that must happen has not happened; no test is that slow."""
+
+CERTIFICATE = Path(__file__).parents[2] / "ssl" / "pulsar.local.crt"
+
+
+def wait_for(condition: Callable[[], T], what: str, patience: float = PATIENCE) -> T:
+    """Return what a condition gives as soon as that is true."""
+    until = time.monotonic() + patience
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < until, f"waited in vain for {what}"
+        time.sleep(0.01)
+
+
+class Answer:
+    """An HTTP answer, read to its end."""
+
+    def __init__(self, response: HTTPResponse) -> None:
+        self.status = response.status
+        self.headers = response.headers
+        self.body = response.read()
+
+    def json(self) -> Any:
+        """Return the body as JSON."""
+        return json.loads(self.body)
+
+
+class Daemon:
+    """``python -m pulsar_api`` with its own state, on a port that the kernel chose."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        environ: Mapping[str, str] | None = None,
+        program: Sequence[str] = (sys.executable, "-m", "pulsar_api"),
+    ) -> None:
+        self.folder = folder
+        self.state = folder / "state"
+        self.log = folder / "daemon.log"
+        self.environ = dict(os.environ if environ is None else environ)
+        port = (
+            ()
+            if any(o.startswith(("--port", "--listen")) for o in options)
+            else (
+                "--port",
+                "0",
+            )
+        )
+        self.arguments = [*program, "--state-dir", str(self.state), *port, *options]
+        self.start()
+
+    def start(self) -> None:
+        """Start it (again) and wait until it serves."""
+        begin = self.log.stat().st_size if self.log.exists() else 0
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env=self.environ,
+            )
+
+        def address() -> re.Match[str] | None:
+            assert self.process.poll() is None, self.log.read_text()
+            text = self.log.read_text()[begin:]
+            return re.search(r"listens on (https?)://(\S+):(\d+)", text)
+
+        found = wait_for(address, "the daemon's address")
+        self.scheme, host, port = found.groups()
+        self.host, self.port = host.strip("[]"), int(port)
+        self.base = f"{self.scheme}://localhost:{self.port}"
+        wait_for(lambda: self.get("/tasks?limit=1").status == 200, "the first answer")
+
+    def connect(self, timeout: float = PATIENCE) -> HTTPConnection:
+        """Return a new connection."""
+        if self.scheme == "http":
+            return HTTPConnection(self.host, self.port, timeout=timeout)
+        context = ssl.create_default_context(cafile=CERTIFICATE)
+        return HTTPSConnection("localhost", self.port, timeout=timeout, context=context)
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """Send one request on a connection of its own."""
+        connection = self.connect()
+        try:
+            connection.request(method, path, body, dict(headers or {}))
+            return Answer(connection.getresponse())
+        finally:
+            connection.close()
+
+    def get(self, path: str, **headers: str) -> Answer:
+        """GET a path."""
+        return self.request("GET", path, headers=headers)
+
+    def post(self, path: str, value: object = None) -> Answer:
+        """POST a value as JSON."""
+        body = json.dumps(value)
+        return self.request("POST", path, body, {"Content-Type": "application/json"})
+
+    def run(self, app: str, env: str, action: str, **variables: object) -> int:
+        """Create a task and return its number."""
+        answer = self.post(f"/{app}/{env}", {"action": action, "variables": variables})
+        assert answer.status == 200, answer.body
+        number: int = answer.json()["taskId"]
+        return number
+
+    def task(self, number: int) -> dict[str, Any]:
+        """Return a task."""
+        found: dict[str, Any] = self.get(f"/task/{number}").json()
+        return found
+
+    def ended(self, number: int) -> dict[str, Any]:
+        """Wait for the end of a task and return it without its output."""
+        while True:
+            answer = self.get(f"/task/{number}/state?output=none").json()
+            if answer["changed"]:
+                task: dict[str, Any] = answer["task"]
+                return task
+
+    def output_file(self, number: int) -> Path:
+        """Return where the bytes of a task are."""
+        return self.state / "tasks" / str(number) / "output"
+
+    def memory(self) -> int:
+        """Return the resident memory of the daemon in bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert found is not None
+        return int(found[1]) * 1024
+
+    def kill(self) -> None:
+        """Kill the daemon as a power cut would, but for the tasks."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        """Stop the daemon as an operator would, and whatever it left running."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(PATIENCE)
+        for lock in self.state.glob("tasks/*/lock"):
+            end_shim(lock)
+        return code
+
+
+def end_shim(lock: Path) -> None:
+    """End a task that its test left behind, by the process number in its lock."""
+    text = lock.read_text().strip()
+    try:
+        line = Path(f"/proc/{text}/cmdline").read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if text and str(lock.parent).encode() in line:
+        os.kill(int(text), signal.SIGTERM)
+
+
+def open_url(url: str) -> bytes:
+    """Return what is at a URL."""
+    with urllib.request.urlopen(url, timeout=PATIENCE) as response:
+        data: bytes = response.read()
+        return data
