@@ -104,7 +104,7 @@ _NOBODY: Any = None  # the trial never builds a protocol
 
 
 def _now(name: str, listening: Deferred[Any]) -> Any:
-    """Return what a listen gives, which is always there at once, or raise `CannotListen`."""
+    """Return what a listen gives, always at once, or raise `CannotListen`."""
     failures: list[Failure] = []
     ports: list[Any] = []
     listening.addCallbacks(ports.append, failures.append)

@@ -33,8 +33,6 @@ class Identity:
             privateKey=self.key,
             certificate=self.certificate,
             extraCertChain=list(self.chain),
-            insecurelyLowerMinimumTo=None,
-            lowerMaximumSecurityTo=None,
             raiseMinimumTo=TLSVersion.TLSv1_2,
         )
         return options

@@ -1,12 +1,15 @@
 """A real daemon as a child process, and raw HTTP to it: no code of ours on this side."""
 
+import fcntl
 import json
 import os
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import sys
+import termios
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +22,9 @@ PATIENCE = 60.0
 """Seconds after which something that must happen has not happened; no test is that slow."""
 
 CERTIFICATE = Path(__file__).parents[2] / "ssl" / "pulsar.local.crt"
+
+SHELL = "sh -c 'eval \"$PULSAR_VAR_run\"'"
+"""A ``--command`` that runs what the variable ``run`` says; see `Daemon.sh`."""
 
 
 def wait_for(condition: Callable[[], T], what: str, patience: float = PATIENCE) -> T:
@@ -54,8 +60,12 @@ class Daemon:
         *options: str,
         environ: Mapping[str, str] | None = None,
         program: Sequence[str] = (sys.executable, "-m", "pulsar_api"),
+        trust: Path = CERTIFICATE,
+        umask: int = -1,
     ) -> None:
         self.folder = folder
+        self.trust = trust
+        self.umask = umask
         self.state = folder / "state"
         self.log = folder / "daemon.log"
         self.environ = dict(os.environ if environ is None else environ)
@@ -81,6 +91,7 @@ class Daemon:
                 stderr=log,
                 cwd="/",
                 env=self.environ,
+                umask=self.umask,
             )
 
         def address() -> re.Match[str] | None:
@@ -98,7 +109,7 @@ class Daemon:
         """Return a new connection."""
         if self.scheme == "http":
             return HTTPConnection(self.host, self.port, timeout=timeout)
-        context = ssl.create_default_context(cafile=CERTIFICATE)
+        context = ssl.create_default_context(cafile=self.trust)
         return HTTPSConnection("localhost", self.port, timeout=timeout, context=context)
 
     def request(
@@ -132,6 +143,10 @@ class Daemon:
         number: int = answer.json()["taskId"]
         return number
 
+    def sh(self, run: str, env: str = "production", **variables: object) -> int:
+        """Create a task that runs a line of shell; the daemon's command is `SHELL`."""
+        return self.run("site", env, "run", run=run, **variables)
+
     def task(self, number: int) -> dict[str, Any]:
         """Return a task."""
         found: dict[str, Any] = self.get(f"/task/{number}").json()
@@ -156,6 +171,36 @@ class Daemon:
         assert found is not None
         return int(found[1]) * 1024
 
+    def forget_peak(self) -> None:
+        """Let `peak` count from now on."""
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """Return the most resident memory that the daemon had, in bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
+        assert found is not None
+        return int(found[1]) * 1024
+
+    def open_socket(self, timeout: float = PATIENCE) -> socket.socket:
+        """Return a new TCP connection without anything on it, not even TLS."""
+        return socket.create_connection((self.host, self.port), timeout=timeout)
+
+    def has_read(self, sock: socket.socket) -> bool:
+        """Return whether the daemon has read all that was sent on a connection.
+
+        By what the kernel says: nothing is on the way, nothing waits to be read. What the
+        daemon does at once with what it reads is then done before anything later.
+        """
+        left = int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        mine = sock.getsockname()[1]
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            _, local, remote, _, queues = line.split()[:5]
+            ports = int(local.partition(":")[2], 16), int(remote.partition(":")[2], 16)
+            if ports == (self.port, mine):
+                return left == 0 and int(queues.partition(":")[2], 16) == 0
+        return False
+
     def kill(self) -> None:
         """Kill the daemon as a power cut would, but for the tasks."""
         self.process.kill()
@@ -169,6 +214,51 @@ class Daemon:
         for lock in self.state.glob("tasks/*/lock"):
             end_shim(lock)
         return code
+
+
+class Poll:
+    """A request that the daemon has read, and whose answer comes later."""
+
+    def __init__(self, daemon: Daemon, path: str) -> None:
+        self.connection = daemon.connect()
+        self.connection.request("GET", path)
+        self.sock: socket.socket = self.connection.sock
+        wait_for(lambda: daemon.has_read(self.sock), f"the daemon to read GET {path}")
+
+    def waits(self) -> bool:
+        """Return whether no byte of the answer has come."""
+        self.sock.settimeout(0)
+        try:
+            self.sock.recv(1)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return True
+        finally:
+            self.sock.settimeout(PATIENCE)
+        return False
+
+    def close(self) -> None:
+        """Go away, as a client that does not want to wait any more."""
+        self.connection.close()
+
+    def answer(self) -> Answer:
+        """Wait for the answer and return it."""
+        try:
+            return Answer(self.connection.getresponse())
+        finally:
+            self.connection.close()
+
+
+def problem(answer: Answer, status: int, field: str | None = None) -> dict[str, Any]:
+    """Check that an answer is an error in the form that is promised, and return it."""
+    assert answer.status == status, answer.body
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    found: dict[str, Any] = answer.json()
+    assert found["status"] == status
+    assert found["type"].startswith("urn:pulsar-api:problem:")
+    assert found["title"]
+    assert found["detail"] == found["error"]
+    assert found.get("field") == field, found
+    return found
 
 
 def end_shim(lock: Path) -> None:

@@ -1,0 +1,137 @@
+"""Verified fakes: the contract tests hold them to what the real ones do."""
+
+from attrs import define, field
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.interfaces import IReactorTime
+
+from pulsar_api.errors import StoreUnavailable, UnknownTask
+from pulsar_api.ports import Clocks, Sink
+from pulsar_api.task import Cause, Command, Exit, TaskQuery, TaskSnapshot, TaskSpec
+
+
+@define(eq=False)
+class MemoryStore:
+    """A `TaskStore` that forgets everything with its process."""
+
+    rows: dict[int, TaskSnapshot] = field(factory=dict)
+    last: int = 0
+    broken: bool = False
+    """While set, every call fails with `StoreUnavailable`."""
+    slow: bool = False
+    """While set, records are done only when `finish` is called."""
+    _pending: list[Deferred[None]] = field(factory=list)
+
+    def create(self, spec: TaskSpec, created_at: float) -> Deferred[TaskSnapshot]:
+        if self.broken:
+            return fail(StoreUnavailable("the fake is broken"))
+        self.last += 1
+        snapshot = TaskSnapshot(self.last, spec, created_at)
+        self.rows[self.last] = snapshot
+        return self._written().addCallback(lambda _: snapshot)
+
+    def save(self, snapshot: TaskSnapshot) -> Deferred[None]:
+        if self.broken:
+            return fail(StoreUnavailable("the fake is broken"))
+        if self.rows[snapshot.id].revision <= snapshot.revision:
+            self.rows[snapshot.id] = snapshot
+        return self._written()
+
+    def load(self, task_id: int) -> Deferred[TaskSnapshot]:
+        if self.broken:
+            return fail(StoreUnavailable("the fake is broken"))
+        if task_id not in self.rows:
+            return fail(UnknownTask(str(task_id)))
+        return succeed(self.rows[task_id])
+
+    def select(self, query: TaskQuery) -> Deferred[list[TaskSnapshot]]:
+        wanted = {
+            "status": query.status,
+            "spec.app": query.app,
+            "spec.env": query.env,
+            "spec.user": query.user,
+        }
+
+        def fits(row: TaskSnapshot) -> bool:
+            for name, value in wanted.items():
+                holder, _, attribute = name.rpartition(".")
+                found = getattr(row.spec if holder else row, attribute)
+                if value is not None and found != value:
+                    return False
+            return query.before is None or row.id < query.before
+
+        found = [row for row in reversed(self.rows.values()) if fits(row)]
+        return succeed(found[: query.limit])
+
+    def after(self, task_id: int) -> Deferred[TaskSnapshot | None]:
+        found = [row for number, row in self.rows.items() if number > task_id]
+        return succeed(found[0] if found else None)
+
+    def unfinished(self) -> Deferred[list[TaskSnapshot]]:
+        return succeed([row for row in self.rows.values() if not row.status.ended])
+
+    def finish(self) -> None:
+        """Let what was recorded while `slow` be done."""
+        pending, self._pending = self._pending, []
+        for one in pending:
+            one.callback(None)
+
+    def _written(self) -> Deferred[None]:
+        if not self.slow:
+            return succeed(None)
+        self._pending.append(Deferred())
+        return self._pending[-1]
+
+
+@define(eq=False)
+class FakeRun:
+    """A run that a test drives through its sink."""
+
+    clock: IReactorTime
+    task_id: int
+    sink: Sink | None
+    command: Command | None
+    clocks: Clocks | None
+    adopted: bool
+    kills: int = 0
+    deaf: bool = False
+    """While set, a kill changes nothing, like a program that ignores TERM."""
+
+    def kill(self) -> None:
+        self.kills += 1
+        if self.kills == 1 and not self.deaf:
+            self.clock.callLater(0, self.end, signal="SIGTERM", cause=Cause.KILL)
+
+    def detach(self) -> None:
+        self.sink = None
+
+    def start(self, pid: int = 4711) -> None:
+        if self.sink is not None:
+            self.sink.started(pid)
+
+    def end(self, code: int | None = None, **more: object) -> None:
+        """End with an exit code, or as the fields of `Exit` say."""
+        sink, self.sink = self.sink, None
+        if sink is not None:
+            sink.ended(Exit(self.clock.seconds(), code, **more))  # type: ignore[arg-type]
+
+
+@define(eq=False)
+class FakeExecutor:
+    """An `Executor` whose runs do what the test says."""
+
+    clock: IReactorTime
+    runs: list[FakeRun] = field(factory=list)
+
+    def start(self, task_id: int, command: Command, clocks: Clocks, sink: Sink) -> FakeRun:
+        return self._keep(FakeRun(self.clock, task_id, sink, command, clocks, False))
+
+    def adopt(self, task_id: int, sink: Sink) -> FakeRun:
+        return self._keep(FakeRun(self.clock, task_id, sink, None, None, True))
+
+    def _keep(self, run: FakeRun) -> FakeRun:
+        self.runs.append(run)
+        return run
+
+    def run(self, task_id: int) -> FakeRun:
+        """Return the newest run of a task."""
+        return next(run for run in reversed(self.runs) if run.task_id == task_id)

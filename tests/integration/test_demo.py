@@ -1,0 +1,87 @@
+"""The demonstration, as the README starts it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.daemon import PATIENCE, wait_for
+
+DEMO = (sys.executable, "-c", "from pulsar_api.cli import main; main()", "demo")
+
+
+@pytest.fixture
+def environ(environ: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """Return an environment whose temporary folder can be looked into."""
+    return {**environ, "TMPDIR": str(tmp_path)}
+
+
+def once(environ: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the demonstration to the end of its task."""
+    return subprocess.run(
+        [*DEMO, "--once", *arguments],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+def test_it_deploys_for_real_and_ends_with_0(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    """The lines of the deployment are shown, and nothing is left behind."""
+    done = once(environ)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "** Copying public/index.html" in done.stdout
+    assert "Published: " in done.stdout
+    assert "The task ended: finished, exit code 0." in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("action", "code"), [("fail", 3), ("rollback", 1)])
+def test_a_task_that_fails_gives_its_exit_code(
+    environ: dict[str, str], action: str, code: int
+) -> None:
+    """A rollback fails because nothing was deployed before."""
+    done = once(environ, action)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert f"The task ended: failed, exit code {code}." in done.stdout
+
+
+def test_it_serves_until_ctrl_c(environ: dict[str, str], tmp_path: Path) -> None:
+    """The commands that it tells work; two demonstrations can run at once."""
+    with (tmp_path / "out").open("w+b") as out:
+        demos = [
+            subprocess.Popen(DEMO, env=environ, stdout=out, stderr=out) for _ in range(2)
+        ]
+        try:
+            text = wait_for(
+                lambda: (t := (tmp_path / "out").read_text()).count("Ctrl-C") == 2 and t,
+                "two demonstrations that serve",
+            )
+            assert isinstance(text, str)
+            commands = re.findall(r"^  (curl .*)$", text, re.MULTILINE)
+            assert len(commands) == 6
+            for command in commands:
+                done = subprocess.run(
+                    [*command.split(), "--silent", "--fail"],
+                    check=True,
+                    capture_output=True,
+                    timeout=PATIENCE,
+                    env={**os.environ, "https_proxy": ""},
+                )
+                assert b'"url": "https://localhost:' in done.stdout
+            published = re.findall(r"^What was published: (.*)$", text, re.MULTILINE)
+            assert all((Path(path) / "index.html").exists() for path in published)
+        finally:
+            for demo in demos:
+                demo.send_signal(signal.SIGINT)
+            codes = [demo.wait(PATIENCE) for demo in demos]
+    assert codes == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

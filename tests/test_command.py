@@ -1,0 +1,304 @@
+"""Tests of what is run: each preset to the letter, and what is refused."""
+
+import re
+import shlex
+
+import pytest
+from attrs import evolve
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pulsar_api.command import (
+    PRESETS,
+    Commands,
+    Names,
+    Template,
+    parse_template,
+    preset_for,
+    shown,
+)
+from pulsar_api.errors import InvalidInput, SettingsError
+from pulsar_api.task import TaskSpec
+
+SPEC = TaskSpec("site", "production", "deploy", {"branch": "main", "tag": "a b"}, "alice")
+BASE = {"PATH": "/bin", "HOME": "/home/d", "NOTIFY_SOCKET": "/run/x", "PULSAR_VAR_old": "1"}
+
+
+def commands(name: str, repo: str | None = "/conf") -> Commands:
+    """Return what makes commands of a preset or template."""
+    return Commands(parse_template(name), BASE, repo)
+
+
+@pytest.mark.parametrize(
+    ("name", "repo", "arguments", "directory"),
+    [
+        (
+            "pulsar-0.3",
+            "/conf",
+            (
+                "pulsar --conf-repo /conf --conf-branch master site production deploy "
+                "-s branch=main -s 'tag=a b'"
+            ),
+            None,
+        ),
+        (
+            "pulsar-0.3",
+            None,
+            (
+                "pulsar --conf-branch master site production deploy "
+                "-s branch=main -s 'tag=a b'"
+            ),
+            None,
+        ),
+        ("pulsar-1", "/conf", "pulsar task site production deploy -c /conf", None),
+        ("pulsar-1", None, "pulsar task site production deploy", None),
+        (
+            "capistrano",
+            "/conf",
+            "cap -f /conf/apps/site/Capfile production deploy branch=main 'tag=a b'",
+            "/conf/apps/site",
+        ),
+        ("scripts", "/conf", "/conf/apps/site/deploy", "/conf/apps/site"),
+        (
+            "run --for={user} '{app} on {env}' --repo={config_repo} {id} {variables}",
+            None,
+            "run --for=alice 'site on production' 7 branch=main 'tag=a b'",
+            None,
+        ),
+    ],
+)
+def test_each_preset_is_this_list_of_arguments(
+    name: str, repo: str | None, arguments: str, directory: str | None
+) -> None:
+    """To the letter, with and without a configuration repository."""
+    command = commands(name, repo).command(SPEC, 7)
+    assert command.arguments == tuple(shlex.split(arguments))
+    assert command.directory == directory
+
+
+def test_a_task_knows_what_it_is() -> None:
+    """Name, number, user and every variable are in its environment."""
+    environment = commands("scripts").command(SPEC, 7).environment
+    ours = {k: v for k, v in environment.items() if k.startswith("PULSAR_")}
+    assert ours == {
+        "PULSAR_APP": "site",
+        "PULSAR_ENV": "production",
+        "PULSAR_ACTION": "deploy",
+        "PULSAR_TASK_ID": "7",
+        "PULSAR_USER": "alice",
+        "PULSAR_VAR_branch": "main",
+        "PULSAR_VAR_tag": "a b",
+    }
+
+
+def test_what_is_the_daemons_own_is_no_tasks_business() -> None:
+    """What systemd told the daemon, and variables of an outer task, are left out."""
+    environment = commands("scripts").command(SPEC, 7).environment
+    assert "NOTIFY_SOCKET" not in environment
+    assert "PULSAR_VAR_old" not in environment
+    assert environment["HOME"] == "/home/d"
+
+
+def test_only_pulsar_1_gets_variables_under_their_own_names() -> None:
+    """It has no other way to take them."""
+    assert commands("pulsar-1").command(SPEC, 7).environment["branch"] == "main"
+    assert "branch" not in commands("pulsar-0.3").command(SPEC, 7).environment
+
+
+def test_ruby_programs_print_at_once() -> None:
+    """Options that are set already are kept; RAKEOPT would be options for cap."""
+    base = {**BASE, "RUBYOPT": "-W0", "RUBYLIB": "/lib", "RAKEOPT": "-e x"}
+    environment = (
+        evolve(commands("capistrano"), environment=base).command(SPEC, 1).environment
+    )
+    assert environment["RUBYOPT"] == "-W0 -rpulsar_live"
+    assert environment["RUBYLIB"].endswith("pulsar_api/ruby:/lib")
+    assert "RAKEOPT" not in environment
+    assert "RUBYOPT" not in commands("scripts").command(SPEC, 1).environment
+
+
+def test_pulsar_1_promises_a_last_line() -> None:
+    """It exits 0 whatever happens."""
+    command = commands("pulsar-1").command(SPEC, 1)
+    assert command.last_line == "Executed task deploy for site on production!"
+    assert commands("pulsar-0.3").command(SPEC, 1).last_line is None
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("1.0.2\n", "pulsar-1"),
+        ("2.1", "pulsar-1"),
+        ("0.3.5", "pulsar-0.3"),
+        ("", "pulsar-0.3"),
+        ("error: no such option", "pulsar-0.3"),
+    ],
+)
+def test_the_version_chooses_the_preset(said: str, name: str) -> None:
+    """No usable answer means the old one."""
+    assert preset_for(said) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("'", "cannot be split"),
+        ("", "needs a program"),
+        ("{app} x", "needs a program"),
+        ("deploy {nonsense}", "{nonsense} is unknown"),
+        ("deploy --v={variables}", "an argument of its own"),
+    ],
+)
+def test_a_template_that_cannot_be_meant_is_refused(text: str, why: str) -> None:
+    """At the start, not when somebody wants to deploy."""
+    with pytest.raises(SettingsError, match=re.escape(why)):
+        parse_template(text)
+
+
+BAD_NAMES = [
+    "",
+    "-x",
+    "--conf-repo=x$(id)",
+    "a;b",
+    "$(id)",
+    "`id`",
+    "a\nb",
+    "a\n",
+    "a\0b",
+    "..",
+    "a..b",
+    "a/b",
+    "*",
+    "a,b",
+    "a b",
+    "\u00e4",
+    "x" * 10_000,
+    ".hidden",
+]
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+@pytest.mark.parametrize("field", ["app", "env", "action"])
+@pytest.mark.parametrize("bad", BAD_NAMES)
+def test_names_that_could_mean_something_else_are_refused(
+    name: str, field: str, bad: str
+) -> None:
+    """By every preset, and the error names the field."""
+    with pytest.raises(InvalidInput) as raised:
+        commands(name).command(evolve(SPEC, variables={}, **{field: bad}), 1)
+    assert raised.value.field == field
+
+
+@pytest.mark.parametrize("action", ["deploy[x]", "deploy[a,b c]", "db:seed[x:1,y.z/w]"])
+def test_only_capistrano_carries_arguments_of_an_action(action: str) -> None:
+    """They are part of the one argument that names the task."""
+    spec = evolve(SPEC, action=action, variables={})
+    assert commands("capistrano").command(spec, 1).arguments[-1] == action
+    for name in ("pulsar-0.3", "pulsar-1", "scripts", "run {action}"):
+        with pytest.raises(InvalidInput):
+            commands(name).command(spec, 1)
+
+
+@pytest.mark.parametrize(
+    "action", ["d[", "d]", "d[x]y", "d[[x]]", "d[a\nB=1]", "d[a=1]", "[x]"]
+)
+def test_other_brackets_are_refused(action: str) -> None:
+    """Rake would take some of them for settings and run nothing."""
+    with pytest.raises(InvalidInput, match="action"):
+        commands("capistrano").command(evolve(SPEC, action=action), 1)
+
+
+def test_an_action_with_arguments_has_a_bound() -> None:
+    """It is the bound of every action."""
+    with pytest.raises(InvalidInput, match="200"):
+        commands("capistrano").check(evolve(SPEC, action=f"d[{'x' * 200}]"))
+
+
+@pytest.mark.parametrize("key", ["", "1a", "-s", "a b", "a=b", "\u00e4", "a\n", "x\0"])
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_keys_that_are_no_names_are_refused(name: str, key: str) -> None:
+    """By every preset."""
+    with pytest.raises(InvalidInput, match="variables"):
+        commands(name).check(evolve(SPEC, variables={key: "x"}))
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["PATH", "HOME", "BASH_ENV", "RUBYOPT", "LD_PRELOAD", "GIT_SSH_COMMAND", "PULSAR_APP"],
+)
+@pytest.mark.parametrize("name", ["pulsar-1", "capistrano"])
+def test_variables_that_change_how_programs_work_are_refused(name: str, key: str) -> None:
+    """Where a variable keeps its own name in the environment."""
+    with pytest.raises(InvalidInput, match=key):
+        commands(name).check(evolve(SPEC, variables={key: "x"}))
+    commands("scripts").check(evolve(SPEC, variables={key: "x"}))
+
+
+def test_rake_takes_only_words_as_keys() -> None:
+    """Another key would be taken for a task."""
+    with pytest.raises(InvalidInput, match=r"variables\.a-b"):
+        commands("capistrano").check(evolve(SPEC, variables={"a-b": "x"}))
+    commands("scripts").check(evolve(SPEC, variables={"a-b.c": "x"}))
+
+
+@pytest.mark.parametrize(
+    ("variables", "why"),
+    [
+        ({f"k{i}": "" for i in range(101)}, "at most 100"),
+        ({"k": "x" * 70_000}, "65536 bytes"),
+        ({"k": "a\0b"}, "NUL"),
+        ({"k": "\ud800"}, "surrogate"),
+    ],
+)
+def test_variables_have_bounds(variables: dict[str, str], why: str) -> None:
+    """In number, in size, and by what a process can take."""
+    with pytest.raises(InvalidInput, match=why):
+        commands("scripts").check(evolve(SPEC, variables=variables))
+
+
+def test_patterns_are_settings() -> None:
+    """But a name never begins an option, whatever the pattern says."""
+    names = Names(app=re.compile(r"\S+"), forbidden_actions=frozenset({"shell"}))
+    loose = evolve(commands("run {app}"), names=names)
+    assert loose.command(evolve(SPEC, app="a/b"), 1).arguments == ("run", "a/b")
+    with pytest.raises(InvalidInput, match="must not begin with -"):
+        loose.command(evolve(SPEC, app="-x"), 1)
+    with pytest.raises(InvalidInput, match="forbid"):
+        loose.check(evolve(SPEC, action="shell"))
+
+
+values = st.text(
+    st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=50
+)
+keys = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.-]{0,20}", fullmatch=True)
+
+
+@given(st.dictionaries(keys, values, max_size=5))
+def test_each_value_is_exactly_one_argument(variables: dict[str, str]) -> None:
+    """Whatever is in it."""
+    spec = evolve(SPEC, variables=variables)
+    arguments = commands("pulsar-0.3").command(spec, 1).arguments
+    expected = [part for k, v in variables.items() for part in ("-s", f"{k}={v}")]
+    assert list(arguments[8:]) == expected
+    own = commands("run {variables}").command(spec, 1)
+    assert own.arguments == ("run", *(f"{k}={v}" for k, v in variables.items()))
+
+
+@given(st.text(max_size=30), st.text(max_size=30), st.text(max_size=30))
+def test_no_name_becomes_more_or_less_than_one_argument(
+    app: str, env: str, action: str
+) -> None:
+    """Either it is refused, or it arrives as it is, and begins no option."""
+    spec = TaskSpec(app, env, action)
+    try:
+        arguments = commands("run {app} {env} {action}").command(spec, 1).arguments
+    except InvalidInput:
+        return
+    assert arguments == ("run", app, env, action)
+    assert not any(argument.startswith("-") for argument in arguments)
+
+
+def test_a_command_is_shown_as_one_line() -> None:
+    """Quoted for reading."""
+    command = Commands(Template(("a", "b c", "$d")), {}).command(SPEC, 1)
+    assert shown(command) == "a 'b c' '$d'"

@@ -1,0 +1,250 @@
+"""One contract for every `TaskStore`, and what only the real database has to stand."""
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from attrs import evolve
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.internet import reactor
+from twisted.internet.defer import gatherResults
+from twisted.trial.unittest import SynchronousTestCase
+
+from pulsar_api.errors import StoreUnavailable, UnknownTask
+from pulsar_api.ports import TaskStore
+from pulsar_api.store import SQLiteStore, prepare
+from pulsar_api.task import Status, TaskQuery, TaskSpec
+from tests.fakes import MemoryStore
+
+SPEC = TaskSpec("site", "production", "deploy", {"branch": "main"}, "alice")
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Iterator[SQLiteStore]:
+    """Return a store in a real file."""
+    store = SQLiteStore(tmp_path / "tasks.db", reactor.callFromThread)
+    yield store
+    store.close()
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def store(request: pytest.FixtureRequest) -> TaskStore:
+    """Return each implementation of the port in turn."""
+    if request.param == "memory":
+        return MemoryStore()
+    found: SQLiteStore = request.getfixturevalue("sqlite")
+    return found
+
+
+async def test_a_new_task_is_what_was_asked_for(store: TaskStore) -> None:
+    """It is created, has a number, and is found again just so."""
+    created = await store.create(SPEC, 12.5)
+    assert (created.spec, created.created_at) == (SPEC, 12.5)
+    assert created.status is Status.CREATED
+    assert await store.load(created.id) == created
+
+
+async def test_numbers_count_up(store: TaskStore) -> None:
+    """Also when many are created at once."""
+    found = await gatherResults([store.create(SPEC, 0.0) for _ in range(50)])
+    assert [task.id for task in found] == list(range(1, 51))
+
+
+async def test_what_is_saved_is_found(store: TaskStore) -> None:
+    """Every field that changes comes back."""
+    created = await store.create(SPEC, 1.0)
+    ended = evolve(
+        created,
+        status=Status.KILLED,
+        command="true 'a b'",
+        pid=77,
+        exit_code=3,
+        signal="SIGKILL",
+        reason="somebody asked",
+        killed_by="bob",
+        started_at=2.0,
+        ended_at=3.0,
+        output_size=99,
+        revision=5,
+    )
+    await store.save(ended)
+    assert await store.load(created.id) == ended
+
+
+async def test_an_older_record_never_replaces_a_newer(store: TaskStore) -> None:
+    """Records of one task may be saved in any order."""
+    created = await store.create(SPEC, 1.0)
+    newer = evolve(created, revision=3, status=Status.FINISHED)
+    await store.save(newer)
+    await store.save(evolve(created, revision=2, status=Status.RUNNING))
+    assert await store.load(created.id) == newer
+
+
+async def test_an_unknown_number_is_an_error(store: TaskStore) -> None:
+    """It says which number."""
+    with pytest.raises(UnknownTask) as raised:
+        await store.load(5)
+    assert raised.value.task_id == "5"
+
+
+async def test_lists_are_newest_first_and_bounded(store: TaskStore) -> None:
+    """``before`` goes on where the last page ended."""
+    for _ in range(5):
+        await store.create(SPEC, 0.0)
+    first = await store.select(TaskQuery(limit=2))
+    assert [task.id for task in first] == [5, 4]
+    rest = await store.select(TaskQuery(limit=9, before=4))
+    assert [task.id for task in rest] == [3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        (TaskQuery(app="shop"), [2]),
+        (TaskQuery(env="staging"), [3]),
+        (TaskQuery(user="bob"), [4]),
+        (TaskQuery(status=Status.FAILED), [1]),
+        (TaskQuery(app="site", status=Status.CREATED), [4, 3]),
+    ],
+)
+async def test_lists_can_be_narrowed(
+    store: TaskStore, query: TaskQuery, found: list[int]
+) -> None:
+    """By state, app, env and user, also together."""
+    first = await store.create(SPEC, 0.0)
+    await store.create(evolve(SPEC, app="shop"), 0.0)
+    await store.create(evolve(SPEC, env="staging"), 0.0)
+    await store.create(evolve(SPEC, user="bob"), 0.0)
+    await store.save(evolve(first, status=Status.FAILED, revision=2))
+    assert [task.id for task in await store.select(query)] == found
+
+
+async def test_the_next_task_after_a_number_is_the_oldest(store: TaskStore) -> None:
+    """None if there is no newer one."""
+    for _ in range(3):
+        await store.create(SPEC, 0.0)
+    found = await store.after(1)
+    assert found is not None
+    assert found.id == 2
+    assert await store.after(3) is None
+
+
+async def test_unfinished_tasks_are_found_oldest_first(store: TaskStore) -> None:
+    """A starting daemon takes them up."""
+    tasks = [await store.create(SPEC, 0.0) for _ in range(4)]
+    await store.save(evolve(tasks[1], status=Status.FINISHED, revision=2))
+    await store.save(evolve(tasks[2], status=Status.RUNNING, revision=2))
+    assert [task.id for task in await store.unfinished()] == [1, 3, 4]
+
+
+async def test_numbers_are_never_used_again(tmp_path: Path) -> None:
+    """Not even after the newest row is gone and the database was closed."""
+    path = tmp_path / "tasks.db"
+    store = SQLiteStore(path, reactor.callFromThread)
+    await store.create(SPEC, 0.0)
+    await store.create(SPEC, 0.0)
+    store.close()
+    with sqlite3.connect(path) as db:
+        db.execute("DELETE FROM task WHERE id = 2")
+    db.close()
+    again = SQLiteStore(path, reactor.callFromThread)
+    assert (await again.create(SPEC, 0.0)).id == 3
+    again.close()
+
+
+async def test_close_writes_what_was_given(tmp_path: Path) -> None:
+    """Nobody has to wait for the answer for a record to be kept."""
+    path = tmp_path / "tasks.db"
+    store = SQLiteStore(path, reactor.callFromThread)
+    waiting = [store.create(SPEC, 0.0) for _ in range(100)]
+    store.close()
+    await gatherResults(waiting)
+    with sqlite3.connect(path) as db:
+        assert db.execute("SELECT count(*) FROM task").fetchone() == (100,)
+    db.close()
+
+
+async def test_who_stopped_waiting_does_no_harm(sqlite: SQLiteStore) -> None:
+    """A client may go away while its record is written."""
+    gone = sqlite.create(SPEC, 0.0)
+    gone.addErrback(lambda _: None)
+    gone.cancel()
+    assert (await sqlite.create(SPEC, 0.0)).id == 2
+
+
+async def test_commits_wait_for_the_disk(sqlite: SQLiteStore) -> None:
+    """WAL with full synchronisation: what was answered is there after a power cut."""
+
+    def look(db: sqlite3.Connection) -> tuple[str, int]:
+        mode = db.execute("PRAGMA journal_mode").fetchone()[0]
+        return mode, db.execute("PRAGMA synchronous").fetchone()[0]
+
+    assert await sqlite._writer.do(look) == ("wal", 2)
+
+
+async def test_a_locked_database_is_an_error_and_heals(
+    sqlite: SQLiteStore, tmp_path: Path
+) -> None:
+    """Somebody else holds the write lock: an error with a sentence; later it works."""
+    await sqlite._writer.do(lambda db: db.execute("PRAGMA busy_timeout = 1").fetchall())
+    other = sqlite3.connect(tmp_path / "tasks.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreUnavailable, match="locked"):
+        await sqlite.create(SPEC, 0.0)
+    other.execute("ROLLBACK")
+    other.close()
+    assert (await sqlite.create(SPEC, 0.0)).id == 1
+
+
+async def test_a_full_database_says_that_it_is_full(sqlite: SQLiteStore) -> None:
+    """The client can be told that the disk is full, and what was there stays."""
+    await sqlite.create(SPEC, 0.0)
+    await sqlite._writer.do(lambda db: db.execute("PRAGMA max_page_count = 1").fetchall())
+    big = evolve(SPEC, variables={"x": "y" * 100_000})
+    with pytest.raises(StoreUnavailable) as raised:
+        await sqlite.create(big, 0.0)
+    assert raised.value.full
+    assert len(await sqlite.select(TaskQuery())) == 1
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    """Nothing is done to it: only a person may set it aside."""
+    path = tmp_path / "tasks.db"
+    path.write_bytes(b"this is my diary" * 100)
+    with pytest.raises(StoreUnavailable, match=r"tasks\.db"):
+        prepare(path)
+    assert path.read_bytes() == b"this is my diary" * 100
+
+
+def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    """An old daemon must not write into what it does not understand."""
+    path = tmp_path / "tasks.db"
+    prepare(path)
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(StoreUnavailable, match="newer version"):
+        prepare(path)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+@given(st.dictionaries(texts, texts, max_size=5), texts | st.none())
+@settings(max_examples=25, deadline=None)
+def test_any_text_comes_back(variables: dict[str, str], user: str | None) -> None:
+    """Whatever is in variables and names."""
+    spec = TaskSpec("site", "production", "deploy", variables, user)
+    with TemporaryDirectory() as folder:
+        # Without a reactor: closing waits for the threads, which fire the Deferreds.
+        path = Path(folder) / "tasks.db"
+        store = SQLiteStore(path, lambda function, *values: function(*values))
+        store.create(spec, 0.0)
+        store.close()
+        again = SQLiteStore(path, lambda function, *values: function(*values))
+        found = again.load(1)
+        again.close()
+    assert SynchronousTestCase().successResultOf(found).spec == spec

@@ -1,0 +1,247 @@
+"""Tests of what is read from requests and written into answers."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+from attrs import evolve
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pulsar_api import wire
+from pulsar_api.errors import InvalidInput
+from pulsar_api.output import Output
+from pulsar_api.task import Status, TaskQuery, TaskSnapshot, TaskSpec
+
+JSON = "application/json"
+FORM = "application/x-www-form-urlencoded"
+
+
+def parse(kind: str, body: bytes, **query: str) -> wire.NewTask:
+    """Read a request for a task."""
+    return wire.parse_new_task(kind, body, query)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (JSON, b'{"action": "deploy", "variables": {"a": "1"}}'),
+        (
+            "Application/JSON; charset=utf-8",
+            b'{"action": " deploy\\t", "variables": {"a": 1}}',
+        ),
+        (FORM, b"action=deploy&variables%5Ba%5D=1"),
+        (FORM + ";charset=UTF-8", b"variables[a]=1&action=+deploy"),
+    ],
+)
+def test_json_and_forms_say_the_same(kind: str, body: bytes) -> None:
+    """Numbers become texts; blanks round the action are taken away."""
+    assert parse(kind, body) == wire.NewTask("deploy", {"a": "1"})
+
+
+def test_the_query_can_name_the_action_and_the_body_wins() -> None:
+    """Old clients used both."""
+    assert parse("", b"", action="a").action == "a"
+    assert parse(FORM, b"", action="a").action == "a"
+    assert parse(JSON, b'{"action": "b"}', action="a").action == "b"
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b"", "body"),
+        (b"[]", "body"),
+        (b'"deploy"', "body"),
+        (b"17", "body"),
+        (b"{", "body"),
+        (b'{"action": NaN}', "body"),
+        (b"\xff{}", "body"),
+        (b"[" * 100_000, "body"),
+        (b"{}", "action"),
+        (b'{"action": null}', "action"),
+        (b'{"action": 3}', "action"),
+        (b'{"action": ["a"]}', "action"),
+        (b'{"action": "a", "variables": []}', "variables"),
+        (b'{"action": "a", "variables": {"k": true}}', "variables.k"),
+        (b'{"action": "a", "variables": {"k": null}}', "variables.k"),
+        (b'{"action": "a", "variables": {"k": {}}}', "variables.k"),
+    ],
+)
+def test_what_is_not_meant_is_refused_by_name(body: bytes, field: str) -> None:
+    """The error says which field."""
+    with pytest.raises(InvalidInput) as raised:
+        parse(JSON, body)
+    assert raised.value.field == field
+
+
+def test_a_number_with_too_many_digits_is_refused() -> None:
+    """Python would raise something else."""
+    with pytest.raises(InvalidInput):
+        parse(JSON, b'{"action": "a", "variables": {"k": 1%s}}' % (b"0" * 5000))
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "multipart/form-data; boundary=x", "x" * 999]
+)
+def test_other_media_types_are_refused(kind: str) -> None:
+    """With a sentence that names those that are understood."""
+    with pytest.raises(wire.UnsupportedMedia, match="application/json"):
+        parse(kind, b"action=deploy")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"action=%ff", b"action=\xff", b"&".join([b"a=b"] * 501), b"variables=x&action=a"],
+)
+def test_a_damaged_form_is_refused(body: bytes) -> None:
+    """Wrong UTF-8, too many fields, variables in a form of their own."""
+    with pytest.raises(InvalidInput):
+        parse(FORM, body)
+
+
+@given(st.dictionaries(st.text(max_size=10), st.text(max_size=10)))
+def test_a_form_carries_any_text(fields: dict[str, str]) -> None:
+    """What a client encodes arrives."""
+    fields = {k: v for k, v in fields.items() if all(ord(c) < 0xD800 for c in k + v)}
+    body = urlencode(
+        [("action", "a"), *((f"variables[{k}]", v) for k, v in fields.items())]
+    )
+    assert parse(FORM, body.encode()).variables == fields
+
+
+@given(st.binary(max_size=200))
+def test_no_body_raises_anything_else(body: bytes) -> None:
+    """Whatever is sent is understood or refused."""
+    for kind in (JSON, FORM):
+        with suppress(InvalidInput):
+            parse(kind, body)
+
+
+@pytest.mark.parametrize("text", ["-1", "1.5", "x", "", "\u0663", "9" * 30, "1001"])
+def test_numbers_in_a_query_have_bounds(text: str) -> None:
+    """The error names the parameter and the bounds."""
+    with pytest.raises(InvalidInput, match="from 0 to 1000"):
+        wire.parse_number({"limit": text}, "limit", 1, 1000)
+
+
+@pytest.mark.parametrize("text", ["-1", "31", "x", "", "nan", "inf"])
+def test_seconds_in_a_query_have_bounds(text: str) -> None:
+    """Never longer than the daemon lets one wait."""
+    with pytest.raises(InvalidInput, match="from 0 to 30"):
+        wire.parse_seconds({"timeout": text}, "timeout", 30.0)
+
+
+def test_seconds_may_have_a_fraction() -> None:
+    """And the default is the most."""
+    assert wire.parse_seconds({"timeout": "0.5"}, "timeout", 30.0) == 0.5
+    assert wire.parse_seconds({}, "timeout", 30.0) == 30.0
+
+
+def test_a_list_query_is_read_whole() -> None:
+    """Every filter of the API."""
+    query = wire.parse_query(b"limit=5&before=9&status=failed&app=a&env=e&user=u")
+    expected = TaskQuery(5, 9, Status.FAILED, "a", "e", "u")
+    assert wire.parse_task_query(query) == expected
+    assert wire.parse_task_query({}) == TaskQuery()
+
+
+@pytest.mark.parametrize("query", [{"limit": "0"}, {"status": "ended"}, {"before": "x"}])
+def test_a_wrong_list_query_is_refused(query: dict[str, str]) -> None:
+    """By name."""
+    with pytest.raises(InvalidInput):
+        wire.parse_task_query(query)
+
+
+SNAPSHOT = TaskSnapshot(
+    id=47,
+    spec=TaskSpec("fuboo", "production", "shell", {"k": "v"}, "alice"),
+    created_at=1_700_000_000.25,
+    status=Status.FAILED,
+    command="true",
+    pid=48691,
+    output_size=4,
+)
+
+
+def written(
+    tmp_path: Path, data: bytes, part: wire.Part | None = None
+) -> dict[str, object]:
+    """Return the JSON of a task with this output, parsed."""
+    (tmp_path / "output").write_bytes(data)
+    snapshot = evolve(SNAPSHOT, output_size=len(data))
+    output = Output(tmp_path)
+    part = part or wire.Part.chosen("full", snapshot, output)
+    value = json.loads(b"".join(wire.task_pieces(snapshot, "http://x", output, part)))
+    assert isinstance(value, dict)
+    return value
+
+
+def test_a_task_has_every_field_of_the_document(tmp_path: Path) -> None:
+    """And ours beside them."""
+    value = written(tmp_path, b"hi \xc3\xa4")
+    assert value == {
+        "id": 47,
+        "status": "failed",
+        "app": "fuboo",
+        "env": "production",
+        "action": "shell",
+        "exitCode": None,
+        "output": "hi \u00e4",
+        "pid": 48691,
+        "version": 6,
+        "outputSize": 5,
+        "command": "true",
+        "signal": None,
+        "reason": None,
+        "variables": {"k": "v"},
+        "user": "alice",
+        "waitingFor": None,
+        "createdAt": "2023-11-14T22:13:20.250Z",
+        "startedAt": None,
+        "endedAt": None,
+        "url": "http://x/web#job/47",
+    }
+
+
+@given(data=st.binary(max_size=300))
+def test_any_output_is_valid_json(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    """And the text of its bytes, decoded as a whole."""
+    folder = tmp_path_factory.mktemp("task")
+    assert written(folder, data)["output"] == data.decode("utf-8", "replace")
+
+
+def test_a_tail_says_where_it_begins(tmp_path: Path) -> None:
+    """At a character, not in one; nothing is cut silently."""
+    data = "\u20ac".encode() * 2000
+    (tmp_path / "output").write_bytes(data)
+    snapshot = evolve(SNAPSHOT, output_size=len(data))
+    part = wire.Part.chosen("tail", snapshot, Output(tmp_path))
+    value = written(tmp_path, data, part)
+    assert value["outputOffset"] == 1902
+    assert value["output"] == "\u20ac" * 1366
+
+
+def test_none_of_the_output_is_said_too(tmp_path: Path) -> None:
+    """The field is there, empty, and begins where the output ends."""
+    part = wire.Part.chosen("none", SNAPSHOT, Output(tmp_path))
+    value = written(tmp_path, b"abcd", part)
+    assert (value["output"], value["outputOffset"]) == ("", 4)
+
+
+def test_a_problem_names_the_field() -> None:
+    """In the form of RFC 9457, with the sentence where old clients look."""
+    value = json.loads(
+        wire.problem(400, "invalid-input", "Invalid input", "app: no", "app")
+    )
+    assert value == {
+        "type": "urn:pulsar-api:problem:invalid-input",
+        "title": "Invalid input",
+        "status": 400,
+        "detail": "app: no",
+        "error": "app: no",
+        "field": "app",
+    }
