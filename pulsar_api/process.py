@@ -136,7 +136,8 @@ class ShimExecutor:
             *command.arguments,
             *(f"{key}={value}" for key, value in command.environment.items()),
         ]
-        data = b"".join(os.fsencode(text) + b"\0" for text in fields)
+        # Always UTF-8, whatever the locale; odd bytes of our own environment stay as is.
+        data = "".join(f"{text}\0" for text in fields).encode("utf-8", "surrogateescape")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         fd = os.open(folder / "spec", flags, 0o600)
         with open(fd, "wb") as file:

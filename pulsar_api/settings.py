@@ -227,12 +227,14 @@ def load(given: Mapping[str, object], environ: Mapping[str, str]) -> Settings:
                 values[attribute.name] = attribute.metadata["parse"](value)
             except ValueError as e:
                 raise SettingsError(f"{where}: {e}") from None
-    # A TLS option may be completed by --dev only where it says the same.
     values.setdefault("port", 8001 if values.get("dev") else 8081)
     values.setdefault("state_dir", _default_state_dir(environ))
     for name in ("ssl_key", "ssl_cert", "ssl_pfx", "ssl_passphrase"):
         if name in values:
             values[name] = _credential(values[name], environ)
+    for name in ("state_dir", "log_dir"):
+        if name in values:  # twistd may change to another folder before it is used
+            values[name] = str(Path(values[name]).absolute())
     settings = Settings(**values)
     _check_together(settings, given)
     return settings

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 from twisted.internet import reactor
-from twisted.logger import LogEvent, globalLogPublisher
+from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
+from zope.interface import implementer
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector pass over what imports have made; below it runs for each test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +29,7 @@ def logged_failures() -> Iterator[list[LogEvent]]:
     """Collect errors nobody handled; a test that expects one empties the list."""
     seen: list[LogEvent] = []
 
+    @implementer(ILogObserver)
     def observe(event: LogEvent) -> None:
         if "log_failure" in event:
             seen.append(event)

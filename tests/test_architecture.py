@@ -30,17 +30,21 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def allowed() -> dict[str, set[str]]:
+def table() -> dict[str, set[str]]:
     """Return the table of the page: module to modules."""
     rows = re.findall(
         r"^   \* - ``(\S+)``\n     - .*?\n     - (.*?)(?=^   \*|\Z|^\S)",
         PAGE.read_text(),
         re.MULTILINE | re.DOTALL,
     )
-    return {name: set(re.findall(r"``(\S+?)``|(all)", may)) for name, may in rows}  # type: ignore[misc]
+    found = {name: set(re.findall(r"``(\S+?)``", may)) for name, may in rows}
+    for name, may in rows:
+        if may.strip() == "all":
+            found[name] = {"all"}
+    return found
 
 
-TABLE = {name: {a or b for a, b in may} for name, may in allowed().items()}
+TABLE = table()
 FILES = dict(module_files())
 
 

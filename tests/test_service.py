@@ -145,7 +145,7 @@ def test_a_kill_names_who_asked(world: World) -> None:
     world.kill(1, "bob")
     assert run.kills == 1
     world.clock.advance(0)
-    assert task.snapshot.status is Status.KILLED
+    assert world.find(1).status is Status.KILLED
     assert task.snapshot.reason == "Killed by alice."
 
 
@@ -293,7 +293,7 @@ def test_an_end_that_cannot_be_recorded_is_tried_again(world: World) -> None:
     world.clock.advance(RETRY)
     world.store.broken = False
     world.clock.advance(RETRY)
-    assert task.snapshot.status is Status.FINISHED
+    assert world.find(1).status is Status.FINISHED
 
 
 def test_a_task_that_cannot_be_recorded_is_refused(world: World) -> None:

@@ -4,12 +4,13 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twisted.internet import reactor
+from twisted.internet import reactor as global_reactor
 from twisted.internet.defer import gatherResults
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -19,6 +20,7 @@ from pulsar_api.store import SQLiteStore, prepare
 from pulsar_api.task import Status, TaskQuery, TaskSpec
 from tests.fakes import MemoryStore
 
+reactor: Any = global_reactor  # its type knows no threads
 SPEC = TaskSpec("site", "production", "deploy", {"branch": "main"}, "alice")
 
 

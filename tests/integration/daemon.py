@@ -100,8 +100,9 @@ class Daemon:
             return re.search(r"listens on (https?)://(\S+):(\d+)", text)
 
         found = wait_for(address, "the daemon's address")
-        self.scheme, host, port = found.groups()
-        self.host, self.port = host.strip("[]"), int(port)
+        assert found is not None
+        self.scheme = found[1]
+        self.host, self.port = found[2].strip("[]"), int(found[3])
         self.base = f"{self.scheme}://localhost:{self.port}"
         wait_for(lambda: self.get("/tasks?limit=1").status == 200, "the first answer")
 
