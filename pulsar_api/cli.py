@@ -1,11 +1,13 @@
 """The command ``pulsar-api`` for people and scripts."""
 
 import argparse
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from twisted.internet.task import react
 
-from pulsar_api import __version__, demo
+from pulsar_api import __version__, demo, process, settings
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,10 +40,25 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="end with the task, with its exit code, instead of serving on",
     )
+    end = commands.add_parser(
+        "end-tasks",
+        help="end every task that a stopped daemon has left running",
+        description=(
+            "Ends every running task of a daemon on this machine, each with all its "
+            "processes, also while no daemon runs. The next daemon finds them killed."
+        ),
+    )
+    end.add_argument(
+        "--state-dir", default=settings.default_state_dir(os.environ), metavar="DIR"
+    )
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; exits with its status."""
     given = parser().parse_args(arguments)
+    if given.command == "end-tasks":
+        ended = process.end_all(Path(given.state_dir))
+        print(f"{len(ended)} tasks are told to end", *ended)
+        return
     react(lambda reactor: demo.run(reactor, given.action, once=given.once))

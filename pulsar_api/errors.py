@@ -45,6 +45,29 @@ class QueueFull(PulsarError):
         )
 
 
+@frozen
+class KeyReused(PulsarError):
+    """An idempotency key came again with another request."""
+
+    key: str
+
+    def __str__(self) -> str:
+        return (
+            f"The Idempotency-Key {self.key!r} was used for another request; take a new "
+            "one for each task that is meant."
+        )
+
+
+@frozen
+class KeyInFlight(PulsarError):
+    """The first request with this idempotency key is not done yet."""
+
+    key: str
+
+    def __str__(self) -> str:
+        return f"The first request with the Idempotency-Key {self.key!r} is under way."
+
+
 class ShuttingDown(PulsarError):
     """The daemon is about to end and takes no new tasks."""
 

@@ -61,6 +61,14 @@ class Output:
         finally:
             os.close(fd)
 
+    def cut(self) -> tuple[int, int]:
+        """Return from which byte to before which byte the output was cut, or (0, 0)."""
+        try:
+            start, end = (self.folder / "cut").read_bytes().split()
+        except FileNotFoundError:
+            return 0, 0
+        return int(start), int(end)
+
     def character_start(self, offset: int) -> int:
         """Return where the character begins that ``offset`` is in the middle of."""
         begin = max(0, offset - 3)
@@ -78,8 +86,22 @@ class Output:
     def text(self, start: int, end: int) -> Iterator[str]:
         """Yield the text from ``start`` to ``end``; what is not UTF-8 becomes U+FFFD."""
         decoder = _Decoder("replace")
-        for piece in self.pieces(start, end):
-            yield decoder.decode(piece)
+        while start < end:
+            piece = next(self.pieces(start, min(end, start + PIECE)), b"")
+            # Looked at after the read: what was cut meanwhile has been read as zeros.
+            hole_start, hole_end = self.cut()
+            if start < hole_end and start + len(piece) > hole_start:
+                kept = piece[: max(0, hole_start - start)]
+                yield decoder.decode(kept, final=True)
+                decoder.reset()
+                begin = start + len(kept)
+                yield f"\n[bytes {begin} to {hole_end} were cut: --max-output-size]\n"
+                start = hole_end
+            elif piece:
+                yield decoder.decode(piece)
+                start += len(piece)
+            else:
+                break
         yield decoder.decode(b"", final=True)
 
     def records(self, first: int = 0) -> Iterator[Record]:

@@ -1,5 +1,6 @@
 """What the core asks of the world: something that runs commands, something that keeps."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from attrs import frozen
@@ -9,12 +10,24 @@ from pulsar_api.task import Command, Exit, TaskQuery, TaskSnapshot, TaskSpec
 
 
 @frozen
-class Clocks:
-    """Seconds that a run may take; 0 means no limit for the last two."""
+class Bounds:
+    """What a run may take: seconds, and bytes. 0 means no limit, but for the grace."""
 
     grace: float
     total: float = 0
     silence: float = 0
+    max_output: int = 0
+    """Bytes of output that are kept; of more the middle is cut. 0: all."""
+
+
+@frozen
+class Keep:
+    """How much of the past is kept; 0 means all."""
+
+    tasks: int = 0
+    seconds: float = 0
+    size: int = 0
+    """Bytes of output of all ended tasks."""
 
 
 class Sink(Protocol):
@@ -43,11 +56,17 @@ class Run(Protocol):
 class Executor(Protocol):
     """Runs commands. It never starts the same task twice, whoever asks."""
 
-    def start(self, task_id: int, command: Command, clocks: Clocks, sink: Sink) -> Run:
+    def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> Run:
         """Start a command. Whatever goes wrong is told to the sink, as an end."""
 
     def adopt(self, task_id: int, sink: Sink) -> Run:
         """Follow a run that another daemon started, or say how it ended."""
+
+    def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
+        """Remove what is kept of ended runs."""
+
+    def kept(self) -> Deferred[list[int]]:
+        """Fire with the numbers of the runs of which anything is kept."""
 
 
 class TaskStore(Protocol):
@@ -56,8 +75,13 @@ class TaskStore(Protocol):
     All of them fail with `StoreUnavailable` if the store cannot be used at the moment.
     """
 
-    def create(self, spec: TaskSpec, created_at: float) -> Deferred[TaskSnapshot]:
+    def create(
+        self, spec: TaskSpec, created_at: float, key: str | None = None
+    ) -> Deferred[TaskSnapshot]:
         """Record a new task; its number is higher than any before, for ever."""
+
+    def by_key(self, key: str, since: float) -> Deferred[TaskSnapshot | None]:
+        """Fire with the newest task that has this key and was created since, or None."""
 
     def save(self, snapshot: TaskSnapshot) -> Deferred[None]:
         """Record how a task stands now."""
@@ -73,3 +97,12 @@ class TaskStore(Protocol):
 
     def unfinished(self) -> Deferred[list[TaskSnapshot]]:
         """Fire with the tasks that have not ended, oldest first."""
+
+    def expired(self, keep: Keep, now: float, limit: int) -> Deferred[list[int]]:
+        """Fire with the numbers of ended tasks that need not be kept, oldest first.
+
+        A task with an idempotency key is kept as long as the key counts.
+        """
+
+    def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
+        """Remove records of ended tasks; their numbers are not used again."""

@@ -3,11 +3,13 @@
 import fcntl
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from attrs import define, evolve, field, frozen
 from twisted.internet.defer import Deferred
@@ -18,18 +20,22 @@ from twisted.internet.interfaces import (
     IReactorTime,
 )
 from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from pulsar_api import shim
+from pulsar_api import shim, strays
 from pulsar_api.output import Output, Record
-from pulsar_api.ports import Clocks, Run, Sink
+from pulsar_api.ports import Bounds, Run, Sink
 from pulsar_api.task import Cause, Command, Exit
 
 _log = Logger()
 
 LOOK = 0.25
 """Seconds between two looks at a run that was adopted."""
+
+SWEEP = 5.0
+"""Seconds for which the processes of a lost task are killed; some are in the kernel."""
 
 _TROUBLE = 4096  # bytes of a shim's own complaint that are kept
 
@@ -88,11 +94,25 @@ def _terminate(folder: Path) -> None:
             os.close(handle)
 
 
+def end_all(state: Path) -> list[int]:
+    """Send TERM to the shim of every task that runs; return their numbers.
+
+    For an operator who has stopped the daemon; each shim then ends its task's tree and
+    keeps the result for the next daemon.
+    """
+    folders = (state / "tasks").glob("[0-9]*")
+    alive = sorted(int(folder.name) for folder in folders if _alive(folder) > 0)
+    for number in alive:
+        _terminate(state / "tasks" / str(number))
+    return alive
+
+
 @frozen
 class ShimExecutor:
     """Runs each command below a shim, in a folder per task."""
 
-    _reactor: IReactorProcess
+    _reactor: Any
+    """Starts processes and has a thread pool; no interface says both."""
     _clock: IReactorTime
     _tasks: Path
     _umask: int = 0o022
@@ -100,13 +120,13 @@ class ShimExecutor:
     """The soft limit of open files that commands get; 0: the daemon's."""
     _launcher: Sequence[str] = (sys.executable, "-I", "-S", shim.__file__)
 
-    def start(self, task_id: int, command: Command, clocks: Clocks, sink: Sink) -> Run:
+    def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> Run:
         """Start a command. Whatever goes wrong is told to the sink, as an end."""
         folder = self._tasks / str(task_id)
         protocol = ShimProtocol(self._clock, folder, sink)
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._write_spec(folder, command, clocks)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            self._write_spec(folder, command, bounds)
             # No path, uid or gid: with them Twisted forks the whole daemon. The shim
             # changes directory itself.
             self._reactor.spawnProcess(
@@ -118,23 +138,47 @@ class ShimExecutor:
             )
         except OSError as e:
             error = f"cannot start: {e.strerror}: {e.filename or folder}"
-            protocol.end(Exit(ended_at=self._clock.seconds(), error=error))
+            protocol.end(Exit(error=error))
         return protocol
 
     def adopt(self, task_id: int, sink: Sink) -> Run:
         """Follow a run that another daemon started, or say how it ended."""
         return AdoptedRun(self._clock, self._tasks / str(task_id), sink)
 
-    def _write_spec(self, folder: Path, command: Command, clocks: Clocks) -> None:
+    def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
+        """Remove the folders of ended runs, in a thread: a large file takes its time."""
+
+        def remove() -> None:
+            for task_id in task_ids:
+                folder = self._tasks / str(task_id)
+                if not _alive(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), remove)
+
+    def kept(self) -> Deferred[list[int]]:
+        """Fire with the numbers that have a folder, lowest first."""
+
+        def look() -> list[int]:
+            try:
+                return sorted(int(n) for n in os.listdir(self._tasks) if n.isdigit())
+            except FileNotFoundError:
+                return []
+
+        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), look)
+
+    def _write_spec(self, folder: Path, command: Command, bounds: Bounds) -> None:
         if command.last_line is not None:
             # For whoever reads the result, perhaps a later daemon with other settings.
             (folder / "promise").write_text(command.last_line, "utf-8")
         fields = [
-            *(f"{n:.3f}" for n in (clocks.grace, clocks.total, clocks.silence)),
-            *(str(n) for n in (self._umask, self._files, len(command.arguments))),
+            *(f"{n:.3f}" for n in (bounds.grace, bounds.total, bounds.silence)),
+            *(str(n) for n in (bounds.max_output, self._umask, self._files)),
+            str(len(command.arguments)),
             command.directory or "/",
             *command.arguments,
             *(f"{key}={value}" for key, value in command.environment.items()),
+            f"{strays.MARK}={folder}",
         ]
         # Always UTF-8, whatever the locale; odd bytes of our own environment stay as is.
         data = "".join(f"{text}\0" for text in fields).encode("utf-8", "surrogateescape")
@@ -170,7 +214,19 @@ class _Following:
     def lost(self, why: str) -> Exit:
         """Return the end of a run of which nobody can know how it ended."""
         size = Output(self._folder).size()
-        return Exit(self._clock.seconds(), error=why, lost=True, output_size=size)
+        return Exit(error=why, lost=True, output_size=size)
+
+    def sweep(self, exit: Exit) -> None:
+        """End what a lost task has left, and tell its end when nothing of it is left."""
+        until = self._clock.seconds() + SWEEP
+
+        def again() -> None:
+            if strays.kill(self._folder) and self._clock.seconds() < until:
+                self._clock.callLater(0.02, again)
+            else:
+                self._tell_end(exit)
+
+        self._clock.callLater(0, again)
 
     def detach(self) -> None:
         """Stop telling."""
@@ -237,9 +293,11 @@ class ShimProtocol(_Following, ProcessProtocol):
             why = trouble.rpartition("\n")[2] or str(reason.value)
             if self._ready:
                 exit = self.lost(f"The process that watched the command ended: {why}")
+                self.sweep(exit)
+                return
             else:
                 error = f"cannot start the process that watches the command: {why}"
-                exit = Exit(self._clock.seconds(), error=error)
+                exit = Exit(error=error)
         self.end(exit)
 
 
@@ -280,10 +338,10 @@ class AdoptedRun(_Following):
             self._look = self._clock.callLater(LOOK, self._check)
         elif self._seen == 0:
             error = "The daemon ended before the command was started."
-            self._tell_end(Exit(self._clock.seconds(), error=error))
+            self._tell_end(Exit(error=error))
         else:
             why = "The process that watched the command is gone and left no result."
-            self._tell_end(self.lost(why))
+            self.sweep(self.lost(why))
 
     def _never_started(self) -> bool:
         """Make sure that a shim which has no lock yet will never start.

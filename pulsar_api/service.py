@@ -1,23 +1,26 @@
 """What can be done with tasks: create, find, list, kill; the queue; start and end."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from attrs import define, evolve, field, frozen
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
 from pulsar_api.changes import Changes
 from pulsar_api.command import Commands, shown
 from pulsar_api.errors import (
     InvalidInput,
+    KeyInFlight,
+    KeyReused,
     QueueFull,
     ShuttingDown,
     StoreUnavailable,
     UnknownTask,
 )
-from pulsar_api.ports import Clocks, Executor, Run, TaskStore
+from pulsar_api.ports import Bounds, Executor, Keep, Run, TaskStore
 from pulsar_api.task import (
+    KEY_LIFE,
     Cause,
     Exit,
     Status,
@@ -32,6 +35,11 @@ _log = Logger()
 RETRY = 1.0
 """Seconds until the next try when the store is not usable."""
 
+TIDY = 30.0
+"""Seconds between two looks for what need not be kept."""
+
+_STEP = 20  # tasks that are removed at a time, so that nobody is held up
+
 MAX_ID = 2**63 - 1
 
 _RESTART = 1000  # more revisions than one daemon ever announces without saving
@@ -41,10 +49,11 @@ _RESTART = 1000  # more revisions than one daemon ever announces without saving
 class Limits:
     """How much at the same time, and how long each."""
 
-    clocks: Clocks
+    bounds: Bounds
     running: int = 16
     running_per_target: int = 0
     queued: int = 1000
+    keep: Keep = Keep()
 
 
 @define(eq=False)
@@ -86,6 +95,9 @@ class TaskService:
     _store: TaskStore
     _executor: Executor
     _clock: IReactorTime
+    """For durations. Nothing but ``now`` knows the date, which may jump."""
+    _now: Callable[[], float]
+    """The seconds since the epoch."""
     _commands: Callable[[], Awaitable[Commands]]
     _limits: Limits
     created: Changes = field(init=False)
@@ -93,6 +105,8 @@ class TaskService:
     _waiting: dict[int, _Live] = field(factory=dict, init=False)
     _running: dict[int, _Live] = field(factory=dict, init=False)
     _creating: list[str] = field(factory=list, init=False)
+    _keys: set[str] = field(factory=set, init=False)
+    _tidying: IDelayedCall | None = field(default=None, init=False)
     _stopping: bool = field(default=False, init=False)
     _moved: Changes = field(init=False)
     """Its version grows whenever a run has started or ended."""
@@ -117,6 +131,12 @@ class TaskService:
             else:
                 self._adopt(live)
         self._schedule()
+        # What a daemon that died while it removed tasks has left of them.
+        rows = {0, *self._waiting, *self._running}
+        kept = [number for number in await self._executor.kept() if number not in rows]
+        for first in range(0, len(kept), _STEP):
+            await self._forget_orphans(kept[first : first + _STEP])
+        self._tidying = self._clock.callLater(TIDY, self._tidy)
 
     def _adopt(self, live: _Live) -> None:
         live.kill = live.newest.killed_by is not None
@@ -129,6 +149,8 @@ class TaskService:
     async def stop(self, drain: float) -> None:
         """Take no new tasks, wait for the running ones if told to, then let them go."""
         self._stopping = True
+        if self._tidying is not None and self._tidying.active():
+            self._tidying.cancel()
         # One that is between its record and its process goes back to the queue.
         while any(live.run is None for live in self._running.values()):
             await self._moved.after(self._moved.version)
@@ -152,12 +174,29 @@ class TaskService:
 
     # -- what callers ask for
 
-    async def create(self, spec: TaskSpec) -> Task:
+    async def create(self, spec: TaskSpec, key: str | None = None) -> Task:
         """Record a new task and start it as soon as there is room.
 
-        Raises `InvalidInput`, `QueueFull`, `ShuttingDown` or `StoreUnavailable`; then
-        nothing was recorded.
+        With a key that was used for the same task in the last 24 hours, return that one
+        and start nothing. Raises `InvalidInput`, `KeyReused`, `KeyInFlight`, `QueueFull`,
+        `ShuttingDown` or `StoreUnavailable`; then nothing was recorded.
         """
+        if key is None:
+            return await self._create(spec, None)
+        if key in self._keys:
+            raise KeyInFlight(key)
+        self._keys.add(key)
+        try:
+            known = await self._store.by_key(key, self._now() - KEY_LIFE)
+            if known is None:
+                return await self._create(spec, key)
+            if known.spec != spec:
+                raise KeyReused(key)
+            return await self.find(known.id)
+        finally:
+            self._keys.discard(key)
+
+    async def _create(self, spec: TaskSpec, key: str | None) -> Task:
         commands = await self._commands()
         commands.check(spec)
         if self._stopping:
@@ -166,7 +205,7 @@ class TaskService:
             raise QueueFull(self._limits.queued)
         self._creating.append(spec.target)
         try:
-            snapshot = await self._store.create(spec, self._clock.seconds())
+            snapshot = await self._store.create(spec, self._now(), key)
         finally:
             self._creating.remove(spec.target)
         command = commands.command(spec, snapshot.id)
@@ -266,7 +305,7 @@ class TaskService:
             status=Status.RUNNING,
             command=shown(command),
             waiting_for=None,
-            started_at=self._clock.seconds(),
+            started_at=self._now(),
         )
         await self._save(live.newest)
         if live.kill:
@@ -279,8 +318,8 @@ class TaskService:
             del self._running[live.newest.id]
             self._waiting[live.newest.id] = live
         else:
-            clocks = self._limits.clocks
-            live.run = self._executor.start(live.newest.id, command, clocks, live)
+            bounds = self._limits.bounds
+            live.run = self._executor.start(live.newest.id, command, bounds, live)
         self._moved.advance(self._moved.version + 1)
 
     def ended(self, live: _Live, exit: Exit) -> None:
@@ -293,13 +332,13 @@ class TaskService:
                 reason=reason,
                 exit_code=exit.code,
                 signal=exit.signal,
-                ended_at=exit.ended_at,
+                ended_at=exit.ended_at or self._now(),
                 output_size=max(exit.output_size, live.task.snapshot.output_size),
             )
         )
 
     async def _finish(self, live: _Live, **new: object) -> None:
-        end = {"ended_at": self._clock.seconds(), "waiting_for": None, **new}
+        end = {"ended_at": self._now(), "waiting_for": None, **new}
         await self._record(live, **end)
         task_id = live.newest.id
         _log.info(
@@ -331,6 +370,40 @@ class TaskService:
                 await wait
             else:
                 return
+
+    # -- what is kept of the past
+
+    def _tidy(self) -> None:
+        self._tidying = self._clock.callLater(TIDY, self._tidy)
+        _own(self.tidy())
+
+    async def tidy(self) -> None:
+        """Remove ended tasks that need not be kept: their records, then their output."""
+        while not self._stopping:
+            try:
+                keep, now = self._limits.keep, self._now()
+                old = await self._store.expired(keep, now, _STEP)
+                await self._store.forget(old)
+            except StoreUnavailable as e:
+                _log.error("Cannot remove old tasks: {e}", e=e)
+                return
+            # In this order: a record without its output would be a lie.
+            await self._executor.forget(old)
+            if old:
+                _log.info("Tasks {first} to {last} removed", first=old[0], last=old[-1])
+            if len(old) < _STEP:
+                return
+
+    async def _forget_orphans(self, task_ids: Sequence[int]) -> None:
+        orphans = []
+        for task_id in task_ids:
+            try:
+                await self._store.load(task_id)
+            except UnknownTask:
+                orphans.append(task_id)
+        if orphans:
+            _log.info("Removing what was left of tasks {ids}", ids=orphans)
+            await self._executor.forget(orphans)
 
 
 def _judge(exit: Exit, killed_by: str | None) -> tuple[Status, str | None]:

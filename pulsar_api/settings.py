@@ -55,6 +55,21 @@ def _seconds(least: float, most: float = 31 * 86400) -> Callable[[object], float
     return parse
 
 
+def _days(value: object) -> float:
+    seconds = _seconds(0, 36500)
+    try:
+        return seconds(value)
+    except ValueError:
+        raise ValueError("needs a number of days from 0 to 36500") from None
+
+
+def _bytes(value: object) -> int:
+    found = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", str(value), re.ASCII)
+    if found is None or isinstance(value, bool):
+        raise ValueError("needs a number of bytes, or one with K, M, G or T behind it")
+    return int(found[1]) << 10 * " KMGT".index(found[2] or " ")
+
+
 def _address(value: object) -> str:
     try:
         return str(ipaddress.ip_address(_text(value)))
@@ -160,6 +175,18 @@ class Settings:
     drain_timeout: float = _option(
         _seconds(0), "seconds that a stopping daemon waits for running tasks", 0.0
     )
+    keep_tasks: int = _option(
+        _number(0, 10_000_000), "ended tasks that are kept, 0: all", 10_000
+    )
+    keep_days: float = _option(
+        _days, "days for which an ended task is kept, 0: for ever", 365.0
+    )
+    max_state_size: int = _option(
+        _bytes, "bytes of output of ended tasks that are kept, 0: all", 0
+    )
+    max_output_size: int = _option(
+        _bytes, "bytes of output of one task; of more the middle is cut, 0: never", 1 << 30
+    )
     app_pattern: re.Pattern[str] | None = _option(
         _pattern, "which app names are allowed", file_only=True
     )
@@ -228,7 +255,7 @@ def load(given: Mapping[str, object], environ: Mapping[str, str]) -> Settings:
             except ValueError as e:
                 raise SettingsError(f"{where}: {e}") from None
     values.setdefault("port", 8001 if values.get("dev") else 8081)
-    values.setdefault("state_dir", _default_state_dir(environ))
+    values.setdefault("state_dir", default_state_dir(environ))
     for name in ("ssl_key", "ssl_cert", "ssl_pfx", "ssl_passphrase"):
         if name in values:
             values[name] = _credential(values[name], environ)
@@ -260,7 +287,8 @@ def _check_together(settings: Settings, given: Mapping[str, object]) -> None:
         raise SettingsError("--listen replaces --port; give one of them")
 
 
-def _default_state_dir(environ: Mapping[str, str]) -> str:
+def default_state_dir(environ: Mapping[str, str]) -> str:
+    """Return where the state is if nobody says where."""
     if environ.get("STATE_DIRECTORY"):
         return environ["STATE_DIRECTORY"].split(":")[0]
     home = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")

@@ -28,6 +28,8 @@ PATIENCE = 1.0  # seconds that background children may hold the pipes after the 
 KILL_PATIENCE = 5.0  # seconds after KILL; a process in the kernel cannot be ended
 RETRY = 0.25  # seconds until the next try when the disk is full
 PR_SET_CHILD_SUBREAPER = 36
+PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+BLOCK = 4096
 ELSEWHERE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
@@ -37,12 +39,12 @@ class Spec:
 
     def __init__(self, data: bytes) -> None:
         fields = data.split(b"\0")
-        number = [float(field) for field in fields[:6]]
-        self.grace, self.total, self.silence = number[:3]
-        self.umask, self.files, count = (int(n) for n in number[3:])
-        self.directory = fields[6]
-        self.arguments = fields[7 : 7 + count]
-        self.environment = dict(pair.split(b"=", 1) for pair in fields[7 + count :] if pair)
+        self.grace, self.total, self.silence = (float(field) for field in fields[:3])
+        numbers = [int(field) for field in fields[3:7]]
+        self.limit, self.umask, self.files, count = numbers
+        self.directory = fields[7]
+        self.arguments = fields[8 : 8 + count]
+        self.environment = dict(pair.split(b"=", 1) for pair in fields[8 + count :] if pair)
 
 
 class CannotStart(Exception):
@@ -117,6 +119,26 @@ def signal_process(pid: int, start: int, *numbers: int) -> None:
         posix.close(handle)
 
 
+class LongLong(_ctypes._SimpleCData):  # type: ignore[type-arg]
+    """A number of 64 bits for a function of C."""
+
+    _type_ = "q"
+
+
+def c_function(name: str, *arguments: object) -> int:
+    """Call a function of the C library that Python does not offer."""
+    library = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]
+    address = _ctypes.dlsym(library, name)
+    result: int = _ctypes.call_function(address, arguments)
+    return result
+
+
+def punch(fd: int, start: int, end: int) -> bool:
+    """Give the disk space of a part of a file back; it reads as zeros (fallocate(2))."""
+    length = LongLong(end - start)
+    return c_function("fallocate64", fd, PUNCH_HOLE, LongLong(start), length) == 0
+
+
 class Stream:
     """One of the command's two pipes."""
 
@@ -168,6 +190,10 @@ class Shim:
         self.output = posix.open("output", flags, 0o600)
         self.index = posix.open("output.idx", flags, 0o600)
         self.size = 0
+        # Of more than the limit its first half is kept, and its last.
+        self.head = spec.limit // 2 // BLOCK * BLOCK
+        self.cut = self.head  # where what is cut ends
+        self.cut_step = max(BLOCK, spec.limit // 16 // BLOCK * BLOCK)
         self.backlog: list[tuple[int, bytes]] = []  # (code, what is not written yet)
         self.records = b""  # for output.idx, not written yet
         self.news = b""  # a record that the daemon's pipe had no room for
@@ -182,6 +208,7 @@ class Shim:
         self.kill_at = 0.0  # when TERM turns into KILL; 0: nobody asked
         self.killed_at = 0.0
         self.asked = False
+        self.children = True  # whether any descendant may be left
 
     # -- writing
 
@@ -215,9 +242,30 @@ class Shim:
                 if written == len(data):
                     del self.backlog[0]
                     self.note(code, self.size)
+                    self.trim()
         except OSError as e:
             if e.errno not in NO_SPACE:
                 raise
+
+    def trim(self) -> None:
+        """Cut the middle out of an output that has become too large.
+
+        Offsets stay what they are: the middle becomes a hole. The file ``cut`` says from
+        where to where, and it says so before it is true.
+        """
+        if not self.spec.limit or self.size <= self.spec.limit:
+            return
+        end = (self.size - self.spec.limit // 2) // BLOCK * BLOCK
+        if end < self.cut + self.cut_step and self.cut > self.head:
+            return
+        write_synced(self.folder, "cut.tmp", b"%d %d\n" % (self.head, end))
+        posix.rename("cut.tmp", "cut", src_dir_fd=self.folder, dst_dir_fd=self.folder)
+        if punch(self.output, self.cut, end):
+            self.cut = end
+        else:
+            # The file system cannot do it: keep all rather than lose some unannounced.
+            posix.unlink("cut", dir_fd=self.folder)
+            self.spec.limit = 0
 
     def tell(self, record: bytes) -> None:
         """Send news to the daemon, the newest if it reads slowly, none if it is gone."""
@@ -335,7 +383,7 @@ class Shim:
                 self.ask("timeout")
             elif spec.silence and now >= self.last_output + spec.silence:
                 self.ask("silence")
-        if self.kill_at and now >= self.kill_at:
+        if self.kill_at and self.children and now >= self.kill_at:
             self.kill(now)
 
     def wait_for(self, now: float) -> float:
@@ -343,38 +391,35 @@ class Shim:
         spec, deadlines = self.spec, []
         if self.waiting:
             deadlines.append(now + RETRY)
-        if self.status is not None:
+        elif self.status is not None and self.pipes_until > now:
             deadlines.append(self.pipes_until)
-        elif not self.kill_at:
+        if self.status is None and not self.kill_at:
             if spec.total:
                 deadlines.append(self.began + spec.total)
             if spec.silence:
                 deadlines.append(self.last_output + spec.silence)
-        if self.killed_at:
-            deadlines.append(now + 0.02)
-        elif self.kill_at:
-            deadlines.append(self.kill_at)
+        if self.kill_at and self.children:
+            deadlines.append(max(self.kill_at, now + 0.02))
         return max(0.0, min(deadlines) - now) if deadlines else -1.0
 
-    def over(self, now: float, *, children: bool) -> bool:
+    def over(self, now: float) -> bool:
         """Return whether there is nothing left to wait for."""
         if self.waiting:
             return False
-        if self.status is None or (self.kill_at and children):
+        if self.status is None or (self.kill_at and self.children):
             # Killed, yet in the kernel for good: nobody can wait for that.
             return bool(self.killed_at) and now >= self.killed_at + KILL_PATIENCE
         return now >= self.pipes_until or all(s.fd < 0 for s in self.streams)
 
     def run(self) -> None:
         """Copy, watch and wait until it is over."""
-        children = True
         while True:
             now = time.monotonic()
             self.check_clocks(now)
-            if self.over(now, children=children):
+            if self.over(now):
                 break
             self.poll(self.wait_for(now))
-            children = self.reap()
+            self.children = self.reap()
         for stream in self.streams:
             # What is in the pipe now was printed before the end; a background child that
             # goes on printing must not keep us.
@@ -456,9 +501,7 @@ def write_synced(folder: int, name: str, data: bytes) -> None:
 
 def become_subreaper() -> None:
     """Make every orphan below this process a child of it (prctl(2))."""
-    library = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]
-    prctl = _ctypes.dlsym(library, "prctl")
-    _ctypes.call_function(prctl, (PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+    c_function("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def main(folder: str) -> int:

@@ -1,9 +1,10 @@
 """Keeps one row per task in SQLite, in threads of its own; never any output."""
 
 import json
+import os
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -13,7 +14,8 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from pulsar_api.errors import StoreUnavailable, UnknownTask
-from pulsar_api.task import Status, TaskQuery, TaskSnapshot, TaskSpec
+from pulsar_api.ports import Keep
+from pulsar_api.task import KEY_LIFE, Status, TaskQuery, TaskSnapshot, TaskSpec
 
 T = TypeVar("T")
 _Job = Callable[[sqlite3.Connection], Any]
@@ -39,8 +41,10 @@ _SCHEMA = [
         created_at REAL NOT NULL,
         started_at REAL,
         ended_at REAL,
-        output_size INTEGER NOT NULL
+        output_size INTEGER NOT NULL,
+        idempotency_key TEXT
     ) STRICT;
+    CREATE INDEX task_key ON task (idempotency_key) WHERE idempotency_key IS NOT NULL;
     CREATE INDEX task_unfinished ON task (id) WHERE status IN ('created', 'running');
     CREATE INDEX task_target ON task (app, env, id);
     """,
@@ -69,6 +73,12 @@ def _snapshot(row: sqlite3.Row) -> TaskSnapshot:
     )
 
 
+def _first(rows: Iterable[sqlite3.Row]) -> TaskSnapshot | None:
+    for row in rows:
+        return _snapshot(row)
+    return None
+
+
 def _values(snapshot: TaskSnapshot) -> dict[str, object]:
     return {"id": snapshot.id, **{name: getattr(snapshot, name) for name in _COLUMNS}}
 
@@ -78,8 +88,10 @@ def _trouble(error: sqlite3.Error) -> StoreUnavailable:
     return StoreUnavailable(str(error), full=full)
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+def _connect(path: Path, mode: str = "rw") -> sqlite3.Connection:
+    """Open the database; only with the mode ``rwc`` is it made."""
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
     db.execute("PRAGMA busy_timeout = 5000")
     db.execute("PRAGMA journal_mode = WAL")
@@ -88,10 +100,18 @@ def _connect(path: Path) -> sqlite3.Connection:
     return db
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def prepare(path: Path) -> None:
     """Make the database, or bring it to this version's form; `StoreUnavailable` if not."""
     try:
-        db = _connect(path)
+        db = _connect(path, "rwc")
         try:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version > len(_SCHEMA):
@@ -134,6 +154,7 @@ class _Thread:
 
     def _run(self) -> None:
         db: sqlite3.Connection | None = None
+        opened: tuple[int, int] | None = None
         going = True
         while going:
             batch = [self._jobs.get()]
@@ -142,7 +163,12 @@ class _Thread:
             going = None not in batch
             jobs = [job for job in batch if job is not None]
             try:
-                db = db or _connect(self._path)
+                if db is None:
+                    db = _connect(self._path)
+                    opened = _identity(self._path)
+                elif _identity(self._path) != opened:
+                    # What is written into a file without a name is lost with us.
+                    raise sqlite3.OperationalError(f"{self._path} is gone")
                 results = self._transaction(db, [job for job, _ in jobs])
             except sqlite3.Error as e:
                 results = [Failure(_trouble(e)) for _ in jobs]
@@ -185,24 +211,31 @@ class SQLiteStore:
     _from_thread: Callable[..., object]
     _writer: _Thread = field(init=False)
     _reader: _Thread = field(init=False)
+    _keeper: _Thread = field(init=False)
+    """Looks for what need not be kept, which may take a while."""
 
     def __attrs_post_init__(self) -> None:
         prepare(self._path)
         self._writer = _Thread(self._path, self._from_thread)
         self._reader = _Thread(self._path, self._from_thread)
+        self._keeper = _Thread(self._path, self._from_thread)
 
     def close(self) -> None:
         """Write what was given and end the threads."""
         self._writer.close()
         self._reader.close()
+        self._keeper.close()
 
-    def create(self, spec: TaskSpec, created_at: float) -> Deferred[TaskSnapshot]:
+    def create(
+        self, spec: TaskSpec, created_at: float, key: str | None = None
+    ) -> Deferred[TaskSnapshot]:
         """Record a new task; its number is higher than any before, for ever."""
 
         def job(db: sqlite3.Connection) -> TaskSnapshot:
             cursor = db.execute(
                 "INSERT INTO task (revision, status, app, env, action, variables, user,"
-                " command, created_at, output_size) VALUES (1, ?, ?, ?, ?, ?, ?, '', ?, 0)",
+                " command, created_at, output_size, idempotency_key)"
+                " VALUES (1, ?, ?, ?, ?, ?, ?, '', ?, 0, ?)",
                 (
                     Status.CREATED,
                     spec.app,
@@ -211,12 +244,22 @@ class SQLiteStore:
                     json.dumps(dict(spec.variables)),
                     spec.user,
                     created_at,
+                    key,
                 ),
             )
             assert cursor.lastrowid is not None
             return TaskSnapshot(cursor.lastrowid, spec, created_at)
 
         return self._writer.do(job)
+
+    def by_key(self, key: str, since: float) -> Deferred[TaskSnapshot | None]:
+        """Fire with the newest task that has this key and was created since, or None."""
+        text = (
+            "SELECT * FROM task WHERE idempotency_key = ? AND created_at > ?"
+            " ORDER BY id DESC LIMIT 1"
+        )
+        # By the writer: it has all that was answered, in order.
+        return self._writer.do(lambda db: _first(db.execute(text, (key, since))))
 
     def save(self, snapshot: TaskSnapshot) -> Deferred[None]:
         """Record how a task stands now; an older record never replaces a newer one."""
@@ -255,13 +298,53 @@ class SQLiteStore:
     def after(self, task_id: int) -> Deferred[TaskSnapshot | None]:
         """Fire with the oldest task whose number is higher, or None."""
         text = "SELECT * FROM task WHERE id > ? ORDER BY id LIMIT 1"
-        return self._rows(text, task_id).addCallback(lambda rows: next(iter(rows), None))
+        return self._reader.do(lambda db: _first(db.execute(text, (task_id,))))
 
     def unfinished(self) -> Deferred[list[TaskSnapshot]]:
         """Fire with the tasks that have not ended, oldest first."""
         return self._rows(
             "SELECT * FROM task WHERE status IN ('created', 'running') ORDER BY id"
         )
+
+    def expired(self, keep: Keep, now: float, limit: int) -> Deferred[list[int]]:
+        """Fire with the numbers of ended tasks that need not be kept, oldest first."""
+        # The youngest ones are kept until one of the bounds is reached. The sum over all
+        # rows is read from an index alone.
+        text = """
+            SELECT id FROM (
+                SELECT id, ended_at, created_at, idempotency_key,
+                    row_number() OVER newest AS number,
+                    sum(output_size) OVER newest AS size
+                FROM task WHERE ended_at IS NOT NULL
+                WINDOW newest AS (ORDER BY id DESC)
+            )
+            WHERE (idempotency_key IS NULL OR created_at < :day_ago) AND (
+                (:tasks > 0 AND number > :tasks)
+                OR (:seconds > 0 AND ended_at < :now - :seconds)
+                OR (:size > 0 AND size > :size)
+            )
+            ORDER BY id LIMIT :limit
+        """
+        values = {
+            "tasks": keep.tasks,
+            "seconds": keep.seconds,
+            "size": keep.size,
+            "now": now,
+            "day_ago": now - KEY_LIFE,
+            "limit": limit,
+        }
+        return self._keeper.do(lambda db: [row["id"] for row in db.execute(text, values)])
+
+    def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
+        """Remove records of ended tasks; their numbers are not used again."""
+
+        def job(db: sqlite3.Connection) -> None:
+            db.executemany(
+                "DELETE FROM task WHERE id = ? AND ended_at IS NOT NULL",
+                [(number,) for number in task_ids],
+            )
+
+        return self._writer.do(job)
 
     def _rows(self, text: str, *values: object) -> Deferred[list[TaskSnapshot]]:
         def job(db: sqlite3.Connection) -> list[TaskSnapshot]:

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
@@ -20,7 +21,7 @@ from pulsar_api import __version__, command, listener, process, settings, store,
 from pulsar_api.changes import Changes
 from pulsar_api.command import Commands, Names
 from pulsar_api.errors import CannotListen, SettingsError, StoreUnavailable
-from pulsar_api.ports import Clocks
+from pulsar_api.ports import Bounds, Keep
 from pulsar_api.process import ShimExecutor
 from pulsar_api.service import Limits, TaskService
 from pulsar_api.settings import Settings
@@ -282,13 +283,15 @@ class Daemon(MultiService):
         )
         if s.command == command.DETECTED:
             Deferred.fromCoroutine(pulsar.find_out()).addErrback(self._cannot_start)
+        (state / "tasks").mkdir(mode=0o700, exist_ok=True)
         executor = ShimExecutor(
             self._reactor, self._reactor, state / "tasks", self._umask, self._files[0]
         )
-        clocks = Clocks(s.kill_grace, s.task_timeout, s.silence_timeout)
-        limits = Limits(clocks, s.max_running, s.max_running_per_target, s.max_queued)
+        bounds = Bounds(s.kill_grace, s.task_timeout, s.silence_timeout, s.max_output_size)
+        keep = Keep(s.keep_tasks, s.keep_days * 86400, s.max_state_size)
+        limits = Limits(bounds, s.max_running, s.max_running_per_target, s.max_queued, keep)
         self.tasks = TaskService(
-            self._store, executor, self._reactor, pulsar.commands, limits
+            self._store, executor, self._reactor, time.time, pulsar.commands, limits
         )
         await self.tasks.start()
         origins = Origins(s.public_url, frozenset({"*.pulsar.local"} if s.dev else ()))
@@ -316,8 +319,19 @@ class Daemon(MultiService):
         return Deferred.fromCoroutine(self._stop())
 
 
+def steady(reactor: Any) -> None:
+    """Let the reactor's clock be one that never jumps.
+
+    Twisted measures by the time of day: a clock that is set back by an hour would hold
+    every long-poll and every piece of news for an hour.
+    """
+    assert not reactor.getDelayedCalls()
+    reactor.seconds = time.monotonic
+
+
 def makeService(options: Options) -> Service:
     """Return the daemon for ``twistd``."""
     from twisted.internet import reactor
 
+    steady(reactor)
     return Daemon(reactor, options.settings, os.environ)

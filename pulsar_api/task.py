@@ -8,6 +8,9 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 from pulsar_api.changes import Changes
 
+KEY_LIFE = 24 * 3600.0
+"""Seconds for which an idempotency key counts."""
+
 COALESCE = 0.05
 """Seconds: news of output wakes the waiting at most this often (the first at once)."""
 
@@ -68,7 +71,8 @@ class Cause(StrEnum):
 class Exit:
     """How a run ended. ``error`` is a sentence and set if it never started or is lost."""
 
-    ended_at: float
+    ended_at: float | None = None
+    """Seconds since the epoch; None: nobody knows better than "now"."""
     code: int | None = None
     signal: str | None = None
     error: str | None = None

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qsl
@@ -83,6 +84,19 @@ def parse_new_task(content_type: str, body: bytes, query: Mapping[str, str]) -> 
     if not isinstance(action, str):
         raise InvalidInput("action", "must be a text")
     return NewTask(action.strip(" \t"), _variables(fields.get("variables", {})))
+
+
+def parse_key(given: Sequence[str] | None) -> str | None:
+    """Return the Idempotency-Key, in quotes or not, or None if there is none."""
+    if not given:
+        return None
+    key = given[0].strip()
+    if len(given) > 1 or not re.fullmatch(r"[!-~]{1,255}", key):
+        detail = "must be one text of 1 to 255 visible ASCII characters"
+        raise InvalidInput("Idempotency-Key", detail)
+    if key.startswith('"') and key.endswith('"') and len(key) > 2:  # RFC 8941
+        key = key[1:-1]
+    return key
 
 
 def _form(body: bytes) -> dict[str, Any]:
@@ -273,6 +287,9 @@ def task_pieces(
     not the first.
     """
     fields = _task_fields(snapshot, base)
+    cut = output.cut()
+    if cut != (0, 0):
+        fields["outputCut"] = {"from": cut[0], "to": cut[1]}
     if part.start:
         fields["outputOffset"] = part.start
     head = json.dumps(fields, ensure_ascii=False)

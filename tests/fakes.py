@@ -1,12 +1,22 @@
 """Verified fakes: the contract tests hold them to what the real ones do."""
 
+from collections.abc import Sequence
+
 from attrs import define, field
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IReactorTime
 
 from pulsar_api.errors import StoreUnavailable, UnknownTask
-from pulsar_api.ports import Clocks, Sink
-from pulsar_api.task import Cause, Command, Exit, TaskQuery, TaskSnapshot, TaskSpec
+from pulsar_api.ports import Bounds, Keep, Sink
+from pulsar_api.task import (
+    KEY_LIFE,
+    Cause,
+    Command,
+    Exit,
+    TaskQuery,
+    TaskSnapshot,
+    TaskSpec,
+)
 
 
 @define(eq=False)
@@ -21,13 +31,49 @@ class MemoryStore:
     """While set, records are done only when `finish` is called."""
     _pending: list[Deferred[None]] = field(factory=list)
 
-    def create(self, spec: TaskSpec, created_at: float) -> Deferred[TaskSnapshot]:
+    keys: dict[str, int] = field(factory=dict)
+
+    def create(
+        self, spec: TaskSpec, created_at: float, key: str | None = None
+    ) -> Deferred[TaskSnapshot]:
         if self.broken:
             return fail(StoreUnavailable("the fake is broken"))
         self.last += 1
+        if key is not None:
+            self.keys[key] = self.last
         snapshot = TaskSnapshot(self.last, spec, created_at)
         self.rows[self.last] = snapshot
         return self._written().addCallback(lambda _: snapshot)
+
+    def by_key(self, key: str, since: float) -> Deferred[TaskSnapshot | None]:
+        found = self.rows.get(self.keys.get(key, 0))
+        fits = found is not None and found.created_at > since
+        return succeed(found if fits else None)
+
+    def expired(self, keep: Keep, now: float, limit: int) -> Deferred[list[int]]:
+        if self.broken:
+            return fail(StoreUnavailable("the fake is broken"))
+        found = []
+        number = size = 0
+        day_ago = now - KEY_LIFE
+        for row in reversed(self.rows.values()):
+            if row.ended_at is None:
+                continue
+            number += 1
+            size += row.output_size
+            if (
+                (0 < keep.tasks < number)
+                or (keep.seconds and row.ended_at < now - keep.seconds)
+                or (0 < keep.size < size)
+            ) and (row.id not in self.keys.values() or row.created_at < day_ago):
+                found.append(row.id)
+        return succeed(sorted(found)[:limit])
+
+    def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
+        for number in task_ids:
+            if number in self.rows and self.rows[number].ended_at is not None:
+                del self.rows[number]
+        return succeed(None)
 
     def save(self, snapshot: TaskSnapshot) -> Deferred[None]:
         if self.broken:
@@ -90,7 +136,7 @@ class FakeRun:
     task_id: int
     sink: Sink | None
     command: Command | None
-    clocks: Clocks | None
+    bounds: Bounds | None
     adopted: bool
     kills: int = 0
     deaf: bool = False
@@ -121,15 +167,24 @@ class FakeExecutor:
 
     clock: IReactorTime
     runs: list[FakeRun] = field(factory=list)
+    folders: set[int] = field(factory=set)
 
-    def start(self, task_id: int, command: Command, clocks: Clocks, sink: Sink) -> FakeRun:
-        return self._keep(FakeRun(self.clock, task_id, sink, command, clocks, False))
+    def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> FakeRun:
+        return self._keep(FakeRun(self.clock, task_id, sink, command, bounds, False))
 
     def adopt(self, task_id: int, sink: Sink) -> FakeRun:
         return self._keep(FakeRun(self.clock, task_id, sink, None, None, True))
 
+    def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
+        self.folders -= set(task_ids)
+        return succeed(None)
+
+    def kept(self) -> Deferred[list[int]]:
+        return succeed(sorted(self.folders))
+
     def _keep(self, run: FakeRun) -> FakeRun:
         self.runs.append(run)
+        self.folders.add(run.task_id)
         return run
 
     def run(self, task_id: int) -> FakeRun:

@@ -14,14 +14,16 @@ from twisted.trial.unittest import SynchronousTestCase
 from pulsar_api.command import Commands, parse_template
 from pulsar_api.errors import (
     InvalidInput,
+    KeyInFlight,
+    KeyReused,
     QueueFull,
     ShuttingDown,
     StoreUnavailable,
     UnknownTask,
 )
-from pulsar_api.ports import Clocks
-from pulsar_api.service import MAX_ID, RETRY, Limits, TaskService
-from pulsar_api.task import Cause, Status, Task, TaskQuery, TaskSnapshot, TaskSpec
+from pulsar_api.ports import Bounds, Keep
+from pulsar_api.service import MAX_ID, RETRY, TIDY, Limits, TaskService
+from pulsar_api.task import KEY_LIFE, Cause, Status, Task, TaskQuery, TaskSnapshot, TaskSpec
 from tests.fakes import FakeExecutor, MemoryStore
 
 CASE = SynchronousTestCase()
@@ -33,7 +35,7 @@ OTHER = TaskSpec("shop", "production", "deploy")
 class World:
     """A service with everything it needs, none of it real."""
 
-    limits: Limits = field(factory=lambda: Limits(Clocks(10)))
+    limits: Limits = field(factory=lambda: Limits(Bounds(10)))
     clock: Clock = field(factory=Clock)
     store: MemoryStore = field(factory=MemoryStore)
     template: str = "deploy {app} {env} {action}"
@@ -45,13 +47,21 @@ class World:
 
     def restart(self) -> None:
         """Begin again with what the store holds, as a new daemon does."""
-        self.executor = FakeExecutor(self.clock)
+        self.restart_with(set(self.store.rows))
+
+    def restart_with(self, folders: set[int]) -> None:
+        """Begin again where so many runs have left a folder."""
+        for call in self.clock.getDelayedCalls():
+            call.cancel()
+        self.executor = FakeExecutor(self.clock, folders=folders)
         commands = Commands(parse_template(self.template), {})
 
         async def give() -> Commands:
             return commands
 
-        self.service = TaskService(self.store, self.executor, self.clock, give, self.limits)
+        self.service = TaskService(
+            self.store, self.executor, self.clock, self.clock.seconds, give, self.limits
+        )
         CASE.successResultOf(Deferred.fromCoroutine(self.service.start()))
 
     def create(self, spec: TaskSpec = SPEC) -> Task:
@@ -76,7 +86,7 @@ def world() -> World:
 
 def limited(running: int = 16, per_target: int = 0, queued: int = 1000) -> World:
     """Return a world with limits."""
-    return World(Limits(Clocks(10), running, per_target, queued))
+    return World(Limits(Bounds(10), running, per_target, queued))
 
 
 def test_a_task_goes_from_created_to_finished(world: World) -> None:
@@ -280,7 +290,7 @@ def test_output_wakes_who_waits(world: World) -> None:
     assert CASE.successResultOf(waiting) == task.snapshot.version
     run.end(0, output_size=9)
     assert task.snapshot.output_size == 9
-    assert world.clock.getDelayedCalls() == []
+    assert len(world.clock.getDelayedCalls()) == 1  # the next tidying
 
 
 def test_an_end_that_cannot_be_recorded_is_tried_again(world: World) -> None:
@@ -411,6 +421,120 @@ def test_who_waits_is_let_go_at_the_end(world: World) -> None:
     ]
     world.service.release()
     assert all(one.called for one in waiting)
+
+
+def test_the_same_key_starts_nothing_again(world: World) -> None:
+    """The first answer is given again, also when the task has ended."""
+
+    def create(key: str) -> Task:
+        return CASE.successResultOf(Deferred.fromCoroutine(world.service.create(SPEC, key)))
+
+    first = create("k1")
+    assert create("k1") is first
+    world.executor.run(1).end(0)
+    assert create("k1").snapshot == first.snapshot
+    assert create("k2").snapshot.id == 2
+    assert len(world.executor.runs) == 2
+
+
+def test_a_key_counts_for_a_day(world: World) -> None:
+    """After that it is a new one."""
+    CASE.successResultOf(Deferred.fromCoroutine(world.service.create(SPEC, "k")))
+    world.executor.run(1).end(0)
+    world.clock.pump([TIDY] * int(KEY_LIFE / TIDY + 1))
+    again = Deferred.fromCoroutine(world.service.create(SPEC, "k"))
+    assert CASE.successResultOf(again).snapshot.id == 2
+
+
+def test_a_key_with_another_task_is_refused(world: World) -> None:
+    """Whoever mixes up keys must not believe that something was started."""
+    CASE.successResultOf(Deferred.fromCoroutine(world.service.create(SPEC, "k")))
+    other = Deferred.fromCoroutine(world.service.create(OTHER, "k"))
+    CASE.failureResultOf(other, KeyReused)
+    assert len(world.store.rows) == 1
+
+
+def test_a_key_whose_first_request_is_under_way_is_refused(world: World) -> None:
+    """Nobody knows yet whether it will be a task."""
+    world.store.slow = True
+    first = Deferred.fromCoroutine(world.service.create(SPEC, "k"))
+    CASE.failureResultOf(
+        Deferred.fromCoroutine(world.service.create(SPEC, "k")), KeyInFlight
+    )
+    world.store.slow = False
+    world.store.finish()
+    assert CASE.successResultOf(first).snapshot.id == 1
+
+
+def keeping(keep: Keep) -> World:
+    """Return a world that keeps so much of the past."""
+    return World(Limits(Bounds(10), keep=keep))
+
+
+def ended(world: World, count: int, size: int = 0) -> None:
+    """Let so many tasks run and end."""
+    for _ in range(count):
+        task = world.create()
+        world.executor.run(task.snapshot.id).end(0, output_size=size)
+
+
+def test_old_tasks_go_with_their_output_and_running_ones_stay() -> None:
+    """The newest are kept; what has not ended is never touched."""
+    world = keeping(Keep(tasks=3))
+    running = world.create()
+    ended(world, 50)
+    world.clock.advance(TIDY)
+    assert list(world.store.rows) == [1, 49, 50, 51]
+    assert world.executor.folders == {1, 49, 50, 51}
+    assert running.snapshot.status is Status.CREATED
+
+
+def test_tasks_go_by_age_and_by_size() -> None:
+    """Whichever bound is reached first."""
+    world = keeping(Keep(seconds=100))
+    ended(world, 2)
+    world.clock.advance(TIDY)
+    assert len(world.store.rows) == 2
+    world.clock.advance(TIDY * 4)
+    assert world.store.rows == {}
+    world = keeping(Keep(size=25))
+    ended(world, 5, size=10)
+    world.clock.advance(TIDY)
+    assert list(world.store.rows) == [4, 5]
+
+
+def test_a_task_is_kept_as_long_as_its_key_counts() -> None:
+    """Else a retry would start it a second time."""
+    world = keeping(Keep(tasks=1))
+    made = Deferred.fromCoroutine(world.service.create(SPEC, "k"))
+    CASE.successResultOf(made)
+    world.executor.run(1).end(0)
+    ended(world, 3)
+    world.clock.advance(TIDY)
+    assert list(world.store.rows) == [1, 4]
+
+
+def test_a_store_that_is_broken_is_tidied_later() -> None:
+    """Nothing of a task is removed before its record is."""
+    world = keeping(Keep(tasks=1))
+    ended(world, 3)
+    world.store.broken = True
+    world.clock.advance(TIDY)
+    assert world.executor.folders == {1, 2, 3}
+    world.store.broken = False
+    world.clock.advance(TIDY)
+    assert world.executor.folders == {3}
+
+
+def test_what_a_dead_daemon_has_half_removed_is_removed_at_the_start(
+    world: World,
+) -> None:
+    """A record is gone, its output is not."""
+    ended(world, 2)
+    del world.store.rows[1]
+    world.executor.folders = {1, 2}
+    world.restart_with(world.executor.folders)
+    assert world.executor.folders == {2}
 
 
 class Life(RuleBasedStateMachine):

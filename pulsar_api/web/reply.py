@@ -25,6 +25,8 @@ _PROBLEMS: dict[type[errors.PulsarError], tuple[int, str, str, int | None]] = {
     wire.UnsupportedMedia: (415, "unsupported-media", "Unsupported media type", None),
     errors.UnknownTask: (404, "unknown-task", "Unknown task", None),
     ForeignOrigin: (403, "foreign-origin", "Request from another site", None),
+    errors.KeyReused: (422, "key-reused", "Idempotency key reused", None),
+    errors.KeyInFlight: (409, "key-in-flight", "First request is under way", 1),
     errors.QueueFull: (503, "queue-full", "Queue full", 10),
     errors.ShuttingDown: (503, "stopping", "Daemon is stopping", 5),
     errors.StoreUnavailable: (503, "store-unavailable", "Database unavailable", 10),

@@ -112,7 +112,8 @@ class TaskAPI:
         body = request.content.read() if request.content is not None else b""
         asked = wire.parse_new_task(header(request, "content-type"), body, _query(request))
         spec = TaskSpec(app, env, asked.action, asked.variables)
-        snapshot = (await self.service.create(spec)).snapshot
+        key = wire.parse_key(request.requestHeaders.getRawHeaders("idempotency-key"))
+        snapshot = (await self.service.create(spec, key)).snapshot
         request.setHeader("Location", f"/task/{snapshot.id}")
         url = wire.task_url(self.origins.base(request), snapshot.id)
         answer = {"taskId": snapshot.id, "id": snapshot.id, "url": url}

@@ -1,0 +1,45 @@
+"""Finds and ends the processes of a task whose shim was killed and ends them no more."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+MARK = "PULSAR_TASK_FOLDER"
+"""A variable in the environment of each process of a task; its value is the folder."""
+
+
+def kill(folder: Path) -> bool:
+    """Send KILL to every process of a task; return whether there was one.
+
+    They are known by what the kernel says of their environment, never by a number that
+    was remembered. A program that empties its environment is not found.
+    """
+    found = False
+    for pid in _marked(folder):
+        with suppress(OSError):
+            handle = os.pidfd_open(pid)
+            try:
+                # The handle names one process for ever; look again whether it is ours.
+                if _is_marked(pid, folder):
+                    found = True
+                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+            finally:
+                os.close(handle)
+    return found
+
+
+def _marked(folder: Path) -> Iterator[int]:
+    for name in os.listdir("/proc"):
+        if name.isdigit() and _is_marked(int(name), folder):
+            yield int(name)
+
+
+def _is_marked(pid: int, folder: Path) -> bool:
+    try:
+        # Empty for one that has ended and only waits for its parent.
+        data = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+    return b"%s=%s" % (MARK.encode(), os.fsencode(folder)) in data.split(b"\0")
