@@ -182,6 +182,7 @@ class Shim:
         self.kill_at = 0.0  # when TERM turns into KILL; 0: nobody asked
         self.killed_at = 0.0
         self.asked = False
+        self.children = True  # whether any descendant may be left
 
     # -- writing
 
@@ -335,7 +336,7 @@ class Shim:
                 self.ask("timeout")
             elif spec.silence and now >= self.last_output + spec.silence:
                 self.ask("silence")
-        if self.kill_at and now >= self.kill_at:
+        if self.kill_at and self.children and now >= self.kill_at:
             self.kill(now)
 
     def wait_for(self, now: float) -> float:
@@ -343,38 +344,35 @@ class Shim:
         spec, deadlines = self.spec, []
         if self.waiting:
             deadlines.append(now + RETRY)
-        if self.status is not None:
+        elif self.status is not None and self.pipes_until > now:
             deadlines.append(self.pipes_until)
-        elif not self.kill_at:
+        if self.status is None and not self.kill_at:
             if spec.total:
                 deadlines.append(self.began + spec.total)
             if spec.silence:
                 deadlines.append(self.last_output + spec.silence)
-        if self.killed_at:
-            deadlines.append(now + 0.02)
-        elif self.kill_at:
-            deadlines.append(self.kill_at)
+        if self.kill_at and self.children:
+            deadlines.append(max(self.kill_at, now + 0.02))
         return max(0.0, min(deadlines) - now) if deadlines else -1.0
 
-    def over(self, now: float, *, children: bool) -> bool:
+    def over(self, now: float) -> bool:
         """Return whether there is nothing left to wait for."""
         if self.waiting:
             return False
-        if self.status is None or (self.kill_at and children):
+        if self.status is None or (self.kill_at and self.children):
             # Killed, yet in the kernel for good: nobody can wait for that.
             return bool(self.killed_at) and now >= self.killed_at + KILL_PATIENCE
         return now >= self.pipes_until or all(s.fd < 0 for s in self.streams)
 
     def run(self) -> None:
         """Copy, watch and wait until it is over."""
-        children = True
         while True:
             now = time.monotonic()
             self.check_clocks(now)
-            if self.over(now, children=children):
+            if self.over(now):
                 break
             self.poll(self.wait_for(now))
-            children = self.reap()
+            self.children = self.reap()
         for stream in self.streams:
             # What is in the pipe now was printed before the end; a background child that
             # goes on printing must not keep us.
