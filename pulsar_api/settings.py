@@ -67,7 +67,12 @@ def _address(value: object) -> str:
 def _url(value: object) -> str:
     parts = urlsplit(_text(value))
     # Looking at the port raises ValueError if it is none.
-    if parts.port == 0 or parts.scheme not in {"http", "https"} or not parts.hostname or parts.query:
+    if (
+        parts.port == 0
+        or parts.scheme not in {"http", "https"}
+        or not parts.hostname
+        or parts.query
+    ):
         raise ValueError("needs a URL like https://deploy.example.com")
     return parts._replace(fragment="").geturl().rstrip("/")
 
