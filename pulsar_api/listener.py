@@ -1,6 +1,9 @@
 """Opens ports: tried before the daemon starts, and fatal if they cannot be opened."""
 
+import os
 import socket
+import stat
+from contextlib import ExitStack
 from typing import Any
 
 from attrs import define, field
@@ -8,6 +11,7 @@ from twisted.application.service import Service
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import (
+    AdoptedStreamServerEndpoint,
     TCP4ServerEndpoint,
     TCP6ServerEndpoint,
     serverFromString,
@@ -18,6 +22,7 @@ from twisted.internet.interfaces import (
     IProtocolFactory,
     IStreamServerEndpoint,
 )
+from twisted.internet.protocol import Factory
 from twisted.internet.ssl import CertificateOptions
 from twisted.python.failure import Failure
 
@@ -43,7 +48,7 @@ def endpoints(
             full = f"{text}:backlog={BACKLOG}"
         try:
             endpoint = serverFromString(reactor, full)
-        except (ValueError, TypeError, KeyError, IndexError) as e:
+        except (ValueError, TypeError, LookupError, OSError) as e:
             raise CannotListen(f"--listen: {text!r} is no endpoint: {e}") from None
         if tls is not None and not text.startswith(("unix:", "tls:", "ssl:")):
             endpoint = wrapServerTLS(tls, endpoint)
@@ -56,10 +61,11 @@ def endpoints(
     return found
 
 
-class _Trial:
-    """Stands for the reactor where a port is only tried: opened and closed again."""
+class _Trial(ExitStack):
+    """Stands for the reactor where an endpoint is only tried: opened and closed again."""
 
     def __init__(self, only_loopback: str | None) -> None:
+        super().__init__()
         self.only_loopback = only_loopback
 
     def listenTCP(
@@ -67,10 +73,26 @@ class _Trial:
     ) -> None:
         check_address(interface, self.only_loopback)
         family = socket.AF_INET6 if ":" in interface else socket.AF_INET
-        with socket.socket(family) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind((interface, port))
-            trial.listen(1)
+        # Open until all have been tried: one that is named twice is busy.
+        trial = self.enter_context(socket.socket(family))
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        trial.bind((interface, port))
+        trial.listen(1)
+
+    def listenUNIX(self, address: str, *_: object, **__: object) -> None:
+        # Not opened: that would take the place of one that is in use.
+        folder = os.path.dirname(address) or "."
+        why = None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            why = f"cannot write {folder}"
+        elif os.path.lexists(address):
+            trial = self.enter_context(socket.socket(socket.AF_UNIX))
+            if not stat.S_ISSOCK(os.lstat(address).st_mode):
+                why = "it is there and no socket"
+            elif trial.connect_ex(address) == 0:
+                why = "Address already in use"
+        if why is not None:
+            raise CannotListen(f"cannot listen on unix:{address}: {why}")
 
 
 def check_address(address: str, only_loopback: str | None) -> None:
@@ -95,12 +117,16 @@ def why_only_loopback(settings: Settings, *, development_key: bool) -> str | Non
 
 def try_out(settings: Settings, only_loopback: str | None) -> None:
     """Raise `CannotListen` for what can be known without starting: form, address, port."""
-    for name, endpoint in endpoints(settings, _Trial(only_loopback), None):
-        if isinstance(endpoint, TCP4ServerEndpoint | TCP6ServerEndpoint):
-            _now(name, endpoint.listen(_NOBODY))
-
-
-_NOBODY: Any = None  # the trial never builds a protocol
+    with _Trial(only_loopback) as trial:
+        for name, endpoint in endpoints(settings, trial, None):
+            if isinstance(endpoint, AdoptedStreamServerEndpoint):
+                # It can be taken only once; look at it without that.
+                found = endpoint.fileno, endpoint.addressFamily
+                with socket.fromfd(*found, socket.SOCK_STREAM) as open_already:
+                    if open_already.family != socket.AF_UNIX:
+                        check_address(open_already.getsockname()[0], only_loopback)
+            else:
+                _now(name, endpoint.listen(Factory()))
 
 
 def _now(name: str, listening: Deferred[Any]) -> Any:

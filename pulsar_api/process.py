@@ -13,6 +13,7 @@ from typing import Any
 
 from attrs import define, evolve, field, frozen
 from twisted.internet.defer import Deferred
+from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.interfaces import (
     IDelayedCall,
     IProcessTransport,
@@ -43,7 +44,7 @@ _TROUBLE = 4096  # bytes of a shim's own complaint that are kept
 def read_exit(folder: Path) -> Exit | None:
     """Return the result that a shim has written, or None if there is none yet."""
     try:
-        lines = (folder / "exit").read_text("utf-8").splitlines()
+        lines = (folder / "exit").read_bytes().decode("utf-8", "replace").split("\n")
     except FileNotFoundError:
         return None
     found = dict(line.partition(" ")[::2] for line in lines)
@@ -280,8 +281,8 @@ class ShimProtocol(_Following, ProcessProtocol):
         """Let the shim end the tree; as soon as it can hear us."""
         self._killed = True
         if self._ready:
-            with suppress(ProcessLookupError):
-                os.kill(self.transport.pid, signal.SIGTERM)
+            with suppress(ProcessExitedAlready):
+                self.transport.signalProcess("TERM")
 
     def processEnded(self, reason: Failure) -> None:
         """Take the result from the disk."""
@@ -325,7 +326,8 @@ class AdoptedRun(_Following):
 
     def _check(self) -> None:
         # In this order: what is dead now has written its result before.
-        alive = _alive(self._folder) or self._never_started()
+        begun = self._seen > 0 or not self._never_started()
+        alive = _alive(self._folder)
         for record in Output(self._folder).records(self._seen):
             self._seen += 1
             self._read(record)
@@ -336,7 +338,7 @@ class AdoptedRun(_Following):
             if self._killed:
                 _terminate(self._folder)
             self._look = self._clock.callLater(LOOK, self._check)
-        elif self._seen == 0:
+        elif not begun:
             error = "The daemon ended before the command was started."
             self._tell_end(Exit(error=error))
         else:
@@ -344,17 +346,14 @@ class AdoptedRun(_Following):
             self.sweep(self.lost(why))
 
     def _never_started(self) -> bool:
-        """Make sure that a shim which has no lock yet will never start.
-
-        Return whether one was faster, and so is alive.
-        """
+        """Return whether no shim has begun, and if so make sure that none ever will."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        lock = self._folder / "lock"
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            os.close(os.open(self._folder / "lock", flags, 0o600))
-        except FileExistsError:
-            return bool(_alive(self._folder))
-        return False
+        with suppress(FileExistsError):
+            os.close(os.open(lock, flags, 0o600))
+        # A shim's lock has its number in it from the first moment on, ours is empty.
+        return lock.stat().st_size == 0
 
 
 class _Answer(ProcessProtocol):

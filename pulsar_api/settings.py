@@ -81,7 +81,13 @@ def _address(value: object) -> str:
 
 def _url(value: object) -> str:
     parts = urlsplit(_text(value))
-    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query:
+    # Looking at the port raises ValueError if it is none.
+    if (
+        parts.port == 0
+        or parts.scheme not in {"http", "https"}
+        or not parts.hostname
+        or parts.query
+    ):
         raise ValueError("needs a URL like https://deploy.example.com")
     return parts._replace(fragment="").geturl().rstrip("/")
 
@@ -95,7 +101,7 @@ def _texts(value: object) -> tuple[str, ...]:
 def _pattern(value: object) -> re.Pattern[str]:
     try:
         return re.compile(_text(value))
-    except re.error as e:
+    except (re.error, OverflowError) as e:
         raise ValueError(f"is no regular expression: {e}") from None
 
 
@@ -240,7 +246,7 @@ def load(given: Mapping[str, object], environ: Mapping[str, str]) -> Settings:
     """
     known = {a.name.replace("_", "-"): a for a in fields(Settings)}
     path = given.get("config")
-    in_file = _read_file(str(path)) if path else {}
+    in_file = {} if path is None else _read_file(str(path))
     values: dict[str, Any] = {}
     for source, found in ((str(path), in_file), (CLI, given)):
         for name, value in found.items():

@@ -26,6 +26,7 @@ PIPE_SIZE = 1 << 20
 READ_SIZE = 1 << 18
 PATIENCE = 1.0  # seconds that background children may hold the pipes after the end
 KILL_PATIENCE = 5.0  # seconds after KILL; a process in the kernel cannot be ended
+ROUNDS = 20  # in which TERM goes to those that were born in the round before
 RETRY = 0.25  # seconds until the next try when the disk is full
 PR_SET_CHILD_SUBREAPER = 36
 PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -74,17 +75,21 @@ def incomplete(data: bytes) -> int:
 
 
 def process(pid: int) -> tuple[int, int]:
-    """Return a process's parent and when it was started; zeros if it is no more."""
+    """Return a process's parent and when it was started; zeros if it is no more.
+
+    One that has ended and waits for its parent counts: it may be the first thread of a
+    process whose others go on.
+    """
     try:
         # The name in the second field may hold anything, also ") Z 1" (proc(5)).
         fields = read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     except OSError:
         return 0, 0
-    return (0, 0) if fields[0] in b"ZX" else (int(fields[1]), int(fields[19]))
+    return int(fields[1]), int(fields[19])
 
 
 def descendants() -> list[tuple[int, int]]:
-    """Return all living processes below this one, each with its time of start.
+    """Return all processes below this one, each with its time of start.
 
     None escapes: this process is their subreaper, so one that loses its parent becomes a
     child of ours, whatever its group or session.
@@ -220,10 +225,14 @@ class Shim:
 
     def note(self, code: int, number: int) -> None:
         """Append a record: ``number`` and when, and tell the daemon the same."""
+        self.record(code, number)
+        self.flush()
+
+    def record(self, code: int, number: int) -> None:
+        """Let a record wait to be written."""
         since = int((time.monotonic() - self.began) * 1000)
         self.records += number.to_bytes(8, "little")
         self.records += (since << 8 | code).to_bytes(8, "little")
-        self.flush()
 
     def flush(self) -> None:
         """Write what waits; if the disk is full leave it, and the command waits too."""
@@ -241,7 +250,7 @@ class Shim:
                 self.backlog[0] = (code, data[written:])
                 if written == len(data):
                     del self.backlog[0]
-                    self.note(code, self.size)
+                    self.record(code, self.size)
                     self.trim()
         except OSError as e:
             if e.errno not in NO_SPACE:
@@ -302,14 +311,14 @@ class Shim:
         if b"/" not in name:
             folders = spec.environment.get(b"PATH", b"/usr/local/bin:/usr/bin:/bin")
             candidates = [f + b"/" + name for f in folders.split(b":") if f]
-        problem = "not found in PATH"
-        for path in candidates:
+        problem = "not found in PATH" if name else "the name is empty"
+        for path in candidates if name else ():
             try:
                 self.pid = self.spawn(path)
                 break
             except OSError as e:
                 # As execvp(3): what cannot be run may stand in a later folder of PATH.
-                if len(candidates) == 1 or e.errno not in ELSEWHERE:
+                if b"/" in name or e.errno not in ELSEWHERE:
                     problem = str(e.strerror)
                     break
                 if e.errno == errno.EACCES:
@@ -361,9 +370,15 @@ class Shim:
             self.cause = cause
         self.kill_at = time.monotonic() + self.spec.grace
         self.note(TERM_SENT, self.size)
-        for pid, start in descendants():
-            # CONT: a stopped process would not notice.
-            signal_process(pid, start, _signal.SIGTERM, _signal.SIGCONT)
+        told: set[tuple[int, int]] = set()
+        for _ in range(ROUNDS):
+            new = [found for found in descendants() if found not in told]
+            for pid, start in new:
+                # CONT: a stopped process would not notice.
+                signal_process(pid, start, _signal.SIGTERM, _signal.SIGCONT)
+            told.update(new)
+            if not new:
+                break
 
     def kill(self, now: float) -> None:
         """KILL whatever is left of the tree, again until nothing is."""
@@ -376,6 +391,8 @@ class Shim:
     def check_clocks(self, now: float) -> None:
         """Act on every deadline that has come."""
         spec = self.spec
+        if self.waiting:
+            self.last_output = now  # it might print if it could
         if self.asked:
             self.ask("kill")
         elif self.status is None and not self.kill_at:

@@ -131,6 +131,9 @@ def check(settings: Settings, *, own_files: bool) -> None:
         return
     if settings.log_dir:
         _make_folder("--log-dir", Path(settings.log_dir))
+        log = Path(settings.log_dir) / LOG
+        if log.exists() and not (log.is_file() and os.access(log, os.W_OK)):
+            raise SettingsError(f"--log-dir: {log} is no file that can be written")
     state = Path(settings.state_dir)
     _make_folder("--state-dir", state)
     os.close(_lock(state))

@@ -7,12 +7,20 @@ from attrs import frozen
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import pkcs12
+from OpenSSL import SSL
 from twisted.internet.ssl import CertificateOptions, TLSVersion
 
 from pulsar_api.errors import SettingsError
 from pulsar_api.settings import Settings
 
+_USABLE = (
+    rsa.RSAPrivateKey,
+    ec.EllipticCurvePrivateKey,
+    ed25519.Ed25519PrivateKey,
+    ed448.Ed448PrivateKey,
+)
 _Format = serialization.PublicFormat.SubjectPublicKeyInfo
 _DER = serialization.Encoding.DER
 
@@ -57,7 +65,8 @@ def load(settings: Settings) -> Identity | None:
     phrase = None
     if settings.ssl_passphrase:
         data = _read("--ssl-passphrase", Path(settings.ssl_passphrase))
-        phrase = data.rstrip(b"\r\n") or None
+        # Nothing behind a NUL ever arrives in the library, which is no passphrase of ours.
+        phrase = data.rstrip(b"\r\n").partition(b"\0")[0] or None
     if settings.dev:
         key, certificate = development_files()
         return _from_pem(key, certificate, None)
@@ -125,6 +134,14 @@ def _from_pfx(path: Path, phrase: bytes | None) -> Identity:
 
 
 def _fitting(identity: Identity, where: str) -> Identity:
+    if not isinstance(identity.key, _USABLE):
+        raise SettingsError(f"{where}: the key must be RSA, EC, Ed25519 or Ed448")
     if _public(identity.key.public_key()) != _public(identity.certificate.public_key()):
         raise SettingsError(f"{where}: the key does not belong to the certificate")
+    try:
+        identity.options().getContext()
+    except SSL.Error as e:
+        # For example a key that is too short: every connection would fail.
+        why = e.args[0][0][2] if e.args and e.args[0] else "no reason given"
+        raise SettingsError(f"{where}: TLS does not take it: {why}") from None
     return identity

@@ -134,6 +134,8 @@ def _variables(value: object) -> dict[str, str]:
         if isinstance(item, bool) or not isinstance(item, str | int | float):
             where = f"variables.{key[:100]}"
             raise InvalidInput(where, "must be a text or a number")
+        if isinstance(item, float) and not math.isfinite(item):
+            raise InvalidInput(f"variables.{key[:100]}", "is too large a number")
         try:
             result[key] = str(item)
         except ValueError:
@@ -212,7 +214,8 @@ def problem(
 
 def encode(value: object) -> bytes:
     """Return a value as JSON, one line."""
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    # Half a surrogate pair, which JSON can say and UTF-8 cannot, becomes a question mark.
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
 def _time(seconds: float | None) -> str | None:

@@ -72,7 +72,8 @@ class Root(Resource):
                 detail = f"{name}: {why}"
                 title = "Invalid input"
                 return problem(request, 400, "invalid-input", title, detail, name)
-        if not request.method.isalpha() or not request.path.startswith(b"/"):
+        known = request.method.isalpha() and request.method.isupper()
+        if not known or not request.path.startswith(b"/"):
             detail = "This method or target is not understood."
             return problem(request, 400, "malformed", "Bad Request", detail)
         ours = segments[0] in {b"", b"web", b"pulsar"}

@@ -22,12 +22,15 @@ IDLE = 60.0
 LINGER = 2.0
 """Seconds in which a refused client can read why, before the connection is cut."""
 MAX_BODY = 1 << 20
+_MAX_REFUSED = 64  # connections that are being told that there are too many
 
 
-def _raw_problem(status: int, reason: str, type_: str, detail: str) -> bytes:
+def _raw_problem(
+    status: int, reason: str, type_: str, detail: str, more: str = ""
+) -> bytes:
     body = wire.problem(status, type_, reason, detail)
     head = (
-        f"HTTP/1.1 {status} {reason}\r\nContent-Type: {wire.PROBLEM}\r\n"
+        f"HTTP/1.1 {status} {reason}\r\nContent-Type: {wire.PROBLEM}\r\n{more}"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     )
     return head.encode() + body
@@ -57,6 +60,7 @@ _TOO_MANY = _raw_problem(
     "Service Unavailable",
     "too-many-connections",
     "The daemon has as many connections as it can serve; try again in a moment.",
+    "Retry-After: 5\r\n",
 )
 
 
@@ -179,10 +183,27 @@ class _Full(Protocol):
     """Says that there are too many connections, and ends."""
 
     transport: Any
+    _cut: IDelayedCall | None = None
+
+    def __init__(self, site: "BoundedSite") -> None:
+        self._site = site
 
     def connectionMade(self) -> None:
+        self._site.refused += 1
+        if self._site.refused > _MAX_REFUSED:
+            # They take files too: hang up without a word.
+            self.transport.abortConnection()
+            return
         self.transport.write(_TOO_MANY)
         self.transport.loseConnection()
+        # Over TLS who says nothing would stay until the handshake, which is for ever.
+        clock = self._site.reactor
+        self._cut = clock.callLater(LINGER, self.transport.abortConnection)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._site.refused -= 1
+        if self._cut is not None and self._cut.active():
+            self._cut.cancel()
 
 
 class BoundedSite(Site):
@@ -198,13 +219,14 @@ class BoundedSite(Site):
         )
         self.most = most
         self.connections = 0
+        self.refused = 0
         self.serving = 0
         """How many requests are being answered."""
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """Return a channel, or something that says that there are too many."""
         if self.connections >= self.most:
-            return _Full()
+            return _Full(self)
         self.connections += 1
         return super().buildProtocol(addr)
 
