@@ -311,6 +311,8 @@ def _credential(name: str, environ: Mapping[str, str]) -> str:
 
 def is_loopback(address: str) -> bool:
     """Return whether only this machine can reach an address."""
+    if address == "localhost":
+        return True
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:

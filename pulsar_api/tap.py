@@ -1,5 +1,6 @@
 """Puts the daemon together; the only place that knows everything, and the reactor."""
 
+import atexit
 import fcntl
 import os
 import sys
@@ -35,6 +36,7 @@ from pulsar_api.web.tasks import TaskAPI
 _log = Logger()
 
 DATABASE = "pulsar-api.db"
+TASKS = "tasks"
 LOG = "pulsar-api.log"
 
 _RESERVE = 256
@@ -65,7 +67,7 @@ def is_number(value: object) -> TypeGuard[float]:
 class Options(usage.Options):
     """The command line; ``settings`` is what it means."""
 
-    synopsis = "Usage: twistd [twistd's own options] pulsar-api [options]"
+    synopsis = "[options]"
     longdesc = (
         "Runs deployment and operations tasks over HTTP. Every option can also stand in "
         "the file of --config, without the dashes; the command line wins."
@@ -136,6 +138,7 @@ def check(settings: Settings, *, own_files: bool) -> None:
             raise SettingsError(f"--log-dir: {log} is no file that can be written")
     state = Path(settings.state_dir)
     _make_folder("--state-dir", state)
+    _make_folder("--state-dir", state / TASKS)
     os.close(_lock(state))
     store.prepare(state / DATABASE)
 
@@ -244,7 +247,8 @@ class Daemon(MultiService):
         # twistd sets its own umask when it becomes a daemon; tasks get the one of now.
         self._umask = os.umask(0o022)
         os.umask(self._umask)
-        self._environ = {"HOME": os.path.expanduser("~"), "PATH": os.defpath, **environ}
+        environ = {"HOME": os.path.expanduser("~"), "PATH": os.defpath, **environ}
+        self._commands = _commands(settings, environ)
         identity = tls.load(settings)
         self._shared_key = identity is not None and tls.is_development(identity)
         only_loopback = _only_loopback(settings, identity)
@@ -280,15 +284,15 @@ class Daemon(MultiService):
 
     async def _start(self, state: Path) -> None:
         s = self._settings
-        usual = _commands(s, self._environ)
-        pulsar = Pulsar(
-            self._reactor, usual, None if s.command == command.DETECTED else usual
-        )
-        if s.command == command.DETECTED:
+        detect = s.command == command.DETECTED
+        known = None if detect else self._commands
+        pulsar = Pulsar(self._reactor, self._commands, known)
+        if detect:
             Deferred.fromCoroutine(pulsar.find_out()).addErrback(self._cannot_start)
-        (state / "tasks").mkdir(mode=0o700, exist_ok=True)
+        tasks = state / TASKS
+        tasks.mkdir(mode=0o700, exist_ok=True)
         executor = ShimExecutor(
-            self._reactor, self._reactor, state / "tasks", self._umask, self._files[0]
+            self._reactor, self._reactor, tasks, self._umask, self._files[0]
         )
         bounds = Bounds(s.kill_grace, s.task_timeout, s.silence_timeout, s.max_output_size)
         keep = Keep(s.keep_tasks, s.keep_days * 86400, s.max_state_size)
@@ -298,12 +302,15 @@ class Daemon(MultiService):
         )
         await self.tasks.start()
         origins = Origins(s.public_url, frozenset({"*.pulsar.local"} if s.dev else ()))
-        api = TaskAPI(self.tasks, state / "tasks", self._reactor, origins, s.poll_timeout)
+        api = TaskAPI(self.tasks, tasks, self._reactor, origins, s.poll_timeout)
         self.site.resource = Root(api.app.resource(), Pages().app.resource())
 
     def _cannot_start(self, failure: Any) -> None:
         _log.failure("The daemon cannot start", failure)
-        self._reactor.stop()
+        # It may not run yet. And who started it must see that it failed: twistd would
+        # end with 0, so the last thing that is done is to end with 1.
+        self._reactor.callWhenRunning(self._reactor.stop)
+        atexit.register(os._exit, 1)
 
     async def _stop(self) -> None:
         if self.tasks is not None:

@@ -51,6 +51,19 @@ class Answer:
         return json.loads(self.body)
 
 
+def next_answer(sock: socket.socket) -> Answer:
+    """Read the next answer from a connection that nothing else was read from before.
+
+    What comes behind it may be lost: for several answers keep one `HTTPConnection`.
+    """
+    response = HTTPResponse(sock)
+    try:
+        response.begin()
+        return Answer(response)
+    finally:
+        response.close()
+
+
 class Daemon:
     """``python -m pulsar_api`` with its own state, on a port that the kernel chose."""
 
@@ -92,6 +105,7 @@ class Daemon:
                 cwd="/",
                 env=self.environ,
                 umask=self.umask,
+                close_fds=False,  # a test may have opened a socket for it
             )
 
         def address() -> re.Match[str] | None:
@@ -99,12 +113,16 @@ class Daemon:
             text = self.log.read_text()[begin:]
             return re.search(r"listens on (https?)://(\S+):(\d+)", text)
 
-        found = wait_for(address, "the daemon's address")
-        assert found is not None
-        self.scheme = found[1]
-        self.host, self.port = found[2].strip("[]"), int(found[3])
-        self.base = f"{self.scheme}://localhost:{self.port}"
-        wait_for(lambda: self.get("/tasks?limit=1").status == 200, "the first answer")
+        try:
+            found = wait_for(address, "the daemon's address")
+            assert found is not None
+            self.scheme = found[1]
+            self.host, self.port = found[2].strip("[]"), int(found[3])
+            self.base = f"{self.scheme}://localhost:{self.port}"
+            wait_for(lambda: self.get("/tasks?limit=1").status == 200, "the first answer")
+        except BaseException:
+            self.kill()  # nobody else knows of it yet
+            raise
 
     def connect(self, timeout: float = PATIENCE) -> HTTPConnection:
         """Return a new connection."""
@@ -260,6 +278,25 @@ def problem(answer: Answer, status: int, field: str | None = None) -> dict[str, 
     assert found["detail"] == found["error"]
     assert found.get("field") == field, found
     return found
+
+
+def marked(entry: str) -> list[int]:
+    """Return the living processes that have this ``NAME=value`` in their environment."""
+    wanted = entry.encode()
+
+    def has_it(folder: Path) -> bool:
+        try:
+            return wanted in (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            return False  # it has just ended
+
+    # A process whose first thread has ended shows its environment at the others only.
+    return [
+        int(folder.name)
+        for folder in Path("/proc").iterdir()
+        if folder.name.isdigit()
+        and (has_it(folder) or any(map(has_it, folder.glob("task/*"))))
+    ]
 
 
 def end_shim(lock: Path) -> None:

@@ -1,0 +1,156 @@
+"""Starts that must not succeed, in each way in which the daemon can be started."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from tests.integration.daemon import wait_for
+
+TWISTD = str(Path(sys.executable).with_name("twistd"))
+WAYS: Mapping[str, Sequence[str]] = {
+    "python": (sys.executable, "-m", "pulsar_api"),
+    "foreground": (TWISTD, "--nodaemon", "--pidfile=", "pulsar-api"),
+    "background": (TWISTD, "--pidfile", "twistd.pid", "pulsar-api"),
+}
+
+_POWERLESS = """
+import ctypes, os, sys
+for right in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    ctypes.CDLL(None).prctl(24, right, 0, 0, 0)  # PR_CAPBSET_DROP
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+POWERLESS = (sys.executable, "-c", _POWERLESS)
+"""Runs a program for which the permissions of files hold even if root starts it."""
+
+
+@contextmanager
+def reserved() -> Iterator[int]:
+    """Give a port of which nobody else is told, and on which the daemon could listen."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()[1]
+
+
+def answers(port: int) -> bool:
+    """Return whether somebody listens on a port of this machine."""
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process has not ended, whoever has to collect it."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def end(pid: int) -> None:
+    """Stop a process that is nobody's child, and wait until it is gone."""
+    os.kill(pid, signal.SIGTERM)
+    wait_for(lambda: not alive(pid), f"the end of process {pid}")
+
+
+class _Start:
+    def __init__(
+        self,
+        folder: Path,
+        way: str,
+        options: Sequence[str],
+        before: Sequence[str],
+        port: int,
+        environ: Mapping[str, str],
+    ) -> None:
+        self.folder = folder
+        self.way = way
+        self.port = port
+        self.state = str(folder / "state")
+        self.pid_file = folder / "twistd.pid"
+        folder.mkdir()
+        places = {"{port}": str(port), "{own}": str(folder)}
+        given = [_filled(option, places) for option in options]
+        if not any(o.startswith(("--port", "--listen")) for o in options):
+            given = ["--port", str(port), *given]
+        if "--state-dir" not in options:
+            given = ["--state-dir", self.state, *given]
+        with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
+            self.process = subprocess.Popen(
+                [*before, *WAYS[way], *given],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=folder,
+                env=environ,
+                close_fds=False,  # a test may have opened a socket for it
+            )
+
+    def said(self, *, busy: bool) -> str:
+        """Wait for the end and return the one line of it, without what is only its own."""
+        wait_for(
+            lambda: self.process.poll() is not None or (not busy and answers(self.port)),
+            f"the end of {self.process.args!r}",
+        )
+        status = self.process.poll()
+        out, err = ((self.folder / name).read_text() for name in ("stdout", "stderr"))
+        everything = f"{self.way}: exit status {status}\n{out}\n{err}"
+        assert status is not None, f"it serves: {everything}"
+        assert status == 1, everything
+        assert out == "", everything
+        assert err.startswith("pulsar-api: "), everything
+        assert err.endswith("\n"), everything
+        assert err.count("\n") == 1, everything
+        assert not self.pid_file.exists(), everything
+        assert not (self.folder / "twistd.log").exists(), everything
+        assert busy or not answers(self.port), everything
+        line = err.removeprefix("pulsar-api: ").removesuffix("\n")
+        return line.replace(str(self.folder), "{own}").replace(str(self.port), "{port}")
+
+    def clean_up(self) -> None:
+        """End what should not have started."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        if self.pid_file.exists():
+            end(int(self.pid_file.read_text()))
+
+
+def _filled(text: str, places: Mapping[str, str]) -> str:
+    for place, value in places.items():
+        text = text.replace(place, value)
+    return text
+
+
+def refusal(
+    folder: Path,
+    *options: str,
+    before: Sequence[str] = (),
+    busy: int | None = None,
+    ways: Sequence[str] = tuple(WAYS),
+    environ: Mapping[str, str] = os.environ,
+) -> str:
+    """Start in several ways and return what all of them say in one line.
+
+    Each has a folder ``{own}`` with its state, and a port ``{port}``, unless the options
+    name others. ``busy`` is a port on which somebody listens already. They start all at
+    once, unless they share a state: then they would be in each other's way.
+    """
+    shared = "--state-dir" in options
+    said: set[str] = set()
+    for together in [[way] for way in ways] if shared else [ways]:
+        with ExitStack() as stack:
+            starts = []
+            for way in together:
+                port = stack.enter_context(reserved()) if busy is None else busy
+                start = _Start(folder / way, way, options, before, port, environ)
+                stack.callback(start.clean_up)
+                starts.append(start)
+            said.update(start.said(busy=busy is not None) for start in starts)
+    assert len(said) == 1, said
+    return said.pop()

@@ -1,0 +1,323 @@
+"""Listeners: which endpoints are made, who may reach them, and what if they do not open."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import evolve
+from cryptography.hazmat.primitives.asymmetric import ec
+from twisted.internet import reactor
+from twisted.internet.address import IPv4Address
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import TCP4ServerEndpoint, TCP6ServerEndpoint
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.ssl import CertificateOptions
+from twisted.internet.testing import MemoryReactor
+from twisted.protocols.tls import TLSMemoryBIOFactory
+
+from pulsar_api import listener, tls
+from pulsar_api.errors import CannotListen
+from pulsar_api.listener import Listener
+from pulsar_api.settings import Settings
+from tests.certificates import self_signed
+
+USUAL = Settings(port=0, state_dir="/s")
+BECAUSE = "others could come in"
+
+
+@pytest.fixture(scope="module")
+def options() -> CertificateOptions:
+    """Return what a server needs for TLS."""
+    one = self_signed(ec.generate_private_key(ec.SECP256R1()))
+    return tls.Identity(one.key, one.certificate).options()
+
+
+@pytest.fixture
+def busy() -> Iterator[int]:
+    """Return a port of 127.0.0.1 on which somebody else listens."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        yield sock.getsockname()[1]
+
+
+@pytest.fixture
+def free() -> Iterator[int]:
+    """Return a port of 127.0.0.1 on which nobody listens, and that nobody else is given."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()[1]
+
+
+def open_in_memory(settings: Settings, options: CertificateOptions | None) -> MemoryReactor:
+    """Return a reactor that notes what is opened."""
+    memory = MemoryReactor()
+    for _, endpoint in listener.endpoints(settings, memory, options):
+        endpoint.listen(Factory.forProtocol(Protocol))
+    return memory
+
+
+def refusal(settings: Settings, only_loopback: str | None = None) -> str:
+    """Return what is said of settings when they are tried out; it is one line."""
+    with pytest.raises(CannotListen) as caught:
+        listener.try_out(settings, only_loopback)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def first(settings: Settings, only_loopback: str | None = None) -> Listener:
+    """Return a real listener on the first endpoint."""
+    name, endpoint = listener.endpoints(settings, reactor, None)[0]
+    factory = Factory.forProtocol(Protocol)
+    return Listener(name, endpoint, factory, only_loopback)
+
+
+def answers(port: int) -> bool:
+    """Return whether somebody listens on a port of 127.0.0.1."""
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+class TestEndpoints:
+    def test_the_usual_one_is_a_port_of_loopback(self) -> None:
+        """With room for many who connect at the same moment."""
+        memory = open_in_memory(evolve(USUAL, port=8081), None)
+        ((port, _, backlog, interface),) = memory.tcpServers
+        assert (port, backlog, interface) == (8081, listener.BACKLOG, "127.0.0.1")
+
+    @pytest.mark.parametrize(
+        ("interface", "kind"),
+        [("10.0.0.1", TCP4ServerEndpoint), ("::1", TCP6ServerEndpoint)],
+    )
+    def test_an_interface_may_be_of_either_family(self, interface: str, kind: type) -> None:
+        """What an address looks like decides."""
+        settings = evolve(USUAL, port=8081, interface=interface)
+        ((name, endpoint),) = listener.endpoints(settings, MemoryReactor(), None)
+        assert isinstance(endpoint, kind)
+        assert name == f"{interface} port 8081"
+
+    def test_listen_replaces_the_port(self) -> None:
+        """Each with the name under which it was given."""
+        texts = ("tcp:7001:interface=127.0.0.1", "unix:/s/socket")
+        settings = evolve(USUAL, port=8081, listen=texts)
+        found = listener.endpoints(settings, MemoryReactor(), None)
+        assert [name for name, _ in found] == list(texts)
+        memory = open_in_memory(settings, None)
+        assert [server[0] for server in memory.tcpServers] == [7001]
+        assert [server[0] for server in memory.unixServers] == ["/s/socket"]
+
+    def test_a_tcp_endpoint_gets_the_same_room_unless_it_says_another(self) -> None:
+        """Twisted's 50 are too few."""
+        settings = evolve(USUAL, listen=("tcp:1", "tcp:2:backlog=3"))
+        memory = open_in_memory(settings, None)
+        assert [server[2] for server in memory.tcpServers] == [listener.BACKLOG, 3]
+
+    def test_tls_is_put_round_everything_that_is_tcp(
+        self, options: CertificateOptions
+    ) -> None:
+        """A port and an endpoint alike."""
+        for settings in (USUAL, evolve(USUAL, listen=("tcp:1",))):
+            (server,) = open_in_memory(settings, options).tcpServers
+            assert isinstance(server[1], TLSMemoryBIOFactory)
+
+    def test_tls_is_not_put_round_a_unix_socket(self, options: CertificateOptions) -> None:
+        """Behind it is a proxy on the same machine."""
+        settings = evolve(USUAL, listen=("unix:/s/socket",))
+        (server,) = open_in_memory(settings, options).unixServers
+        assert not isinstance(server[1], TLSMemoryBIOFactory)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "carrier-pigeon:1",
+            "tcp",
+            "tcp:http",
+            "tcp:1:colour=red",
+            "systemd:domain=INET:name=no-such-socket",
+            "systemd:domain=INET:index=99",
+            "ssl:1:privateKey=/nonexistent:interface=127.0.0.1",
+        ],
+    )
+    def test_what_is_no_endpoint_is_named(self, text: str) -> None:
+        """Whatever Twisted thinks of it."""
+        said = refusal(evolve(USUAL, listen=(text,)))
+        assert said.startswith(
+            (f"--listen: {text!r} is no endpoint: ", "cannot listen on ")
+        )
+        assert text in said
+
+
+class TestReach:
+    @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+    def test_loopback_is_always_allowed(self, address: str) -> None:
+        """Nobody else is there."""
+        listener.check_address(address, BECAUSE)
+
+    @pytest.mark.parametrize("address", ["0.0.0.0", "::", "10.0.0.1"])
+    def test_others_are_kept_out_if_there_is_a_reason(self, address: str) -> None:
+        """And the reason is given."""
+        with pytest.raises(CannotListen) as caught:
+            listener.check_address(address, BECAUSE)
+        assert str(caught.value) == f"will not listen on {address}: {BECAUSE}"
+
+    def test_no_address_means_all_of_them(self) -> None:
+        """As it does for the system."""
+        with pytest.raises(CannotListen, match="will not listen on all addresses: "):
+            listener.check_address("", BECAUSE)
+
+    def test_without_a_reason_every_address_is_allowed(self) -> None:
+        """The reason is the rule."""
+        listener.check_address("0.0.0.0", None)
+
+    def test_without_authentication_only_loopback_is_reached(self) -> None:
+        """And what to do is said."""
+        text = listener.why_only_loopback(USUAL, development_key=False)
+        assert text is not None
+        assert "--allow-anonymous" in text
+
+    def test_anonymous_callers_can_be_allowed(self) -> None:
+        """Whoever says so has thought of it."""
+        settings = evolve(USUAL, allow_anonymous=True)
+        assert listener.why_only_loopback(settings, development_key=False) is None
+
+    def test_the_development_key_is_for_loopback_whoever_is_allowed(self) -> None:
+        """It lets everybody read along, and that nobody can allow."""
+        settings = evolve(USUAL, allow_anonymous=True)
+        text = listener.why_only_loopback(settings, development_key=True)
+        assert text is not None
+        assert "development certificate" in text
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "tcp:0",
+            "tcp:0:interface=0.0.0.0",
+            "tcp6:0",
+            "haproxy:tcp:0",
+        ],
+    )
+    def test_an_endpoint_on_all_addresses_is_refused_before_the_start(
+        self, text: str
+    ) -> None:
+        """However it is wrapped."""
+        said = refusal(evolve(USUAL, listen=(text,)), BECAUSE)
+        assert said.startswith("will not listen on ")
+        assert said.endswith(BECAUSE)
+
+    def test_a_port_on_all_addresses_is_refused_before_the_start(self) -> None:
+        """The option's own way."""
+        said = refusal(evolve(USUAL, interface="0.0.0.0"), BECAUSE)
+        assert said == f"will not listen on 0.0.0.0: {BECAUSE}"
+
+
+class TestTrying:
+    def test_what_can_be_opened_is_closed_again(self, free: int) -> None:
+        """The trial leaves nothing behind, so that it can be repeated."""
+        settings = evolve(USUAL, port=free)
+        for _ in range(2):
+            listener.try_out(settings, None)
+            assert not answers(free)
+
+    def test_a_busy_port_is_told(self, busy: int) -> None:
+        """With what the system says."""
+        said = refusal(evolve(USUAL, port=busy))
+        expected = f"cannot listen on 127.0.0.1 port {busy}: Address already in use"
+        assert said == expected
+
+    def test_a_busy_endpoint_is_told(self, busy: int) -> None:
+        """Under the name that it was given."""
+        text = f"tcp:{busy}:interface=127.0.0.1"
+        said = refusal(evolve(USUAL, listen=(text,)))
+        assert said == f"cannot listen on {text}: Address already in use"
+
+    def test_an_address_of_another_machine_is_told(self) -> None:
+        """192.0.2.0/24 is nobody's, by RFC 5737."""
+        said = refusal(evolve(USUAL, interface="192.0.2.1"))
+        assert said.startswith("cannot listen on 192.0.2.1 port 0: ")
+
+    def test_a_port_that_there_is_not_is_told(self) -> None:
+        """An endpoint's number is looked at by nobody before."""
+        said = refusal(evolve(USUAL, listen=("tcp:99999:interface=127.0.0.1",)))
+        assert said.startswith("cannot listen on tcp:99999:interface=127.0.0.1: ")
+
+    def test_an_endpoint_that_is_named_twice_is_told(self, free: int) -> None:
+        """The second could never be opened."""
+        text = f"tcp:{free}:interface=127.0.0.1"
+        assert text in refusal(evolve(USUAL, listen=(text, text)))
+
+    def test_a_unix_socket_is_not_tried(self, tmp_path: Path) -> None:
+        """It would take the place of one that is in use."""
+        path = tmp_path / "socket"
+        listener.try_out(evolve(USUAL, listen=(f"unix:{path}",)), BECAUSE)
+        assert not path.exists()
+
+    def test_a_unix_socket_in_no_folder_is_told(self) -> None:
+        """Before anything is started."""
+        text = "unix:/nonexistent/socket"
+        assert text in refusal(evolve(USUAL, listen=(text,)))
+
+
+class TestListener:
+    async def test_a_listener_answers_until_it_is_stopped(self) -> None:
+        """From the privileged start on, so that low ports are possible."""
+        one = first(USUAL, BECAUSE)
+        one.privilegedStartService()
+        port = number(one)
+        assert answers(port)
+        await stopped(one)
+        assert not answers(port)
+
+    async def test_a_listener_says_where_it_is(self) -> None:
+        """With the port that the kernel chose."""
+        one = first(USUAL)
+        one.privilegedStartService()
+        assert one.url("http") == f"http://127.0.0.1:{number(one)}"
+        await stopped(one)
+
+    def test_an_address_of_the_new_family_stands_in_brackets(self) -> None:
+        """As a URL wants it."""
+        settings = evolve(USUAL, interface="::1", port=8081)
+        ((name, endpoint),) = listener.endpoints(settings, MemoryReactor(), None)
+        one = Listener(name, endpoint, Factory.forProtocol(Protocol), BECAUSE)
+        one.privilegedStartService()
+        assert one.url("https") == "https://[::1]:8081"
+
+    async def test_a_unix_socket_is_said_by_its_name(self, tmp_path: Path) -> None:
+        """There is no URL for it."""
+        text = f"unix:{tmp_path / 's'}"
+        one = first(evolve(USUAL, listen=(text,)), BECAUSE)
+        one.privilegedStartService()
+        assert one.url("http") == text
+        await stopped(one)
+
+    def test_a_listener_on_a_busy_port_does_not_start(self, busy: int) -> None:
+        """It ends the program; an open daemon that is deaf helps nobody."""
+        one = first(evolve(USUAL, port=busy))
+        with pytest.raises(CannotListen, match="Address already in use"):
+            one.privilegedStartService()
+
+    async def test_a_listener_that_others_reach_does_not_start(self) -> None:
+        """An endpoint that nobody could try before is looked at when it is open."""
+        text = "haproxy:tcp:0:interface=0.0.0.0"
+        one = first(evolve(USUAL, listen=(text,)), BECAUSE)
+        with pytest.raises(CannotListen, match="will not listen on"):
+            one.privilegedStartService()
+        await stopped(one)
+
+
+def number(one: Listener) -> int:
+    """Return the port that the kernel chose."""
+    host = one.port.getHost()
+    assert isinstance(host, IPv4Address)
+    return host.port
+
+
+async def stopped(one: Listener) -> None:
+    """Stop a listener and wait until its port is closed."""
+    done: Any = one.stopService()
+    assert isinstance(done, Deferred)
+    await done

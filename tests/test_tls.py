@@ -1,0 +1,356 @@
+"""TLS: what is made of certificate files, and what is said of those that do not work."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, rsa, x25519
+from cryptography.hazmat.primitives.serialization import NoEncryption, pkcs12
+from OpenSSL import SSL
+
+from pulsar_api import tls
+from pulsar_api.errors import SettingsError
+from pulsar_api.settings import Settings, load
+from tests.certificates import (
+    Authority,
+    Issued,
+    certificates_pem,
+    key_pem,
+    public_pem,
+    self_signed,
+)
+
+PHRASE = b"open sesame"
+
+
+@pytest.fixture(scope="module")
+def issued() -> Issued:
+    """Return a certificate with its chain."""
+    return Authority().issue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, issued: Issued) -> Path:
+    """Return a folder with one identity in all its forms."""
+    contents = {
+        "key": key_pem(issued.key),
+        "locked": key_pem(issued.key, PHRASE),
+        "old": key_pem(issued.key, PHRASE, old=True),
+        "public": public_pem(issued.key),
+        "cert": issued.cert_pem(),
+        "phrase": PHRASE,
+        "wrong": b"wrong",
+        "nothing": b"",
+        "nul": b"open\0sesame",
+        "latin": b"\xe9\xff",
+        "long": b"x" * 5000,
+        "pfx": issued.pfx(),
+        "locked-pfx": issued.pfx(PHRASE),
+        "garbage": b"\x30\x82garbage",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def of(folder: Path, **names: str) -> Settings:
+    """Return settings that name files of a folder."""
+    return load({f"ssl-{option}": str(folder / name) for option, name in names.items()}, {})
+
+
+def identity(settings: Settings) -> tls.Identity:
+    """Return what the settings name, which is something."""
+    found = tls.load(settings)
+    assert found is not None
+    return found
+
+
+def refusal(settings: Settings) -> str:
+    """Return what is said of files that are refused."""
+    with pytest.raises(SettingsError) as caught:
+        tls.load(settings)
+    return str(caught.value)
+
+
+def talk(server: SSL.Context) -> SSL.Connection:
+    """Return a client's end after a handshake in memory; it trusts everybody."""
+    here = SSL.Connection(SSL.Context(SSL.TLS_CLIENT_METHOD), None)
+    here.set_connect_state()
+    there = SSL.Connection(server, None)
+    there.set_accept_state()
+    ends = [(here, there), (there, here)]
+    for _ in range(6):
+        for one, other in ends:
+            with suppress(SSL.WantReadError):
+                one.do_handshake()
+            with suppress(SSL.WantReadError):
+                other.bio_write(one.bio_read(65536))
+    return here
+
+
+def is_whole(found: tls.Identity, issued: Issued) -> bool:
+    """Return whether nothing got lost or swapped on the way through a file."""
+    same_key = key_pem(found.key) == key_pem(issued.key)
+    chain = (found.certificate, *found.chain)
+    return same_key and chain == (issued.certificate, *issued.between)
+
+
+class TestPEM:
+    def test_without_a_certificate_there_is_no_identity(self) -> None:
+        """Plain HTTP, then."""
+        assert tls.load(load({}, {})) is None
+
+    def test_key_and_certificate_come_with_the_appended_chain(
+        self, folder: Path, issued: Issued
+    ) -> None:
+        """The first certificate is the server's own, the others lead to the authority."""
+        assert is_whole(identity(of(folder, key="key", cert="cert")), issued)
+
+    def test_what_was_appended_is_sent_to_clients(
+        self, folder: Path, issued: Issued
+    ) -> None:
+        """A client that knows only the authority can follow the chain."""
+        options = identity(of(folder, key="key", cert="cert")).options()
+        sent = talk(options.getContext()).get_peer_cert_chain()
+        assert sent is not None
+        expected = [issued.certificate, *issued.between]
+        assert [c.to_cryptography() for c in sent] == expected
+
+    @pytest.mark.parametrize("key", ["locked", "old"])
+    def test_a_key_with_a_passphrase_is_opened_by_it(
+        self, folder: Path, issued: Issued, key: str
+    ) -> None:
+        """In the form of today and in that of old openssl."""
+        found = identity(of(folder, key=key, cert="cert", passphrase="phrase"))
+        assert is_whole(found, issued)
+
+    @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\n\n"])
+    def test_the_end_of_the_line_is_no_part_of_a_passphrase(
+        self, folder: Path, issued: Issued, end: bytes
+    ) -> None:
+        """Editors and echo append it."""
+        (folder / "phrase").write_bytes(PHRASE + end)
+        found = identity(of(folder, key="locked", cert="cert", passphrase="phrase"))
+        assert is_whole(found, issued)
+
+    def test_a_space_is_a_part_of_a_passphrase(self, folder: Path) -> None:
+        """Only line ends are taken off."""
+        (folder / "phrase").write_bytes(PHRASE + b" ")
+        text = refusal(of(folder, key="locked", cert="cert", passphrase="phrase"))
+        assert text.endswith("the passphrase is wrong")
+
+    def test_a_key_without_a_passphrase_needs_none(
+        self, folder: Path, issued: Issued
+    ) -> None:
+        """One that is given does no harm: a key may lose its own some day."""
+        found = identity(of(folder, key="key", cert="cert", passphrase="phrase"))
+        assert is_whole(found, issued)
+
+    def test_key_and_certificate_may_be_in_one_file(
+        self, folder: Path, issued: Issued
+    ) -> None:
+        """In either order, as other servers have it."""
+        for parts in (["key", "cert"], ["cert", "key"]):
+            both = b"".join((folder / part).read_bytes() for part in parts)
+            (folder / "both").write_bytes(both)
+            assert is_whole(identity(of(folder, key="both", cert="both")), issued)
+
+    @pytest.mark.parametrize("wrong", ["wrong", "nul", "latin", "long"])
+    def test_a_wrong_passphrase_is_told(self, folder: Path, wrong: str) -> None:
+        """Whatever bytes are in the file."""
+        text = refusal(of(folder, key="locked", cert="cert", passphrase=wrong))
+        path = folder / "locked"
+        assert text == f"--ssl-key: cannot use {path}: the passphrase is wrong"
+
+    @pytest.mark.parametrize(
+        "given", [{}, {"passphrase": "nothing"}], ids=["none", "empty"]
+    )
+    def test_a_missing_passphrase_is_told(
+        self, folder: Path, given: dict[str, str]
+    ) -> None:
+        """An empty file is none. Nothing asks a terminal for it."""
+        text = refusal(of(folder, key="locked", cert="cert", **given))
+        assert text == (
+            f"--ssl-key: {folder / 'locked'} has a passphrase; name the file that holds it "
+            "by --ssl-passphrase"
+        )
+
+    @pytest.mark.parametrize("key", ["cert", "public", "garbage", "nothing"])
+    def test_what_is_no_private_key_is_refused(self, folder: Path, key: str) -> None:
+        """Above all the two files swapped."""
+        text = refusal(of(folder, key=key, cert="cert"))
+        expected = "it is no private key in PEM form"
+        assert text == f"--ssl-key: cannot use {folder / key}: {expected}"
+
+    @pytest.mark.parametrize("cert", ["key", "public", "garbage", "nothing"])
+    def test_what_is_no_certificate_is_refused(self, folder: Path, cert: str) -> None:
+        """And named."""
+        text = refusal(of(folder, key="key", cert=cert))
+        assert text == f"--ssl-cert: {folder / cert} holds no certificate in PEM form"
+
+    def test_a_key_that_does_not_fit_its_certificate_is_refused(self, folder: Path) -> None:
+        """As after a renewal of which half was copied."""
+        other = ec.generate_private_key(ec.SECP256R1())
+        (folder / "key").write_bytes(key_pem(other))
+        text = refusal(of(folder, key="key", cert="cert"))
+        path = folder / "cert"
+        assert text == f"--ssl-cert: {path}: the key does not belong to the certificate"
+
+    def test_an_authority_before_the_certificate_does_not_fit_the_key(
+        self, folder: Path, issued: Issued
+    ) -> None:
+        """The chain is appended, not put in front."""
+        turned = certificates_pem(*issued.between, issued.certificate)
+        (folder / "cert").write_bytes(turned)
+        text = refusal(of(folder, key="key", cert="cert"))
+        assert text.endswith("the key does not belong to the certificate")
+
+    @pytest.mark.parametrize("option", ["key", "cert", "passphrase"])
+    def test_a_file_that_cannot_be_read_is_named(self, folder: Path, option: str) -> None:
+        """With what the system says."""
+        names = {"key": "locked", "cert": "cert", "passphrase": "phrase"}
+        (folder / "folder").mkdir()
+        for name, why in (
+            ("missing", "No such file or directory"),
+            ("folder", "Is a directory"),
+        ):
+            text = refusal(of(folder, **{**names, option: name}))
+            assert text == f"--ssl-{option}: cannot read {folder / name}: {why}"
+
+
+class TestPKCS12:
+    def test_a_pfx_holds_everything(self, folder: Path, issued: Issued) -> None:
+        """Key, certificate and chain."""
+        assert is_whole(identity(of(folder, pfx="pfx")), issued)
+
+    def test_a_pfx_with_a_passphrase_is_opened_by_it(
+        self, folder: Path, issued: Issued
+    ) -> None:
+        """From the same kind of file as for PEM."""
+        found = identity(of(folder, pfx="locked-pfx", passphrase="phrase"))
+        assert is_whole(found, issued)
+
+    def test_a_pfx_overrides_key_and_certificate(
+        self, folder: Path, issued: Issued
+    ) -> None:
+        """They are not even looked at."""
+        settings = of(folder, pfx="pfx", key="missing", cert="garbage")
+        assert is_whole(identity(settings), issued)
+
+    def test_an_empty_passphrase_file_is_no_passphrase(
+        self, folder: Path, issued: Issued
+    ) -> None:
+        """What "no password" in other programs exports."""
+        assert is_whole(identity(of(folder, pfx="pfx", passphrase="nothing")), issued)
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            {"pfx": "locked-pfx"},
+            {"pfx": "garbage"},
+            {"pfx": "cert"},
+            {"pfx": "nothing"},
+            *(
+                {"pfx": "locked-pfx", "passphrase": p}
+                for p in ("wrong", "nul", "latin", "long")
+            ),
+        ],
+        ids=lambda names: "-".join(names.values()),
+    )
+    def test_a_pfx_that_cannot_be_opened_is_refused(
+        self, folder: Path, names: dict[str, str]
+    ) -> None:
+        """Its form does not tell a wrong passphrase from a broken file."""
+        text = refusal(of(folder, **names))
+        assert text == (
+            f"--ssl-pfx: cannot open {folder / names['pfx']}: it is no PKCS #12 file, or "
+            "the passphrase (--ssl-passphrase) is wrong or missing"
+        )
+
+    def test_a_pfx_without_a_key_is_refused(self, folder: Path, issued: Issued) -> None:
+        """It is what is given to clients, not to servers."""
+        data = pkcs12.serialize_key_and_certificates(
+            None, None, None, [issued.certificate], NoEncryption()
+        )
+        (folder / "pfx").write_bytes(data)
+        text = refusal(of(folder, pfx="pfx"))
+        assert text == f"--ssl-pfx: {folder / 'pfx'} must hold a key and its certificate"
+
+    def test_a_pfx_that_cannot_be_read_is_named(self, folder: Path) -> None:
+        """With what the system says."""
+        text = refusal(of(folder, pfx="missing"))
+        path = folder / "missing"
+        assert text == f"--ssl-pfx: cannot read {path}: No such file or directory"
+
+
+class TestKeys:
+    @pytest.mark.parametrize(
+        "key",
+        [
+            rsa.generate_private_key(65537, 2048),
+            ec.generate_private_key(ec.SECP384R1()),
+            ed25519.Ed25519PrivateKey.generate(),
+        ],
+        ids=["rsa", "ec", "ed25519"],
+    )
+    def test_every_usual_kind_of_key_can_serve(self, tmp_path: Path, key: Any) -> None:
+        """A client gets through the handshake and sees the certificate."""
+        one = self_signed(key)
+        (tmp_path / "key").write_bytes(key_pem(key))
+        (tmp_path / "cert").write_bytes(one.cert_pem())
+        options = identity(of(tmp_path, key="key", cert="cert")).options()
+        seen = talk(options.getContext()).get_peer_certificate()
+        assert seen is not None
+        assert seen.to_cryptography() == one.certificate
+
+    @pytest.mark.parametrize("kind", ["short", "dsa", "x25519"])
+    def test_a_key_with_which_no_client_could_talk_is_refused(
+        self, tmp_path: Path, kind: str
+    ) -> None:
+        """At the start, not at each connection: the daemon would be deaf."""
+        if kind == "x25519":
+            key: Any = x25519.X25519PrivateKey.generate()
+            one = Authority().issue(key.public_key())
+        else:
+            key = (
+                rsa.generate_private_key(65537, 1024)
+                if kind == "short"
+                else dsa.generate_private_key(2048)
+            )
+            one = self_signed(key)
+        (tmp_path / "key").write_bytes(key_pem(key))
+        (tmp_path / "cert").write_bytes(one.cert_pem())
+        assert refusal(of(tmp_path, key="key", cert="cert")).startswith("--ssl-")
+
+
+class TestDevelopment:
+    def test_dev_is_known_by_its_names(self) -> None:
+        """Its certificate is for *.pulsar.local and for localhost."""
+        found = identity(load({"dev": 1}, {}))
+        extension = found.certificate.extensions.get_extension_for_class(
+            x509.SubjectAlternativeName
+        )
+        names = extension.value.get_values_for_type(x509.DNSName)
+        assert {"*.pulsar.local", "localhost"} <= set(names)
+
+    def test_dev_is_what_everybody_has(self) -> None:
+        """So that it is refused where others could be deceived by it."""
+        assert tls.is_development(identity(load({"dev": 1}, {})))
+
+    def test_the_development_key_is_known_under_any_name(self, tmp_path: Path) -> None:
+        """Another certificate, another form of file: the key is what counts."""
+        mine = identity(load({"dev": 1}, {}))
+        (tmp_path / "pfx").write_bytes(self_signed(mine.key).pfx())
+        assert tls.is_development(identity(of(tmp_path, pfx="pfx")))
+
+    def test_a_key_of_ones_own_is_not_development(self, folder: Path) -> None:
+        """Only what is published is refused."""
+        assert not tls.is_development(identity(of(folder, key="key", cert="cert")))
+
+    def test_the_development_files_are_there(self) -> None:
+        """Key first, then certificate."""
+        key, certificate = tls.development_files()
+        assert b"PRIVATE KEY" in key.read_bytes()
+        assert b"BEGIN CERTIFICATE" in certificate.read_bytes()
