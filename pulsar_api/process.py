@@ -38,6 +38,7 @@ LOOK = 0.25
 SWEEP = 5.0
 """Seconds for which the processes of a lost task are killed; some are in the kernel."""
 
+_PRINTED = frozenset({shim.STDOUT, shim.STDERR})
 _TROUBLE = 4096  # bytes of a shim's own complaint that are kept
 
 
@@ -241,7 +242,7 @@ class _Following:
     def _read(self, record: Record) -> None:
         if self._sink is None:
             return
-        if record.code in {shim.STDOUT, shim.STDERR}:
+        if record.code in _PRINTED:
             self._sink.printed(record.number)
         elif record.code == shim.STARTED:
             self._sink.started(record.number)
@@ -269,13 +270,20 @@ class ShimProtocol(_Following, ProcessProtocol):
         self._buffer += data
         end = len(self._buffer) // shim.RECORD * shim.RECORD
         whole, self._buffer = self._buffer[:end], self._buffer[end:]
+        # A flood brings thousands at a time, of which only the last says something new.
+        printed = None
         for at in range(0, end, shim.RECORD):
+            if whole[at + 8] in _PRINTED:
+                printed = at
+                continue
             record = Record.parse(whole[at : at + shim.RECORD])
             if record.code == shim.READY:
                 self._ready = True
                 if self._killed:
                     self.kill()
             self._read(record)
+        if printed is not None:
+            self._read(Record.parse(whole[printed : printed + shim.RECORD]))
 
     def kill(self) -> None:
         """Let the shim end the tree; as soon as it can hear us."""

@@ -136,7 +136,7 @@ class TaskService:
         kept = [number for number in await self._executor.kept() if number not in rows]
         for first in range(0, len(kept), _STEP):
             await self._forget_orphans(kept[first : first + _STEP])
-        self._tidying = self._clock.callLater(TIDY, self._tidy)
+        self._tidy()
 
     def _adopt(self, live: _Live) -> None:
         live.kill = live.newest.killed_by is not None

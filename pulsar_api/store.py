@@ -119,8 +119,8 @@ def prepare(path: Path) -> None:
                 raise StoreUnavailable(text)
             for number, script in enumerate(_SCHEMA[version:], version + 1):
                 db.executescript(f"BEGIN; {script}; PRAGMA user_version = {number}; COMMIT")
-            db.execute("BEGIN IMMEDIATE")  # says if it cannot be written
-            db.execute("ROLLBACK")
+            # Says if it cannot be written, which BEGIN IMMEDIATE does not.
+            db.execute(f"PRAGMA user_version = {len(_SCHEMA)}")
         finally:
             db.close()
     except sqlite3.Error as e:

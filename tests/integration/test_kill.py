@@ -1,0 +1,305 @@
+"""A kill by HTTP: whatever a task has started is gone soon, and the task says so."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from attrs import define, field
+
+from pulsar_api import shim
+from pulsar_api.output import Output
+from tests.integration.conftest import Start
+from tests.integration.daemon import PATIENCE, SHELL, Daemon, Poll, marked, wait_for
+
+GRACE = 2
+LATE = 1.0
+"""Seconds after the grace within which no process of a task is left."""
+NOISE = 2.0
+"""What a busy machine with two cores may add.
+
+What the shim does between TERM and the result takes milliseconds, and its times in the
+files have no HTTP and no daemon in them; so this is only for not being given a processor.
+"""
+
+
+@define
+class Victim:
+    """A task whose processes can be found again."""
+
+    daemon: Daemon
+    number: int
+    mark: str
+
+    def left(self) -> list[int]:
+        """Return its processes that are alive."""
+        return marked(f"PULSAR_VAR_mark={self.mark}")
+
+    def ready(self) -> None:
+        """Wait until it has printed ``ready``."""
+        path = self.daemon.output_file(self.number)
+        wait_for(lambda: path.exists() and b"ready" in path.read_bytes(), "ready")
+
+    def kill(self) -> dict[str, object]:
+        """Kill it by HTTP, wait for its end and return it."""
+        answer = self.daemon.get(f"/task/{self.number}/kill")
+        assert answer.status == 200
+        return self.daemon.ended(self.number)
+
+    def took(self) -> float:
+        """Return the seconds from TERM to the result, by the times in its files."""
+        folder = self.daemon.output_file(self.number).parent
+        records = list(Output(folder).records())
+        clock = next(r for r in records if r.code == shim.CLOCK)
+        term = next(r for r in records if r.code == shim.TERM_SENT)
+        asked = (clock.number - clock.at + term.at) / 1000
+        return (folder / "exit").stat().st_mtime - asked
+
+
+@define
+class Victims:
+    """Starts lines of shell as tasks of one daemon."""
+
+    daemon: Daemon
+    started: list[Victim] = field(factory=list)
+
+    def __call__(self, run: str) -> Victim:
+        """Start one."""
+        mark = uuid4().hex
+        self.started.append(Victim(self.daemon, self.daemon.sh(run, mark=mark), mark))
+        return self.started[-1]
+
+
+OPTIONS = ("--command", SHELL, "--kill-grace", str(GRACE))
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """Return a daemon with a short grace that runs lines of shell, one for all tests."""
+    daemon = Daemon(tmp_path_factory.mktemp("daemon"), *OPTIONS)
+    yield daemon
+    daemon.stop()
+
+
+@pytest.fixture
+def victims(daemon: Daemon) -> Victims:
+    """Return what starts tasks to be killed."""
+    return Victims(daemon)
+
+
+@pytest.fixture
+def mortal(start: Start) -> Victims:
+    """Return the same with a daemon of its own, which its test may kill."""
+    return Victims(start(*OPTIONS))
+
+
+OBEDIENT = {
+    "itself": "echo ready; exec sleep 300",
+    "child": "sleep 300 & echo ready; wait",
+    "grandchild": "sh -c 'sleep 300 & echo ready; wait' & wait",
+    "own session": "setsid sh -c 'sleep 300 & echo ready; wait' & wait",
+    "orphan": "sh -c 'setsid sleep 300 >/dev/null 2>&1 &'; echo ready; exec sleep 300",
+    "stopped": "echo ready; kill -STOP $$; sleep 300",
+    "stopped child": "sh -c 'echo ready; kill -STOP $$; sleep 300' & wait",
+}
+STUBBORN = {
+    "itself": "trap '' TERM; echo ready; while :; do sleep 0.05; done",
+    "child": "sh -c 'trap \"\" TERM; echo ready; while :; do sleep 0.05; done' & wait",
+    "own session": (
+        "setsid sh -c 'trap \"\" TERM; echo ready; while :; do sleep 0.05; done' & wait"
+    ),
+    "stopped": "trap '' TERM; echo ready; kill -STOP $$; while :; do sleep 0.05; done",
+    "daemon": (
+        "sh -c 'trap \"\" TERM HUP; cd /; setsid sleep 300 </dev/null >/dev/null 2>&1 &';"
+        "echo ready; exec sleep 300"
+    ),
+}
+
+
+@pytest.mark.parametrize("script", OBEDIENT.values(), ids=OBEDIENT.keys())
+def test_a_kill_ends_all_that_obeys_term_at_once(victims: Victims, script: str) -> None:
+    """No process is left when the task is told to have ended, long before the grace."""
+    victim = victims(script)
+    victim.ready()
+    ended = victim.kill()
+    assert victim.left() == []
+    assert (ended["status"], ended["exitCode"]) == ("killed", None)
+    assert ended["signal"] == "SIGTERM"
+    assert ended["reason"] == "Killed by 127.0.0.1."
+    assert victim.took() < LATE + NOISE
+
+
+@pytest.mark.parametrize("script", STUBBORN.values(), ids=STUBBORN.keys())
+def test_a_kill_ends_what_ignores_term_after_the_grace(
+    victims: Victims, script: str
+) -> None:
+    """No process is left a second after it, and the reason says that force was needed."""
+    victim = victims(script)
+    victim.ready()
+    ended = victim.kill()
+    assert victim.left() == []
+    assert ended["status"] == "killed"
+    assert ended["reason"] == "Killed by 127.0.0.1; TERM was not enough, KILL was sent."
+    assert GRACE - 0.1 < victim.took() < GRACE + LATE + NOISE
+
+
+@pytest.mark.parametrize("code", [0, 1, 143])
+def test_who_was_killed_is_killed_whatever_its_exit_code(
+    victims: Victims, code: int
+) -> None:
+    """Also a task that answers TERM by exit code 0 did not finish; the code is kept."""
+    victim = victims(
+        f"trap 'echo bye; exit {code}' TERM; echo ready; while :; do sleep 0.05; done"
+    )
+    victim.ready()
+    ended = victim.kill()
+    assert (ended["status"], ended["exitCode"], ended["signal"]) == ("killed", code, None)
+    assert "bye\n" in victim.daemon.task(victim.number)["output"]
+    assert victim.left() == []
+
+
+def test_a_kill_touches_no_other_task(victims: Victims) -> None:
+    """One that runs the very same thing goes on."""
+    script = "echo ready; exec sleep 300"
+    victim, other = victims(script), victims(script)
+    victim.ready()
+    other.ready()
+    alive = other.left()
+    victim.kill()
+    assert other.left() == alive
+    assert other.daemon.task(other.number)["status"] == "running"
+    assert other.kill()["status"] == "killed"
+    assert other.left() == []
+
+
+def test_whoever_waits_for_a_killed_task_is_answered(victims: Victims) -> None:
+    """Both long-polls tell of its end, and each kill answers with the task."""
+    victim = victims("echo ready; exec sleep 300")
+    victim.ready()
+    state = Poll(victim.daemon, f"/task/{victim.number}/state")
+    for method in ("POST", "GET", "POST"):
+        answer = victim.daemon.request(method, f"/task/{victim.number}/kill")
+        assert (answer.status, answer.json()["id"]) == (200, victim.number)
+    answer = state.answer()
+    assert answer.json()["changed"] is True
+    assert answer.json()["task"]["status"] == "killed"
+
+
+def test_a_kill_of_an_ended_task_changes_nothing(victims: Victims) -> None:
+    """It is answered by the task as it is."""
+    victim = victims("echo ready; exit 3")
+    before = victim.daemon.ended(victim.number)
+    after = victim.daemon.get(f"/task/{victim.number}/kill?output=none")
+    assert (after.status, after.json()) == (200, before)
+    assert victim.daemon.ended(victim.number) == before
+
+
+def test_a_kill_around_the_end_of_a_task_is_no_error(victims: Victims) -> None:
+    """Also when the result is on disk already and the daemon is about to read it."""
+    with closing(victims.daemon.connect()) as connection:
+        for _ in range(30):
+            victim = victims("exit 3")
+            result = victim.daemon.output_file(victim.number).with_name("exit")
+            end = time.monotonic() + PATIENCE
+            while not result.exists():  # without a pause: the moment is short
+                assert time.monotonic() < end
+            connection.request("POST", f"/task/{victim.number}/kill?output=none")
+            answer = connection.getresponse()
+            body = answer.read()
+            assert answer.status == 200, body
+            ended = victim.daemon.ended(victim.number)
+            assert (ended["status"], ended["exitCode"]) == ("failed", 3)
+
+
+def test_a_kill_right_after_the_creation_leaves_nothing(victims: Victims) -> None:
+    """Whether it meets the record, the shim that starts, or the command."""
+    for _ in range(10):
+        victim = victims("echo ready; exec sleep 300")
+        assert victim.kill()["status"] == "killed"
+        assert victim.left() == []
+
+
+def test_a_task_that_waits_is_killed_without_being_started(start: Start) -> None:
+    """It never runs, and the one before it is not touched."""
+    daemon = start("--command", SHELL, "--max-running", "1")
+    victims = Victims(daemon)
+    first, second = victims("echo ready; exec sleep 300"), victims("echo ready")
+    first.ready()
+    ended = second.kill()
+    assert (ended["status"], ended["pid"], ended["startedAt"]) == ("killed", None, None)
+    assert ended["reason"] == "Killed by 127.0.0.1 before it started."
+    assert not daemon.output_file(second.number).exists()
+    assert daemon.task(first.number)["status"] == "running"
+    first.kill()
+
+
+def test_a_task_of_an_earlier_daemon_can_be_killed(mortal: Victims) -> None:
+    """After a kill -9 of the daemon the next one ends the whole tree just the same."""
+    victim = mortal(STUBBORN["own session"])
+    victim.ready()
+    victim.daemon.kill()
+    assert victim.left() != []
+    victim.daemon.start()
+    ended = victim.kill()
+    assert victim.left() == []
+    assert ended["status"] == "killed"
+    assert victim.took() < GRACE + LATE + NOISE
+
+
+def test_a_kill_that_was_asked_for_is_not_forgotten_by_a_restart(mortal: Victims) -> None:
+    """The daemon dies within the grace; the task ends as killed, and by whom is known."""
+    victim = mortal(STUBBORN["child"])
+    victim.ready()
+    answer = victim.daemon.get(f"/task/{victim.number}/kill")
+    assert answer.json()["reason"] == "Kill asked for by 127.0.0.1."
+    victim.daemon.kill()
+    victim.daemon.start()
+    ended = victim.daemon.ended(victim.number)
+    assert victim.left() == []
+    assert ended["status"] == "killed"
+    assert str(ended["reason"]).startswith("Killed by 127.0.0.1")
+
+
+def test_a_kill_from_the_shell_is_a_kill_too(victims: Victims) -> None:
+    """TERM to the process that watches the task is what the daemon does itself."""
+    victim = victims("echo ready; exec sleep 300")
+    victim.ready()
+    lock = victim.daemon.output_file(victim.number).parent / "lock"
+    os.kill(int(lock.read_text()), 15)
+    ended = victim.daemon.ended(victim.number)
+    assert ended["status"] == "killed"
+    assert "a signal from outside" in str(ended["reason"])
+    assert victim.left() == []
+
+
+def test_the_time_limits_end_the_whole_tree(start: Start) -> None:
+    """A task that takes too long, or is silent for too long, has failed and says why."""
+    slow = Victims(start(*OPTIONS, "--task-timeout", "1"))
+    quiet = Victims(start(*OPTIONS, "--silence-timeout", "1"))
+    begin = time.time()
+    for victims, word in ((slow, "--task-timeout"), (quiet, "--silence-timeout")):
+        victim = victims("sleep 300 & echo ready; wait")
+        ended = victim.daemon.ended(victim.number)
+        assert ended["status"] == "failed"
+        assert word in str(ended["reason"])
+        assert victim.left() == []
+        assert victim.took() < LATE + NOISE
+    assert time.time() - begin > 2
+
+
+def test_nothing_of_a_task_is_left_in_the_process_table(mortal: Victims) -> None:
+    """Neither a shim nor a zombie stays behind, with kill or without."""
+    for script in ("exit 0", "sleep 300 & echo ready; wait"):
+        victim = mortal(script)
+        if "ready" in script:
+            victim.ready()
+            victim.kill()
+        victim.daemon.ended(victim.number)
+    children = Path(f"/proc/{mortal.daemon.process.pid}/task").glob("*/children")
+    wait_for(
+        lambda: all(path.read_text() == "" for path in children),
+        "the daemon to have no child",
+    )

@@ -1,0 +1,372 @@
+"""A daemon that dies, is stopped or is replaced in the middle of everything.
+
+``PULSAR_RESTARTS=100 pytest -s tests/integration/test_restart.py`` prints the figures of a
+longer run than the usual one.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from http.client import HTTPException
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+import pulsar_api
+from pulsar_api.output import Output
+from pulsar_api.shim import STDERR, STDOUT
+from tests.integration.conftest import Script, Start
+from tests.integration.daemon import Daemon, wait_for
+
+TIMES = int(os.environ.get("PULSAR_RESTARTS", "10"))
+
+# Prints numbered lines on both streams, refuses to run twice, ends with 7.
+COUNTER = f"""#!{sys.executable} -IS
+import os, sys, time
+folder, lines = os.environ["PULSAR_VAR_folder"], int(os.environ["PULSAR_VAR_lines"])
+marker = os.path.join(folder, "started-" + os.environ["PULSAR_TASK_ID"])
+os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+for n in range(lines):
+    os.write(1 + n % 2, b"%06d\\n" % n)
+    if n % 20 == 0:
+        time.sleep(0.01)
+sys.exit(7)
+"""
+
+
+def follow(daemon: Daemon, number: int, into: list[str]) -> None:
+    """Follow a task by its offset, whatever happens to the daemon, to its end."""
+    offset = version = 0
+    while True:
+        try:
+            path = f"/task/{number}/output?since={version}&offset={offset}"
+            answer = daemon.get(path).json()
+        except (OSError, HTTPException, json.JSONDecodeError):
+            time.sleep(0.005)  # the daemon is away; the port stays the same
+            continue
+        if answer.get("status") == 503 or not answer.get("changed", False):
+            continue
+        task = answer["task"]
+        assert task.get("outputOffset", 0) == offset
+        into.append(task["output"])
+        offset, version = answer["nextOffset"], task["version"]
+        if task["status"] not in {"created", "running"}:
+            return
+
+
+def streams(daemon: Daemon, number: int) -> tuple[bytes, bytes]:
+    """Return what the index says of both streams."""
+    output = Output(daemon.output_file(number).parent)
+    found = {STDOUT: b"", STDERR: b""}
+    start = 0
+    for record in output.records():
+        if record.code in found:
+            found[record.code] += b"".join(output.pieces(start, record.number))
+            start = record.number
+    return found[STDOUT], found[STDERR]
+
+
+def expected(lines: int, stream: int) -> bytes:
+    """Return what one stream of the counter must be."""
+    return b"".join(b"%06d\n" % n for n in range(stream, lines, 2))
+
+
+@pytest.fixture
+def fixed(start: Start, repo: Path, script: Script, tmp_path: Path) -> Daemon:
+    """Return a daemon that comes back on the port that it had."""
+    script("count", COUNTER)
+    options = ("--command=scripts", f"--config-repo={repo}", "--kill-grace=1")
+    daemon = start(*options)
+    at = daemon.arguments.index("--port") + 1
+    daemon.arguments[at] = str(daemon.port)
+    return daemon
+
+
+def check(daemon: Daemon, number: int, lines: int, shown: list[str]) -> None:
+    """Hold one task to everything that was promised."""
+    task = daemon.ended(number)
+    assert (task["status"], task["exitCode"]) == ("failed", 7)
+    assert streams(daemon, number) == (expected(lines, 0), expected(lines, 1))
+    whole = daemon.output_file(number).read_bytes()
+    assert "".join(shown).encode() == whole
+
+
+def test_a_daemon_that_is_killed_loses_nothing(fixed: Daemon, tmp_path: Path) -> None:
+    """At any moment: right exit code, every byte once, no gap for who follows."""
+    chance = random.Random(4)
+    found_again: list[float] = []
+    for _ in range(TIMES):
+        number = fixed.run("site", "prod", "count", folder=str(tmp_path), lines=400)
+        shown: list[str] = []
+        follower = Thread(target=follow, args=(fixed, number, shown))
+        follower.start()
+        time.sleep(chance.uniform(0, 0.35))  # any moment is meant
+        fixed.kill()
+        fixed.start()
+        began = time.monotonic()
+        assert fixed.task(number)["status"] in {"running", "failed"}
+        found_again.append(time.monotonic() - began)
+        check(fixed, number, 400, shown_by(follower, shown))
+    print(f"{TIMES} kills, found again within {max(found_again) * 1000:.0f} ms")
+    assert max(found_again) < 30
+    assert zombies(fixed) == []
+
+
+def shown_by(follower: Thread, shown: list[str]) -> list[str]:
+    """Wait for a follower and return what it has seen."""
+    follower.join(60)
+    assert not follower.is_alive()
+    return shown
+
+
+def zombies(daemon: Daemon) -> list[str]:
+    """Return the children of the daemon that wait for it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] == "Z" and int(fields[1]) == daemon.process.pid:
+            found.append(path.parent.name)
+    return found
+
+
+def test_twenty_tasks_at_once_survive(fixed: Daemon, tmp_path: Path) -> None:
+    """Those that run and those that wait; each starts exactly once."""
+    numbers = [
+        fixed.run("site", f"env{n}", "count", folder=str(tmp_path), lines=300)
+        for n in range(20)
+    ]
+    for _ in range(3):
+        fixed.kill()
+        fixed.start()
+    for number in numbers:
+        assert fixed.ended(number)["exitCode"] == 7
+        assert streams(fixed, number) == (expected(300, 0), expected(300, 1))
+    assert len(list(tmp_path.glob("started-*"))) == 20
+
+
+def test_another_version_takes_over(fixed: Daemon, tmp_path: Path) -> None:
+    """SIGTERM to one version, then the start of another, in the middle of a task."""
+    copy = tmp_path / "other"
+    source = Path(pulsar_api.__file__).parent
+    shutil.copytree(source, copy / "pulsar_api")
+    shutil.copytree(source.parent / "ssl", copy / "ssl")
+    init = copy / "pulsar_api" / "__init__.py"
+    init.write_text('"""Another version."""\n\n__version__ = "99.0"\n')
+    shutil.copytree(source.parent / "twisted", copy / "twisted")
+    number = fixed.run("site", "prod", "count", folder=str(tmp_path), lines=1000)
+    shown: list[str] = []
+    follower = Thread(target=follow, args=(fixed, number, shown))
+    follower.start()
+    wait_for(lambda: len(shown) > 3, "some output")
+    fixed.process.terminate()
+    assert fixed.process.wait(60) == 0
+    fixed.environ["PYTHONPATH"] = str(copy)
+    fixed.start()
+    assert "pulsar-api 99.0 listens" in fixed.log.read_text()
+    # The old one is gone, with its shim's file: the task does not care.
+    check(fixed, number, 1000, shown_by(follower, shown))
+
+
+def test_who_waits_is_answered_before_a_stop(fixed: Daemon, script: Script) -> None:
+    """A long-poll gets its answer, not a broken connection."""
+    script("sleep", "#!/bin/sh\nexec sleep 60\n")
+    number = fixed.run("site", "prod", "sleep")
+    version = wait_for(
+        lambda: (t := fixed.task(number))["pid"] and t["version"], "the start"
+    )
+    answers: list[Any] = []
+
+    def wait(path: str) -> None:
+        answers.append(fixed.get(path).json())
+
+    paths = [f"/task/{number}/output?since={version}", f"/task/{number}/state"]
+    threads = [Thread(target=wait, args=(path,)) for path in (*paths, "/tasks/created")]
+    for thread in threads:
+        thread.start()
+    waiting = Path(f"/proc/{fixed.process.pid}/net/tcp")
+    port = f":{fixed.port:04X} "
+    wait_for(lambda: waiting.read_text().count(port) >= 7, "three connections")
+    fixed.process.terminate()
+    assert fixed.process.wait(60) == 0
+    for thread in threads:
+        thread.join(60)
+    assert answers == [{"changed": False}] * 3
+
+
+def test_a_stopping_daemon_serves_all_but_new_tasks(
+    start: Start, repo: Path, script: Script, tmp_path: Path
+) -> None:
+    """While it waits for running tasks: reads, follows and kills go on."""
+    script("sleep", "#!/bin/sh\necho ready\nexec sleep 60\n")
+    daemon = start("--command=scripts", f"--config-repo={repo}", "--drain-timeout=100")
+    number = daemon.run("site", "prod", "sleep")
+    wait_for(lambda: daemon.task(number)["output"], "the start")
+    daemon.process.terminate()
+    refused = wait_for(
+        lambda: (a := daemon.post("/site/prod", {"action": "sleep"})).status == 503 and a,
+        "a refusal",
+    )
+    assert not isinstance(refused, bool)
+    assert refused.json()["type"].endswith(":stopping")
+    assert int(refused.headers["Retry-After"]) > 0
+    assert daemon.task(number)["output"] == "ready\n"
+    assert daemon.post(f"/task/{number}/kill").status == 200
+    assert daemon.process.wait(60) == 0
+
+
+def test_a_kill_in_the_middle_of_a_post_starts_at_most_one(
+    fixed: Daemon, tmp_path: Path
+) -> None:
+    """Who retries with the same key gets the same task, and it ran once."""
+    chance = random.Random(5)
+    tries = TIMES * 2
+    for n in range(tries):
+        body = json.dumps(
+            {"action": "count", "variables": {"folder": str(tmp_path), "lines": 1}}
+        )
+        headers = {"Content-Type": "application/json", "Idempotency-Key": f"key-{n}"}
+        answers = []
+
+        def post(
+            body: str = body, headers: dict[str, str] = headers, to: list[Any] = answers
+        ) -> None:
+            try:
+                to.append(fixed.request("POST", "/site/prod", body, headers))
+            except (OSError, HTTPException):
+                pass
+
+        thread = Thread(target=post)
+        thread.start()
+        time.sleep(chance.uniform(0, 0.01))  # any moment is meant
+        fixed.kill()
+        thread.join(60)
+        fixed.start()
+        post()
+        ids = {a.json()["id"] for a in answers if a.status == 200}
+        assert len(ids) == 1
+        fixed.ended(ids.pop())
+    tasks = fixed.get("/tasks?limit=1000&output=none").json()["tasks"]
+    assert len(tasks) == tries
+    assert len(list(tmp_path.glob("started-*"))) == tries
+    assert all(task["exitCode"] == 7 for task in tasks.values())
+
+
+def test_a_shim_that_is_killed_loses_its_task_and_leaves_no_process(
+    fixed: Daemon, script: Script, tmp_path: Path
+) -> None:
+    """Nobody can know how it ended; that is said, and nothing of it runs on."""
+    script("tree", "#!/bin/sh\nsleep 61 & setsid sleep 61 & echo $$ ready\nwait\n")
+    for restart in (False, True):
+        number = fixed.run("site", "prod", "tree")
+        wait_for(lambda n=number: fixed.task(n)["output"], "the start")  # type: ignore[misc]
+        folder = fixed.output_file(number).parent
+        watcher = int((folder / "lock").read_text())
+        if restart:
+            fixed.kill()
+        os.kill(watcher, 9)
+        if restart:
+            fixed.start()
+        began = time.monotonic()
+        task = fixed.ended(number)
+        print(f"lost after {time.monotonic() - began:.2f} s")
+        assert task["status"] == "lost"
+        assert task["reason"]
+        assert left(folder) == []
+
+
+def left(folder: Path) -> list[str]:
+    """Return the processes of a task."""
+    mark = b"PULSAR_TASK_FOLDER=" + str(folder).encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark in path.read_bytes().split(b"\0"):
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+def test_a_clock_that_is_set_back_holds_nobody(
+    start: Start, repo: Path, script: Script, tmp_path: Path
+) -> None:
+    """Nor one that is set forward: waiting is measured by a clock that never jumps."""
+    script("slow", '#!/bin/sh\necho one; read x < "$PULSAR_VAR_pipe"; echo two\n')
+    jump = tmp_path / "jump"
+    jump.write_text("0")
+    program = (
+        sys.executable,
+        "-c",
+        "import sys, time\n"
+        "real = time.time\n"
+        f"time.time = lambda: real() + float(open({str(jump)!r}).read() or 0)\n"
+        "from pulsar_api.__main__ import main\n"
+        "main()",
+    )
+    options = ("--command=scripts", f"--config-repo={repo}", "--poll-timeout=5")
+    daemon = start(*options, program=program)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    number = daemon.run("site", "prod", "slow", pipe=str(pipe))
+    wait_for(lambda: daemon.task(number)["output"] == "one\n", "the first line")
+    for seconds in ("-3600", "3600"):
+        jump.write_text(seconds)
+        answer = daemon.get(f"/task/{number}/output?timeout=0.2").json()
+        assert answer == {"changed": False}
+    jump.write_text("-3600")
+    pipe.write_text("go\n")
+    assert daemon.ended(number)["exitCode"] == 0
+    assert daemon.task(number)["output"] == "one\ntwo\n"
+
+
+def test_an_output_that_is_too_large_loses_its_middle_and_says_so(
+    start: Start, repo: Path, script: Script
+) -> None:
+    """Begin and end are kept byte for byte, offsets stay what they are."""
+    code = "import os\nfor n in range(100000): os.write(1, b'%09d\\n' % n)\n"
+    script("talk", f"#!{sys.executable} -IS\n{code}")
+    daemon = start("--command=scripts", f"--config-repo={repo}", "--max-output-size=256K")
+    number = daemon.run("site", "prod", "talk")
+    task = daemon.ended(number)
+    assert (task["exitCode"], task["outputSize"]) == (0, 1_000_000)
+    cut = daemon.task(number)["outputCut"]
+    whole = b"".join(b"%09d\n" % n for n in range(100_000))
+    data = daemon.output_file(number).read_bytes()
+    assert data[: cut["from"]] == whole[: cut["from"]]
+    assert data[cut["to"] :] == whole[cut["to"] :]
+    assert cut["from"] == 128 * 1024
+    assert 1_000_000 - cut["to"] >= 128 * 1024
+    assert daemon.output_file(number).stat().st_blocks * 512 < 400_000
+    text = daemon.task(number)["output"]
+    middle = f"\n[bytes {cut['from']} to {cut['to']} were cut: --max-output-size]\n"
+    expected = whole[: cut["from"]].decode() + middle + whole[cut["to"] :].decode()
+    assert hashlib.sha256(text.encode()).digest() == (
+        hashlib.sha256(expected.encode()).digest()
+    )
+
+
+def test_old_tasks_are_removed_with_their_output(
+    start: Start, repo: Path, script: Script
+) -> None:
+    """At the next start at the latest, and never a number is used again."""
+    script("true", "#!/bin/sh\n")
+    daemon = start("--command=scripts", f"--config-repo={repo}", "--keep-tasks=3")
+    for _ in range(8):
+        number = daemon.run("site", "prod", "true")
+        daemon.ended(number)
+    daemon.kill()
+    daemon.start()
+    wait_for(lambda: len(daemon.get("/tasks").json()["tasks"]) == 3, "a smaller list")
+    folders = daemon.state / "tasks"
+    wait_for(lambda: len(list(folders.iterdir())) == 3, "fewer folders")
+    assert daemon.get("/task/1").status == 404
+    assert daemon.run("site", "prod", "true") == 9

@@ -1,0 +1,268 @@
+"""Tests of what is read from a task's output files, most of them for any bytes at all."""
+
+import codecs
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from pulsar_api import shim
+from pulsar_api.output import PIECE, Output, Record
+
+Piece = tuple[int, bytes]
+"""Something that was printed: the stream and the bytes."""
+
+# Bytes of every kind that matters to UTF-8, so that near misses are frequent.
+ODD = st.lists(
+    st.sampled_from(
+        [
+            *(b"a", b"\n", "é".encode(), "€".encode(), "😀".encode()),
+            *(b"\x80", b"\xbf", b"\xc0", b"\xc2", b"\xdf", b"\xe0", b"\xe2", b"\xed"),
+            *(b"\xa0", b"\x9f", b"\x90", b"\xf0", b"\xf4", b"\xf5", b"\xff"),
+        ]
+    ),
+    max_size=12,
+).map(b"".join)
+ANY = st.one_of(st.binary(max_size=40), ODD, st.text(max_size=20).map(str.encode))
+
+STREAM = st.sampled_from([shim.STDOUT, shim.STDERR])
+LINES = st.lists(st.sampled_from([b"\n", b"a", b"bc", b"\r"]), max_size=8).map(b"".join)
+PIECES = st.lists(st.tuples(STREAM, LINES.filter(bool)), max_size=12)
+OTHER = (shim.CLOCK, shim.STARTED, shim.TERM_SENT, shim.KILL_SENT)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that the examples of a property write one after the other."""
+    return tmp_path_factory.mktemp("task")
+
+
+def encoded(code: int, number: int, at: int = 0) -> bytes:
+    """Return a record as the shim writes it."""
+    return number.to_bytes(8, "little") + (at << 8 | code).to_bytes(8, "little")
+
+
+def printed(folder: Path, pieces: Sequence[Piece]) -> Output:
+    """Write the files as the shim does, with a record of another kind here and there."""
+    output, index = b"", encoded(shim.CLOCK, 1_700_000_000_000)
+    for number, (code, data) in enumerate(pieces):
+        output += data
+        index += encoded(code, len(output), number)
+        if number % 3 == 0:
+            # Its number is no offset, but may look like one.
+            index += encoded(OTHER[number % 4], len(output) // 2, number)
+    (folder / "output").write_bytes(output)
+    (folder / "output.idx").write_bytes(index)
+    return Output(folder)
+
+
+def replaced(data: bytes) -> str:
+    """Return bytes as text the way readers shall see it."""
+    return data.decode("utf-8", "replace")
+
+
+# -- character_start
+
+
+@given(data=ANY, at=st.integers(0, 45))
+@example(data=b"\x80\x80\x80\x80\x80", at=4)
+def test_no_character_is_cut_where_an_answer_begins(
+    folder: Path, data: bytes, at: int
+) -> None:
+    """Decoding from there gives the end of the whole text, for any bytes and offset."""
+    output = printed(folder, [(shim.STDOUT, data)])
+    start = output.character_start(at)
+    assert at - 3 <= start <= at
+    assert start >= 0
+    assert replaced(data[:start]) + replaced(data[start:]) == replaced(data)
+
+
+@given(text=st.text(max_size=20), at=st.integers(0, 80))
+def test_in_a_text_an_answer_begins_with_the_character_at_the_offset(
+    folder: Path, text: str, at: int
+) -> None:
+    """It is the last begin of a character that is not after the offset."""
+    data = text.encode()
+    output = printed(folder, [(shim.STDOUT, data)])
+    begins = [len(text[:number].encode()) for number in range(len(text) + 1)]
+    wanted = max(b for b in begins if b <= at) if at < len(data) else at
+    assert output.character_start(at) == wanted
+
+
+# -- text
+
+
+@given(data=ANY, ends=st.tuples(st.integers(0, 45), st.integers(0, 45)))
+def test_text_is_the_bytes_decoded_as_a_whole(
+    folder: Path, data: bytes, ends: tuple[int, int]
+) -> None:
+    """Of any part; what is not UTF-8 becomes U+FFFD; an empty part is empty."""
+    output = printed(folder, [(shim.STDOUT, data)])
+    assert "".join(output.text(*ends)) == replaced(data[slice(*ends)])
+    assert "".join(output.text(0, output.size())) == replaced(data)
+
+
+@pytest.mark.parametrize("before", range(PIECE - 4, PIECE + 1))
+@pytest.mark.parametrize("character", ["é", "€", "😀", "\N{COMBINING ACUTE ACCENT}"])
+def test_a_character_between_two_reads_is_whole(
+    tmp_path: Path, before: int, character: str
+) -> None:
+    """Wherever 64 KiB end."""
+    text = "x" * before + character + "y" * PIECE
+    output = printed(tmp_path, [(shim.STDOUT, text.encode())])
+    assert "".join(output.text(0, output.size())) == text
+
+
+def test_pieces_are_bounded_and_give_all_bytes(tmp_path: Path) -> None:
+    """Nothing larger than 64 KiB is held at a time."""
+    data = bytes(range(256)) * 1024
+    output = printed(tmp_path, [(shim.STDOUT, data)])
+    pieces = list(output.pieces(3, len(data) + 10))
+    assert b"".join(pieces) == data[3:]
+    assert max(map(len, pieces)) <= PIECE
+
+
+# -- the index
+
+
+@given(pieces=PIECES, first=st.integers(0, 20), cut=st.integers(0, 15))
+def test_records_come_as_they_were_written(
+    folder: Path, pieces: list[Piece], first: int, cut: int
+) -> None:
+    """From any number on; one that is only half there is not there yet."""
+    output = printed(folder, pieces)
+    index = output.folder / "output.idx"
+    data = index.read_bytes()
+    index.write_bytes(data + encoded(shim.STDOUT, 1)[:cut])
+    wanted = [
+        Record.parse(data[at : at + shim.RECORD]) for at in range(0, len(data), shim.RECORD)
+    ]
+    assert list(output.records()) == wanted
+    assert list(output.records(first)) == wanted[first:]
+
+
+@given(
+    code=st.integers(0, 6),
+    number=st.integers(0, 2**64 - 1),
+    at=st.integers(0, 2**56 - 1),
+)
+def test_a_record_keeps_what_the_shim_put_into_it(code: int, number: int, at: int) -> None:
+    """Any size of output and any time fit."""
+    assert Record.parse(encoded(code, number, at)) == Record(code, number, at)
+
+
+def test_what_does_not_exist_yet_is_empty(tmp_path: Path) -> None:
+    """Before a task has printed there are no files, and that is no error."""
+    output = Output(tmp_path / "gone")
+    assert output.size() == 0
+    assert list(output.records()) == []
+    assert list(output.pieces(0, 0)) == []
+    assert "".join(output.text(0, 0)) == ""
+    assert output.last_line() == b""
+    assert output.character_start(0) == 0
+    assert output.character_start(7) == 7
+
+
+# -- last_line
+
+
+def last(data: bytes) -> bytes:
+    """Return the last line of a stream, said in the simplest way."""
+    return data.removesuffix(b"\n").split(b"\n")[-1]
+
+
+@given(pieces=PIECES)
+def test_the_last_line_is_that_of_standard_output_alone(
+    folder: Path, pieces: list[Piece]
+) -> None:
+    """However the two streams are mixed, also in the middle of a line."""
+    output = printed(folder, pieces)
+    stdout = b"".join(data for code, data in pieces if code == shim.STDOUT)
+    assert output.last_line() == last(stdout)
+
+
+@given(pieces=PIECES, limit=st.integers(1, 6))
+def test_of_a_long_last_line_the_end_is_returned(
+    folder: Path, pieces: list[Piece], limit: int
+) -> None:
+    """One that is not longer than the limit comes whole, of others at least so much."""
+    output = printed(folder, pieces)
+    stdout = b"".join(data for code, data in pieces if code == shim.STDOUT)
+    found, wanted = output.last_line(limit), last(stdout)
+    assert wanted.endswith(found)
+    assert len(found) >= min(limit, len(wanted))
+
+
+def test_the_last_line_may_be_far_from_the_end_of_the_index(tmp_path: Path) -> None:
+    """A thousand pieces on standard error after it do not hide it."""
+    pieces = [(shim.STDOUT, b"one\ntwo\n"), *[(shim.STDERR, b"x\n")] * 1000]
+    assert printed(tmp_path, pieces).last_line() == b"two"
+
+
+def test_the_last_line_may_have_come_byte_by_byte(tmp_path: Path) -> None:
+    """A thousand pieces make one line."""
+    pieces = [(shim.STDOUT, b"one\n")]
+    for number in range(1000):
+        pieces += [(shim.STDOUT, b"%d" % (number % 10)), (shim.STDERR, b"\n")]
+    assert printed(tmp_path, pieces).last_line() == b"0123456789" * 100
+
+
+# -- the shim's own rule for characters
+
+
+@given(data=ANY, at=st.integers(0, 45))
+def test_what_the_shim_holds_back_makes_characters_whole(data: bytes, at: int) -> None:
+    """A piece that ends where it says never cuts a character, and it holds back little."""
+    arrived = data[:at]
+    held = shim.incomplete(arrived)
+    assert 0 <= held <= 3
+    cut = len(arrived) - held
+    assert replaced(data[:cut]) + replaced(data[cut:]) == replaced(data)
+
+
+@given(data=ANY)
+def test_the_shim_holds_back_all_that_a_decoder_would_wait_for(data: bytes) -> None:
+    """What Python's decoder keeps for later never ends a piece."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(data)
+    kept, _ = decoder.getstate()
+    assert shim.incomplete(data) >= len(kept)
+
+
+@given(text=st.text(max_size=20))
+def test_the_shim_holds_back_nothing_of_a_whole_text(text: str) -> None:
+    """Whoever prints whole characters is never delayed."""
+    assert shim.incomplete(text.encode()) == 0
+
+
+@given(text=st.text(min_size=1, max_size=10), at=st.integers(0, 40))
+def test_the_shim_holds_back_exactly_the_begin_of_a_character(text: str, at: int) -> None:
+    """No byte more, so that what was printed is seen at once."""
+    data = text.encode()[:at]
+    whole = data.decode("utf-8", "ignore").encode()
+    assert shim.incomplete(data) == len(data) - len(whole)
+
+
+@given(
+    texts=st.tuples(st.text(max_size=12), st.text(max_size=12)),
+    turns=st.lists(st.tuples(STREAM, st.integers(1, 5)), max_size=30),
+)
+def test_two_streams_never_cut_into_each_others_characters(
+    folder: Path, texts: tuple[str, str], turns: list[tuple[int, int]]
+) -> None:
+    """However they arrive, both together are one text with every character of each."""
+    left = dict(zip((shim.STDOUT, shim.STDERR), map(str.encode, texts), strict=True))
+    turns += [(code, len(data)) for code, data in left.items()]
+    held = dict.fromkeys(left, b"")
+    pieces: list[Piece] = []
+    for code, size in turns:
+        data = held[code] + left[code][:size]
+        left[code] = left[code][size:]
+        cut = len(data) - shim.incomplete(data)
+        pieces.append((code, data[:cut]))
+        held[code] = data[cut:]
+    assert set(held.values()) == {b""}
+    output = printed(folder, pieces)
+    assert sorted("".join(output.text(0, output.size()))) == sorted("".join(texts))

@@ -1,0 +1,1415 @@
+"""Tests of runs: the real shim, real processes, the real reactor."""
+
+import os
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+from uuid import uuid4
+
+import pytest
+from attrs import define, field
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+
+from pulsar_api import process, shim
+from pulsar_api.output import Output, Record
+from pulsar_api.ports import Clocks, Run
+from pulsar_api.process import ShimExecutor
+from pulsar_api.task import Cause, Command, Exit
+from tests.integration.daemon import PATIENCE, end_shim, marked, wait_for
+
+T = TypeVar("T")
+
+USUAL = (sys.executable, "-I", "-S", shim.__file__)
+"""How the daemon starts a shim."""
+
+_COVERAGE = os.environ.get("COVERAGE_PROCESS_CONFIG")
+MEASURED = (
+    USUAL
+    if _COVERAGE is None
+    else (
+        *("/usr/bin/env", f"COVERAGE_PROCESS_CONFIG={_COVERAGE}"),
+        *(sys.executable, shim.__file__),
+    )
+)
+"""The same, but with its lines counted if those of the tests are."""
+
+PYTHON = (sys.executable, "-I", "-S", "-c")
+MARK = "TEST_MARK"
+
+LATE = 1.0
+"""Seconds after the grace within which nothing of a task is left."""
+NOISE = 2.0
+"""Seconds that a busy machine with two cores may add to what takes milliseconds."""
+
+
+# -- what the tests share
+
+
+async def until(condition: Callable[[], T], what: str) -> T:
+    """Return what a condition gives as soon as that is true; the reactor goes on."""
+    end = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        await deferLater(reactor, 0.01)
+    return value
+
+
+class Story:
+    """A sink that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.pids: list[int] = []
+        self.sizes: list[int] = []
+        self.exits: list[Exit] = []
+        self._end: Deferred[Exit] = Deferred()
+
+    def started(self, pid: int) -> None:
+        self.pids.append(pid)
+
+    def printed(self, size: int) -> None:
+        self.sizes.append(size)
+
+    def ended(self, exit: Exit) -> None:
+        self.exits.append(exit)
+        if len(self.exits) == 1:
+            self._end.callback(exit)
+
+    async def end(self) -> Exit:
+        """Wait for the end."""
+        return await self._end.addTimeout(PATIENCE, reactor)
+
+
+@define
+class Started:
+    """A run, what its sink was told, and its files."""
+
+    run: Run
+    story: Story
+    folder: Path
+
+    @property
+    def output(self) -> bytes:
+        """What is in the output file."""
+        path = self.folder / "output"
+        return path.read_bytes() if path.exists() else b""
+
+    @property
+    def records(self) -> list[Record]:
+        """What is in the index."""
+        return list(Output(self.folder).records())
+
+    def stream(self, code: int) -> bytes:
+        """Return one of the two streams, put together again."""
+        whole, result, begin = self.output, b"", 0
+        for record in self.records:
+            if record.code in {shim.STDOUT, shim.STDERR}:
+                if record.code == code:
+                    result += whole[begin : record.number]
+                begin = record.number
+        return result
+
+    def at(self, code: int) -> float:
+        """Return when (seconds since the epoch) the first record of a kind was made."""
+        clock = next(r for r in self.records if r.code == shim.CLOCK)
+        found = next(r for r in self.records if r.code == code)
+        return (clock.number - clock.at + found.at) / 1000
+
+    @property
+    def result_at(self) -> float:
+        """When the result was written."""
+        return (self.folder / "exit").stat().st_mtime
+
+    @property
+    def watcher(self) -> int:
+        """The process number of the shim."""
+        return int((self.folder / "lock").read_text())
+
+    async def prints(self, text: bytes) -> None:
+        """Wait until the command has printed something."""
+        await until(lambda: text in self.output, f"{text!r} in the output")
+
+
+@define
+class Runner:
+    """Starts commands whose processes can be found again by their mark."""
+
+    tasks: Path
+    mark: str = field(factory=lambda: uuid4().hex)
+    launcher: Sequence[str] = MEASURED
+    umask: int = 0o022
+    files: int = 0
+    runs: list[Run] = field(factory=list)
+
+    @property
+    def executor(self) -> ShimExecutor:
+        """The executor under test."""
+        return ShimExecutor(
+            reactor, reactor, self.tasks, self.umask, self.files, self.launcher
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a command gets unless its test says otherwise."""
+        return {"PATH": os.environ["PATH"], MARK: self.mark}
+
+    def start(
+        self,
+        *arguments: str,
+        grace: float = 5,
+        total: float = 0,
+        silence: float = 0,
+        environment: Mapping[str, str] | None = None,
+        directory: str | None = None,
+        last_line: str | None = None,
+        number: int = 1,
+    ) -> Started:
+        """Start a command as task 1."""
+        command = Command(
+            arguments,
+            self.environment if environment is None else environment,
+            directory,
+            last_line,
+        )
+        story = Story()
+        run = self.executor.start(number, command, Clocks(grace, total, silence), story)
+        self.runs.append(run)
+        return Started(run, story, self.tasks / str(number))
+
+    def sh(self, text: str, *arguments: str, grace: float = 5) -> Started:
+        """Start a shell script."""
+        return self.start("/bin/sh", "-c", text, "sh", *arguments, grace=grace)
+
+    def python(self, text: str, *arguments: str, grace: float = 5) -> Started:
+        """Start a Python script."""
+        return self.start(*PYTHON, text, *arguments, grace=grace)
+
+    def adopt(self, number: int = 1) -> Started:
+        """Follow task 1 as a daemon does that did not start it."""
+        story = Story()
+        run = self.executor.adopt(number, story)
+        self.runs.append(run)
+        return Started(run, story, self.tasks / str(number))
+
+    def left(self) -> list[int]:
+        """Return the processes of the commands that are alive."""
+        return marked(f"{MARK}={self.mark}")
+
+    def kill_left(self) -> bool:
+        """Kill them; return whether there was none any more."""
+        left = self.left()
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not left
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Iterator[Runner]:
+    """Return a runner; what its commands leave ends with the test."""
+    runner = Runner(tmp_path / "tasks")
+    yield runner
+    for run in runner.runs:
+        run.detach()
+    for lock in tmp_path.glob("**/lock"):
+        end_shim(lock)
+    wait_for(runner.kill_left, "the end of all that this test started")
+
+
+# -- how a command ends
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 127, 128, 143, 255])
+async def test_an_exit_code_is_reported_as_it_is(runner: Runner, code: int) -> None:
+    """Whatever a command exits with is the code of the result; nothing is a signal."""
+    started = runner.sh(f"exit {code}")
+    exit = await started.story.end()
+    assert (exit.code, exit.signal, exit.error) == (code, None, None)
+    assert (exit.cause, exit.forced, exit.lost) == (Cause.ITSELF, False, False)
+
+
+async def test_a_run_is_told_as_start_then_output_then_one_end(runner: Runner) -> None:
+    """The usual launcher works; the sink hears the pid, growing sizes, and one end."""
+    runner.launcher = USUAL
+    begin = time.time()
+    started = runner.sh("echo $$; echo no >&2; exit 3")
+    exit = await started.story.end()
+    assert started.output.splitlines()[0] == str(started.story.pids[0]).encode()
+    assert len(started.story.pids) == 1
+    assert started.story.sizes == sorted(started.story.sizes)
+    assert started.story.sizes[-1] == exit.output_size == len(started.output)
+    assert begin <= exit.ended_at <= time.time()
+    await deferLater(reactor, 0.05)
+    assert started.story.exits == [exit]
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [
+        (1, "SIGHUP"),
+        (9, "SIGKILL"),
+        (11, "SIGSEGV"),
+        (13, "SIGPIPE"),
+        (15, "SIGTERM"),
+        (34, "SIGRTMIN"),
+        (36, "SIGRTMIN+2"),
+        (64, "SIGRTMAX"),
+    ],
+)
+async def test_death_by_a_signal_has_the_signals_name_and_no_code(
+    runner: Runner, number: int, name: str
+) -> None:
+    """A command that a signal ended has no exit code, also with a real-time signal."""
+    started = runner.python(f"import os; os.kill(os.getpid(), {number})")
+    if number == signal.SIGPIPE:  # which Python ignores
+        started = runner.start("/bin/sh", "-c", "kill -PIPE $$", number=2)
+    exit = await started.story.end()
+    assert (exit.code, exit.signal, exit.error) == (None, name, None)
+    assert exit.cause is Cause.ITSELF
+
+
+@pytest.mark.parametrize(
+    ("last", "good"),
+    [
+        ("echo done", True),
+        ("echo done; echo but >&2", True),
+        ("printf done", True),
+        ("echo done.", False),
+        ("echo done; echo", False),
+        ("echo done >&2", False),
+        (":", False),
+    ],
+)
+async def test_a_promised_last_line_decides_whether_code_0_is_good(
+    runner: Runner, last: str, *, good: bool
+) -> None:
+    """Only the last line of standard output counts, and all of it."""
+    started = runner.start("/bin/sh", "-c", f"echo begin; {last}", last_line="done")
+    exit = await started.story.end()
+    assert (exit.code, exit.good) == (0, good)
+
+
+# -- what cannot be started
+
+
+async def has_not_started(started: Started) -> str:
+    """Check that a command never ran, and return why."""
+    exit = await started.story.end()
+    assert (exit.code, exit.signal, exit.lost) == (None, None, False)
+    assert (started.output, started.story.pids, started.story.sizes) == (b"", [], [])
+    assert exit.error is not None
+    assert "Traceback" not in exit.error
+    assert "\n" not in exit.error
+    return exit.error
+
+
+async def test_a_command_that_is_in_no_folder_of_path_is_an_error(runner: Runner) -> None:
+    """The reason names the command; it is looked up in the PATH of the command."""
+    why = await has_not_started(runner.start("no-such-program"))
+    assert why == "cannot start no-such-program: not found in PATH"
+    environment = {"PATH": "/var/empty::/nowhere"}
+    why = await has_not_started(runner.start("sh", environment=environment, number=2))
+    assert why == "cannot start sh: not found in PATH"
+    why = await has_not_started(runner.start("sh", environment={"PATH": ""}, number=3))
+    assert why == "cannot start sh: not found in PATH"
+    environment = {"PATH": "/nowhere"}
+    why = await has_not_started(runner.start("sh", environment=environment, number=4))
+    assert why == "cannot start sh: not found in PATH"
+
+
+async def test_an_empty_name_is_an_error(runner: Runner) -> None:
+    """A template may begin with an empty argument; that it cannot run is no riddle."""
+    why = await has_not_started(runner.start(""))
+    assert why.startswith("cannot start ")
+
+
+async def test_without_path_a_usual_one_is_taken(runner: Runner) -> None:
+    """A command with an empty environment is still found."""
+    exit = await runner.start("true", environment={}).story.end()
+    assert (exit.code, exit.error) == (0, None)
+
+
+async def test_a_missing_file_is_an_error(runner: Runner) -> None:
+    """A name with a slash is no matter of PATH."""
+    why = await has_not_started(runner.start("/no/such/file"))
+    assert why == "cannot start /no/such/file: No such file or directory"
+
+
+async def test_a_name_is_shown_whole_whatever_is_in_it(runner: Runner) -> None:
+    """What separates lines in Unicode or is no UTF-8 does not cut the reason short."""
+    name = "/no/line\u2028code 0\x85\r\x0cend\udcff"
+    why = await has_not_started(runner.start(name))
+    assert why.startswith("cannot start /no/line")
+    assert why.endswith("end\ufffd: No such file or directory")
+
+
+async def test_what_is_not_executable_is_an_error(runner: Runner, tmp_path: Path) -> None:
+    """No permission is said, also when it was found through PATH."""
+    (tmp_path / "deploy").write_text("#!/bin/sh\n")
+    why = await has_not_started(runner.start(str(tmp_path / "deploy")))
+    assert why.endswith(": Permission denied")
+    environment = {"PATH": f"{tmp_path}:/nowhere"}
+    why = await has_not_started(runner.start("deploy", environment=environment, number=2))
+    assert why == "cannot start deploy: Permission denied"
+
+
+async def test_a_later_folder_of_path_may_have_what_an_earlier_one_cannot_run(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """As in a shell, what is not executable does not hide what is."""
+    (tmp_path / "true").write_text("")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    exit = await runner.start("true", environment=environment).story.end()
+    assert (exit.code, exit.error) == (0, None)
+
+
+async def test_a_script_without_an_interpreter_line_is_an_error(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """No shell steps in for what the kernel cannot run."""
+    path = tmp_path / "deploy"
+    path.write_text("echo hello\n")
+    path.chmod(0o755)
+    why = await has_not_started(runner.start(str(path)))
+    assert why == f"cannot start {path}: Exec format error"
+
+
+async def test_a_folder_that_is_gone_is_an_error(runner: Runner, tmp_path: Path) -> None:
+    """The reason names the folder, not the command."""
+    gone = str(tmp_path / "gone")
+    why = await has_not_started(runner.start("true", directory=gone))
+    assert why == f"cannot enter {gone}: No such file or directory"
+
+
+async def test_arguments_that_are_too_long_are_an_error(runner: Runner) -> None:
+    """The kernel takes no argument of 128 KiB or more, and that is what is said."""
+    why = await has_not_started(runner.start("true", "x" * (1 << 17)))
+    assert why == "cannot start true: Argument list too long"
+
+
+async def test_a_task_folder_that_cannot_be_made_is_an_error(runner: Runner) -> None:
+    """The sink is told, not before ``start`` has returned."""
+    runner.tasks.write_text("a file")
+    started = runner.start("true")
+    assert started.story.exits == []
+    exit = await started.story.end()
+    assert exit.error is not None
+    assert exit.error.startswith("cannot start: Not a directory")
+    started.run.kill()
+
+
+async def test_a_shim_that_cannot_be_started_is_an_error(runner: Runner) -> None:
+    """The command has not run and never will; killing it is harmless."""
+    runner.launcher = ("/no/such/python", shim.__file__)
+    started = runner.start("true")
+    started.run.kill()
+    assert "No such file" in await has_not_started(started)
+
+
+async def test_what_a_broken_shim_complains_of_is_the_reason(runner: Runner) -> None:
+    """The last line of its standard error says why nothing was started."""
+    runner.launcher = ("/bin/sh", "-c", "echo one >&2; echo two >&2; exit 3")
+    why = await has_not_started(runner.start("true"))
+    assert why == "cannot start the process that watches the command: two"
+    runner.launcher = ("/bin/sh", "-c", "exit 3")
+    why = await has_not_started(runner.start("true", number=2))
+    assert "exit code 3" in why
+
+
+# -- what a command finds
+
+
+async def test_standard_input_is_at_its_end(runner: Runner) -> None:
+    """Whoever reads gets nothing at once."""
+    started = runner.sh("cat; readlink /proc/self/fd/0")
+    assert (await started.story.end()).code == 0
+    assert started.output == b"/dev/null\n"
+
+
+async def test_the_environment_is_exactly_the_given_one(runner: Runner) -> None:
+    """Nothing is added, nothing changed, whatever is in a value."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "EMPTY": "",
+        "LINES": "one\ntwo\n",
+        "EQUALS": "a=b=",
+        "UNICODE": "žluťoučký ✓",
+        "BYTES": "\udcff\udcfe",
+        "SHELL_SAFE": "$(id) `id` 'x' \"y\"",
+    }
+    started = runner.start("env", "-0", environment=environment)
+    await started.story.end()
+    wanted = {f"{k}={v}".encode("utf-8", "surrogateescape") for k, v in environment.items()}
+    assert set(started.output.split(b"\0")) == {*wanted, b""}
+
+
+async def test_arguments_arrive_as_they_are(runner: Runner) -> None:
+    """Each is one argument, also an empty one or one with everything in it."""
+    arguments = ["", "a b", "*", "$(id)", "--", "-x", "two\nlines", "✓", "\udcff", ""]
+    started = runner.start("printf", "%s\\0", *arguments)
+    await started.story.end()
+    wanted = [a.encode("utf-8", "surrogateescape") for a in arguments]
+    assert started.output.split(b"\0")[:-1] == wanted
+
+
+async def test_a_command_starts_in_its_folder(runner: Runner, tmp_path: Path) -> None:
+    """A relative name is looked for there; without a folder it is the root."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "run").write_text("#!/bin/sh\npwd -P\n")
+    (folder / "run").chmod(0o755)
+    started = runner.start("./run", directory=str(folder))
+    await started.story.end()
+    assert started.output.decode() == f"{folder.resolve()}\n"
+    started = runner.start("pwd", number=2)
+    await started.story.end()
+    assert started.output == b"/\n"
+
+
+async def test_umask_and_open_files_are_those_that_were_ordered(runner: Runner) -> None:
+    """The daemon's own, which may differ, are not inherited."""
+    runner.umask, runner.files = 0o027, 77
+    started = runner.sh("umask; ulimit -Sn; ulimit -Hn")
+    await started.story.end()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
+    assert started.output.decode().split() == ["0027", "77", most]
+
+
+async def test_no_signal_is_ignored_or_blocked_in_a_command(runner: Runner) -> None:
+    """Python ignores SIGPIPE; what it starts must not."""
+    started = runner.start("grep", "-E", "Sig(Ign|Blk)", "/proc/self/status")
+    await started.story.end()
+    blocked, ignored = (int(line.split()[1], 16) for line in started.output.splitlines())
+    # 32 and 33 belong to the C library, which sets them as it likes.
+    assert (blocked, ignored & ~(3 << 31)) == (0, 0)
+
+
+async def test_a_command_has_no_descriptors_but_the_three(runner: Runner) -> None:
+    """No lock, no pipe of somebody else, no database."""
+    started = runner.python(
+        "import os; print(sorted(map(int, os.listdir('/proc/self/fd'))))"
+    )
+    await started.story.end()
+    assert started.output == b"[0, 1, 2, 3]\n"  # 3 is the folder that it reads
+
+
+async def test_a_command_leads_a_process_group_of_its_own(runner: Runner) -> None:
+    """So that what it sends to its group does not reach the shim."""
+    started = runner.python(
+        "import os, signal; print(os.getpgrp() == os.getpid(), flush=True);"
+        "os.killpg(0, signal.SIGKILL)"
+    )
+    exit = await started.story.end()
+    assert (started.output, exit.signal) == (b"True\n", "SIGKILL")
+
+
+async def test_what_to_run_is_not_on_disk_once_it_runs(runner: Runner) -> None:
+    """The environment may hold secrets; only the result files stay, for their owner."""
+    started = runner.sh("echo ready; exec sleep 60")
+    await started.prints(b"ready")
+    names = {path.name: path.stat().st_mode & 0o777 for path in started.folder.iterdir()}
+    assert names == dict.fromkeys(["lock", "output", "output.idx"], 0o600)
+    started.run.kill()
+    await started.story.end()
+    assert sorted(os.listdir(started.folder)) == ["exit", "lock", "output", "output.idx"]
+
+
+# -- what it prints
+
+
+async def test_both_streams_can_be_told_apart_to_the_byte(runner: Runner) -> None:
+    """The index gives back each stream as it was written, and both cover the output."""
+    started = runner.python(
+        """
+import os, random
+chance = random.Random(1)
+for number in range(3000):
+    fd = chance.choice((1, 2))
+    os.write(fd, chance.randbytes(chance.choice((1, 7, 100, 5000))))
+"""
+    )
+    await started.story.end()
+    import random
+
+    chance = random.Random(1)
+    wanted = {1: b"", 2: b""}
+    for _ in range(3000):
+        fd = chance.choice((1, 2))
+        wanted[fd] += chance.randbytes(chance.choice((1, 7, 100, 5000)))
+    assert started.stream(shim.STDOUT) == wanted[1]
+    assert started.stream(shim.STDERR) == wanted[2]
+    assert len(started.output) == len(wanted[1]) + len(wanted[2])
+
+
+async def test_what_comes_one_after_the_other_is_kept_in_that_order(
+    runner: Runner,
+) -> None:
+    """With time between them, pieces of both streams stand as they were printed."""
+    started = runner.python(
+        """
+import os, sys, time
+for number in range(10):
+    os.write(1 + number % 2, b"%d\\n" % number)
+    size = 2 * (number + 1)
+    while os.stat(sys.argv[1]).st_size < size:
+        time.sleep(0.001)
+""",
+        str(runner.tasks / "1" / "output"),
+    )
+    await started.story.end()
+    assert started.output == b"".join(b"%d\n" % n for n in range(10))
+    codes = [r.code for r in started.records if r.code in {shim.STDOUT, shim.STDERR}]
+    assert codes == [shim.STDOUT, shim.STDERR] * 5
+
+
+async def test_times_never_go_back(runner: Runner) -> None:
+    """The index begins with a clock and the start; then its times only grow."""
+    started = runner.sh("for i in 1 2 3 4 5; do echo $i; sleep 0.02; done")
+    begin = time.time()
+    exit = await started.story.end()
+    records = started.records
+    assert [r.code for r in records[:2]] == [shim.CLOCK, shim.STARTED]
+    assert records[1].number == started.story.pids[0]
+    times = [r.at for r in records]
+    assert times == sorted(times)
+    assert times[-1] - times[0] >= 80
+    assert begin - 1 < started.at(shim.STDOUT) <= exit.ended_at + 0.01
+
+
+async def test_a_character_that_the_pipe_cuts_in_two_comes_out_whole(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """The other stream prints in between, and does not cut into the character."""
+    go = tmp_path / "go"
+    started = runner.python(
+        """
+import os, sys, time
+os.write(1, b"a\\xe2\\x82")
+os.write(2, b"x")
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.005)
+os.write(2, b"y")
+os.write(1, b"\\xacb\\n")
+""",
+        str(go),
+    )
+    await started.prints(b"x")
+    go.touch()
+    await started.story.end()
+    text = "".join(Output(started.folder).text(0, 100))
+    assert "\N{EURO SIGN}" in text
+    assert "\ufffd" not in text
+    assert started.stream(shim.STDOUT) == "a\N{EURO SIGN}b\n".encode()
+    assert started.stream(shim.STDERR) == b"xy"
+
+
+async def test_bytes_that_are_no_text_stay_as_they_are(runner: Runner) -> None:
+    """On disk nothing is changed; read as text they become U+FFFD."""
+    data = b"ok \xff\xfe \xc3( \xed\xa0\x80 \xe2\x82"
+    started = runner.python(f"import os; os.write(1, {data!r})")
+    exit = await started.story.end()
+    assert started.output == data
+    assert exit.output_size == len(data)
+    assert "".join(Output(started.folder).text(0, 100)) == data.decode("utf-8", "replace")
+
+
+async def test_a_slow_daemon_is_told_the_newest_size(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """More news than the pipe to the daemon holds neither stops the command nor is lost."""
+    go, wrote = tmp_path / "go", tmp_path / "wrote"
+    started = runner.python(
+        """
+import os, sys, time
+index, wrote, go = sys.argv[1:]
+while os.stat(index).st_size < 16 * 6000:
+    os.write(1, b"o")
+    os.write(2, b"e")
+os.mkdir(wrote)
+while not os.path.exists(go):
+    time.sleep(0.01)
+""",
+        *(str(runner.tasks / "1" / "output.idx"), str(wrote), str(go)),
+    )
+    wait_for(wrote.exists, "the end of the flood")  # the reactor stands still
+    await until(
+        lambda: started.story.sizes and started.story.sizes[-1] == len(started.output),
+        "news of all of it",
+    )
+    assert len(started.story.sizes) < 6000
+    go.touch()
+    exit = await started.story.end()
+    assert (exit.code, exit.output_size) == (0, len(started.output))
+
+
+# -- background children
+
+
+async def test_a_background_child_does_not_delay_the_end(runner: Runner) -> None:
+    """It holds the pipes: after a second of patience the run is over, output kept."""
+    started = runner.sh("echo one; sleep 60 & echo two; exit 5")
+    exit = await started.story.end()
+    assert (exit.code, exit.forced) == (5, False)
+    assert started.output == b"one\ntwo\n"
+    took = started.result_at - exit.ended_at
+    assert shim.PATIENCE - 0.1 < took < shim.PATIENCE + NOISE
+    assert len(runner.left()) == 1  # nobody asked to end it
+
+
+async def test_what_a_background_child_prints_soon_is_kept(runner: Runner) -> None:
+    """It ends within the patience, and the run then does not wait longer."""
+    started = runner.sh("(sleep 0.2; echo late) & echo soon; exit 0")
+    exit = await started.story.end()
+    assert started.output == b"soon\nlate\n"
+    assert exit.output_size == len(started.output)
+
+
+async def test_a_background_child_that_prints_for_ever_cannot_keep_the_run(
+    runner: Runner,
+) -> None:
+    """What it has printed so far is kept, to the byte that the result says."""
+    # In small pieces, so that there are very many of them when the run ends.
+    started = runner.sh("while :; do echo more; done & exit 6")
+    exit = await started.story.end()
+    assert (exit.code, exit.error) == (6, None)
+    assert len(started.output) == exit.output_size
+    assert (b"more\n" * (exit.output_size // 5 + 1)).startswith(started.output)
+    await until(lambda: not runner.left(), "the end of who prints into nothing")
+
+
+async def test_what_is_in_the_pipes_when_the_patience_ends_is_kept(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """It was printed before the end of the run, even if the shim came late to read it."""
+    go, wrote = tmp_path / "go", tmp_path / "wrote"
+    # O_DIRECT makes a pipe return what was written by one write(2) at a time.
+    started = runner.python(
+        """
+import fcntl, os, sys, time
+if os.fork():
+    os._exit(2)
+fcntl.fcntl(1, fcntl.F_SETFL, os.O_WRONLY | os.O_DIRECT)
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.01)
+for line in range(200):
+    os.write(1, b"%03d\\n" % line)
+os.mkdir(sys.argv[2])
+time.sleep(60)
+""",
+        *(str(go), str(wrote)),
+    )
+    pid = (await until(lambda: started.story.pids, "the start"))[0]
+    await until(lambda: not Path(f"/proc/{pid}").exists(), "the end of the command")
+    watcher = started.watcher
+    os.kill(watcher, signal.SIGSTOP)
+    go.touch()
+    await until(wrote.exists, "the last of the output")
+    await deferLater(reactor, shim.PATIENCE)
+    os.kill(watcher, signal.SIGCONT)
+    exit = await started.story.end()
+    assert (exit.code, exit.error) == (2, None)
+    assert started.output == b"".join(b"%03d\n" % number for number in range(200))
+
+
+def test_any_number_of_pieces_may_wait_to_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written in their order, each with its record."""
+    monkeypatch.chdir(tmp_path)
+    here = os.open(".", os.O_RDONLY)
+    watcher = shim.Shim(
+        shim.Spec(b"5\x000\x000\x0018\x000\x001\x00/\x00true\x00"), -1, here
+    )
+    watcher.daemon = -1
+    watcher.backlog = [(shim.STDOUT + n % 2, b"%d\n" % n) for n in range(5000)]
+    watcher.flush()
+    for fd in (here, watcher.output, watcher.index):
+        os.close(fd)
+    for stream in watcher.streams:
+        os.close(stream.write_end)
+        stream.close()
+    assert (tmp_path / "output").read_text().split() == [str(n) for n in range(5000)]
+    records = list(Output(tmp_path).records())
+    assert len(records) == 5000
+    assert records[-1].number == (tmp_path / "output").stat().st_size
+
+
+async def test_streams_may_be_closed_early(runner: Runner) -> None:
+    """The end of both streams is not the end of the command."""
+    started = runner.sh("echo a; exec >&-; echo b >&2; exec 2>&-; sleep 0.3; exit 4")
+    exit = await started.story.end()
+    assert exit.code == 4
+    assert started.output == b"a\nb\n"
+    assert exit.ended_at - started.at(shim.STDERR) > 0.2
+
+
+# -- the kill ladder
+
+
+def switches(pid: int) -> int:
+    """Return how often a process was given a processor so far."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+
+
+OBEYS = "echo ready; exec sleep 60"
+IGNORES = "trap '' TERM; echo ready; while :; do sleep 0.05; done"
+EXITS_0 = "trap 'exit 0' TERM; echo ready; while :; do sleep 0.05; done"
+CHILD = "sleep 60 & echo ready; wait"
+GRANDCHILD = "sh -c 'sleep 60 & echo ready; wait' & wait"
+ESCAPED = "setsid sh -c 'sleep 60 & echo ready; wait' & wait"
+ORPHAN = "sh -c 'setsid sleep 60 >/dev/null 2>&1 &'; echo ready; exec sleep 60"
+STUBBORN_CHILD = "sh -c \"trap '' TERM; echo ready; sleep 60; sleep 60\" & wait"
+STOPPED_CHILD = "sh -c 'echo ready; kill -STOP $$; sleep 60' & wait"
+
+DAEMON = """
+import os, signal, sys, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        os.write(1, b"ready")
+        null = os.open("/dev/null", os.O_RDWR)
+        for fd in range(3):
+            os.dup2(null, fd)
+        os.chdir("/")
+        time.sleep(60)
+    os._exit(0)
+time.sleep(60)
+"""
+# Two that watch each other: whoever sees the other gone starts a new one.
+GUARDS = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+until = time.monotonic() + 30
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+other = os.getpid()
+if os.fork():
+    time.sleep(60)
+os.setsid()
+os.write(1, b"ready")
+while time.monotonic() < until:
+    if not alive(other):
+        me = os.getpid()
+        child = os.fork()
+        other = child or me
+        if not child:
+            os.setsid()
+    time.sleep(0.0005)
+"""
+# One that is never there when somebody looks: each lives as long as a fork takes.
+RUNNER = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+until = time.monotonic() + 20
+if os.fork():
+    time.sleep(60)
+os.write(1, b"ready")
+while time.monotonic() < until:
+    if os.fork():
+        os._exit(0)
+"""
+# Begets a process each millisecond, and so also while TERM goes round.
+PARENT = """
+import os, time
+for number in range(20000):
+    if os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
+    if number == 20:
+        os.write(1, b"ready")
+    time.sleep(0.001)
+"""
+# The thread that the process began with has ended; another one goes on.
+HEADLESS = """
+import ctypes, threading, time
+def work():
+    time.sleep(0.2)
+    print("ready", flush=True)
+    time.sleep(30)
+threading.Thread(target=work).start()
+ctypes.CDLL(None).syscall(60, 0)
+"""
+
+
+def killed_in_time(started: Started, runner: Runner, grace: float) -> None:
+    """Check that all is gone, soon enough by the times in the files."""
+    # Whoever is not gone when the sink is told of the end was forgotten.
+    assert runner.left() == []
+    # TERM and the result have times of the shim; what it has to do in between takes
+    # milliseconds, so that all of NOISE is for other work of the machine.
+    took = started.result_at - started.at(shim.TERM_SENT)
+    assert took < grace + LATE + NOISE
+
+
+@pytest.mark.parametrize(
+    "script",
+    [OBEYS, CHILD, GRANDCHILD, ESCAPED, ORPHAN, STOPPED_CHILD],
+    ids=["itself", "child", "grandchild", "own session", "orphan", "stopped child"],
+)
+async def test_kill_ends_the_whole_tree_by_term(runner: Runner, script: str) -> None:
+    """Child, grandchild, own session, orphan, stopped: TERM reaches all of them."""
+    started = runner.sh(script, grace=30)
+    await started.prints(b"ready")
+    started.run.kill()
+    exit = await started.story.end()
+    assert (exit.cause, exit.forced) == (Cause.KILL, False)
+    killed_in_time(started, runner, 0)
+    assert shim.KILL_SENT not in {r.code for r in started.records}
+
+
+@pytest.mark.parametrize(
+    ("script", "end"),
+    [(IGNORES, (None, "SIGKILL")), (STUBBORN_CHILD, (None, "SIGTERM"))],
+    ids=["itself", "child"],
+)
+async def test_who_ignores_term_is_killed_after_the_grace(
+    runner: Runner, script: str, end: tuple[int | None, str]
+) -> None:
+    """Not before it, and the result says that force was needed."""
+    started = runner.sh(script, grace=0.5)
+    await started.prints(b"ready")
+    started.run.kill()
+    exit = await started.story.end()
+    assert (exit.code, exit.signal) == end
+    assert (exit.cause, exit.forced) == (Cause.KILL, True)
+    killed_in_time(started, runner, 0.5)
+    assert started.at(shim.KILL_SENT) - started.at(shim.TERM_SENT) >= 0.49
+
+
+async def test_who_answers_term_by_exit_0_was_killed_all_the_same(runner: Runner) -> None:
+    """The code is kept, the cause says that somebody asked."""
+    started = runner.sh(EXITS_0)
+    await started.prints(b"ready")
+    started.run.kill()
+    exit = await started.story.end()
+    assert (exit.code, exit.signal, exit.cause) == (0, None, Cause.KILL)
+    killed_in_time(started, runner, 0)
+
+
+async def test_a_stopped_command_is_ended_by_term(runner: Runner) -> None:
+    """It is woken to hear it; no force is needed."""
+    started = runner.sh("echo ready; kill -STOP $$; sleep 60", grace=30)
+    await started.prints(b"ready")
+    pid = started.story.pids[0]
+    state = Path(f"/proc/{pid}/stat")
+    await until(lambda: b") T " in state.read_bytes(), "the stop")
+    started.run.kill()
+    exit = await started.story.end()
+    assert (exit.signal, exit.forced) == ("SIGTERM", False)
+    killed_in_time(started, runner, 0)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [DAEMON, GUARDS, RUNNER, HEADLESS],
+    ids=["daemon", "guards", "runner", "headless"],
+)
+async def test_nobody_escapes_a_kill(runner: Runner, script: str) -> None:
+    """Neither a daemon that ignores TERM nor what starts itself anew for ever."""
+    started = runner.python(script, grace=0.5)
+    await started.prints(b"ready")
+    started.run.kill()
+    exit = await started.story.end()
+    assert (exit.cause, exit.error) == (Cause.KILL, None)
+    killed_in_time(started, runner, 0.5)
+
+
+async def test_term_also_reaches_who_is_born_while_it_goes_round(runner: Runner) -> None:
+    """Nobody here ignores TERM, so nobody has to be killed."""
+    started = runner.python(PARENT, grace=3)
+    await started.prints(b"ready")
+    started.run.kill()
+    exit = await started.story.end()
+    assert (exit.signal, exit.forced) == ("SIGTERM", False)
+    killed_in_time(started, runner, 0)
+
+
+async def test_a_kill_that_is_repeated_changes_nothing(runner: Runner) -> None:
+    """The grace begins with the first; also after the end a kill is harmless."""
+    started = runner.sh(IGNORES, grace=1)
+    await started.prints(b"ready")
+    started.run.kill()
+    while not started.story.exits:
+        started.run.kill()
+        await deferLater(reactor, 0.02)
+    killed_in_time(started, runner, 1)
+    assert [r.code for r in started.records].count(shim.TERM_SENT) == 1
+    started.run.kill()
+    assert len(started.story.exits) == 1
+
+
+async def test_a_kill_at_the_very_moment_of_the_end_is_harmless(runner: Runner) -> None:
+    """Between the death of the shim and the news of it there is nobody to signal."""
+    started = runner.sh("exit 3")
+    wait_for((started.folder / "exit").exists, "the result")  # the reactor stands still
+    while not started.story.exits:
+        started.run.kill()
+        await deferLater(reactor, 0)
+    started.run.kill()
+    assert started.story.exits[0].code == 3
+
+
+async def test_a_kill_before_the_shim_can_hear_it_is_not_lost(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """It is sent as soon as the shim says that it listens."""
+    go = tmp_path / "go"
+    wait = f'while ! [ -e {shlex.quote(str(go))} ]; do sleep 0.01; done; exec "$@"'
+    runner.launcher = ("/bin/sh", "-c", wait, "sh", *MEASURED)
+    started = runner.sh("sleep 60")
+    started.run.kill()
+    await deferLater(reactor, 0.05)
+    assert started.story.exits == []
+    go.touch()
+    exit = await started.story.end()
+    assert (exit.signal, exit.cause) == ("SIGTERM", Cause.KILL)
+    killed_in_time(started, runner, 0)
+
+
+async def test_a_kill_after_the_command_ends_its_background_children(
+    runner: Runner,
+) -> None:
+    """Within the patience they are still its tree; its own result stays."""
+    started = runner.sh("sleep 60 & exit 7", grace=30)
+    pid = await until(lambda: started.story.pids, "the start")
+    await until(lambda: not Path(f"/proc/{pid[0]}").exists(), "the end of the command")
+    started.run.kill()
+    exit = await started.story.end()
+    assert (exit.code, exit.forced) == (7, False)
+    assert runner.left() == []
+
+
+async def test_waiting_for_a_stubborn_tree_costs_nothing(runner: Runner) -> None:
+    """The command has obeyed, a child has not: until the grace is over the shim sleeps."""
+    started = runner.sh(STUBBORN_CHILD, grace=60)
+    await started.prints(b"ready")
+    started.run.kill()
+    pid = started.story.pids[0]
+    await until(lambda: not Path(f"/proc/{pid}").exists(), "the end of the command")
+    await deferLater(reactor, shim.PATIENCE + 0.1)
+
+    before = switches(started.watcher)
+    await deferLater(reactor, 1)
+    assert switches(started.watcher) - before < 100
+    await until(runner.kill_left, "the end of the tree")
+    assert (await started.story.end()).cause is Cause.KILL
+
+
+def test_a_signal_never_reaches_a_stranger() -> None:
+    """A process number that somebody else has been given meanwhile is left alone."""
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        parent, start = shim.process(sleeper.pid)
+        assert parent == os.getpid()
+        shim.signal_process(sleeper.pid, start - 1, signal.SIGTERM)
+        shim.signal_process(sleeper.pid, start, 0)
+        assert shim.process(sleeper.pid) == (parent, start)
+        shim.signal_process(sleeper.pid, start, signal.SIGTERM)
+        assert sleeper.wait(PATIENCE) == -signal.SIGTERM
+        shim.signal_process(sleeper.pid, start, signal.SIGTERM)
+        assert shim.process(sleeper.pid) == (0, 0)
+
+
+def test_the_name_of_a_process_does_not_confuse(tmp_path: Path) -> None:
+    """It may hold what looks like the fields that come after it."""
+    path = tmp_path / "x) Z 1 (y"
+    path.symlink_to(shutil.which("sleep") or "")
+    with subprocess.Popen([path, "60"]) as sleeper:
+        name = Path(f"/proc/{sleeper.pid}/comm")
+        wait_for(lambda: name.read_text() == "x) Z 1 (y\n", "the new name")
+        assert shim.process(sleeper.pid)[0] == os.getpid()
+        sleeper.kill()
+
+
+# -- clocks
+
+
+async def test_a_command_that_takes_too_long_is_ended(runner: Runner) -> None:
+    """The total time counts however much it prints."""
+    script = "trap 'exit 0' TERM; while :; do echo x; sleep 0.05; done"
+    started = runner.start("/bin/sh", "-c", script, total=0.5, silence=10)
+    exit = await started.story.end()
+    assert (exit.code, exit.cause) == (0, Cause.TIMEOUT)
+    killed_in_time(started, runner, 0)
+    term = next(r for r in started.records if r.code == shim.TERM_SENT)
+    assert 500 <= term.at < 500 + NOISE * 1000
+
+
+async def test_a_command_that_is_silent_for_too_long_is_ended(runner: Runner) -> None:
+    """Each piece of output, on either stream, begins the time anew."""
+    # A busy machine may let the pauses of a tenth grow eightfold.
+    script = "for i in 1 2 3 4 5; do echo $i; sleep 0.1; echo $i >&2; sleep 0.1; done"
+    started = runner.start("/bin/sh", "-c", f"{script}; sleep 60", silence=0.9)
+    exit = await started.story.end()
+    assert (exit.signal, exit.cause, exit.forced) == ("SIGTERM", Cause.SILENCE, False)
+    killed_in_time(started, runner, 0)
+    assert len(started.output) == 20
+    last = max(r.at for r in started.records if r.code in {shim.STDOUT, shim.STDERR})
+    term = next(r for r in started.records if r.code == shim.TERM_SENT)
+    assert 890 <= term.at - last < 900 + NOISE * 1000
+
+
+async def test_who_ends_in_time_is_not_touched_by_the_clocks(runner: Runner) -> None:
+    """Clocks that have not run out say nothing."""
+    started = runner.start("/bin/sh", "-c", "exit 9", total=30, silence=30)
+    exit = await started.story.end()
+    assert (exit.code, exit.cause) == (9, Cause.ITSELF)
+
+
+# -- never twice
+
+
+async def test_a_second_start_of_the_same_task_does_nothing(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """Neither while the first runs nor afterwards; the first does not notice."""
+    count = tmp_path / "count"
+    script = f"echo x >> {shlex.quote(str(count))}; echo ready; exec sleep 60"
+    first = runner.sh(script)
+    await first.prints(b"ready")
+    second = runner.sh(script)
+    exit = await second.story.end()
+    assert exit.error is not None
+    assert (second.story.pids, first.story.exits) == ([], [])
+    first.run.kill()
+    assert (await first.story.end()).signal == "SIGTERM"
+    third = runner.sh(script)
+    assert (await third.story.end()).signal == "SIGTERM"  # the result that there is
+    assert count.read_text() == "x\n"
+
+
+# -- adoption
+
+_STARTER = """
+import os, signal, sys
+from pathlib import Path
+from twisted.internet import reactor
+from pulsar_api.ports import Clocks
+from pulsar_api.process import ShimExecutor
+from pulsar_api.task import Command
+
+class Sink:
+    def started(self, pid):
+        os.kill(os.getpid(), signal.SIGKILL)
+    def printed(self, size):
+        pass
+    def ended(self, exit):
+        sys.exit(f"ended: {exit}")
+
+folder, mark, grace, launcher, *arguments = sys.argv[1:]
+environment = {"PATH": os.environ["PATH"], "TEST_MARK": mark}
+executor = ShimExecutor(reactor, reactor, Path(folder), launcher=launcher.split("|"))
+executor.start(1, Command(tuple(arguments), environment), Clocks(float(grace)), Sink())
+reactor.run()
+"""
+
+
+def start_and_die(runner: Runner, script: str, grace: float = 5) -> None:
+    """Start task 1 by a daemon that is killed as soon as the command runs."""
+    settings = (str(runner.tasks), runner.mark, str(grace), "|".join(runner.launcher))
+    command = [sys.executable, "-c", _STARTER, *settings, "/bin/sh", "-c", script]
+    done = subprocess.run(command, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+async def test_a_run_goes_on_without_its_daemon_and_is_followed_by_the_next(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """The pid, the output and the end are told as if nothing had happened."""
+    go = shlex.quote(str(tmp_path / "go"))
+    wait = f"while ! [ -e {go} ]; do sleep 0.01; done"
+    start_and_die(runner, f"echo one; {wait}; echo two; exit 8")
+    adopted = runner.adopt()
+    await until(lambda: 4 in adopted.story.sizes, "the first line")
+    assert len(adopted.story.pids) == 1
+    assert runner.left()[0] > 0
+    (tmp_path / "go").touch()
+    exit = await adopted.story.end()
+    assert (exit.code, exit.cause) == (8, Cause.ITSELF)
+    assert adopted.output == b"one\ntwo\n"
+    assert adopted.story.sizes[-1] == exit.output_size == 8
+
+
+async def test_an_adopted_run_can_be_killed(runner: Runner) -> None:
+    """The whole ladder, by a daemon that is not the parent."""
+    start_and_die(runner, IGNORES, 0.5)
+    adopted = runner.adopt()
+    await adopted.prints(b"ready")
+    adopted.run.kill()
+    adopted.run.kill()
+    exit = await adopted.story.end()
+    assert (exit.signal, exit.cause, exit.forced) == ("SIGKILL", Cause.KILL, True)
+    killed_in_time(adopted, runner, 0.5)
+    adopted.run.kill()
+
+
+async def test_a_run_that_ended_meanwhile_has_its_result(runner: Runner) -> None:
+    """Whoever adopts it is told all of it: start, output, end."""
+    start_and_die(runner, "echo one; exit 8")
+    wait_for((runner.tasks / "1" / "exit").exists, "the result")
+    adopted = runner.adopt()
+    exit = await adopted.story.end()
+    assert (exit.code, exit.output_size) == (8, 4)
+    assert (len(adopted.story.pids), adopted.story.sizes) == (1, [4])
+
+
+async def test_an_adopted_run_keeps_its_promise(runner: Runner) -> None:
+    """The promised line is judged by whoever reads the result."""
+    first = runner.start("/bin/sh", "-c", "echo bad", last_line="good")
+    assert not (await first.story.end()).good
+    assert not (await runner.adopt().story.end()).good
+
+
+async def test_who_stops_following_is_told_nothing_more(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """The run itself goes on, and the next who adopts it hears of its end."""
+    go = shlex.quote(str(tmp_path / "go"))
+    first = runner.sh(f"echo one; while ! [ -e {go} ]; do sleep 0.01; done; exit 2")
+    await until(lambda: first.story.sizes, "the first line")
+    first.run.detach()
+    second = runner.adopt()
+    await until(lambda: second.story.sizes, "the first line")
+    second.run.detach()
+    second.run.detach()
+    third = runner.adopt()
+    (tmp_path / "go").touch()
+    assert (await third.story.end()).code == 2
+    assert (first.story.exits, second.story.exits) == ([], [])
+
+
+async def test_a_run_that_never_began_is_no_riddle(runner: Runner, tmp_path: Path) -> None:
+    """It is said that it was not started, and a shim that comes late refuses to."""
+    adopted = runner.adopt()
+    exit = await adopted.story.end()
+    assert not exit.lost
+    assert exit.error == "The daemon ended before the command was started."
+    ran = tmp_path / "ran"
+    late = runner.start("touch", str(ran))
+    exit = await late.story.end()
+    assert exit.error is not None
+    assert not ran.exists()
+    # A daemon that dies before it has recorded this asks once more.
+    exit = await runner.adopt().story.end()
+    assert not exit.lost
+    assert exit.error == "The daemon ended before the command was started."
+
+
+async def test_a_run_that_may_have_begun_is_lost(runner: Runner) -> None:
+    """A shim that took its orders and died before it noted a start may have started it."""
+    folder = runner.tasks / "1"
+    folder.mkdir(parents=True)
+    # As a shim leaves it that is killed in the moment when it has started the command.
+    (folder / "lock").write_text("4711\n")
+    (folder / "output").touch()
+    (folder / "output.idx").touch()
+    exit = await runner.adopt().story.end()
+    assert exit.lost
+
+
+async def test_a_run_whose_shim_is_killed_is_lost(runner: Runner) -> None:
+    """Nobody can know how the command ends, and that is said; its output is kept."""
+    started = runner.sh("echo ready; exec sleep 60")
+    await started.prints(b"ready")
+    os.kill(started.watcher, signal.SIGKILL)
+    exit = await started.story.end()
+    assert (exit.lost, exit.code, exit.output_size) == (True, None, 6)
+    assert exit.error is not None
+    assert exit.error.startswith("The process that watched the command ended")
+
+
+async def test_an_adopted_run_whose_shim_is_killed_is_lost(runner: Runner) -> None:
+    """Whether it was killed before the adoption or after it."""
+    start_and_die(runner, "echo ready; exec sleep 60")
+    adopted = runner.adopt()
+    await until(lambda: adopted.story.sizes, "the output")
+    os.kill(adopted.watcher, signal.SIGKILL)
+    exit = await adopted.story.end()
+    assert (exit.lost, exit.code, exit.output_size) == (True, None, 6)
+    later = await runner.adopt().story.end()
+    assert later.lost
+
+
+# -- a full disk
+
+
+def _may_mount() -> bool:
+    """Return whether this process may mount a small disk (CAP_SYS_ADMIN)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    able = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff"))
+    return bool(able >> 21 & 1)
+
+
+if _may_mount():  # else these tests do not exist: nothing else is full so truly
+
+    @pytest.fixture
+    def disk(tmp_path: Path) -> Iterator[Path]:
+        """Return a disk of 4 MiB."""
+        path = tmp_path / "disk"
+        path.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
+        subprocess.run(mount, check=True)
+        yield path
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+    def _enlarge(disk: Path) -> None:
+        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+
+    TALKER = """
+import os, sys
+for number in range(64):
+    os.write(1, b"%02d" % number * (1 << 16))
+    with open(sys.argv[1], "w") as file:
+        file.write(str(number + 1))
+sys.exit(3)
+"""
+    TALK = b"".join(b"%02d" % number * (1 << 16) for number in range(64))
+
+    async def _full(
+        disk: Path, runner: Runner, told: Path, grace: float, silence: float = 0
+    ) -> Started:
+        """Start somebody who prints 8 MiB, and return when nothing moves any more."""
+        runner.tasks = disk / "tasks"
+        (disk / "filler").write_bytes(bytes(2 << 20))
+        arguments = (*PYTHON, TALKER, str(told))
+        started = runner.start(*arguments, grace=grace, silence=silence)
+
+        def full() -> bool:
+            free = os.statvfs(disk)
+            return free.f_bavail == 0
+
+        await until(full, "the disk to be full")
+        # The pipe takes another MiB.
+        await until(lambda: _sleeps(started.story.pids[0]), "the command to stall")
+        return started
+
+    def _sleeps(pid: int) -> bool:
+        return b"pipe_write" in Path(f"/proc/{pid}/wchan").read_bytes() or (
+            Path(f"/proc/{pid}/syscall").read_bytes().split()[:2] == [b"1", b"0x1"]
+        )
+
+    async def test_on_a_full_disk_a_command_waits_and_nothing_is_lost(
+        runner: Runner, disk: Path, tmp_path: Path
+    ) -> None:
+        """When there is room again it goes on; every byte and the exit code are there."""
+        told = tmp_path / "told"
+        started = await _full(disk, runner, told, grace=5)
+        before = int(told.read_text())
+        assert before < 64
+        size = len(started.output)
+        await deferLater(reactor, 3 * shim.RETRY)
+        assert (int(told.read_text()), len(started.output)) == (before, size)
+        assert started.story.exits == []
+        _enlarge(disk)
+        exit = await started.story.end()
+        assert (exit.code, exit.output_size) == (3, len(TALK))
+        assert started.output == TALK
+        assert started.stream(shim.STDOUT) == TALK
+
+    async def test_on_a_full_disk_a_kill_works(
+        runner: Runner, disk: Path, tmp_path: Path
+    ) -> None:
+        """The tree ends at once; the result, and what was printed, when there is room."""
+        told = tmp_path / "told"
+        started = await _full(disk, runner, told, grace=30)
+        started.run.kill()
+        await until(lambda: not runner.left(), "the end of the tree")
+        assert started.story.exits == []
+        assert not (started.folder / "exit").exists()
+        # It waits for room without a rush.
+        await deferLater(reactor, shim.PATIENCE + 0.1)
+        before = switches(started.watcher)
+        await deferLater(reactor, 1)
+        assert switches(started.watcher) - before < 100
+        _enlarge(disk)
+        exit = await started.story.end()
+        assert (exit.signal, exit.cause, exit.forced) == ("SIGTERM", Cause.KILL, False)
+        assert exit.output_size == len(started.output)
+        assert len(started.output) >= int(told.read_text()) << 17
+        assert TALK.startswith(started.output)
+
+    async def test_a_full_disk_is_not_the_silence_of_the_command(
+        runner: Runner, disk: Path, tmp_path: Path
+    ) -> None:
+        """It would print if it could; the clock of silence does not run against it."""
+        started = await _full(disk, runner, tmp_path / "told", 5, silence=1)
+        await deferLater(reactor, 1.5)
+        _enlarge(disk)
+        exit = await started.story.end()
+        assert (exit.code, exit.cause) == (3, Cause.ITSELF)
+        assert started.output == TALK
+
+    async def test_a_result_waits_for_room_on_the_disk(runner: Runner, disk: Path) -> None:
+        """A command that prints nothing may end while the disk is full."""
+        runner.tasks = disk / "tasks"
+        started = runner.sh("echo ready; exec sleep 60")
+        await started.prints(b"ready")
+        filler = disk / "filler"
+        with filler.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(1 << 12))
+            except OSError:
+                pass
+        started.run.kill()
+        await until(lambda: not runner.left(), "the end of the tree")
+        await deferLater(reactor, 2 * shim.RETRY)
+        assert started.story.exits == []
+        filler.unlink()
+        exit = await started.story.end()
+        assert (exit.signal, exit.cause) == ("SIGTERM", Cause.KILL)
+
+
+# -- the rest of the module
+
+
+async def test_ask_returns_what_a_command_prints() -> None:
+    """Standard output only, and standard input is at its end."""
+    answer = await process.ask(
+        reactor, reactor, ["sh", "-c", "cat; echo no >&2; echo $X"], {"X": "1.2"}
+    )
+    assert answer == "1.2\n"
+
+
+async def test_ask_takes_no_answer_for_an_empty_one() -> None:
+    """Neither a missing program nor one that takes too long is an error."""
+    assert await process.ask(reactor, reactor, ["no-such-program"], {}) == ""
+    begin = time.monotonic()
+    assert await process.ask(reactor, reactor, ["sleep", "60"], {}, 0.2) == ""
+    assert time.monotonic() - begin < 30
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "wanted"), [(100, 1000, 1000), (1000, 1000, 1000), (64, 128, 128)]
+)
+def test_the_limit_of_open_files_is_raised_as_far_as_allowed(
+    soft: int, hard: int, wanted: int
+) -> None:
+    """Both limits are told: the old one is for the tasks."""
+    code = (
+        "import resource; from pulsar_api import process;"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}));"
+        "print(process.raise_file_limit(), resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"({soft}, {wanted}) ({wanted}, {hard})\n"
