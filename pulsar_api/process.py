@@ -13,7 +13,7 @@ from typing import Any
 
 from attrs import define, evolve, field, frozen
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ProcessExitedAlready
+from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
 from twisted.internet.interfaces import (
     IDelayedCall,
     IProcessTransport,
@@ -129,6 +129,11 @@ class ShimExecutor:
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             self._write_spec(folder, command, bounds)
+            claim = folder / "lock"
+            if claim.exists() and claim.stat().st_size == 0:
+                # Ours, from when it was made sure that an earlier shim never started. If
+                # that one comes now after all, it is faster or ours is, never both.
+                claim.unlink()
             # No path, uid or gid: with them Twisted forks the whole daemon. The shim
             # changes directory itself.
             self._reactor.spawnProcess(
@@ -256,7 +261,15 @@ class ShimProtocol(_Following, ProcessProtocol):
     _trouble: bytes = field(default=b"", init=False)
     _ready: bool = field(default=False, init=False)
     _killed: bool = field(default=False, init=False)
+    _other: "AdoptedRun | None" = field(default=None, init=False)
+    """The run of a shim that was faster than ours."""
     transport: IProcessTransport = field(init=False)
+
+    def detach(self) -> None:
+        """Stop telling."""
+        super().detach()
+        if self._other is not None:
+            self._other.detach()
 
     def connectionMade(self) -> None:
         """Give the shim an end of file to read."""
@@ -288,7 +301,9 @@ class ShimProtocol(_Following, ProcessProtocol):
     def kill(self) -> None:
         """Let the shim end the tree; as soon as it can hear us."""
         self._killed = True
-        if self._ready:
+        if self._other is not None:
+            self._other.kill()
+        elif self._ready:
             with suppress(ProcessExitedAlready):
                 self.transport.signalProcess("TERM")
 
@@ -297,6 +312,12 @@ class ShimProtocol(_Following, ProcessProtocol):
         trouble = self._trouble.decode("utf-8", "replace").strip()
         if trouble:
             _log.error("The shim in {folder} says: {it}", folder=self._folder, it=trouble)
+        assert isinstance(reason.value, ProcessDone | ProcessTerminated)
+        if reason.value.exitCode == shim.TAKEN and self._sink is not None:
+            self._other = AdoptedRun(self._clock, self._folder, self._sink)
+            if self._killed:
+                self._other.kill()
+            return
         exit = self.result()
         if exit is None:
             why = trouble.rpartition("\n")[2] or str(reason.value)
@@ -319,6 +340,8 @@ class AdoptedRun(_Following):
     _look: IDelayedCall = field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        # What is on disk is told before anybody can ask for it.
+        self._news()
         self._look = self._clock.callLater(0, self._check)
 
     def kill(self) -> None:
@@ -336,9 +359,7 @@ class AdoptedRun(_Following):
         # In this order: what is dead now has written its result before.
         begun = self._seen > 0 or not self._never_started()
         alive = _alive(self._folder)
-        for record in Output(self._folder).records(self._seen):
-            self._seen += 1
-            self._read(record)
+        self._news()
         exit = self.result()
         if exit is not None:
             self._tell_end(exit)
@@ -348,10 +369,21 @@ class AdoptedRun(_Following):
             self._look = self._clock.callLater(LOOK, self._check)
         elif not begun:
             error = "The daemon ended before the command was started."
-            self._tell_end(Exit(error=error))
+            self._tell_end(Exit(error=error, unstarted=True))
         else:
             why = "The process that watched the command is gone and left no result."
             self.sweep(self.lost(why))
+
+    def _news(self) -> None:
+        printed = None
+        for record in Output(self._folder).records(self._seen):
+            self._seen += 1
+            if record.code in _PRINTED:
+                printed = record
+            else:
+                self._read(record)
+        if printed is not None:
+            self._read(printed)
 
     def _never_started(self) -> bool:
         """Return whether no shim has begun, and if so make sure that none ever will."""

@@ -324,6 +324,9 @@ class TaskService:
 
     def ended(self, live: _Live, exit: Exit) -> None:
         """Take the result of a run."""
+        if exit.unstarted and not live.kill and not self._stopping:
+            _own(self._requeue(live))
+            return
         status, reason = _judge(exit, live.newest.killed_by)
         _own(
             self._finish(
@@ -336,6 +339,16 @@ class TaskService:
                 output_size=max(exit.output_size, live.task.snapshot.output_size),
             )
         )
+
+    async def _requeue(self, live: _Live) -> None:
+        """Let a task wait again of which it is certain that it was never started."""
+        _log.info("Task {id} was never started and waits again", id=live.newest.id)
+        await self._record(live, status=Status.CREATED, started_at=None)
+        live.run = None
+        self._running.pop(live.newest.id, None)
+        waiting = {**self._waiting, live.newest.id: live}
+        self._waiting = dict(sorted(waiting.items()))  # in its old place
+        self._schedule()
 
     async def _finish(self, live: _Live, **new: object) -> None:
         end = {"ended_at": self._now(), "waiting_for": None, **new}

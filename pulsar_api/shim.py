@@ -22,6 +22,8 @@ import time
 READY, STDOUT, STDERR, STARTED, TERM_SENT, KILL_SENT, CLOCK = range(7)
 RECORD = 16
 
+TAKEN = 75  # the exit status of a shim that finds another one at its task
+
 PIPE_SIZE = 1 << 20
 READ_SIZE = 1 << 18
 PATIENCE = 1.0  # seconds that background children may hold the pipes after the end
@@ -265,7 +267,7 @@ class Shim:
         if not self.spec.limit or self.size <= self.spec.limit:
             return
         end = (self.size - self.spec.limit // 2) // BLOCK * BLOCK
-        if end < self.cut + self.cut_step and self.cut > self.head:
+        if end < self.cut + self.cut_step:
             return
         write_synced(self.folder, "cut.tmp", b"%d %d\n" % (self.head, end))
         posix.rename("cut.tmp", "cut", src_dir_fd=self.folder, dst_dir_fd=self.folder)
@@ -541,7 +543,7 @@ def main(folder: str) -> int:
     try:
         posix.link(name, "lock")
     except FileExistsError:
-        return 75
+        return TAKEN
     finally:
         posix.unlink(name)
     posix.set_blocking(1, False)

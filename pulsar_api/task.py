@@ -81,6 +81,8 @@ class Exit:
     forced: bool = False
     """TERM was not enough: KILL was sent."""
     output_size: int = 0
+    unstarted: bool = False
+    """It is certain that the command was never started, and by this run never will be."""
     good: bool = True
     """False if the command answered 0 without the line that it promises (`Command`)."""
 

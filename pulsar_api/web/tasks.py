@@ -145,6 +145,8 @@ class TaskAPI:
             await self._wait(task.changes.after(seen), seconds)
             if task.changes.version == seen:
                 return reply(request, _UNCHANGED)
+        if offset > task.snapshot.output_size:
+            task.refresh()
         snapshot = task.snapshot
         if offset < 0:
             part = Part.chosen(how, snapshot, self._output(snapshot))
