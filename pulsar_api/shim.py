@@ -565,4 +565,8 @@ def main(folder: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    done = main(sys.argv[1])
+    if sys.flags.isolated:
+        # All is on disk, and taking an interpreter down in order costs 2 ms per task.
+        posix._exit(done)
+    sys.exit(done)

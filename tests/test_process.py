@@ -23,13 +23,13 @@ from twisted.internet.task import deferLater
 from pulsar_api import process, shim
 from pulsar_api.output import Output, Record
 from pulsar_api.ports import Clocks, Run
-from pulsar_api.process import ShimExecutor
+from pulsar_api.process import ShimExecutor, usual_launcher
 from pulsar_api.task import Cause, Command, Exit
 from tests.integration.daemon import PATIENCE, end_shim, marked, wait_for
 
 T = TypeVar("T")
 
-USUAL = (sys.executable, "-I", "-S", shim.__file__)
+USUAL = usual_launcher()
 """How the daemon starts a shim."""
 
 _COVERAGE = os.environ.get("COVERAGE_PROCESS_CONFIG")

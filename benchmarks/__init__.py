@@ -1,0 +1,1 @@
+"""Speed, as a ratio to a bare alternative in the same run: ``python -m benchmarks``."""

@@ -1,0 +1,146 @@
+"""HTTP clients that cost little beside the servers that they measure."""
+
+import select
+import socket
+import time
+from collections.abc import Iterable
+
+from attrs import define, field
+
+PATIENCE = 60.0
+"""Seconds after which an answer will not come any more."""
+
+
+def request(method: str, path: str, body: bytes = b"", kind: str = "") -> bytes:
+    """Return a request as it is sent."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost"]
+    if method == "POST":
+        lines.append(f"Content-Length: {len(body)}")
+    if kind:
+        lines.append(f"Content-Type: {kind}")
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def body_of(data: bytes) -> bytes | None:
+    """Return the body of an answer, or None if not all of it is there.
+
+    Anything but 200 is an error. Understands Content-Length and one chunk with its end.
+    """
+    head, gap, rest = data.partition(b"\r\n\r\n")
+    if not gap:
+        return None
+    assert head.startswith(b"HTTP/1.1 200 "), data
+    name, found, tail = head.lower().partition(b"content-length: ")
+    if found:
+        length = int(tail.split(b"\r\n", 1)[0])
+        return rest if len(rest) == length else None
+    assert b"transfer-encoding: chunked" in name, data
+    if not rest.endswith(b"0\r\n\r\n"):
+        return None
+    return rest.split(b"\r\n", 2)[1]
+
+
+class Connection:
+    """One connection that is kept, with one request at a time."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, data: bytes) -> None:
+        """Send a request."""
+        self.socket.sendall(data)
+
+    def receive(self) -> bytes:
+        """Wait for the answer and return its body."""
+        data = b""
+        while (body := body_of(data)) is None:
+            piece = self.socket.recv(65536)
+            assert piece, "the server has hung up"
+            data += piece
+        return body
+
+    def ask(self, data: bytes) -> bytes:
+        """Send a request and return the body of its answer."""
+        self.send(data)
+        return self.receive()
+
+    def close(self) -> None:
+        """Hang up."""
+        self.socket.close()
+
+
+@define
+class Crowd:
+    """Many connections in one thread, each with one request at a time."""
+
+    connections: dict[int, Connection]
+    poll: select.epoll = field(factory=select.epoll, init=False)
+
+    @classmethod
+    def connect(cls, port: int, number: int) -> "Crowd":
+        """Return a crowd that is connected."""
+        made = [Connection(port) for _ in range(number)]
+        crowd = cls({c.socket.fileno(): c for c in made})
+        for fd in crowd.connections:
+            crowd.poll.register(fd, select.EPOLLIN)
+        return crowd
+
+    def send(self, data: bytes) -> None:
+        """Send the same request on each."""
+        for connection in self.connections.values():
+            connection.send(data)
+
+    def answers(self) -> Iterable[tuple[int, bytes]]:
+        """Yield the answer to each, with the time it was there (`monotonic_ns`)."""
+        data = dict.fromkeys(self.connections, b"")
+        while data:
+            ready = self.poll.poll(PATIENCE)
+            assert ready, f"{len(data)} clients wait in vain"
+            for fd, _ in ready:
+                data[fd] += self.connections[fd].socket.recv(65536)
+                body = body_of(data[fd])
+                if body is not None:
+                    del data[fd]
+                    yield time.monotonic_ns(), body
+
+    def rate(self, data: bytes, seconds: float) -> float:
+        """Return answers per second if each asks again as soon as it is answered.
+
+        All answers must have the same size: they are counted by that, not read.
+        """
+        size = self._size(data)
+        left = dict.fromkeys(self.connections, size)
+        count = 0
+        begin = time.perf_counter()
+        self.send(data)
+        while left:
+            ready = self.poll.poll(PATIENCE)
+            assert ready, f"{len(left)} clients wait in vain"
+            for fd, _ in ready:
+                connection = self.connections[fd].socket
+                left[fd] -= len(connection.recv(65536))
+                assert left[fd] >= 0, "an answer of another size"
+                if left[fd]:
+                    continue
+                count += 1
+                if time.perf_counter() < begin + seconds:
+                    left[fd] = size
+                    connection.sendall(data)
+                else:
+                    del left[fd]
+        return count / (time.perf_counter() - begin)
+
+    def _size(self, data: bytes) -> int:
+        connection = next(iter(self.connections.values()))
+        connection.send(data)
+        answer = b""
+        while body_of(answer) is None:
+            answer += connection.socket.recv(65536)
+        return len(answer)
+
+    def close(self) -> None:
+        """Hang up."""
+        self.poll.close()
+        for connection in self.connections.values():
+            connection.close()

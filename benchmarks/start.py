@@ -1,0 +1,104 @@
+"""Start of the shim: from its spawning for ``/bin/true`` until it has ended."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import define
+from twisted.internet.interfaces import IReactorProcess
+from twisted.internet.task import Clock
+from zope.interface import implementer
+
+from benchmarks.measure import Line, compare, in_turn
+from benchmarks.place import PYTHON, Place
+from pulsar_api.ports import Clocks
+from pulsar_api.process import ShimExecutor, read_exit
+from pulsar_api.task import Command, Exit
+
+TRUE = "/bin/true"
+REPEAT = 8
+"""Starts a round, of each kind by turns."""
+
+
+def spawn(arguments: Sequence[str], environment: Mapping[str, str]) -> float:
+    """Start a program, wait for its end, return the milliseconds of both."""
+    null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in range(3)]
+    begin = time.perf_counter()
+    pid = os.posix_spawn(arguments[0], list(arguments), environment, file_actions=null)
+    _, status = os.waitpid(pid, 0)
+    took = (time.perf_counter() - begin) * 1000
+    assert status == 0, arguments
+    return took
+
+
+@implementer(IReactorProcess)
+@define
+class Spawner:
+    """Stands for the reactor below the executor: starts what it wants, and waits."""
+
+    took: float = 0.0
+
+    def spawnProcess(
+        self,
+        processProtocol: object,
+        executable: Any,
+        args: Any = (),
+        env: Any = None,
+        path: object = None,
+        uid: object = None,
+        gid: object = None,
+        usePTY: object = False,  # noqa: FBT002 - the interface's
+        childFDs: object = None,
+    ) -> Any:
+        """Time what `ShimExecutor` starts."""
+        self.took = spawn(args, env)
+
+
+class Nobody:
+    """Takes what a run tells, and does nothing."""
+
+    def started(self, pid: int) -> None:
+        """Ignore it."""
+
+    def printed(self, size: int) -> None:
+        """Ignore it."""
+
+    def ended(self, exit: Exit) -> None:
+        """Ignore it."""
+
+
+@define
+class Shims:
+    """Starts a shim as the daemon does, a folder for each."""
+
+    folder: Path
+    number: int = 0
+
+    def start(self) -> float:
+        """Return how long it took; its result is on disk then, and synced."""
+        self.number += 1
+        spawner = Spawner()
+        executor = ShimExecutor(spawner, Clock(), self.folder)
+        command = Command((TRUE,), dict(os.environ))
+        executor.start(self.number, command, Clocks(10.0), Nobody())
+        exit = read_exit(self.folder / str(self.number))
+        assert exit is not None
+        assert exit.code == 0
+        return spawner.took
+
+
+def run(place: Place, rounds: int) -> list[Line]:
+    """Compare with no supervisor at all, and with an interpreter that does nothing."""
+    shims = Shims(place.folder / "tasks")
+    ours, true, python = in_turn(
+        rounds * REPEAT,
+        shims.start,
+        lambda: spawn((TRUE,), os.environ),
+        lambda: spawn((*PYTHON, "-c", "pass"), os.environ),
+    )
+    return [
+        compare("shim for /bin/true / posix_spawn", "ms", ours, true),
+        compare("shim for /bin/true / python -I -S", "ms", ours, python),
+    ]
