@@ -13,7 +13,7 @@ from zope.interface import implementer
 
 from benchmarks.measure import Line, compare, in_turn
 from benchmarks.place import PYTHON, Place
-from pulsar_api.ports import Clocks
+from pulsar_api.ports import Bounds
 from pulsar_api.process import ShimExecutor, read_exit
 from pulsar_api.task import Command, Exit
 
@@ -82,7 +82,7 @@ class Shims:
         spawner = Spawner()
         executor = ShimExecutor(spawner, Clock(), self.folder)
         command = Command((TRUE,), dict(os.environ))
-        executor.start(self.number, command, Clocks(10.0), Nobody())
+        executor.start(self.number, command, Bounds(10.0), Nobody())
         exit = read_exit(self.folder / str(self.number))
         assert exit is not None
         assert exit.code == 0

@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser().parse_args(arguments)
     if given.command == "end-tasks":
         ended = process.end_all(Path(given.state_dir))
-        print(f"{len(ended)} tasks are told to end", *ended)
+        names = ", ".join(map(str, ended)) or "none runs"
+        print(f"{len(ended)} tasks are told to end: {names}")
         return
     react(lambda reactor: demo.run(reactor, given.action, once=given.once))

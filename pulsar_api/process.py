@@ -198,9 +198,11 @@ class ShimExecutor:
         # Always UTF-8, whatever the locale; odd bytes of our own environment stay as is.
         data = "".join(f"{text}\0" for text in fields).encode("utf-8", "surrogateescape")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        fd = os.open(folder / "spec", flags, 0o600)
+        fd = os.open(folder / "spec.tmp", flags, 0o600)
         with open(fd, "wb") as file:
             file.write(data)
+        # A shim that comes late, from before a restart, must not read half of it.
+        os.rename(folder / "spec.tmp", folder / "spec")
 
 
 @define(eq=False)
@@ -333,9 +335,8 @@ class ShimProtocol(_Following, ProcessProtocol):
                 exit = self.lost(f"The process that watched the command ended: {why}")
                 self.sweep(exit)
                 return
-            else:
-                error = f"cannot start the process that watches the command: {why}"
-                exit = Exit(error=error)
+            error = f"cannot start the process that watches the command: {why}"
+            exit = Exit(error=error)
         self.end(exit)
 
 

@@ -22,7 +22,7 @@ from twisted.internet.task import deferLater
 
 from pulsar_api import process, shim
 from pulsar_api.output import Output, Record
-from pulsar_api.ports import Clocks, Run
+from pulsar_api.ports import Bounds, Run
 from pulsar_api.process import ShimExecutor, usual_launcher
 from pulsar_api.task import Cause, Command, Exit
 from tests.integration.daemon import PATIENCE, end_shim, marked, wait_for
@@ -181,7 +181,7 @@ class Runner:
             last_line,
         )
         story = Story()
-        run = self.executor.start(number, command, Clocks(grace, total, silence), story)
+        run = self.executor.start(number, command, Bounds(grace, total, silence), story)
         self.runs.append(run)
         return Started(run, story, self.tasks / str(number))
 
@@ -217,6 +217,7 @@ class Runner:
 def runner(tmp_path: Path) -> Iterator[Runner]:
     """Return a runner; what its commands leave ends with the test."""
     runner = Runner(tmp_path / "tasks")
+    runner.tasks.mkdir()
     yield runner
     for run in runner.runs:
         run.detach()
@@ -237,6 +238,12 @@ async def test_an_exit_code_is_reported_as_it_is(runner: Runner, code: int) -> N
     assert (exit.cause, exit.forced, exit.lost) == (Cause.ITSELF, False, False)
 
 
+def ended_at(exit: Exit) -> float:
+    """Return when a run ended, which is known of every one that a shim saw end."""
+    assert exit.ended_at is not None
+    return exit.ended_at
+
+
 async def test_a_run_is_told_as_start_then_output_then_one_end(runner: Runner) -> None:
     """The usual launcher works; the sink hears the pid, growing sizes, and one end."""
     runner.launcher = USUAL
@@ -247,7 +254,7 @@ async def test_a_run_is_told_as_start_then_output_then_one_end(runner: Runner) -
     assert len(started.story.pids) == 1
     assert started.story.sizes == sorted(started.story.sizes)
     assert started.story.sizes[-1] == exit.output_size == len(started.output)
-    assert begin <= exit.ended_at <= time.time()
+    assert begin <= ended_at(exit) <= time.time()
     await deferLater(reactor, 0.05)
     assert started.story.exits == [exit]
 
@@ -398,6 +405,7 @@ async def test_arguments_that_are_too_long_are_an_error(runner: Runner) -> None:
 
 async def test_a_task_folder_that_cannot_be_made_is_an_error(runner: Runner) -> None:
     """The sink is told, not before ``start`` has returned."""
+    runner.tasks.rmdir()
     runner.tasks.write_text("a file")
     started = runner.start("true")
     assert started.story.exits == []
@@ -436,7 +444,7 @@ async def test_standard_input_is_at_its_end(runner: Runner) -> None:
 
 
 async def test_the_environment_is_exactly_the_given_one(runner: Runner) -> None:
-    """Nothing is added, nothing changed, whatever is in a value."""
+    """Only the mark by which a lost task's processes are known is added."""
     environment = {
         "PATH": os.environ["PATH"],
         "EMPTY": "",
@@ -449,7 +457,8 @@ async def test_the_environment_is_exactly_the_given_one(runner: Runner) -> None:
     started = runner.start("env", "-0", environment=environment)
     await started.story.end()
     wanted = {f"{k}={v}".encode("utf-8", "surrogateescape") for k, v in environment.items()}
-    assert set(started.output.split(b"\0")) == {*wanted, b""}
+    mark = f"PULSAR_TASK_FOLDER={started.folder}".encode()
+    assert set(started.output.split(b"\0")) == {*wanted, mark, b""}
 
 
 async def test_arguments_arrive_as_they_are(runner: Runner) -> None:
@@ -583,7 +592,7 @@ async def test_times_never_go_back(runner: Runner) -> None:
     times = [r.at for r in records]
     assert times == sorted(times)
     assert times[-1] - times[0] >= 80
-    assert begin - 1 < started.at(shim.STDOUT) <= exit.ended_at + 0.01
+    assert begin - 1 < started.at(shim.STDOUT) <= ended_at(exit) + 0.01
 
 
 async def test_a_character_that_the_pipe_cuts_in_two_comes_out_whole(
@@ -661,7 +670,7 @@ async def test_a_background_child_does_not_delay_the_end(runner: Runner) -> None
     exit = await started.story.end()
     assert (exit.code, exit.forced) == (5, False)
     assert started.output == b"one\ntwo\n"
-    took = started.result_at - exit.ended_at
+    took = started.result_at - ended_at(exit)
     assert shim.PATIENCE - 0.1 < took < shim.PATIENCE + NOISE
     assert len(runner.left()) == 1  # nobody asked to end it
 
@@ -728,7 +737,7 @@ def test_any_number_of_pieces_may_wait_to_be_written(
     monkeypatch.chdir(tmp_path)
     here = os.open(".", os.O_RDONLY)
     watcher = shim.Shim(
-        shim.Spec(b"5\x000\x000\x0018\x000\x001\x00/\x00true\x00"), -1, here
+        shim.Spec(b"5\x000\x000\x000\x0018\x000\x001\x00/\x00true\x00"), -1, here
     )
     watcher.daemon = -1
     watcher.backlog = [(shim.STDOUT + n % 2, b"%d\n" % n) for n in range(5000)]
@@ -750,7 +759,7 @@ async def test_streams_may_be_closed_early(runner: Runner) -> None:
     exit = await started.story.end()
     assert exit.code == 4
     assert started.output == b"a\nb\n"
-    assert exit.ended_at - started.at(shim.STDERR) > 0.2
+    assert ended_at(exit) - started.at(shim.STDERR) > 0.2
 
 
 # -- the kill ladder
@@ -1039,7 +1048,7 @@ def test_the_name_of_a_process_does_not_confuse(tmp_path: Path) -> None:
         sleeper.kill()
 
 
-# -- clocks
+# -- bounds
 
 
 async def test_a_command_that_takes_too_long_is_ended(runner: Runner) -> None:
@@ -1068,7 +1077,7 @@ async def test_a_command_that_is_silent_for_too_long_is_ended(runner: Runner) ->
 
 
 async def test_who_ends_in_time_is_not_touched_by_the_clocks(runner: Runner) -> None:
-    """Clocks that have not run out say nothing."""
+    """Bounds that have not run out say nothing."""
     started = runner.start("/bin/sh", "-c", "exit 9", total=30, silence=30)
     exit = await started.story.end()
     assert (exit.code, exit.cause) == (9, Cause.ITSELF)
@@ -1080,17 +1089,17 @@ async def test_who_ends_in_time_is_not_touched_by_the_clocks(runner: Runner) -> 
 async def test_a_second_start_of_the_same_task_does_nothing(
     runner: Runner, tmp_path: Path
 ) -> None:
-    """Neither while the first runs nor afterwards; the first does not notice."""
+    """While the first runs it follows that one; afterwards it finds its result."""
     count = tmp_path / "count"
     script = f"echo x >> {shlex.quote(str(count))}; echo ready; exec sleep 60"
     first = runner.sh(script)
     await first.prints(b"ready")
     second = runner.sh(script)
-    exit = await second.story.end()
-    assert exit.error is not None
-    assert (second.story.pids, first.story.exits) == ([], [])
-    first.run.kill()
+    await until(lambda: second.story.pids, "news of the first")
+    assert (second.story.pids, first.story.exits) == (first.story.pids, [])
+    second.run.kill()
     assert (await first.story.end()).signal == "SIGTERM"
+    assert (await second.story.end()).signal == "SIGTERM"
     third = runner.sh(script)
     assert (await third.story.end()).signal == "SIGTERM"  # the result that there is
     assert count.read_text() == "x\n"
@@ -1102,7 +1111,7 @@ _STARTER = """
 import os, signal, sys
 from pathlib import Path
 from twisted.internet import reactor
-from pulsar_api.ports import Clocks
+from pulsar_api.ports import Bounds
 from pulsar_api.process import ShimExecutor
 from pulsar_api.task import Command
 
@@ -1117,7 +1126,7 @@ class Sink:
 folder, mark, grace, launcher, *arguments = sys.argv[1:]
 environment = {"PATH": os.environ["PATH"], "TEST_MARK": mark}
 executor = ShimExecutor(reactor, reactor, Path(folder), launcher=launcher.split("|"))
-executor.start(1, Command(tuple(arguments), environment), Clocks(float(grace)), Sink())
+executor.start(1, Command(tuple(arguments), environment), Bounds(float(grace)), Sink())
 reactor.run()
 """
 
@@ -1196,21 +1205,28 @@ async def test_who_stops_following_is_told_nothing_more(
     assert (first.story.exits, second.story.exits) == ([], [])
 
 
+def late_shim(folder: Path) -> int:
+    """Return how a shim ends that comes when a daemon has taken its place."""
+    done = subprocess.run([*USUAL, str(folder)], check=False, stdout=subprocess.PIPE)
+    return done.returncode
+
+
 async def test_a_run_that_never_began_is_no_riddle(runner: Runner, tmp_path: Path) -> None:
-    """It is said that it was not started, and a shim that comes late refuses to."""
+    """It is certain that it was not started: a shim that comes late refuses to."""
     adopted = runner.adopt()
     exit = await adopted.story.end()
     assert not exit.lost
     assert exit.error == "The daemon ended before the command was started."
-    ran = tmp_path / "ran"
-    late = runner.start("touch", str(ran))
-    exit = await late.story.end()
-    assert exit.error is not None
-    assert not ran.exists()
+    assert exit.unstarted
     # A daemon that dies before it has recorded this asks once more.
-    exit = await runner.adopt().story.end()
-    assert not exit.lost
-    assert exit.error == "The daemon ended before the command was started."
+    assert (await runner.adopt().story.end()).unstarted
+    folder = runner.tasks / "1"
+    assert late_shim(folder) == shim.TAKEN
+    # What never began may begin, and does so once.
+    ran = tmp_path / "ran"
+    started = runner.start("touch", str(ran))
+    assert (await started.story.end()).code == 0
+    assert ran.exists()
 
 
 async def test_a_run_that_may_have_begun_is_lost(runner: Runner) -> None:
@@ -1288,6 +1304,7 @@ sys.exit(3)
     ) -> Started:
         """Start somebody who prints 8 MiB, and return when nothing moves any more."""
         runner.tasks = disk / "tasks"
+        runner.tasks.mkdir(exist_ok=True)
         (disk / "filler").write_bytes(bytes(2 << 20))
         arguments = (*PYTHON, TALKER, str(told))
         started = runner.start(*arguments, grace=grace, silence=silence)
@@ -1360,6 +1377,7 @@ sys.exit(3)
     async def test_a_result_waits_for_room_on_the_disk(runner: Runner, disk: Path) -> None:
         """A command that prints nothing may end while the disk is full."""
         runner.tasks = disk / "tasks"
+        runner.tasks.mkdir(exist_ok=True)
         started = runner.sh("echo ready; exec sleep 60")
         await started.prints(b"ready")
         filler = disk / "filler"

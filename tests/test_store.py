@@ -15,7 +15,7 @@ from twisted.internet.defer import gatherResults
 from twisted.trial.unittest import SynchronousTestCase
 
 from pulsar_api.errors import StoreUnavailable, UnknownTask
-from pulsar_api.ports import TaskStore
+from pulsar_api.ports import Keep, TaskStore
 from pulsar_api.store import SQLiteStore, prepare
 from pulsar_api.task import Status, TaskQuery, TaskSpec
 from tests.fakes import MemoryStore
@@ -140,6 +140,49 @@ async def test_unfinished_tasks_are_found_oldest_first(store: TaskStore) -> None
     await store.save(evolve(tasks[1], status=Status.FINISHED, revision=2))
     await store.save(evolve(tasks[2], status=Status.RUNNING, revision=2))
     assert [task.id for task in await store.unfinished()] == [1, 3, 4]
+
+
+async def test_a_key_finds_its_task_for_a_time(store: TaskStore) -> None:
+    """By who asks for it since when."""
+    created = await store.create(SPEC, 100.0, "key")
+    await store.create(SPEC, 100.0)
+    assert await store.by_key("key", 99.0) == created
+    assert await store.by_key("key", 100.0) is None
+    assert await store.by_key("other", 0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("keep", "found"),
+    [
+        (Keep(), []),
+        (Keep(tasks=2), [2, 3]),
+        (Keep(tasks=2, size=15), [2, 3, 4]),
+        (Keep(size=25), [2, 3]),
+        (Keep(seconds=65), [2]),
+        (Keep(tasks=1), [2, 3]),
+    ],
+)
+async def test_only_ended_tasks_beyond_the_bounds_are_expired(
+    store: TaskStore, keep: Keep, found: list[int]
+) -> None:
+    """Oldest first; running ones and those whose key counts are not among them."""
+    limit = 2 if keep == Keep(tasks=1) else 10
+    for number in range(1, 6):
+        created = await store.create(SPEC, 0.0, "key" if number == 5 else None)
+        if number > 1:
+            ended = evolve(created, status=Status.FINISHED, revision=2, output_size=10)
+            await store.save(evolve(ended, ended_at=10.0 * number))
+    assert await store.expired(keep, 90.0, limit) == found
+
+
+async def test_what_is_forgotten_is_gone_unless_it_runs(store: TaskStore) -> None:
+    """And its number is not used again."""
+    first = await store.create(SPEC, 0.0)
+    await store.create(SPEC, 0.0)
+    await store.save(evolve(first, status=Status.FAILED, revision=2, ended_at=1.0))
+    await store.forget([1, 2, 3])
+    assert [task.id for task in await store.select(TaskQuery())] == [2]
+    assert (await store.create(SPEC, 0.0)).id == 3
 
 
 async def test_numbers_are_never_used_again(tmp_path: Path) -> None:

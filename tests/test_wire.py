@@ -154,6 +154,19 @@ def test_a_wrong_list_query_is_refused(query: dict[str, str]) -> None:
         wire.parse_task_query(query)
 
 
+def test_a_key_may_be_quoted() -> None:
+    """The draft writes it in quotes, many clients do not."""
+    assert wire.parse_key(None) is None
+    assert wire.parse_key(["abc-1"]) == wire.parse_key(['"abc-1"']) == "abc-1"
+
+
+@pytest.mark.parametrize("given", [[""], ["a b"], ["x" * 256], ["\u00e4"], ["a", "b"]])
+def test_a_key_has_bounds(given: list[str]) -> None:
+    """One, visible, of 255 characters at most."""
+    with pytest.raises(InvalidInput, match="Idempotency-Key"):
+        wire.parse_key(given)
+
+
 SNAPSHOT = TaskSnapshot(
     id=47,
     spec=TaskSpec("fuboo", "production", "shell", {"k": "v"}, "alice"),

@@ -23,7 +23,7 @@ from twisted.internet.task import Clock
 from pulsar_api import shim
 from pulsar_api.command import Commands, Template
 from pulsar_api.output import Output
-from pulsar_api.ports import Clocks
+from pulsar_api.ports import Bounds
 from pulsar_api.service import Limits, TaskService
 from pulsar_api.task import TaskSpec
 from pulsar_api.web.origin import Origins
@@ -331,9 +331,14 @@ class Waiters:
     def __init__(self, folder: Path) -> None:
         self.clock = Clock()
         self.executor = FakeExecutor(self.clock)
-        limits = Limits(Clocks(10))
+        limits = Limits(Bounds(10))
         self.service = TaskService(
-            MemoryStore(), self.executor, self.clock, self.commands, limits
+            MemoryStore(),
+            self.executor,
+            self.clock,
+            self.clock.seconds,
+            self.commands,
+            limits,
         )
         origins = Origins("https://pulsar.example")
         self.api = TaskAPI(self.service, folder, self.clock, origins)

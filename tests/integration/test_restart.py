@@ -9,8 +9,10 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from threading import Thread
@@ -78,7 +80,7 @@ def expected(lines: int, stream: int) -> bytes:
 
 
 @pytest.fixture
-def fixed(start: Start, repo: Path, script: Script, tmp_path: Path) -> Daemon:
+def fixed(start: Start, repo: Path, script: Script) -> Daemon:
     """Return a daemon that comes back on the port that it had."""
     script("count", COUNTER)
     options = ("--command=scripts", f"--config-repo={repo}", "--kill-grace=1")
@@ -203,7 +205,7 @@ def test_who_waits_is_answered_before_a_stop(fixed: Daemon, script: Script) -> N
 
 
 def test_a_stopping_daemon_serves_all_but_new_tasks(
-    start: Start, repo: Path, script: Script, tmp_path: Path
+    start: Start, repo: Path, script: Script
 ) -> None:
     """While it waits for running tasks: reads, follows and kills go on."""
     script("sleep", "#!/bin/sh\necho ready\nexec sleep 60\n")
@@ -234,15 +236,13 @@ def test_a_kill_in_the_middle_of_a_post_starts_at_most_one(
             {"action": "count", "variables": {"folder": str(tmp_path), "lines": 1}}
         )
         headers = {"Content-Type": "application/json", "Idempotency-Key": f"key-{n}"}
-        answers = []
+        answers: list[Any] = []
 
         def post(
             body: str = body, headers: dict[str, str] = headers, to: list[Any] = answers
         ) -> None:
-            try:
+            with suppress(OSError, HTTPException):
                 to.append(fixed.request("POST", "/site/prod", body, headers))
-            except (OSError, HTTPException):
-                pass
 
         thread = Thread(target=post)
         thread.start()
@@ -261,7 +261,7 @@ def test_a_kill_in_the_middle_of_a_post_starts_at_most_one(
 
 
 def test_a_shim_that_is_killed_loses_its_task_and_leaves_no_process(
-    fixed: Daemon, script: Script, tmp_path: Path
+    fixed: Daemon, script: Script
 ) -> None:
     """Nobody can know how it ended; that is said, and nothing of it runs on."""
     script("tree", "#!/bin/sh\nsleep 61 & setsid sleep 61 & echo $$ ready\nwait\n")
@@ -306,11 +306,13 @@ def test_a_clock_that_is_set_back_holds_nobody(
     program = (
         sys.executable,
         "-c",
-        "import sys, time\n"
-        "real = time.time\n"
-        f"time.time = lambda: real() + float(open({str(jump)!r}).read() or 0)\n"
-        "from pulsar_api.__main__ import main\n"
-        "main()",
+        (
+            "import sys, time\n"
+            "real = time.time\n"
+            f"time.time = lambda: real() + float(open({str(jump)!r}).read() or 0)\n"
+            "from pulsar_api.__main__ import main\n"
+            "main()"
+        ),
     )
     options = ("--command=scripts", f"--config-repo={repo}", "--poll-timeout=5")
     daemon = start(*options, program=program)
@@ -370,3 +372,39 @@ def test_old_tasks_are_removed_with_their_output(
     wait_for(lambda: len(list(folders.iterdir())) == 3, "fewer folders")
     assert daemon.get("/task/1").status == 404
     assert daemon.run("site", "prod", "true") == 9
+
+
+def test_an_operator_can_end_what_a_stopped_daemon_has_left(
+    fixed: Daemon, script: Script
+) -> None:
+    """By one command; the next daemon finds the tasks killed."""
+    script("sleep", "#!/bin/sh\necho ready\nexec sleep 60\n")
+    number = fixed.run("site", "prod", "sleep")
+    wait_for(lambda: fixed.task(number)["output"], "the start")
+    fixed.kill()
+    program = "from pulsar_api.cli import main; main()"
+    command = [sys.executable, "-c", program, "end-tasks", "--state-dir", str(fixed.state)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=fixed.environ
+    )
+    assert done.stdout == f"1 tasks are told to end: {number}\n"
+    fixed.start()
+    assert fixed.ended(number)["status"] == "killed"
+
+
+def test_a_state_folder_that_is_gone_is_said_and_found_again(
+    fixed: Daemon, tmp_path: Path
+) -> None:
+    """No task is recorded where nobody would find it; nothing has to be restarted."""
+    before = fixed.run("site", "prod", "count", folder=str(tmp_path), lines=1)
+    fixed.ended(before)
+    away = fixed.state.with_name("away")
+    fixed.state.rename(away)
+    answer = fixed.post("/site/prod", {"action": "count"})
+    assert answer.status == 503
+    assert answer.json()["type"].endswith(":store-unavailable")
+    assert int(answer.headers["Retry-After"]) > 0
+    away.rename(fixed.state)
+    after = fixed.run("site", "prod", "count", folder=str(tmp_path), lines=1)
+    assert after == before + 1
+    assert fixed.ended(after)["exitCode"] == 7
