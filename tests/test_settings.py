@@ -271,13 +271,14 @@ class TestAddresses:
         """Whatever the standard library calls one."""
         assert load({"interface": str(address)}, {}).interface == str(address)
 
-    @pytest.mark.parametrize("address", ["127.0.0.1", "127.8.8.8", "::1"])
+    @pytest.mark.parametrize("address", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
     def test_loopback_is_what_only_this_machine_reaches(self, address: str) -> None:
-        """The whole of 127/8, and its one relative."""
+        """The whole of 127/8, its one relative, and the name that means them (RFC 6761)."""
         assert settings.is_loopback(address)
 
     @pytest.mark.parametrize(
-        "address", ["", "0.0.0.0", "::", "10.0.0.1", "8.8.8.8", "fe80::1", "localhost"]
+        "address",
+        ["", "0.0.0.0", "::", "10.0.0.1", "8.8.8.8", "fe80::1", "localhost.example"],
     )
     def test_everything_else_is_not_loopback(self, address: str) -> None:
         """Also a name: what it means can change."""
