@@ -104,5 +104,8 @@ class TaskStore(Protocol):
         A task with an idempotency key is kept as long as the key counts.
         """
 
+    def existing(self, task_ids: Sequence[int]) -> Deferred[set[int]]:
+        """Fire with those of the numbers that have a record."""
+
     def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
         """Remove records of ended tasks; their numbers are not used again."""

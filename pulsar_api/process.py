@@ -329,6 +329,9 @@ class ShimProtocol(_Following, ProcessProtocol):
                 self._other.kill()
             return
         exit = self.result()
+        if not self._ready:
+            # Nobody will read it, and it may hold secrets.
+            (self._folder / "spec").unlink(missing_ok=True)
         if exit is None:
             why = trouble.rpartition("\n")[2] or str(reason.value)
             if self._ready:

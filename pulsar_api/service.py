@@ -1,6 +1,6 @@
 """What can be done with tasks: create, find, list, kill; the queue; start and end."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
 from attrs import define, evolve, field, frozen
 from twisted.internet.defer import Deferred
@@ -38,6 +38,7 @@ RETRY = 1.0
 TIDY = 30.0
 """Seconds between two looks for what need not be kept."""
 
+_LOOK = 500  # numbers that are looked up at a time
 _STEP = 20  # tasks that are removed at a time, so that nobody is held up
 
 MAX_ID = 2**63 - 1
@@ -131,12 +132,8 @@ class TaskService:
             else:
                 self._adopt(live)
         self._schedule()
-        # What a daemon that died while it removed tasks has left of them.
-        rows = {0, *self._waiting, *self._running}
-        kept = [number for number in await self._executor.kept() if number not in rows]
-        for first in range(0, len(kept), _STEP):
-            await self._forget_orphans(kept[first : first + _STEP])
         self._tidy()
+        _own(self._remove_orphans())
 
     def _adopt(self, live: _Live) -> None:
         live.kill = live.newest.killed_by is not None
@@ -258,8 +255,10 @@ class TaskService:
                 live.run.kill()
             reason = f"Kill asked for by {by}."
             if self._waiting.pop(task_id, None) is not None:
-                reason = f"Killed by {by} before it started."
-                await self._finish(live, status=Status.KILLED, killed_by=by, reason=reason)
+                # Found there until its end is on disk.
+                self._running[task_id] = live
+                live.newest = live.changed(killed_by=by)
+                await self._killed_waiting(live)
             else:
                 await self._record(live, killed_by=by, reason=reason)
         return live.task
@@ -309,8 +308,7 @@ class TaskService:
         )
         await self._save(live.newest)
         if live.kill:
-            reason = f"Killed by {live.newest.killed_by} before it started."
-            await self._finish(live, status=Status.KILLED, reason=reason, started_at=None)
+            await self._killed_waiting(live)
         elif self._stopping:
             # Nothing was started and nothing will be: back to the queue.
             live.newest = live.changed(status=Status.CREATED, started_at=None)
@@ -324,8 +322,11 @@ class TaskService:
 
     def ended(self, live: _Live, exit: Exit) -> None:
         """Take the result of a run."""
-        if exit.unstarted and not live.kill and not self._stopping:
-            _own(self._requeue(live))
+        if exit.unstarted:
+            if live.kill:
+                _own(self._killed_waiting(live))
+            elif not self._stopping:
+                _own(self._requeue(live))
             return
         status, reason = _judge(exit, live.newest.killed_by)
         _own(
@@ -349,6 +350,10 @@ class TaskService:
         waiting = {**self._waiting, live.newest.id: live}
         self._waiting = dict(sorted(waiting.items()))  # in its old place
         self._schedule()
+
+    async def _killed_waiting(self, live: _Live) -> None:
+        reason = f"Killed by {live.newest.killed_by} before it started."
+        await self._finish(live, status=Status.KILLED, reason=reason, started_at=None)
 
     async def _finish(self, live: _Live, **new: object) -> None:
         end = {"ended_at": self._now(), "waiting_for": None, **new}
@@ -407,16 +412,19 @@ class TaskService:
             if len(old) < _STEP:
                 return
 
-    async def _forget_orphans(self, task_ids: Sequence[int]) -> None:
-        orphans = []
-        for task_id in task_ids:
+    async def _remove_orphans(self) -> None:
+        """Remove what a daemon has left of tasks that died while it removed them."""
+        kept = await self._executor.kept()
+        for first in range(0, len(kept), _LOOK):
+            some = kept[first : first + _LOOK]
             try:
-                await self._store.load(task_id)
-            except UnknownTask:
-                orphans.append(task_id)
-        if orphans:
-            _log.info("Removing what was left of tasks {ids}", ids=orphans)
-            await self._executor.forget(orphans)
+                orphans = sorted(set(some) - await self._store.existing(some))
+            except StoreUnavailable as e:
+                _log.error("Cannot look for what is left of old tasks: {e}", e=e)
+                return
+            if orphans:
+                _log.info("Removing what was left of tasks {ids}", ids=orphans)
+                await self._executor.forget(orphans)
 
 
 def _judge(exit: Exit, killed_by: str | None) -> tuple[Status, str | None]:

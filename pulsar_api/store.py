@@ -337,6 +337,14 @@ class SQLiteStore:
         }
         return self._keeper.do(lambda db: [row["id"] for row in db.execute(text, values)])
 
+    def existing(self, task_ids: Sequence[int]) -> Deferred[set[int]]:
+        """Fire with those of the numbers that have a record."""
+        text = "SELECT id FROM task WHERE id IN (SELECT value FROM json_each(?))"
+        numbers = json.dumps(list(task_ids))
+        return self._keeper.do(
+            lambda db: {row["id"] for row in db.execute(text, (numbers,))}
+        )
+
     def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
         """Remove records of ended tasks; their numbers are not used again."""
 

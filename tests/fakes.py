@@ -69,6 +69,11 @@ class MemoryStore:
                 found.append(row.id)
         return succeed(sorted(found)[:limit])
 
+    def existing(self, task_ids: Sequence[int]) -> Deferred[set[int]]:
+        if self.broken:
+            return fail(StoreUnavailable("the fake is broken"))
+        return succeed(set(task_ids) & set(self.rows))
+
     def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
         for number in task_ids:
             if number in self.rows and self.rows[number].ended_at is not None:

@@ -537,6 +537,54 @@ def test_what_a_dead_daemon_has_half_removed_is_removed_at_the_start(
     assert world.executor.folders == {2}
 
 
+def test_a_task_that_was_never_started_waits_again_in_its_place() -> None:
+    """A daemon died between the record of the start and the start; no one is skipped."""
+    world = limited(running=1)
+    first = world.create()
+    world.create()
+    world.restart()
+    world.executor.run(1).end(error="never", unstarted=True)
+    runs = [(run.task_id, run.adopted) for run in world.executor.runs]
+    assert runs == [(1, True), (1, False)]
+    world.executor.run(1).start()
+    world.executor.run(1).end(0)
+    assert world.find(first.snapshot.id).status is Status.FINISHED
+    assert world.executor.runs[-1].task_id == 2
+
+
+def test_a_task_that_was_never_started_is_left_to_the_next_daemon(world: World) -> None:
+    """If this one is stopping; nothing is said of it that is not known."""
+    world.create()
+    world.restart()
+    Deferred.fromCoroutine(world.service.stop(100))
+    world.executor.run(1).end(error="never", unstarted=True)
+    assert world.store.rows[1].status is Status.RUNNING
+    world.clock.advance(100)
+
+
+def test_a_killed_task_that_was_never_started_does_not_start(world: World) -> None:
+    """Somebody did not want it any more."""
+    world.create()
+    world.executor.run(1).deaf = True
+    world.kill(1, "alice")
+    world.restart()
+    world.executor.run(1).end(error="never", unstarted=True)
+    assert world.find(1).reason == "Killed by alice before it started."
+    assert world.find(1).status is Status.KILLED
+    assert len(world.executor.runs) == 1
+
+
+def test_what_is_left_is_removed_later_if_the_store_is_broken(world: World) -> None:
+    """A start does not fail for that."""
+    ended(world, 1)
+    world.store.broken = True
+    world.restart_with({1, 7})
+    assert world.executor.folders == {1, 7}
+    world.store.broken = False
+    world.restart_with({1, 7})
+    assert world.executor.folders == {1}
+
+
 class Life(RuleBasedStateMachine):
     """Any order of what users and processes do."""
 

@@ -182,6 +182,7 @@ async def test_what_is_forgotten_is_gone_unless_it_runs(store: TaskStore) -> Non
     await store.save(evolve(first, status=Status.FAILED, revision=2, ended_at=1.0))
     await store.forget([1, 2, 3])
     assert [task.id for task in await store.select(TaskQuery())] == [2]
+    assert await store.existing([1, 2, 3]) == {2}
     assert (await store.create(SPEC, 0.0)).id == 3
 
 
