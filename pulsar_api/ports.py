@@ -83,6 +83,9 @@ class TaskStore(Protocol):
     def by_key(self, key: str, since: float) -> Deferred[TaskSnapshot | None]:
         """Fire with the newest task that has this key and was created since, or None."""
 
+    def reserve(self, number: int) -> Deferred[None]:
+        """Give no task this number or a lower one any more."""
+
     def save(self, snapshot: TaskSnapshot) -> Deferred[None]:
         """Record how a task stands now."""
 

@@ -1,6 +1,6 @@
 """What can be done with tasks: create, find, list, kill; the queue; start and end."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from attrs import define, evolve, field, frozen
 from twisted.internet.defer import Deferred
@@ -121,7 +121,12 @@ class TaskService:
     async def start(self) -> None:
         """Take up every task that has not ended: queue what waits, adopt what runs."""
         newest = await self._store.select(TaskQuery(limit=1))
-        self.created.advance(newest[0].id if newest else 0)
+        highest = newest[0].id if newest else 0
+        # A database that somebody has set aside knows nothing of what is there: no new
+        # task may get the folder of an old one.
+        kept = await self._executor.kept()
+        await self._store.reserve(max(kept, default=0))
+        self.created.advance(highest)
         for found in await self._store.unfinished():
             # A change, beyond any that was announced and not saved: whoever waits with a
             # version from before is answered at once.
@@ -133,7 +138,7 @@ class TaskService:
                 self._adopt(live)
         self._schedule()
         self._tidy()
-        _own(self._remove_orphans())
+        _own(self._remove_orphans([number for number in kept if number <= highest]))
 
     def _adopt(self, live: _Live) -> None:
         live.kill = live.newest.killed_by is not None
@@ -412,9 +417,8 @@ class TaskService:
             if len(old) < _STEP:
                 return
 
-    async def _remove_orphans(self) -> None:
+    async def _remove_orphans(self, kept: Sequence[int]) -> None:
         """Remove what a daemon has left of tasks that died while it removed them."""
-        kept = await self._executor.kept()
         for first in range(0, len(kept), _LOOK):
             some = kept[first : first + _LOOK]
             try:

@@ -263,6 +263,23 @@ class SQLiteStore:
         # By the writer: it has all that was answered, in order.
         return self._writer.do(lambda db: _first(db.execute(text, (key, since))))
 
+    def reserve(self, number: int) -> Deferred[None]:
+        """Give no task this number or a lower one any more."""
+
+        def job(db: sqlite3.Connection) -> None:
+            values = {"number": number}
+            db.execute(
+                "INSERT INTO sqlite_sequence (name, seq) SELECT 'task', 0"
+                " WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'task')"
+            )
+            db.execute(
+                "UPDATE sqlite_sequence SET seq = :number"
+                " WHERE name = 'task' AND seq < :number",
+                values,
+            )
+
+        return self._writer.do(job)
+
     def save(self, snapshot: TaskSnapshot) -> Deferred[None]:
         """Record how a task stands now; an older record never replaces a newer one."""
         values = _values(snapshot)

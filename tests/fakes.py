@@ -80,6 +80,10 @@ class MemoryStore:
                 del self.rows[number]
         return succeed(None)
 
+    def reserve(self, number: int) -> Deferred[None]:
+        self.last = max(self.last, number)
+        return succeed(None)
+
     def save(self, snapshot: TaskSnapshot) -> Deferred[None]:
         if self.broken:
             return fail(StoreUnavailable("the fake is broken"))

@@ -576,13 +576,24 @@ def test_a_killed_task_that_was_never_started_does_not_start(world: World) -> No
 
 def test_what_is_left_is_removed_later_if_the_store_is_broken(world: World) -> None:
     """A start does not fail for that."""
-    ended(world, 1)
+    ended(world, 2)
+    del world.store.rows[1]
     world.store.broken = True
-    world.restart_with({1, 7})
-    assert world.executor.folders == {1, 7}
+    world.restart_with({1, 2})
+    assert world.executor.folders == {1, 2}
     world.store.broken = False
-    world.restart_with({1, 7})
-    assert world.executor.folders == {1}
+    world.restart_with({1, 2})
+    assert world.executor.folders == {2}
+
+
+def test_no_task_gets_the_folder_of_one_that_the_database_does_not_know(
+    world: World,
+) -> None:
+    """Somebody has set a damaged database aside; what is there stays there."""
+    world.store = MemoryStore()
+    world.restart_with({1, 5})
+    assert world.executor.folders == {1, 5}
+    assert world.create().snapshot.id == 6
 
 
 class Life(RuleBasedStateMachine):

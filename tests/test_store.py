@@ -186,6 +186,15 @@ async def test_what_is_forgotten_is_gone_unless_it_runs(store: TaskStore) -> Non
     assert (await store.create(SPEC, 0.0)).id == 3
 
 
+async def test_reserved_numbers_are_given_to_nobody(store: TaskStore) -> None:
+    """Also before the first task, and a lower one changes nothing."""
+    await store.reserve(7)
+    await store.reserve(3)
+    assert (await store.create(SPEC, 0.0)).id == 8
+    await store.reserve(20)
+    assert (await store.create(SPEC, 0.0)).id == 21
+
+
 async def test_numbers_are_never_used_again(tmp_path: Path) -> None:
     """Not even after the newest row is gone and the database was closed."""
     path = tmp_path / "tasks.db"
