@@ -1,6 +1,7 @@
 """Tests of runs: the real shim, real processes, the real reactor."""
 
 import os
+import py_compile
 import resource
 import shlex
 import shutil
@@ -405,6 +406,20 @@ async def test_a_task_folder_that_cannot_be_made_is_an_error(runner: Runner) -> 
     assert exit.error is not None
     assert exit.error.startswith("cannot start: Not a directory")
     started.run.kill()
+
+
+def test_a_compiled_shim_is_used_only_if_it_is_of_this_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that an earlier version has left would do something else."""
+    source = tmp_path / "shim.py"
+    shutil.copyfile(shim.__file__, source)
+    monkeypatch.setattr(shim, "__file__", str(source))
+    assert usual_launcher()[-1] == str(source)
+    compiled = py_compile.compile(str(source))
+    assert usual_launcher()[-1] == compiled
+    os.utime(source, (1, 1))
+    assert usual_launcher()[-1] == str(source)
 
 
 async def test_a_shim_that_cannot_be_started_is_an_error(runner: Runner) -> None:
