@@ -268,7 +268,7 @@ class ShimProtocol(_Following, ProcessProtocol):
             else:
                 error = f"cannot start the process that watches the command: {why}"
                 exit = Exit(self._clock.seconds(), error=error)
-        self.end(exit)
+        self._tell_end(exit)
 
 
 @define(eq=False)
