@@ -351,7 +351,7 @@ class ShimProtocol(_Following, ProcessProtocol):
                 return
             error = f"cannot start the process that watches the command: {why}"
             exit = Exit(error=error)
-        self.end(exit)
+        self._tell_end(exit)
 
 
 @define(eq=False)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -41,12 +42,14 @@ _SCHEMA = [
         created_at REAL NOT NULL,
         started_at REAL,
         ended_at REAL,
-        output_size INTEGER NOT NULL,
-        idempotency_key TEXT
+        output_size INTEGER NOT NULL
     ) STRICT;
-    CREATE INDEX task_key ON task (idempotency_key) WHERE idempotency_key IS NOT NULL;
     CREATE INDEX task_unfinished ON task (id) WHERE status IN ('created', 'running');
     CREATE INDEX task_target ON task (app, env, id);
+    """,
+    """
+    ALTER TABLE task ADD COLUMN idempotency_key TEXT;
+    CREATE INDEX task_key ON task (idempotency_key) WHERE idempotency_key IS NOT NULL;
     """,
 ]
 
@@ -137,11 +140,10 @@ class _Thread:
     _path: Path
     _from_thread: Callable[..., object]
     _jobs: SimpleQueue[tuple[_Job, Deferred[Any]] | None] = field(factory=SimpleQueue)
-    _thread: threading.Thread = field(init=False)
+    _closed: Deferred[None] = field(factory=Deferred, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="store", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name="store", daemon=True).start()
 
     def do(self, job: Callable[[sqlite3.Connection], T]) -> Deferred[T]:
         """Fire with what the job returns, once its transaction is on disk."""
@@ -149,12 +151,14 @@ class _Thread:
         self._jobs.put((job, done))
         return done
 
-    def close(self) -> None:
-        """Finish what was given, and end."""
+    def close(self) -> Deferred[None]:
+        """Finish what was given and end; fire when the database is closed."""
         self._jobs.put(None)
-        self._thread.join()
+        return self._closed
 
     def _run(self) -> None:
+        # As all threads but the main one: see `tap.prepare`.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         db: sqlite3.Connection | None = None
         opened: tuple[int, int] | None = None
         going = True
@@ -181,6 +185,7 @@ class _Thread:
                 self._from_thread(self._fire, [done for _, done in jobs], results)
         if db is not None:
             db.close()
+        self._from_thread(self._closed.callback, None)
 
     @staticmethod
     def _transaction(db: sqlite3.Connection, jobs: list[_Job]) -> list[Any]:
@@ -222,11 +227,10 @@ class SQLiteStore:
         self._reader = _Thread(self._path, self._from_thread)
         self._keeper = _Thread(self._path, self._from_thread)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Write what was given and end the threads."""
-        self._writer.close()
-        self._reader.close()
-        self._keeper.close()
+        for thread in (self._writer, self._reader, self._keeper):
+            await thread.close()
 
     def create(
         self, spec: TaskSpec, created_at: float, key: str | None = None

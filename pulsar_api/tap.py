@@ -3,7 +3,9 @@
 import atexit
 import fcntl
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -321,7 +323,7 @@ class Daemon(MultiService):
         while self.site.serving and self._reactor.seconds() < until:
             await deferLater(self._reactor, 0.01)
         await MultiService.stopService(self)
-        self._store.close()
+        await self._store.close()
         os.close(self._lock)
 
     def stopService(self) -> Deferred[None]:
@@ -329,19 +331,30 @@ class Daemon(MultiService):
         return Deferred.fromCoroutine(self._stop())
 
 
-def steady(reactor: Any) -> None:
-    """Let the reactor's clock be one that never jumps.
+class _Thread(threading.Thread):
+    def run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        super().run()
+
+
+def prepare(reactor: Any) -> None:
+    """Let the reactor's clock be one that never jumps, and signals come to its thread.
 
     Twisted measures by the time of day: a clock that is set back by an hour would hold
     every long-poll and every piece of news for an hour.
+
+    A signal that the kernel gives to another thread waits until the main one looks, which
+    it does not while it waits for that thread to end. Under a tracer CPython 3.11 then
+    never ends.
     """
     assert not reactor.getDelayedCalls()
     reactor.seconds = time.monotonic
+    reactor.getThreadPool().threadFactory = _Thread
 
 
 def makeService(options: Options) -> Service:
     """Return the daemon for ``twistd``."""
     from twisted.internet import reactor
 
-    steady(reactor)
+    prepare(reactor)
     return Daemon(reactor, options.settings, os.environ)

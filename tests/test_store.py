@@ -1,22 +1,22 @@
 """One contract for every `TaskStore`, and what only the real database has to stand."""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import pytest_twisted
 from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet import reactor as global_reactor
 from twisted.internet.defer import gatherResults
-from twisted.trial.unittest import SynchronousTestCase
 
 from pulsar_api.errors import StoreUnavailable, UnknownTask
 from pulsar_api.ports import Keep, TaskStore
-from pulsar_api.store import SQLiteStore, prepare
+from pulsar_api.store import _SCHEMA, SQLiteStore, prepare
 from pulsar_api.task import Status, TaskQuery, TaskSpec
 from tests.fakes import MemoryStore
 
@@ -24,12 +24,12 @@ reactor: Any = global_reactor  # its type knows no threads
 SPEC = TaskSpec("site", "production", "deploy", {"branch": "main"}, "alice")
 
 
-@pytest.fixture
-def sqlite(tmp_path: Path) -> Iterator[SQLiteStore]:
+@pytest_twisted.async_yield_fixture
+async def sqlite(tmp_path: Path) -> AsyncIterator[SQLiteStore]:
     """Return a store in a real file."""
     store = SQLiteStore(tmp_path / "tasks.db", reactor.callFromThread)
     yield store
-    store.close()
+    await store.close()
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -201,13 +201,13 @@ async def test_numbers_are_never_used_again(tmp_path: Path) -> None:
     store = SQLiteStore(path, reactor.callFromThread)
     await store.create(SPEC, 0.0)
     await store.create(SPEC, 0.0)
-    store.close()
+    await store.close()
     with sqlite3.connect(path) as db:
         db.execute("DELETE FROM task WHERE id = 2")
     db.close()
     again = SQLiteStore(path, reactor.callFromThread)
     assert (await again.create(SPEC, 0.0)).id == 3
-    again.close()
+    await again.close()
 
 
 async def test_close_writes_what_was_given(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ async def test_close_writes_what_was_given(tmp_path: Path) -> None:
     path = tmp_path / "tasks.db"
     store = SQLiteStore(path, reactor.callFromThread)
     waiting = [store.create(SPEC, 0.0) for _ in range(100)]
-    store.close()
+    await store.close()
     await gatherResults(waiting)
     with sqlite3.connect(path) as db:
         assert db.execute("SELECT count(*) FROM task").fetchone() == (100,)
@@ -290,16 +290,34 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 @given(st.dictionaries(texts, texts, max_size=5), texts | st.none())
 @settings(max_examples=25, deadline=None)
-def test_any_text_comes_back(variables: dict[str, str], user: str | None) -> None:
-    """Whatever is in variables and names."""
+async def test_any_text_comes_back(variables: dict[str, str], user: str | None) -> None:
+    """Whatever is in variables and names, from the closed and reopened file."""
     spec = TaskSpec("site", "production", "deploy", variables, user)
     with TemporaryDirectory() as folder:
-        # Without a reactor: closing waits for the threads, which fire the Deferreds.
         path = Path(folder) / "tasks.db"
-        store = SQLiteStore(path, lambda function, *values: function(*values))
-        store.create(spec, 0.0)
-        store.close()
-        again = SQLiteStore(path, lambda function, *values: function(*values))
-        found = again.load(1)
-        again.close()
-    assert SynchronousTestCase().successResultOf(found).spec == spec
+        store = SQLiteStore(path, reactor.callFromThread)
+        await store.create(spec, 0.0)
+        await store.close()
+        again = SQLiteStore(path, reactor.callFromThread)
+        found = await again.load(1)
+        await again.close()
+    assert found.spec == spec
+
+
+async def test_a_database_of_an_older_version_is_brought_up(tmp_path: Path) -> None:
+    """What is in it stays, and the new columns are there."""
+    path = tmp_path / "tasks.db"
+    with sqlite3.connect(path) as db:
+        db.executescript(f"{_SCHEMA[0]}; PRAGMA user_version = 1")
+        db.execute(
+            "INSERT INTO task (revision, status, app, env, action, variables, command,"
+            " created_at, output_size) VALUES (1, 'created', 'a', 'b', 'c', '{}', '', 5, 0)"
+        )
+    db.close()
+    store = SQLiteStore(path, reactor.callFromThread)
+    assert (await store.load(1)).spec == TaskSpec("a", "b", "c", {}, None)
+    assert (await store.create(SPEC, 10.0, "key")).id == 2
+    found = await store.by_key("key", 0)
+    assert found is not None
+    assert found.id == 2
+    await store.close()
