@@ -45,7 +45,7 @@ def run(reactor: Any, action: str, *, once: bool) -> Deferred[None]:
 
 async def _run(reactor: Any, action: str, *, once: bool) -> None:
     folder = Path(tempfile.mkdtemp(prefix="pulsar-demo-"))
-    tap.prepare(reactor)
+    tap.steady(reactor)
     daemon = _daemon(reactor, folder)
     daemon.privilegedStartService()
     daemon.startService()

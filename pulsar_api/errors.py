@@ -77,13 +77,13 @@ class ShuttingDown(PulsarError):
 
 @frozen
 class StoreUnavailable(PulsarError):
-    """The task database cannot be read or written now; nothing was recorded."""
+    """Tasks cannot be read or recorded now; nothing was."""
 
     detail: str
     full: bool = field(default=False)
 
     def __str__(self) -> str:
-        return f"The task database is not usable: {self.detail}. Nothing was started."
+        return f"Tasks cannot be recorded now: {self.detail}. Nothing was started."
 
 
 class SettingsError(PulsarError):

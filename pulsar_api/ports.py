@@ -28,6 +28,8 @@ class Keep:
     seconds: float = 0
     size: int = 0
     """Bytes of output of all ended tasks."""
+    most: int = 0
+    """Bytes of output that one task has on disk at most; see `Bounds.max_output`."""
 
 
 class Sink(Protocol):
@@ -55,6 +57,9 @@ class Run(Protocol):
 
 class Executor(Protocol):
     """Runs commands. It never starts the same task twice, whoever asks."""
+
+    def check(self) -> None:
+        """Raise `StoreUnavailable` if what a new run prints could not be kept."""
 
     def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> Run:
         """Start a command. Whatever goes wrong is told to the sink, as an end."""

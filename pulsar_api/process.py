@@ -28,6 +28,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from pulsar_api import shim, strays
+from pulsar_api.errors import StoreUnavailable
 from pulsar_api.output import Output, Record
 from pulsar_api.ports import Bounds, Run, Sink
 from pulsar_api.task import Cause, Command, Exit
@@ -36,6 +37,9 @@ _log = Logger()
 
 LOOK = 0.25
 """Seconds between two looks at a run that was adopted."""
+
+ROOM = 1 << 20
+"""Bytes that must be free on the disk for a new task to be taken."""
 
 SWEEP = 5.0
 """Seconds for which the processes of a lost task are killed; some are in the kernel."""
@@ -140,6 +144,18 @@ class ShimExecutor:
     _files: int = 0
     """The soft limit of open files that commands get; 0: the daemon's."""
     _launcher: Sequence[str] = field(factory=usual_launcher)
+
+    def check(self) -> None:
+        """Raise `StoreUnavailable` if there is no room, or the folder is no use."""
+        try:
+            disk = os.statvfs(self._tasks)
+        except OSError as e:
+            raise StoreUnavailable(f"{self._tasks}: {e.strerror}") from None
+        if not os.access(self._tasks, os.W_OK | os.X_OK):
+            raise StoreUnavailable(f"{self._tasks} is not writable")
+        if disk.f_bavail * disk.f_frsize < ROOM or (disk.f_files and not disk.f_favail):
+            text = f"less than {ROOM >> 20} MiB is free on the disk of {self._tasks}"
+            raise StoreUnavailable(text, full=True)
 
     def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> Run:
         """Start a command. Whatever goes wrong is told to the sink, as an end."""

@@ -203,6 +203,7 @@ class TaskService:
         commands.check(spec)
         if self._stopping:
             raise ShuttingDown
+        self._executor.check()
         if not self._room_for(spec.target):
             raise QueueFull(self._limits.queued)
         self._creating.append(spec.target)
@@ -298,6 +299,7 @@ class TaskService:
                 live.task.announce(live.newest)
 
     async def _start(self, live: _Live) -> None:
+        await self._room(live)
         try:
             commands = await self._commands()
             command = commands.command(live.newest.spec, live.newest.id)
@@ -324,6 +326,19 @@ class TaskService:
             bounds = self._limits.bounds
             live.run = self._executor.start(live.newest.id, command, bounds, live)
         self._moved.advance(self._moved.version + 1)
+
+    async def _room(self, live: _Live) -> None:
+        """Wait until what a task prints can be kept, or it is not to start any more."""
+        while not (live.kill or self._stopping):
+            try:
+                self._executor.check()
+            except StoreUnavailable as e:
+                _log.error("Task {id} has to wait: {e}", id=live.newest.id, e=e)
+                live.newest = live.changed(waiting_for=f"the disk: {e.detail}")
+                live.task.announce(live.newest)
+                await self._pause()
+            else:
+                return
 
     def ended(self, live: _Live, exit: Exit) -> None:
         """Take the result of a run."""
@@ -388,11 +403,14 @@ class TaskService:
                 await self._store.save(snapshot)
             except StoreUnavailable as e:
                 _log.error("Cannot record task {id}: {e}", id=snapshot.id, e=e)
-                wait: Deferred[None] = Deferred()
-                self._clock.callLater(RETRY, wait.callback, None)
-                await wait
+                await self._pause()
             else:
                 return
+
+    def _pause(self) -> Deferred[None]:
+        wait: Deferred[None] = Deferred()
+        self._clock.callLater(RETRY, wait.callback, None)
+        return wait
 
     # -- what is kept of the past
 

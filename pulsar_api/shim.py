@@ -450,9 +450,14 @@ class Shim:
                 room -= len(data)
                 self.backlog.append((stream.code, data))
             self.keep(stream.code, stream.close())
-        while self.waiting:
-            time.sleep(RETRY)
-            self.flush()
+        while not self.over(time.monotonic()):
+            self.wait(self.wait_for(time.monotonic()))
+
+    def wait(self, seconds: float) -> None:
+        """Let some time pass, deaf to nothing."""
+        self.poll(seconds)
+        self.check_clocks(time.monotonic())
+        self.children = self.reap()
 
     def poll(self, seconds: float) -> None:
         """Wait for output, a signal or a deadline, and deal with it."""
@@ -502,7 +507,7 @@ class Shim:
             except OSError as e:
                 if e.errno not in NO_SPACE:
                     raise
-                time.sleep(RETRY)
+                self.wait(RETRY)
         posix.rename("exit.tmp", "exit", src_dir_fd=self.folder, dst_dir_fd=self.folder)
         posix.fsync(self.folder)
 

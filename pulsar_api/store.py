@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +16,8 @@ from twisted.python.failure import Failure
 from pulsar_api.errors import StoreUnavailable, UnknownTask
 from pulsar_api.ports import Keep
 from pulsar_api.task import KEY_LIFE, Status, TaskQuery, TaskSnapshot, TaskSpec
+
+MAX_SIZE = 2**63 - 1
 
 T = TypeVar("T")
 _Job = Callable[[sqlite3.Connection], Any]
@@ -157,8 +158,6 @@ class _Thread:
         return self._closed
 
     def _run(self) -> None:
-        # As all threads but the main one: see `tap.prepare`.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         db: sqlite3.Connection | None = None
         opened: tuple[int, int] | None = None
         going = True
@@ -331,13 +330,12 @@ class SQLiteStore:
 
     def expired(self, keep: Keep, now: float, limit: int) -> Deferred[list[int]]:
         """Fire with the numbers of ended tasks that need not be kept, oldest first."""
-        # The youngest ones are kept until one of the bounds is reached. The sum over all
-        # rows is read from an index alone.
+        # The youngest ones are kept until one of the bounds is reached.
         text = """
             SELECT id FROM (
                 SELECT id, ended_at, created_at, idempotency_key,
                     row_number() OVER newest AS number,
-                    sum(output_size) OVER newest AS size
+                    sum(min(output_size, :most)) OVER newest AS size
                 FROM task WHERE ended_at IS NOT NULL
                 WINDOW newest AS (ORDER BY id DESC)
             )
@@ -352,6 +350,7 @@ class SQLiteStore:
             "tasks": keep.tasks,
             "seconds": keep.seconds,
             "size": keep.size,
+            "most": keep.most or MAX_SIZE,
             "now": now,
             "day_ago": now - KEY_LIFE,
             "limit": limit,

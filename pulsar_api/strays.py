@@ -37,9 +37,17 @@ def _marked(folder: Path) -> Iterator[int]:
 
 
 def _is_marked(pid: int, folder: Path) -> bool:
+    mark = b"%s=%s" % (MARK.encode(), os.fsencode(folder))
+    environ = _environ(Path(f"/proc/{pid}"))
+    if environ:
+        return mark in environ
+    # It has ended and only waits for its parent, or its first thread has and others go on.
+    return any(mark in _environ(path) for path in Path(f"/proc/{pid}/task").glob("*"))
+
+
+def _environ(path: Path) -> list[bytes]:
     try:
-        # Empty for one that has ended and only waits for its parent.
-        data = Path(f"/proc/{pid}/environ").read_bytes()
+        data = (path / "environ").read_bytes()
     except OSError:
-        return False
-    return b"%s=%s" % (MARK.encode(), os.fsencode(folder)) in data.split(b"\0")
+        return []
+    return data.split(b"\0") if data else []

@@ -5,7 +5,6 @@ import fcntl
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -297,7 +296,8 @@ class Daemon(MultiService):
             self._reactor, self._reactor, tasks, self._umask, self._files[0]
         )
         bounds = Bounds(s.kill_grace, s.task_timeout, s.silence_timeout, s.max_output_size)
-        keep = Keep(s.keep_tasks, s.keep_days * 86400, s.max_state_size)
+        most = s.max_output_size
+        keep = Keep(s.keep_tasks, s.keep_days * 86400, s.max_state_size, most)
         limits = Limits(bounds, s.max_running, s.max_running_per_target, s.max_queued, keep)
         self.tasks = TaskService(
             self._store, executor, self._reactor, time.time, pulsar.commands, limits
@@ -325,36 +325,29 @@ class Daemon(MultiService):
         await MultiService.stopService(self)
         await self._store.close()
         os.close(self._lock)
+        # What ends from now on is the next daemon's. The reactor now waits for its
+        # threads, deaf to signals; a traced thread of CPython 3.11 spins for as long as
+        # one is not taken.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def stopService(self) -> Deferred[None]:
         """Take no new tasks, answer who waits, leave running commands running."""
         return Deferred.fromCoroutine(self._stop())
 
 
-class _Thread(threading.Thread):
-    def run(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        super().run()
-
-
-def prepare(reactor: Any) -> None:
-    """Let the reactor's clock be one that never jumps, and signals come to its thread.
+def steady(reactor: Any) -> None:
+    """Let the reactor's clock be one that never jumps.
 
     Twisted measures by the time of day: a clock that is set back by an hour would hold
     every long-poll and every piece of news for an hour.
-
-    A signal that the kernel gives to another thread waits until the main one looks, which
-    it does not while it waits for that thread to end. Under a tracer CPython 3.11 then
-    never ends.
     """
     assert not reactor.getDelayedCalls()
     reactor.seconds = time.monotonic
-    reactor.getThreadPool().threadFactory = _Thread
 
 
 def makeService(options: Options) -> Service:
     """Return the daemon for ``twistd``."""
     from twisted.internet import reactor
 
-    prepare(reactor)
+    steady(reactor)
     return Daemon(reactor, options.settings, os.environ)

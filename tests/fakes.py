@@ -60,7 +60,7 @@ class MemoryStore:
             if row.ended_at is None:
                 continue
             number += 1
-            size += row.output_size
+            size += min(row.output_size, keep.most or row.output_size)
             if (
                 (0 < keep.tasks < number)
                 or (keep.seconds and row.ended_at < now - keep.seconds)
@@ -177,6 +177,11 @@ class FakeExecutor:
     clock: IReactorTime
     runs: list[FakeRun] = field(factory=list)
     folders: set[int] = field(factory=set)
+    full: bool = False
+
+    def check(self) -> None:
+        if self.full:
+            raise StoreUnavailable("the fake is full", full=True)
 
     def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> FakeRun:
         return self._keep(FakeRun(self.clock, task_id, sink, command, bounds, False))

@@ -503,6 +503,14 @@ def test_tasks_go_by_age_and_by_size() -> None:
     assert list(world.store.rows) == [4, 5]
 
 
+def test_what_was_cut_out_of_an_output_takes_no_room() -> None:
+    """A huge output counts as what is kept of it."""
+    world = keeping(Keep(size=25, most=5))
+    ended(world, 6, size=10)
+    world.clock.advance(TIDY)
+    assert list(world.store.rows) == [2, 3, 4, 5, 6]
+
+
 def test_a_task_is_kept_as_long_as_its_key_counts() -> None:
     """Else a retry would start it a second time."""
     world = keeping(Keep(tasks=1))
@@ -665,3 +673,63 @@ TestLife = Life.TestCase
 TestLife.settings = hypothesis_settings(
     max_examples=60, stateful_step_count=30, deadline=None
 )
+
+
+def test_what_could_not_be_kept_is_refused(world: World) -> None:
+    """Nothing is recorded, and it works again when there is room."""
+    world.executor.full = True
+    refused = CASE.failureResultOf(Deferred.fromCoroutine(world.service.create(SPEC)))
+    assert refused.check(StoreUnavailable)
+    assert world.store.rows == {}
+    world.executor.full = False
+    task = world.create()
+    world.executor.run(1).start()
+    assert task.snapshot.status is Status.RUNNING
+
+
+def test_a_waiting_task_starts_when_there_is_room_on_the_disk() -> None:
+    """It was accepted, so it does not fail for that; and it says what it waits for."""
+    world = limited(running=1)
+    world.create()
+    waiting = world.create()
+    world.executor.full = True
+    world.executor.run(1).end(0)
+    world.clock.advance(RETRY)
+    snapshot = waiting.snapshot
+    assert (snapshot.status, snapshot.waiting_for) == (
+        Status.CREATED,
+        "the disk: the fake is full",
+    )
+    assert len(world.executor.runs) == 1
+    world.executor.full = False
+    world.clock.advance(RETRY)
+    world.executor.run(2).start()
+    assert (waiting.snapshot.status, waiting.snapshot.waiting_for) == (Status.RUNNING, None)
+
+
+def test_a_task_that_waits_for_the_disk_can_be_killed() -> None:
+    """And is never started."""
+    world = limited(running=1)
+    world.create()
+    world.create()
+    world.executor.full = True
+    world.executor.run(1).end(0)
+    world.kill(2)
+    world.clock.advance(RETRY)
+    assert world.find(2).status is Status.KILLED
+    world.executor.full = False
+    world.clock.advance(RETRY)
+    assert len(world.executor.runs) == 1
+
+
+def test_a_stop_does_not_wait_for_the_disk() -> None:
+    """A task that waits for room goes back to the queue."""
+    world = limited(running=1)
+    world.create()
+    world.create()
+    world.executor.full = True
+    world.executor.run(1).end(0)
+    stopped = Deferred.fromCoroutine(world.service.stop(0))
+    world.clock.advance(RETRY)
+    CASE.successResultOf(stopped)
+    assert world.store.rows[2].status is Status.CREATED

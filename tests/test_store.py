@@ -158,6 +158,7 @@ async def test_a_key_finds_its_task_for_a_time(store: TaskStore) -> None:
         (Keep(tasks=2), [2, 3]),
         (Keep(tasks=2, size=15), [2, 3, 4]),
         (Keep(size=25), [2, 3]),
+        (Keep(size=12, most=5), [2, 3]),
         (Keep(seconds=65), [2]),
         (Keep(tasks=1), [2, 3]),
     ],

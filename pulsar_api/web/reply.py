@@ -29,7 +29,7 @@ _PROBLEMS: dict[type[errors.PulsarError], tuple[int, str, str, int | None]] = {
     errors.KeyInFlight: (409, "key-in-flight", "First request is under way", 1),
     errors.QueueFull: (503, "queue-full", "Queue full", 10),
     errors.ShuttingDown: (503, "stopping", "Daemon is stopping", 5),
-    errors.StoreUnavailable: (503, "store-unavailable", "Database unavailable", 10),
+    errors.StoreUnavailable: (503, "store-unavailable", "State unavailable", 10),
 }
 
 
