@@ -63,10 +63,10 @@ class Output:
 
     def cut(self) -> tuple[int, int]:
         """Return from which byte to before which byte the output was cut, or (0, 0)."""
-        try:
-            start, end = (self.folder / "cut").read_bytes().split()
-        except FileNotFoundError:
+        path = os.path.join(self.folder, "cut")
+        if not os.path.exists(path):
             return 0, 0
+        start, end = Path(path).read_bytes().split()
         return int(start), int(end)
 
     def character_start(self, offset: int) -> int:

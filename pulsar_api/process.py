@@ -2,14 +2,13 @@
 
 import fcntl
 import os
+import py_compile
 import resource
 import shutil
 import signal
-import struct
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib.util import MAGIC_NUMBER, cache_from_source
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +66,23 @@ def read_exit(folder: Path) -> Exit | None:
     )
 
 
-def usual_launcher() -> Sequence[str]:
-    """Return how a shim is started: compiled, which spares 4 ms per task, if it can be.
+USUAL = (sys.executable, "-I", "-S", shim.__file__)
+"""How a shim is started."""
 
-    Run so, nobody looks whether it is the compiled form of this source; with
-    ``PYTHONDONTWRITEBYTECODE`` it may be that of an older one. So it is looked at here.
+
+def compiled(folder: Path) -> Sequence[str]:
+    """Return how a shim is started from a compiled copy, which is made in the folder.
+
+    That spares 4 ms per task. And it is the shim of this version, whatever an upgrade of
+    the package does before the daemon is started again.
     """
-    source = os.stat(shim.__file__)
-    facts = struct.pack("<3I", 0, int(source.st_mtime) & 0xFFFFFFFF, source.st_size)
-    compiled = cache_from_source(shim.__file__)
+    copy = folder / "shim.pyc"
     try:
-        with open(compiled, "rb") as file:
-            fits = file.read(16) == MAGIC_NUMBER + facts
-    except OSError:
-        fits = False
-    return sys.executable, "-I", "-S", compiled if fits else shim.__file__
+        py_compile.compile(shim.__file__, str(copy), doraise=True)
+    except OSError as e:
+        _log.error("Cannot write {copy}: {e}", copy=copy, e=e)
+        return USUAL
+    return *USUAL[:-1], str(copy)
 
 
 def _signal_name(number: int) -> str:
@@ -143,7 +144,7 @@ class ShimExecutor:
     _umask: int = 0o022
     _files: int = 0
     """The soft limit of open files that commands get; 0: the daemon's."""
-    _launcher: Sequence[str] = field(factory=usual_launcher)
+    _launcher: Sequence[str] = USUAL
 
     def check(self) -> None:
         """Raise `StoreUnavailable` if there is no room, or the folder is no use."""
@@ -151,7 +152,7 @@ class ShimExecutor:
             disk = os.statvfs(self._tasks)
         except OSError as e:
             raise StoreUnavailable(f"{self._tasks}: {e.strerror}") from None
-        if not os.access(self._tasks, os.W_OK | os.X_OK):
+        if not os.access(self._tasks, os.W_OK | os.X_OK, effective_ids=True):
             raise StoreUnavailable(f"{self._tasks} is not writable")
         if disk.f_bavail * disk.f_frsize < ROOM or (disk.f_files and not disk.f_favail):
             text = f"less than {ROOM >> 20} MiB is free on the disk of {self._tasks}"
@@ -193,8 +194,10 @@ class ShimExecutor:
         def remove() -> None:
             for task_id in task_ids:
                 folder = self._tasks / str(task_id)
-                if not _alive(folder):
-                    shutil.rmtree(folder, ignore_errors=True)
+                # What cannot be removed now is at the next start.
+                with suppress(OSError):
+                    if not _alive(folder):
+                        shutil.rmtree(folder, ignore_errors=True)
 
         return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), remove)
 
@@ -265,12 +268,21 @@ class _Following:
         until = self._clock.seconds() + SWEEP
 
         def again() -> None:
-            if strays.kill(self._folder) and self._clock.seconds() < until:
+            try:
+                found = strays.kill(self._folder)
+            except OSError as e:
+                self.cannot_read(e)
+                found = True
+            if found and self._clock.seconds() < until:
                 self._clock.callLater(0.02, again)
             else:
                 self._tell_end(exit)
 
         self._clock.callLater(0, again)
+
+    def cannot_read(self, error: OSError) -> None:
+        """Log why the end is not known yet: no more descriptors, a disk that is ill."""
+        _log.error("Cannot read {folder}: {e}", folder=self._folder, e=error)
 
     def detach(self) -> None:
         """Stop telling."""
@@ -355,12 +367,19 @@ class ShimProtocol(_Following, ProcessProtocol):
             if self._killed:
                 self._other.kill()
             return
-        exit = self.result()
         if not self._ready:
             # Nobody will read it, and it may hold secrets.
             (self._folder / "spec").unlink(missing_ok=True)
+        self._conclude(trouble.rpartition("\n")[2] or str(reason.value))
+
+    def _conclude(self, why: str) -> None:
+        try:
+            exit = self.result()
+        except OSError as e:
+            self.cannot_read(e)
+            self._clock.callLater(LOOK, self._conclude, why)
+            return
         if exit is None:
-            why = trouble.rpartition("\n")[2] or str(reason.value)
             if self._ready:
                 exit = self.lost(f"The process that watched the command ended: {why}")
                 self.sweep(exit)
@@ -380,7 +399,8 @@ class AdoptedRun(_Following):
 
     def __attrs_post_init__(self) -> None:
         # What is on disk is told before anybody can ask for it.
-        self._news()
+        with suppress(OSError):
+            self._news()
         self._look = self._clock.callLater(0, self._check)
 
     def kill(self) -> None:
@@ -395,6 +415,13 @@ class AdoptedRun(_Following):
             self._look.cancel()
 
     def _check(self) -> None:
+        try:
+            self._look_at_it()
+        except OSError as e:
+            self.cannot_read(e)
+            self._look = self._clock.callLater(LOOK, self._check)
+
+    def _look_at_it(self) -> None:
         # In this order: what is dead now has written its result before.
         begun = self._seen > 0 or not self._never_started()
         alive = _alive(self._folder)

@@ -168,12 +168,16 @@ class _Thread:
             going = None not in batch
             jobs = [job for job in batch if job is not None]
             try:
-                if db is None:
-                    db = _connect(self._path)
-                    opened = _identity(self._path)
-                elif _identity(self._path) != opened:
+                there = _identity(self._path)
+                if there is None:
                     # What is written into a file without a name is lost with us.
                     raise sqlite3.OperationalError(f"{self._path} is gone")
+                if db is not None and there != opened:
+                    db.close()
+                    db = None
+                if db is None:
+                    db = _connect(self._path)
+                    opened = there
                 results = self._transaction(db, [job for job, _ in jobs])
             except sqlite3.Error as e:
                 results = [Failure(_trouble(e)) for _ in jobs]

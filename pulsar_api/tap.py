@@ -149,7 +149,7 @@ def _make_folder(option: str, path: Path) -> None:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as e:
         raise SettingsError(f"{option}: cannot make {path}: {e.strerror}") from None
-    if not os.access(path, os.W_OK | os.X_OK):
+    if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
         raise SettingsError(f"{option}: {path} is not writable")
 
 
@@ -293,7 +293,12 @@ class Daemon(MultiService):
         tasks = state / TASKS
         tasks.mkdir(mode=0o700, exist_ok=True)
         executor = ShimExecutor(
-            self._reactor, self._reactor, tasks, self._umask, self._files[0]
+            self._reactor,
+            self._reactor,
+            tasks,
+            self._umask,
+            self._files[0],
+            process.compiled(state),
         )
         bounds = Bounds(s.kill_grace, s.task_timeout, s.silence_timeout, s.max_output_size)
         most = s.max_output_size

@@ -1,7 +1,6 @@
 """Tests of runs: the real shim, real processes, the real reactor."""
 
 import os
-import py_compile
 import resource
 import shlex
 import shutil
@@ -24,14 +23,11 @@ from twisted.internet.task import deferLater
 from pulsar_api import process, shim
 from pulsar_api.output import Output, Record
 from pulsar_api.ports import Bounds, Run
-from pulsar_api.process import ShimExecutor, usual_launcher
+from pulsar_api.process import USUAL, ShimExecutor
 from pulsar_api.task import Cause, Command, Exit
 from tests.integration.daemon import PATIENCE, end_shim, marked, wait_for
 
 T = TypeVar("T")
-
-USUAL = usual_launcher()
-"""How the daemon starts a shim."""
 
 _COVERAGE = os.environ.get("COVERAGE_PROCESS_CONFIG")
 MEASURED = (
@@ -42,7 +38,7 @@ MEASURED = (
         *(sys.executable, shim.__file__),
     )
 )
-"""The same, but with its lines counted if those of the tests are."""
+"""How the daemon starts a shim, but with its lines counted if those of the tests are."""
 
 PYTHON = (sys.executable, "-I", "-S", "-c")
 MARK = "TEST_MARK"
@@ -416,18 +412,22 @@ async def test_a_task_folder_that_cannot_be_made_is_an_error(runner: Runner) -> 
     started.run.kill()
 
 
-def test_a_compiled_shim_is_used_only_if_it_is_of_this_source(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_compiled_shim_is_a_copy_of_our_own(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that an earlier version has left would do something else."""
+    """An upgrade of the package does not change what a running daemon starts."""
     source = tmp_path / "shim.py"
     shutil.copyfile(shim.__file__, source)
     monkeypatch.setattr(shim, "__file__", str(source))
-    assert usual_launcher()[-1] == str(source)
-    compiled = py_compile.compile(str(source))
-    assert usual_launcher()[-1] == compiled
-    os.utime(source, (1, 1))
-    assert usual_launcher()[-1] == str(source)
+    runner.launcher = process.compiled(tmp_path)
+    source.unlink()
+    assert (await runner.start("true").story.end()).code == 0
+
+
+def test_without_room_for_a_copy_the_shim_of_the_package_is_used(tmp_path: Path) -> None:
+    """A daemon has to start also when the disk is full."""
+    (tmp_path / "file").touch()
+    assert process.compiled(tmp_path / "file") == USUAL
 
 
 async def test_a_shim_that_cannot_be_started_is_an_error(runner: Runner) -> None:

@@ -18,7 +18,8 @@ OPTIONS = (
     "config-repo config-branch port log-dir ssl-key ssl-cert ssl-pfx ssl-passphrase "
     "auth-username auth-password auth-provider auth-method dev interface listen public-url "
     "allow-anonymous state-dir command poll-timeout max-running max-running-per-target "
-    "max-queued kill-grace task-timeout silence-timeout drain-timeout"
+    "max-queued kill-grace task-timeout silence-timeout drain-timeout "
+    "keep-tasks keep-days max-state-size max-output-size"
 ).split()
 FILE_ONLY = (
     "app-pattern env-pattern action-pattern variable-pattern forbidden-actions".split()
@@ -29,6 +30,7 @@ NUMBERS = {
     "max-running": (1, 10000),
     "max-running-per-target": (0, 10000),
     "max-queued": (0, 100_000),
+    "keep-tasks": (0, 10_000_000),
 }
 MONTH = 31 * 86400.0
 SECONDS = {
@@ -81,6 +83,10 @@ class TestDefaults:
             "task_timeout": 0.0,
             "silence_timeout": 0.0,
             "drain_timeout": 0.0,
+            "keep_tasks": 10000,
+            "keep_days": 365.0,
+            "max_state_size": 0,
+            "max_output_size": 1 << 30,
             "forbidden_actions": (),
         }
         assert {
@@ -198,6 +204,27 @@ class TestNumbers:
 
 
 class TestSeconds:
+    @pytest.mark.parametrize(
+        ("text", "size"),
+        [("0", 0), ("4096", 4096), ("1K", 1 << 10), ("20M", 20 << 20), ("2T", 2 << 40)],
+    )
+    @pytest.mark.parametrize("name", ["max-state-size", "max-output-size"])
+    def test_sizes_are_bytes_or_have_a_unit(self, name: str, text: str, size: int) -> None:
+        """K is 1024 bytes, and so on."""
+        assert getattr(load({name: text}, {}), attribute(name)) == size
+
+    @pytest.mark.parametrize("text", ["", "-1", "1.5G", "1g", "K", "1 K", "1KB", "9" * 16])
+    @pytest.mark.parametrize("name", ["max-state-size", "max-output-size"])
+    def test_what_is_no_size_is_refused(self, name: str, text: str) -> None:
+        """With a sentence that says what is."""
+        assert "needs a number of bytes" in refusal({name: text})
+
+    def test_days_may_be_part_of_a_day(self) -> None:
+        """For tests, and for who is short of room."""
+        assert load({"keep-days": "0.5"}, {}).keep_days == 0.5
+        for text in ("-1", "many", "nan", "36501"):
+            assert "needs a number of days from 0 to 36500" in refusal({"keep-days": text})
+
     @pytest.mark.parametrize("name", SECONDS)
     @pytest.mark.parametrize("end", [0, 1])
     def test_a_time_at_the_end_of_its_range_is_taken(self, name: str, end: int) -> None:

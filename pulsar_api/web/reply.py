@@ -108,12 +108,21 @@ def handle_errors(app: Klein) -> None:
         error = failure.value
         assert isinstance(error, errors.PulsarError)
         status, type_, title, retry = _PROBLEMS[type(error)]
-        if isinstance(error, errors.StoreUnavailable) and error.full:
-            status = 507
+        if isinstance(error, errors.StoreUnavailable):
+            status = 507 if error.full else status
+            _log.error("{uri} cannot be answered: {error}", uri=request.uri, error=error)
         if retry is not None:
             request.setHeader("Retry-After", str(retry))
         name = error.field if isinstance(error, errors.InvalidInput) else None
         return problem(request, status, type_, title, str(error), name)
+
+    @app.handle_errors(OSError)
+    def unreadable(self: Any, request: Any, failure: Failure) -> bytes:
+        _log.error("Cannot read for {uri}: {e}", uri=request.uri, e=failure.value)
+        request.setHeader("Retry-After", "10")
+        why = getattr(failure.value, "strerror", None) or "no reason is given"
+        detail = f"The output cannot be read now: {why}. Try again later."
+        return problem(request, 503, "output-unavailable", "Output unavailable", detail)
 
     @app.handle_errors(HTTPException)
     def routing(self: Any, request: Any, failure: Failure) -> bytes:

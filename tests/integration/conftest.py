@@ -40,7 +40,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def begin(*options: str, **more: object) -> Daemon:
         folder = tmp_path / f"daemon{len(daemons)}"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         daemons.append(Daemon(folder, *options, **more))  # type: ignore[arg-type]
         return daemons[-1]
 

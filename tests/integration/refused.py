@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from tests.integration.daemon import wait_for
@@ -41,6 +41,17 @@ def answers(port: int) -> bool:
     """Return whether somebody listens on a port of this machine."""
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def serves(port: int) -> bool:
+    """Return whether somebody says something there, be it that TLS was expected.
+
+    To listen is not enough: a start tries the port out before other things can fail.
+    """
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as sock:
+        sock.sendall(b"GET /tasks HTTP/1.0\r\n\r\n")
+        return sock.recv(1) != b""
+    return False
 
 
 def alive(pid: int) -> bool:
@@ -94,7 +105,7 @@ class _Start:
     def said(self, *, busy: bool) -> str:
         """Wait for the end and return the one line of it, without what is only its own."""
         wait_for(
-            lambda: self.process.poll() is not None or (not busy and answers(self.port)),
+            lambda: self.process.poll() is not None or (not busy and serves(self.port)),
             f"the end of {self.process.args!r}",
         )
         status = self.process.poll()

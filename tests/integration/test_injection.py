@@ -468,7 +468,8 @@ def test_no_variable_changes_the_environment_of_the_program(printer: Printer) ->
     given = printer.given(printer.post("/site/production", body, JSON))
     checked(given, values)
     rest = {k: v for k, v in given[1].items() if not k.startswith(b"PULSAR_VAR_")}
-    assert {**rest, b"PULSAR_TASK_ID": b""} == {**plain, b"PULSAR_TASK_ID": b""}
+    own = {b"PULSAR_TASK_ID": b"", b"PULSAR_TASK_FOLDER": b""}
+    assert {**rest, **own} == {**plain, **own}
     assert rest[b"PULSAR_APP"] == b"site"
 
 

@@ -247,76 +247,6 @@ def test_a_kill_in_the_middle_of_a_post_starts_at_most_one(
     assert all(task["exitCode"] == 7 for task in tasks.values())
 
 
-def test_a_shim_that_is_killed_loses_its_task_and_leaves_no_process(
-    fixed: Daemon, script: Script
-) -> None:
-    """Nobody can know how it ended; that is said, and nothing of it runs on."""
-    script("tree", "#!/bin/sh\nsleep 61 & setsid sleep 61 & echo $$ ready\nwait\n")
-    for restart in (False, True):
-        number = fixed.run("site", "prod", "tree")
-        wait_for(lambda n=number: fixed.task(n)["output"], "the start")  # type: ignore[misc]
-        folder = fixed.output_file(number).parent
-        watcher = int((folder / "lock").read_text())
-        if restart:
-            fixed.kill()
-        os.kill(watcher, 9)
-        if restart:
-            fixed.start()
-        began = time.monotonic()
-        task = fixed.ended(number)
-        print(f"lost after {time.monotonic() - began:.2f} s")
-        assert task["status"] == "lost"
-        assert task["reason"]
-        assert left(folder) == []
-
-
-def left(folder: Path) -> list[str]:
-    """Return the processes of a task."""
-    mark = b"PULSAR_TASK_FOLDER=" + str(folder).encode()
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark in path.read_bytes().split(b"\0"):
-                found.append(path.parent.name)
-        except OSError:
-            continue
-    return found
-
-
-def test_a_clock_that_is_set_back_holds_nobody(
-    start: Start, repo: Path, script: Script, tmp_path: Path
-) -> None:
-    """Nor one that is set forward: waiting is measured by a clock that never jumps."""
-    script("slow", '#!/bin/sh\necho one; read x < "$PULSAR_VAR_pipe"; echo two\n')
-    jump = tmp_path / "jump"
-    jump.write_text("0")
-    program = (
-        sys.executable,
-        "-c",
-        (
-            "import sys, time\n"
-            "real = time.time\n"
-            f"time.time = lambda: real() + float(open({str(jump)!r}).read() or 0)\n"
-            "from pulsar_api.__main__ import main\n"
-            "main()"
-        ),
-    )
-    options = ("--command=scripts", f"--config-repo={repo}", "--poll-timeout=5")
-    daemon = start(*options, program=program)
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    number = daemon.run("site", "prod", "slow", pipe=str(pipe))
-    wait_for(lambda: daemon.task(number)["output"] == "one\n", "the first line")
-    for seconds in ("-3600", "3600"):
-        jump.write_text(seconds)
-        answer = daemon.get(f"/task/{number}/output?timeout=0.2").json()
-        assert answer == {"changed": False}
-    jump.write_text("-3600")
-    pipe.write_text("go\n")
-    assert daemon.ended(number)["exitCode"] == 0
-    assert daemon.task(number)["output"] == "one\ntwo\n"
-
-
 def test_an_output_that_is_too_large_loses_its_middle_and_says_so(
     start: Start, repo: Path, script: Script
 ) -> None:
@@ -377,21 +307,3 @@ def test_an_operator_can_end_what_a_stopped_daemon_has_left(
     assert done.stdout == f"1 tasks are told to end: {number}\n"
     fixed.start()
     assert fixed.ended(number)["status"] == "killed"
-
-
-def test_a_state_folder_that_is_gone_is_said_and_found_again(
-    fixed: Daemon, tmp_path: Path
-) -> None:
-    """No task is recorded where nobody would find it; nothing has to be restarted."""
-    before = fixed.run("site", "prod", "count", folder=str(tmp_path), lines=1)
-    fixed.ended(before)
-    away = fixed.state.with_name("away")
-    fixed.state.rename(away)
-    answer = fixed.post("/site/prod", {"action": "count"})
-    assert answer.status == 503
-    assert answer.json()["type"].endswith(":store-unavailable")
-    assert int(answer.headers["Retry-After"]) > 0
-    away.rename(fixed.state)
-    after = fixed.run("site", "prod", "count", folder=str(tmp_path), lines=1)
-    assert after == before + 1
-    assert fixed.ended(after)["exitCode"] == 7

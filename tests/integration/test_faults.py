@@ -1,0 +1,392 @@
+"""What breaks under a running daemon; docs/faults.rst has the same as a table."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pulsar_api
+from tests.integration.conftest import Start
+from tests.integration.daemon import SHELL, Answer, Daemon, Poll, marked, wait_for
+
+ROOT = Path(__file__).parents[2]
+FAULTS = ROOT / "docs" / "faults.rst"
+
+
+def test_the_table_has_a_test_for_each_fault() -> None:
+    """And each of them exists."""
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    rows = FAULTS.read_text().partition(".. list-table::")[2].split("\n   * - ")[2:]
+    assert len(rows) > 10
+    for row in rows:
+        named = re.findall(r"``(test_\w+)``", row)
+        assert named, row
+        for name in named:
+            assert f"def {name}(" in tests, name
+
+
+@pytest.fixture
+def daemon(start: Start) -> Daemon:
+    """Return a daemon that runs lines of shell."""
+    return start("--command", SHELL, "--kill-grace=1")
+
+
+def refused(answer: Answer, status: int = 503) -> str:
+    """Check that a POST was refused as it has to be, and return the sentence."""
+    assert answer.status == status, answer.body
+    assert answer.json()["type"] == "urn:pulsar-api:problem:store-unavailable"
+    assert int(answer.headers["Retry-After"]) > 0
+    detail: str = answer.json()["detail"]
+    assert "Nothing was started" in detail
+    return detail
+
+
+def post(daemon: Daemon, run: str = "true") -> Answer:
+    """Ask for a task."""
+    return daemon.post("/site/prod", {"action": "run", "variables": {"run": run}})
+
+
+def works(daemon: Daemon) -> None:
+    """Check that the daemon does its work, and has logged no traceback."""
+    number = daemon.sh("echo well; exit 5")
+    assert daemon.ended(number)["exitCode"] == 5
+    assert daemon.task(number)["output"] == "well\n"
+    assert "Traceback" not in daemon.log.read_text()
+
+
+def processes(daemon: Daemon, number: int) -> list[int]:
+    """Return the living processes of a task."""
+    return marked(f"PULSAR_TASK_FOLDER={daemon.output_file(number).parent}")
+
+
+def waiter(daemon: Daemon, folder: Path, then: str) -> tuple[int, Callable[[], None]]:
+    """Start a task that waits, and return it and what lets it go on."""
+    pipe = folder / f"pipe{len(list(folder.glob('pipe*')))}"
+    os.mkfifo(pipe)
+    number = daemon.sh(f"echo ready; read x < {pipe}; {then}")
+    wait_for(lambda: daemon.task(number)["output"] == "ready\n", "the first line")
+
+    def go() -> None:
+        pipe.write_text("go\n")
+
+    return number, go
+
+
+@contextmanager
+def mounted(path: Path, *options: str) -> Iterator[None]:
+    """Mount something on a folder for a while."""
+    path.mkdir(exist_ok=True)
+    subprocess.run(["mount", *options, str(path)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write a file until the disk has no room for a byte more."""
+    with path.open("wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 12, 1):
+            with suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+
+
+def may_mount() -> bool:
+    """Return whether this process may mount a small disk (CAP_SYS_ADMIN)."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"^CapEff:\s+(\w+)", status, re.MULTILINE)
+    assert found is not None
+    return bool(int(found[1], 16) >> 21 & 1)
+
+
+if may_mount():  # else these tests do not exist: nothing else is full so truly
+
+    def test_a_full_disk(start: Start, tmp_path: Path) -> None:
+        """New tasks are refused, what runs waits and loses nothing, all goes on after."""
+        disk = tmp_path / "daemon0" / "state"
+        disk.mkdir(parents=True)
+        with mounted(disk, "-t", "tmpfs", "-o", "size=8m", "tmpfs"):
+            daemon = start("--command", SHELL, "--max-running=2")
+            before = daemon.sh("seq 1000")
+            daemon.ended(before)
+            text = daemon.task(before)["output"]
+            lines = "seq 40000; seq 40000 >&2; exit 3"
+            number, go = waiter(daemon, tmp_path, lines)
+            other, let_go = waiter(daemon, tmp_path, "exit 4")
+            queued = daemon.sh("echo at last")
+            fill(disk / "filler")
+            assert "MiB is free" in refused(post(daemon), 507)
+            go()
+            # More than the pipes take, so the command stands; nothing is wrong with it.
+            output = daemon.output_file(number)
+            wait_for(lambda: output.stat().st_size > 6, "what has room")
+            assert daemon.task(number)["status"] == "running"
+            assert daemon.task(before)["output"] == text
+            let_go()
+            wait_for(lambda: not processes(daemon, other), "its end")
+            assert daemon.task(other)["status"] == "running"  # its result is not safe
+            refused(post(daemon), 507)
+            (disk / "filler").unlink()
+            assert daemon.ended(other)["exitCode"] == 4
+            assert daemon.ended(number)["exitCode"] == 3
+            whole = "".join(f"{n}\n" for n in range(1, 40001))
+            assert daemon.task(number)["output"] == f"ready\n{whole}{whole}"
+            assert daemon.ended(queued)["exitCode"] == 0
+            works(daemon)
+            assert daemon.task(before)["output"] == text
+            daemon.kill()
+            with closing(sqlite3.connect(disk / "pulsar-api.db")) as db:
+                assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            daemon.start()
+            assert daemon.task(number)["exitCode"] == 3
+            assert daemon.stop() == 0
+
+    def test_a_state_folder_that_becomes_read_only(daemon: Daemon, tmp_path: Path) -> None:
+        """New tasks are refused; what runs keeps its output and its exit code."""
+        number, go = waiter(daemon, tmp_path, "echo more; exit 3")
+        tasks = daemon.state / "tasks"
+        with mounted(tasks, "--bind", str(tasks)):
+            subprocess.run(["mount", "-o", "remount,bind,ro", str(tasks)], check=True)
+            assert "not writable" in refused(post(daemon))
+            go()
+            assert daemon.ended(number)["exitCode"] == 3
+        assert daemon.task(number)["output"] == "ready\nmore\n"
+        works(daemon)
+
+
+def test_a_state_folder_that_is_gone(daemon: Daemon) -> None:
+    """No task is recorded where nobody would find it; nothing has to be restarted."""
+    before = daemon.sh("echo before")
+    daemon.ended(before)
+    away = daemon.state.with_name("away")
+    daemon.state.rename(away)
+    refused(post(daemon))
+    away.rename(daemon.state)
+    assert daemon.task(before)["output"] == "before\n"
+    works(daemon)
+
+
+def test_a_database_that_is_locked(daemon: Daemon, tmp_path: Path) -> None:
+    """Reads go on; a start is refused after 5 s, an end is recorded when it can be."""
+    number, go = waiter(daemon, tmp_path, "exit 3")
+    path = daemon.state / "pulsar-api.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        poll = Poll(daemon, f"/task/{number}/state")
+        go()
+        assert "locked" in refused(post(daemon))
+        assert daemon.task(number)["status"] == "running"
+        assert daemon.get("/tasks").status == 200
+        assert poll.waits()
+        other.execute("ROLLBACK")
+    assert poll.answer().json()["task"]["exitCode"] == 3
+    works(daemon)
+
+
+def test_a_database_that_is_damaged(daemon: Daemon, tmp_path: Path) -> None:
+    """It is not replaced; when a person has put a good one there, all goes on."""
+    number, go = waiter(daemon, tmp_path, "exit 3")
+    away = tmp_path / "away"
+    away.mkdir()
+    for path in daemon.state.glob("pulsar-api.db*"):
+        path.rename(away / path.name)
+    damaged = daemon.state / "pulsar-api.db"
+    damaged.write_bytes(b"\xff" * 8192)
+    refused(post(daemon))
+    assert "not a database" in refused(post(daemon))
+    assert "not a database" in refused(daemon.get("/tasks"))
+    go()
+    assert damaged.read_bytes() == b"\xff" * 8192
+    assert list(daemon.state.glob("pulsar-api.db*")) == [damaged]
+    damaged.unlink()
+    for path in away.iterdir():
+        path.rename(daemon.state / path.name)
+    assert daemon.ended(number)["exitCode"] == 3
+    works(daemon)
+
+
+def limit(daemon: Daemon, which: int, soft: int) -> int:
+    """Set a limit of the running daemon; return the one before."""
+    before, hard = resource.prlimit(daemon.process.pid, which)
+    resource.prlimit(daemon.process.pid, which, (soft, hard))
+    return before
+
+
+def test_no_more_open_files(daemon: Daemon, tmp_path: Path) -> None:
+    """The task says so, whichever file it was; nothing leaks; later all goes on."""
+    number, go = waiter(daemon, tmp_path, "echo more; exit 3")
+    folder = Path(f"/proc/{daemon.process.pid}/fd")
+    with ExitStack() as stack:
+        connection = stack.enter_context(closing(daemon.connect()))
+
+        def ask(method: str, path: str, value: object = None) -> Any:
+            body = None if value is None else json.dumps(value)
+            headers = {"Content-Type": "application/json"}
+            connection.request(method, path, body, headers)
+            return json.loads(connection.getresponse().read())
+
+        ask("GET", "/tasks")
+        # No gaps below the limit, as when many clients have taken all there were.
+        clients = stack.enter_context(ExitStack())
+        while len(used := {int(path.name) for path in folder.iterdir()}) <= max(used):
+            clients.enter_context(daemon.open_socket())
+            time.sleep(0.01)
+        free = max(used) + 1
+        usual = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)[0]
+        reasons = set()
+        unread = 0
+        for more in range(30):
+            limit(daemon, resource.RLIMIT_NOFILE, free + more)
+            value = {"action": "run", "variables": {"run": "true"}}
+            created = ask("POST", "/site/prod", value)["id"]
+            found = ask("GET", f"/task/{created}/state?output=full")
+            if "task" not in found:
+                assert found["type"].endswith(":output-unavailable")
+                unread += 1
+                found = ask("GET", f"/task/{created}/state?output=none")
+            task = found["task"]
+            reasons.add((task["status"], task["reason"] or ""))
+            if task["status"] == "finished":
+                break
+        # Not even those that become free now.
+        limit(daemon, resource.RLIMIT_NOFILE, 3)
+        with pytest.raises((OSError, HTTPException)):
+            daemon.get("/tasks")
+        go()
+        poll = f"/task/{number}/state?output=none&timeout=0.5"
+        assert ask("GET", poll) == {"changed": False}  # nobody can read how it ended
+        limit(daemon, resource.RLIMIT_NOFILE, usual)
+        assert ask("GET", f"/task/{number}/state")["task"]["exitCode"] == 3
+        assert {status for status, _ in reasons} == {"failed", "finished"}
+        assert any("Too many open files" in why for _, why in reasons)
+        assert unread > 0
+        wait_for(lambda: len(list(folder.iterdir())) <= len(used), "the same descriptors")
+    works(daemon)
+
+
+def test_no_more_processes(start: Start, tmp_path: Path) -> None:
+    """The task says so; what runs is not touched; later all goes on."""
+    user: tuple[str, ...] = ()
+    if os.geteuid() == 0:
+        # For root there is no such limit.
+        able = ("--inh-caps=+dac_override", "--ambient-caps=+dac_override")
+        user = ("setpriv", "--reuid=54321", "--clear-groups", *able)
+    program = (*user, sys.executable, "-m", "pulsar_api")
+    daemon = start("--command", SHELL, program=program)
+    number, go = waiter(daemon, tmp_path, "exit 3")
+    limits = Path(f"/proc/{daemon.process.pid}/limits").read_text()
+    found = re.search(r"^Max processes +(\w+)", limits, re.MULTILINE)
+    assert found is not None
+
+    def allow(processes: str) -> None:
+        pid = f"--pid={daemon.process.pid}"
+        subprocess.run([*user, "prlimit", pid, f"--nproc={processes}:"], check=True)
+
+    allow("0")
+    failed = daemon.ended(daemon.sh("true"))
+    assert failed["status"] == "failed"
+    assert "Resource temporarily unavailable" in failed["reason"]
+    assert daemon.task(number)["status"] == "running"
+    allow(found[1])
+    go()
+    assert daemon.ended(number)["exitCode"] == 3
+    works(daemon)
+
+
+def test_a_shim_that_is_killed(daemon: Daemon) -> None:
+    """Nobody can know how the task ended: that is said, and nothing of it runs on."""
+    for restart in (False, True):
+        number = daemon.sh("sleep 61 & setsid sleep 61 & echo ready; wait")
+        wait_for(lambda n=number: daemon.task(n)["output"], "the start")  # type: ignore[misc]
+        watcher = int(daemon.output_file(number).with_name("lock").read_text())
+        assert len(processes(daemon, number)) == 3
+        if restart:
+            daemon.kill()
+        os.kill(watcher, 9)
+        if restart:
+            daemon.start()
+        began = time.monotonic()
+        task = daemon.ended(number)
+        print(f"lost after {time.monotonic() - began:.2f} s")
+        assert task["status"] == "lost"
+        assert "left no result" in task["reason"] or "ended" in task["reason"]
+        assert processes(daemon, number) == []
+    works(daemon)
+
+
+def test_a_new_boot(daemon: Daemon, tmp_path: Path) -> None:
+    """All processes are gone and their numbers belong to others, whom nobody signals."""
+    number, _ = waiter(daemon, tmp_path, "exit 3")
+    lock = daemon.output_file(number).with_name("lock")
+    daemon.kill()
+    watcher = int(lock.read_text())
+    os.kill(watcher, 9)
+    for process in processes(daemon, number):
+        os.kill(process, 9)
+    wait_for(lambda: not processes(daemon, number), "the end of the task")
+    with subprocess.Popen(["/bin/sleep", "100"]) as stranger:
+        lock.write_text(f"{stranger.pid}\n")
+        daemon.start()
+        assert daemon.ended(number)["status"] == "lost"
+        assert daemon.post(f"/task/{number}/kill").status == 200
+        assert daemon.task(number)["output"] == "ready\n"
+        works(daemon)
+        assert stranger.poll() is None
+        stranger.kill()
+
+
+def test_an_upgrade_that_removes_the_files(start: Start, tmp_path: Path) -> None:
+    """Neither what runs nor what is started before the restart misses them."""
+    copy = tmp_path / "copy"
+    source = Path(pulsar_api.__file__).parent
+    for name in ("pulsar_api", "ssl", "twisted"):
+        shutil.copytree(source.parent / name, copy / name)
+    environ = {**os.environ, "PYTHONPATH": str(copy)}
+    daemon = start("--command", SHELL, environ=environ)
+    number, go = waiter(daemon, tmp_path, "echo more; exit 3")
+    shutil.rmtree(copy / "pulsar_api")
+    go()
+    assert daemon.ended(number)["exitCode"] == 3
+    assert daemon.task(number)["output"] == "ready\nmore\n"
+    works(daemon)
+
+
+def test_a_clock_that_jumps(start: Start, tmp_path: Path) -> None:
+    """Waiting is measured by a clock that never does."""
+    jump = tmp_path / "jump"
+    jump.write_text("0")
+    program = (
+        sys.executable,
+        "-c",
+        (
+            "import sys, time\n"
+            "real = time.time\n"
+            f"time.time = lambda: real() + float(open({str(jump)!r}).read() or 0)\n"
+            "from pulsar_api.__main__ import main\n"
+            "main()"
+        ),
+    )
+    options = ("--command", SHELL, "--poll-timeout=5", "--task-timeout=600")
+    daemon = start(*options, program=program)
+    number, go = waiter(daemon, tmp_path, "echo more; exit 3")
+    for seconds in ("-3600", "3600"):
+        jump.write_text(seconds)
+        answer = daemon.get(f"/task/{number}/output?timeout=0.2").json()
+        assert answer == {"changed": False}
+    jump.write_text("-3600")
+    go()
+    assert daemon.ended(number)["exitCode"] == 3
+    works(daemon)
