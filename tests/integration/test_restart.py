@@ -5,13 +5,16 @@ longer run than the usual one.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -24,7 +27,7 @@ import pulsar_api
 from pulsar_api.output import Output
 from pulsar_api.shim import STDERR, STDOUT
 from tests.integration.conftest import Script, Start
-from tests.integration.daemon import Daemon, Poll, wait_for
+from tests.integration.daemon import SHELL, Daemon, Poll, wait_for
 
 TIMES = int(os.environ.get("PULSAR_RESTARTS", "10"))
 
@@ -99,26 +102,59 @@ def check(daemon: Daemon, number: int, lines: int, shown: list[str]) -> None:
     assert "".join(shown).encode() == whole
 
 
-def test_a_daemon_that_is_killed_loses_nothing(fixed: Daemon, tmp_path: Path) -> None:
-    """At any moment: right exit code, every byte once, no gap for who follows."""
-    chance = random.Random(4)
+def again_and_again(
+    daemon: Daemon, folder: Path, chance: random.Random, restart: Callable[[], None]
+) -> None:
+    """Start a task, restart the daemon at some moment of it, and check; many times."""
     found_again: list[float] = []
     for _ in range(TIMES):
-        number = fixed.run("site", "prod", "count", folder=str(tmp_path), lines=400)
+        number = daemon.run("site", "prod", "count", folder=str(folder), lines=400)
         shown: list[str] = []
-        follower = Thread(target=follow, args=(fixed, number, shown))
+        follower = Thread(target=follow, args=(daemon, number, shown))
         follower.start()
         time.sleep(chance.uniform(0, 0.35))  # any moment is meant
+        restart()
+        began = time.monotonic()
+        # One that ended before its shim began waits again for a moment.
+        assert daemon.task(number)["status"] in {"created", "running", "failed"}
+        found_again.append(time.monotonic() - began)
+        check(daemon, number, 400, shown_by(follower, shown))
+    print(f"{TIMES} restarts, found again within {max(found_again) * 1000:.0f} ms")
+    assert max(found_again) < 30
+    assert zombies(daemon) == []
+
+
+def test_a_daemon_that_is_killed_loses_nothing(fixed: Daemon, tmp_path: Path) -> None:
+    """At any moment: right exit code, every byte once, no gap for who follows."""
+
+    def restart() -> None:
         fixed.kill()
         fixed.start()
-        began = time.monotonic()
-        # Killed before its shim began it waits again for a moment.
-        assert fixed.task(number)["status"] in {"created", "running", "failed"}
-        found_again.append(time.monotonic() - began)
-        check(fixed, number, 400, shown_by(follower, shown))
-    print(f"{TIMES} kills, found again within {max(found_again) * 1000:.0f} ms")
-    assert max(found_again) < 30
-    assert zombies(fixed) == []
+
+    again_and_again(fixed, tmp_path, random.Random(4), restart)
+
+
+def test_another_version_takes_over(fixed: Daemon, tmp_path: Path) -> None:
+    """SIGTERM to one version, then the start of another, in the middle of a task."""
+    copy = tmp_path / "other"
+    source = Path(pulsar_api.__file__).parent
+    for name in ("pulsar_api", "ssl", "twisted"):
+        shutil.copytree(source.parent / name, copy / name)
+    init = copy / "pulsar_api" / "__init__.py"
+    init.write_text('"""Another version."""\n\n__version__ = "99.0"\n')
+    usual = dict(fixed.environ)
+    versions = itertools.cycle([{**usual, "PYTHONPATH": str(copy)}, usual])
+
+    def restart() -> None:
+        fixed.process.terminate()
+        assert fixed.process.wait(60) == 0
+        fixed.environ = next(versions)
+        fixed.start()
+
+    again_and_again(fixed, tmp_path, random.Random(6), restart)
+    log = fixed.log.read_text()
+    for version in ("99.0", pulsar_api.__version__):
+        assert log.count(f"pulsar-api {version} listens") >= TIMES // 2
 
 
 def shown_by(follower: Thread, shown: list[str]) -> list[str]:
@@ -147,7 +183,7 @@ def test_twenty_tasks_at_once_survive(fixed: Daemon, tmp_path: Path) -> None:
         fixed.run("site", f"env{n}", "count", folder=str(tmp_path), lines=300)
         for n in range(20)
     ]
-    for _ in range(3):
+    for _ in range(max(3, TIMES // 10)):
         fixed.kill()
         fixed.start()
     for number in numbers:
@@ -156,41 +192,21 @@ def test_twenty_tasks_at_once_survive(fixed: Daemon, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("started-*"))) == 20
 
 
-def test_another_version_takes_over(fixed: Daemon, tmp_path: Path) -> None:
-    """SIGTERM to one version, then the start of another, in the middle of a task."""
-    copy = tmp_path / "other"
-    source = Path(pulsar_api.__file__).parent
-    shutil.copytree(source, copy / "pulsar_api")
-    shutil.copytree(source.parent / "ssl", copy / "ssl")
-    init = copy / "pulsar_api" / "__init__.py"
-    init.write_text('"""Another version."""\n\n__version__ = "99.0"\n')
-    shutil.copytree(source.parent / "twisted", copy / "twisted")
-    number = fixed.run("site", "prod", "count", folder=str(tmp_path), lines=1000)
-    shown: list[str] = []
-    follower = Thread(target=follow, args=(fixed, number, shown))
-    follower.start()
-    wait_for(lambda: len(shown) > 3, "some output")
-    fixed.process.terminate()
-    assert fixed.process.wait(60) == 0
-    fixed.environ["PYTHONPATH"] = str(copy)
-    fixed.start()
-    assert "pulsar-api 99.0 listens" in fixed.log.read_text()
-    # The old one is gone, with its shim's file: the task does not care.
-    check(fixed, number, 1000, shown_by(follower, shown))
-
-
-def test_who_waits_is_answered_before_a_stop(fixed: Daemon, script: Script) -> None:
-    """A long-poll gets its answer, not a broken connection."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_waits_is_answered_before_a_stop(
+    fixed: Daemon, script: Script, number: signal.Signals
+) -> None:
+    """A long-poll gets its answer, not a broken connection; the task runs on."""
     script("sleep", "#!/bin/sh\nexec sleep 60\n")
-    number = fixed.run("site", "prod", "sleep")
-    version = wait_for(
-        lambda: (t := fixed.task(number))["pid"] and t["version"], "the start"
-    )
-    paths = [f"/task/{number}/output?since={version}", f"/task/{number}/state"]
+    task = fixed.run("site", "prod", "sleep")
+    version = wait_for(lambda: (t := fixed.task(task))["pid"] and t["version"], "the start")
+    paths = [f"/task/{task}/output?since={version}", f"/task/{task}/state"]
     polls = [Poll(fixed, path) for path in (*paths, "/tasks/created")]
-    fixed.process.terminate()
+    fixed.process.send_signal(number)
     assert [poll.answer().json() for poll in polls] == [{"changed": False}] * 3
     assert fixed.process.wait(60) == 0
+    fixed.start()
+    assert fixed.task(task)["status"] == "running"
 
 
 def test_a_stopping_daemon_serves_all_but_new_tasks(
@@ -307,3 +323,44 @@ def test_an_operator_can_end_what_a_stopped_daemon_has_left(
     assert done.stdout == f"1 tasks are told to end: {number}\n"
     fixed.start()
     assert fixed.ended(number)["status"] == "killed"
+
+
+def test_fifty_clients_race_for_one_target(start: Start, tmp_path: Path) -> None:
+    """Never two tasks at once, in the order of their creation, also over a restart."""
+    daemon = start("--command", SHELL, "--max-running-per-target=1")
+    daemon.arguments[daemon.arguments.index("--port") + 1] = str(daemon.port)
+    order, lock = tmp_path / "order", tmp_path / "lock"
+    order.touch()
+    # The task proves it: who finds the folder was not alone.
+    run = f"mkdir {lock} || exit 9; echo $PULSAR_TASK_ID >> {order}; rmdir {lock}"
+    body = json.dumps({"action": "run", "variables": {"run": run}})
+    created: list[int] = []
+
+    def client(name: int) -> None:
+        for n in range(4):
+            headers = {
+                "Content-Type": "application/json",
+                "Idempotency-Key": f"{name}-{n}",
+            }
+            while True:
+                with suppress(OSError, HTTPException):
+                    answer = daemon.request("POST", "/site/prod", body, headers)
+                    if answer.status == 200:
+                        created.append(answer.json()["id"])
+                        break
+                    assert answer.status in {409, 503}
+                time.sleep(0.01)  # the daemon is away
+
+    clients = [Thread(target=client, args=(name,)) for name in range(50)]
+    for thread in clients:
+        thread.start()
+    wait_for(lambda: order.read_text().count("\n") >= 60, "some tasks")
+    daemon.kill()
+    daemon.start()
+    for thread in clients:
+        thread.join(120)
+        assert not thread.is_alive()
+    assert sorted(created) == list(range(1, 201))
+    for number in created:
+        assert daemon.ended(number)["exitCode"] == 0
+    assert [int(line) for line in order.read_text().split()] == sorted(created)
