@@ -263,7 +263,8 @@ def shown(command: Command) -> str:
 def _check_name(field: str, value: str, pattern: re.Pattern[str], limit: int) -> None:
     if len(value) > limit:
         raise InvalidInput(field, f"at most {limit} characters are allowed")
-    if not pattern.fullmatch(value) or ".." in value:
+    odd = any("\ud800" <= character <= "\udfff" for character in value)
+    if not pattern.fullmatch(value) or ".." in value or odd:
         raise InvalidInput(
             field, f"must match {pattern.pattern}, without two dots in a row"
         )

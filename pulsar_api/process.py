@@ -259,7 +259,11 @@ class _Following:
         return evolve(exit, good=Output(self._folder).last_line() == promised)
 
     def lost(self, why: str) -> Exit:
-        """Return the end of a run of which nobody can know how it ended."""
+        """Return the end of a run of which nobody can know how it ended.
+
+        Raises `OSError` if the folder of all runs is away: then nobody knows yet.
+        """
+        os.stat(self._folder.parent)
         size = Output(self._folder).size()
         return Exit(error=why, lost=True, output_size=size)
 
@@ -369,21 +373,23 @@ class ShimProtocol(_Following, ProcessProtocol):
             return
         if not self._ready:
             # Nobody will read it, and it may hold secrets.
-            (self._folder / "spec").unlink(missing_ok=True)
+            with suppress(OSError):
+                (self._folder / "spec").unlink()
         self._conclude(trouble.rpartition("\n")[2] or str(reason.value))
 
     def _conclude(self, why: str) -> None:
         try:
             exit = self.result()
+            if exit is None and self._ready:
+                lost = self.lost(f"The process that watched the command ended: {why}")
+                self.sweep(lost)
+                return
         except OSError as e:
             self.cannot_read(e)
-            self._clock.callLater(LOOK, self._conclude, why)
+            if self._sink is not None:
+                self._clock.callLater(LOOK, self._conclude, why)
             return
         if exit is None:
-            if self._ready:
-                exit = self.lost(f"The process that watched the command ended: {why}")
-                self.sweep(exit)
-                return
             error = f"cannot start the process that watches the command: {why}"
             exit = Exit(error=error)
         self._tell_end(exit)
@@ -455,7 +461,7 @@ class AdoptedRun(_Following):
         """Return whether no shim has begun, and if so make sure that none ever will."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         lock = self._folder / "lock"
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o700, exist_ok=True)
         with suppress(FileExistsError):
             os.close(os.open(lock, flags, 0o600))
         # A shim's lock has its number in it from the first moment on, ours is empty.

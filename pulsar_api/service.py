@@ -1,11 +1,13 @@
 """What can be done with tasks: create, find, list, kill; the queue; start and end."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
 
 from attrs import define, evolve, field, frozen
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from pulsar_api.changes import Changes
 from pulsar_api.command import Commands, shown
@@ -13,6 +15,7 @@ from pulsar_api.errors import (
     InvalidInput,
     KeyInFlight,
     KeyReused,
+    PulsarError,
     QueueFull,
     ShuttingDown,
     StoreUnavailable,
@@ -132,7 +135,10 @@ class TaskService:
             # version from before is answered at once.
             snapshot = evolve(found, revision=found.revision + _RESTART, pid=None)
             live = _Live(self, Task(self._clock, snapshot), snapshot)
-            if snapshot.status is Status.CREATED:
+            if snapshot.status is Status.CREATED and snapshot.killed_by is not None:
+                self._running[snapshot.id] = live
+                _own(self._killed_waiting(live))
+            elif snapshot.status is Status.CREATED:
                 self._waiting[snapshot.id] = live
             else:
                 self._adopt(live)
@@ -181,8 +187,12 @@ class TaskService:
 
         With a key that was used for the same task in the last 24 hours, return that one
         and start nothing. Raises `InvalidInput`, `KeyReused`, `KeyInFlight`, `QueueFull`,
-        `ShuttingDown` or `StoreUnavailable`; then nothing was recorded.
+        `ShuttingDown` or `StoreUnavailable`; then nothing was recorded. It goes on when
+        who asked does not wait any more.
         """
+        return await _shielded(self._create_once(spec, key))
+
+    async def _create_once(self, spec: TaskSpec, key: str | None) -> Task:
         if key is None:
             return await self._create(spec, None)
         if key in self._keys:
@@ -250,11 +260,17 @@ class TaskService:
         return None if found is None else self._current(found)
 
     async def kill(self, task_id: int, by: str) -> Task:
-        """End a task: its whole process tree, or its waiting. Of an ended one: nothing."""
+        """End a task: its whole process tree, or its waiting. Of an ended one: nothing.
+
+        It goes on when who asked does not wait any more.
+        """
+        return await _shielded(self._kill(task_id, by))
+
+    async def _kill(self, task_id: int, by: str) -> Task:
         live = self._waiting.get(task_id) or self._running.get(task_id)
         if live is None:
             return await self.find(task_id)
-        if not live.kill:
+        if not live.kill and not live.newest.status.ended:
             live.kill = True
             _log.info("Task {id}: kill asked for by {by}", id=task_id, by=by)
             if live.run is not None:
@@ -366,6 +382,9 @@ class TaskService:
         _log.info("Task {id} was never started and waits again", id=live.newest.id)
         await self._record(live, status=Status.CREATED, started_at=None)
         live.run = None
+        if live.kill:
+            await self._killed_waiting(live)
+            return
         self._running.pop(live.newest.id, None)
         waiting = {**self._waiting, live.newest.id: live}
         self._waiting = dict(sorted(waiting.items()))  # in its old place
@@ -468,6 +487,23 @@ def _judge(exit: Exit, killed_by: str | None) -> tuple[Status, str | None]:
         reason = "The exit code is 0, but the line that says so is not the last one."
         return Status.FAILED, reason
     return (Status.FINISHED if exit.code == 0 else Status.FAILED), None
+
+
+def _shielded(coroutine: Coroutine[Deferred[Any], Any, Task]) -> Deferred[Task]:
+    """Return a Deferred of a coroutine that goes on if the Deferred is cancelled.
+
+    A client may hang up between the record of a task and its start.
+    """
+    waiter: Deferred[Task] = Deferred()
+
+    def done(result: Task | Failure) -> None:
+        if not waiter.called:
+            waiter.callback(result)  # a Failure is an errback
+        elif isinstance(result, Failure) and not result.check(PulsarError):
+            _log.failure("A task could not be served", result)
+
+    Deferred.fromCoroutine(coroutine).addBoth(done)
+    return waiter
 
 
 def _own(coroutine: object) -> None:

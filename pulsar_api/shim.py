@@ -269,14 +269,22 @@ class Shim:
         end = (self.size - self.spec.limit // 2) // BLOCK * BLOCK
         if end < self.cut + self.cut_step:
             return
-        write_synced(self.folder, "cut.tmp", b"%d %d\n" % (self.head, end))
-        posix.rename("cut.tmp", "cut", src_dir_fd=self.folder, dst_dir_fd=self.folder)
+        self.announce_cut(end)
         if punch(self.output, self.cut, end):
             self.cut = end
         else:
             # The file system cannot do it: keep all rather than lose some unannounced.
-            posix.unlink("cut", dir_fd=self.folder)
+            # What was cut before stays announced.
             self.spec.limit = 0
+            if self.cut > self.head:
+                self.announce_cut(self.cut)
+            else:
+                posix.unlink("cut", dir_fd=self.folder)
+
+    def announce_cut(self, end: int) -> None:
+        """Say from where to where the output is cut."""
+        write_synced(self.folder, "cut.tmp", b"%d %d\n" % (self.head, end))
+        posix.rename("cut.tmp", "cut", src_dir_fd=self.folder, dst_dir_fd=self.folder)
 
     def tell(self, record: bytes) -> None:
         """Send news to the daemon, the newest if it reads slowly, none if it is gone."""

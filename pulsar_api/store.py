@@ -87,9 +87,10 @@ def _values(snapshot: TaskSnapshot) -> dict[str, object]:
     return {"id": snapshot.id, **{name: getattr(snapshot, name) for name in _COLUMNS}}
 
 
-def _trouble(error: sqlite3.Error) -> StoreUnavailable:
+def _trouble(error: Exception) -> StoreUnavailable:
     full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-    return StoreUnavailable(str(error), full=full)
+    text = str(error) or type(error).__name__
+    return StoreUnavailable(text, full=full)
 
 
 def _connect(path: Path, mode: str = "rw") -> sqlite3.Connection:
@@ -168,10 +169,7 @@ class _Thread:
             going = None not in batch
             jobs = [job for job in batch if job is not None]
             try:
-                there = _identity(self._path)
-                if there is None:
-                    # What is written into a file without a name is lost with us.
-                    raise sqlite3.OperationalError(f"{self._path} is gone")
+                there = self._there()
                 if db is not None and there != opened:
                     db.close()
                     db = None
@@ -179,7 +177,7 @@ class _Thread:
                     db = _connect(self._path)
                     opened = there
                 results = self._transaction(db, [job for job, _ in jobs])
-            except sqlite3.Error as e:
+            except Exception as e:  # noqa: BLE001 - whatever it is, who waits is told
                 results = [Failure(_trouble(e)) for _ in jobs]
                 if db is not None:
                     db.close()  # this also rolls back
@@ -190,6 +188,13 @@ class _Thread:
             db.close()
         self._from_thread(self._closed.callback, None)
 
+    def _there(self) -> tuple[int, int]:
+        found = _identity(self._path)
+        if found is None:
+            # What is written into a file without a name is lost with us.
+            raise sqlite3.OperationalError(f"{self._path} is gone")
+        return found
+
     @staticmethod
     def _transaction(db: sqlite3.Connection, jobs: list[_Job]) -> list[Any]:
         results: list[Any] = []
@@ -199,6 +204,10 @@ class _Thread:
                 results.append(job(db))
             except UnknownTask:
                 results.append(Failure())
+            except sqlite3.Error:
+                raise
+            except Exception as e:  # noqa: BLE001 - a row that makes no sense, and the like
+                results.append(Failure(_trouble(e)))
         db.execute("COMMIT")
         return results
 

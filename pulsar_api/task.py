@@ -144,7 +144,12 @@ class Task:
         self._printed = self.snapshot.output_size
 
     def announce(self, snapshot: TaskSnapshot) -> None:
-        """Make this the state of the task and wake whoever waits, at once."""
+        """Make this the state of the task and wake whoever waits, at once.
+
+        What has been printed since the snapshot was taken stays printed.
+        """
+        if snapshot.output_size < self.snapshot.output_size:
+            snapshot = evolve(snapshot, output_size=self.snapshot.output_size)
         self.snapshot = snapshot
         self._printed = max(self._printed, snapshot.output_size)
         if snapshot.status.ended:

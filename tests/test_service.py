@@ -733,3 +733,103 @@ def test_a_stop_does_not_wait_for_the_disk() -> None:
     world.clock.advance(RETRY)
     CASE.successResultOf(stopped)
     assert world.store.rows[2].status is Status.CREATED
+
+
+def test_a_client_that_goes_away_does_not_stop_what_it_asked_for(world: World) -> None:
+    """Between the record of a task and its start nobody has to wait for it."""
+    world.store.slow = True
+    asked = Deferred.fromCoroutine(world.service.create(SPEC, "k"))
+    asked.addErrback(lambda _: None)
+    asked.cancel()
+    world.store.finish()  # the record
+    world.store.finish()  # of the start
+    world.executor.run(1).start()
+    assert world.find(1).status is Status.RUNNING
+    world.store.slow = False
+    again = CASE.successResultOf(Deferred.fromCoroutine(world.service.create(SPEC, "k")))
+    assert again.snapshot.id == 1
+    assert len(world.executor.runs) == 1
+
+
+def test_a_client_that_goes_away_does_not_hide_a_refusal(world: World) -> None:
+    """A refusal nobody hears is no error of the daemon."""
+    world.store.slow = True
+    asked = Deferred.fromCoroutine(world.service.create(SPEC))
+    asked.addErrback(lambda _: None)
+    asked.cancel()
+    pending, world.store._pending = world.store._pending, []
+    pending[0].errback(StoreUnavailable("the fake is broken"))
+    world.store.slow = False
+    world.create(OTHER)
+
+
+def test_a_client_that_goes_away_does_not_stop_its_kill() -> None:
+    """Of a task that waits: it ends, and nobody waits for its place."""
+    world = limited(running=1)
+    world.create()
+    waiting = world.create()
+    world.store.slow = True
+    asked = Deferred.fromCoroutine(world.service.kill(2, "bob"))
+    asked.addErrback(lambda _: None)
+    asked.cancel()
+    world.store.finish()
+    assert waiting.snapshot.status is Status.KILLED
+    world.store.slow = False
+    world.executor.run(1).end(0)
+    CASE.successResultOf(Deferred.fromCoroutine(world.service.stop(0)))
+
+
+def test_a_kill_of_a_waiting_task_survives_a_restart() -> None:
+    """It was answered, so the task never starts."""
+    world = limited(running=1)
+    world.create()
+    world.create()
+    row = world.store.rows[2]
+    world.store.rows[2] = evolve(row, killed_by="bob", revision=row.revision + 1)
+    world.restart()
+    assert world.find(2).status is Status.KILLED
+    world.executor.run(1).end(0)
+    assert [run.task_id for run in world.executor.runs] == [1]
+
+
+def test_a_kill_while_a_task_is_put_back_is_not_forgotten(world: World) -> None:
+    """It does not wait for a free place to be ended."""
+    world.create()
+    world.store.slow = True
+    world.executor.run(1).end(error="never began", unstarted=True)
+    asked = Deferred.fromCoroutine(world.service.kill(1, "bob"))
+    while world.store._pending:
+        world.store.finish()
+    CASE.successResultOf(asked)
+    assert world.find(1).status is Status.KILLED
+    assert len(world.executor.runs) == 1
+
+
+def test_a_kill_while_the_end_is_recorded_changes_nothing(world: World) -> None:
+    """What has ended has ended."""
+    task = world.create()
+    world.executor.run(1).start()
+    world.store.slow = True
+    world.executor.run(1).end(0)
+    CASE.successResultOf(Deferred.fromCoroutine(world.service.kill(1, "bob")))
+    world.store.finish()
+    found = task.snapshot
+    assert (found.status, found.killed_by, found.reason) == (Status.FINISHED, None, None)
+
+
+def test_output_that_comes_during_a_record_is_not_taken_back(world: World) -> None:
+    """Neither the size nor the version ever goes back."""
+    task = world.create()
+    run = world.executor.run(1)
+    run.start()
+    run.sink.printed(100)  # type: ignore[union-attr]
+    run.deaf = True
+    world.store.slow = True
+    asked = Deferred.fromCoroutine(world.service.kill(1, "bob"))
+    run.sink.printed(5000)  # type: ignore[union-attr]
+    world.clock.advance(1)
+    before = task.snapshot.version
+    world.store.finish()
+    CASE.successResultOf(asked)
+    assert task.snapshot.output_size == 5000
+    assert task.snapshot.version > before

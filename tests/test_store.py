@@ -322,3 +322,20 @@ async def test_a_database_of_an_older_version_is_brought_up(tmp_path: Path) -> N
     assert found is not None
     assert found.id == 2
     await store.close()
+
+
+async def test_a_row_that_makes_no_sense_is_an_error_of_its_own(
+    sqlite: SQLiteStore, tmp_path: Path
+) -> None:
+    """Who asks for it is told; the others are served, and the threads live on."""
+    await sqlite.create(SPEC, 1.0)
+    await sqlite.create(SPEC, 2.0)
+    with sqlite3.connect(tmp_path / "tasks.db") as db:
+        db.execute("UPDATE task SET status = 'odd' WHERE id = 2")
+    db.close()
+    with pytest.raises(StoreUnavailable, match="odd"):
+        await sqlite.load(2)
+    assert (await sqlite.load(1)).id == 1
+    with pytest.raises(StoreUnavailable):
+        await sqlite.create(evolve(SPEC, action="\ud800"), 3.0)
+    assert (await sqlite.create(SPEC, 4.0)).id == 3

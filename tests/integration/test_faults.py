@@ -2,10 +2,13 @@
 
 import json
 import os
+import random
 import re
 import resource
 import shutil
+import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import time
@@ -168,15 +171,31 @@ if may_mount():  # else these tests do not exist: nothing else is full so truly
         works(daemon)
 
 
-def test_a_state_folder_that_is_gone(daemon: Daemon) -> None:
+def test_a_state_folder_that_is_gone(daemon: Daemon, tmp_path: Path) -> None:
     """No task is recorded where nobody would find it; nothing has to be restarted."""
     before = daemon.sh("echo before")
     daemon.ended(before)
     away = daemon.state.with_name("away")
+    adopted, let_adopted_go = waiter(daemon, tmp_path, "exit 4")
+    daemon.kill()
+    daemon.start()
+    number, go = waiter(daemon, tmp_path, "exit 3")
+    wait_for(lambda: daemon.task(adopted)["pid"], "the adoption")
     daemon.state.rename(away)
     refused(post(daemon))
+    go()
+    wait_for((away / "tasks" / str(number) / "exit").exists, "its end")
+    # What cannot be seen is not thought to be dead.
+    seen = daemon.log.read_text().count("Cannot read")
+    wait_for(
+        lambda: daemon.log.read_text().count("Cannot read") > seen + 4, "some more looks"
+    )
+    assert processes(daemon, adopted) != []
     away.rename(daemon.state)
     assert daemon.task(before)["output"] == "before\n"
+    assert daemon.ended(number)["exitCode"] == 3
+    let_adopted_go()
+    assert daemon.ended(adopted)["exitCode"] == 4
     works(daemon)
 
 
@@ -387,3 +406,21 @@ def test_a_clock_that_jumps(start: Start, tmp_path: Path) -> None:
     go()
     assert daemon.ended(number)["exitCode"] == 3
     works(daemon)
+
+
+def test_clients_that_hang_up(daemon: Daemon) -> None:
+    """Whatever was recorded is started, and a kill that was sent is done."""
+    chance = random.Random(7)
+    reset = struct.pack("ii", 1, 0)  # on, after 0 seconds (socket(7))
+    for n in range(60):
+        body = json.dumps({"action": "run", "variables": {"run": f"exit {n % 7}"}})
+        with daemon.open_socket() as sock:
+            head = f"POST /site/prod HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            head += "Content-Type: application/json\r\n\r\n"
+            sock.sendall((head + body).encode())
+            time.sleep(chance.uniform(0, 0.006))  # any moment is meant
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+    works(daemon)  # created after them
+    tasks = daemon.get("/tasks?limit=1000&output=none").json()["tasks"]
+    for number in tasks:
+        assert daemon.ended(int(number))["status"] in {"finished", "failed"}
