@@ -3,13 +3,16 @@
 import os
 from codecs import getincrementaldecoder
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
-from attrs import frozen
+from attrs import define, evolve, frozen
 
-from pulsar_api.shim import RECORD, STDERR, STDOUT
+from pulsar_api.shim import CLOCK, RECORD, STDERR, STDOUT, incomplete
 
 PIECE = 1 << 16
+_SKIPPED = 4096  # records after which a reader that has found nothing says so
+_PRINTED = frozenset({STDOUT, STDERR})
 _Decoder = getincrementaldecoder("utf-8")
 
 
@@ -94,8 +97,7 @@ class Output:
                 kept = piece[: max(0, hole_start - start)]
                 yield decoder.decode(kept, final=True)
                 decoder.reset()
-                begin = start + len(kept)
-                yield f"\n[bytes {begin} to {hole_end} were cut: --max-output-size]\n"
+                yield _marker(start + len(kept), hole_end)
                 start = hole_end
             elif piece:
                 yield decoder.decode(piece)
@@ -113,6 +115,52 @@ class Output:
                     yield Record.parse(data)
         except FileNotFoundError:
             return
+
+    def spans(self, start: int, end: int, first: int = 0) -> Iterator["Span"]:
+        """Yield which stream printed what, from ``start`` to ``end``, piece by piece.
+
+        ``first`` is the number of a record at or before the one of ``start``.
+        """
+        number = first
+        for number, record in enumerate(self.records(first), first):
+            if start >= end:
+                return
+            if record.code in _PRINTED and record.number > start:
+                stop = min(record.number, end)
+                yield Span(record.code, start, stop, number, record.at)
+                start = stop
+        if start < end:
+            # The shim was killed between the bytes and their record.
+            yield Span(None, start, end, number, 0)
+
+    def record_at(self, offset: int) -> int:
+        """Return the number of the record of the byte at ``offset``, or one before it."""
+        try:
+            fd = os.open(self.folder / "output.idx", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return 0
+        try:
+            low, high = 0, os.fstat(fd).st_size // RECORD
+            while low < high:
+                middle = found = (low + high) // 2
+                record = Record.parse(os.pread(fd, RECORD, found * RECORD))
+                while record.code not in _PRINTED and found + 1 < high:
+                    found += 1
+                    record = Record.parse(os.pread(fd, RECORD, found * RECORD))
+                if record.code not in _PRINTED or record.number > offset:
+                    high = middle
+                else:
+                    low = found + 1
+        finally:
+            os.close(fd)
+        return low
+
+    def began(self) -> float:
+        """Return when the shim began: seconds since the epoch, 0 if it is not known."""
+        for record in self.records():
+            if record.code == CLOCK:
+                return (record.number - record.at) / 1000
+        return 0.0
 
     def last_line(self, limit: int = 4096) -> bytes:
         """Return the last line of standard output; of a longer one, its last bytes."""
@@ -146,3 +194,132 @@ class Output:
                     at = first
         except FileNotFoundError:
             return
+
+
+def _marker(start: int, end: int) -> str:
+    return f"\n[bytes {start} to {end} were cut: --max-output-size]\n"
+
+
+@frozen
+class Span:
+    """A part of the output that one stream printed; None: nobody knows which."""
+
+    stream: int | None
+    start: int
+    end: int
+    record: int
+    """The number of the record that says so."""
+    at: int
+    """Milliseconds since the shim began."""
+
+
+@frozen
+class Chunk:
+    """Bytes of one stream, whole characters; of what was cut a line that says so."""
+
+    stream: int | None
+    start: int
+    data: bytes
+    at: int
+
+
+@define(eq=False)
+class Reader:
+    """Reads on from where it has got to, as the output grows.
+
+    ``offset`` and ``record`` together are a cursor: another reader that begins there reads
+    exactly what this one has not. With ``stream`` it gives that stream alone.
+    """
+
+    output: Output
+    offset: int = 0
+    record: int = 0
+    stream: int | None = None
+    timed: bool = False
+    """Whether each piece keeps its own time, where else neighbours are read as one."""
+
+    def read(self, end: int) -> Iterator[Chunk]:
+        """Yield what there is before ``end``, 64 KiB at a time.
+
+        Now and then a chunk without bytes, when much had to be passed over.
+        """
+        passed = 0
+        spans = self.output.spans(self.offset, end, self.record)
+        for span in spans if self.timed else _merged(spans):
+            if span.end <= self.offset:
+                continue  # it was cut
+            if self.stream is not None and span.stream not in {self.stream, None}:
+                self.offset, self.record = span.end, span.record
+                passed += 1
+                if passed % _SKIPPED == 0:
+                    yield Chunk(None, span.end, b"", span.at)
+                continue
+            while self.offset < span.end:
+                yield from self._read(span)
+
+    def _read(self, span: Span) -> Iterator[Chunk]:
+        start = self.offset
+        data = next(self.output.pieces(start, min(span.end, start + PIECE)), b"")
+        # Looked at after the read: what was cut meanwhile has been read as zeros.
+        hole_start, hole_end = self.output.cut()
+        if start < hole_end and start + len(data) > hole_start:
+            data = data[: max(0, hole_start - start)]
+            self.offset, self.record = hole_end, span.record
+            if data:
+                yield Chunk(span.stream, start, data, span.at)
+            start += len(data)
+            yield Chunk(None, start, _marker(start, hole_end).encode(), span.at)
+        elif data:
+            if start + len(data) < span.end:
+                data = data[: len(data) - incomplete(data)] or data
+            self.offset, self.record = start + len(data), span.record
+            yield Chunk(span.stream, start, data, span.at)
+        else:
+            # A power cut has taken bytes of which the index still knows.
+            self.offset, self.record = span.end, span.record
+
+
+def _merged(spans: Iterator[Span]) -> Iterator[Span]:
+    """Join neighbours of one stream, so that small pieces are read in large ones."""
+    last: Span | None = None
+    for span in spans:
+        if last is None:
+            last = span
+        elif last.stream == span.stream and span.end - last.start <= PIECE:
+            last = evolve(span, start=last.start, at=last.at)
+        else:
+            yield last
+            last = span
+    if last is not None:
+        yield last
+
+
+@define(eq=False)
+class Timed:
+    """Puts the time before each line: RFC 3339, UTC, milliseconds."""
+
+    output: Output
+    _fresh: bool = True
+    """Whether a line begins with the next byte."""
+    _began: float = 0.0
+
+    def dress(self, chunk: Chunk) -> bytes:
+        """Return the bytes of a chunk with the times in them."""
+        self._began = self._began or self.output.began()
+        moment = datetime.fromtimestamp(self._began + chunk.at / 1000, UTC)
+        stamp = f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03}Z ".encode()
+        lines = _lines(chunk.data)
+        result = b"".join(
+            (stamp if number or self._fresh else b"") + line
+            for number, line in enumerate(lines)
+        )
+        if lines:
+            self._fresh = lines[-1].endswith(b"\n")
+        return result
+
+
+def _lines(data: bytes) -> list[bytes]:
+    """Return the lines, with their ends; only a line feed ends one."""
+    lines = [line + b"\n" for line in data.split(b"\n")]
+    last = lines.pop()[:-1]
+    return [*lines, last] if last else lines

@@ -6,7 +6,7 @@ from typing import Protocol
 from attrs import frozen
 from twisted.internet.defer import Deferred
 
-from pulsar_api.task import Command, Exit, TaskQuery, TaskSnapshot, TaskSpec
+from pulsar_api.task import Command, Exit, News, TaskQuery, TaskSnapshot, TaskSpec
 
 
 @frozen
@@ -102,6 +102,19 @@ class TaskStore(Protocol):
 
     def after(self, task_id: int) -> Deferred[TaskSnapshot | None]:
         """Fire with the oldest task whose number is higher, or None."""
+
+    def last_change(self) -> Deferred[tuple[int, int]]:
+        """Fire with the numbers of the last change and of the newest task, at one moment.
+
+        0 if there was none.
+        """
+
+    def news(self, since: int, known: int, limit: int) -> Deferred[News]:
+        """Fire with what has been recorded since a change and a task: see `News`.
+
+        At most ``limit`` of each. Numbers of changes grow with each record, also over
+        restarts, and are never given again.
+        """
 
     def unfinished(self) -> Deferred[list[TaskSnapshot]]:
         """Fire with the tasks that have not ended, oldest first."""

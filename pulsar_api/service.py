@@ -26,6 +26,7 @@ from pulsar_api.task import (
     KEY_LIFE,
     Cause,
     Exit,
+    News,
     Status,
     Task,
     TaskQuery,
@@ -106,6 +107,8 @@ class TaskService:
     _limits: Limits
     created: Changes = field(init=False)
     """Its version is the number of the newest task."""
+    changed: Changes = field(init=False)
+    """Its version grows with each record; see `news`."""
     _waiting: dict[int, _Live] = field(factory=dict, init=False)
     _running: dict[int, _Live] = field(factory=dict, init=False)
     _creating: list[str] = field(factory=list, init=False)
@@ -117,6 +120,7 @@ class TaskService:
 
     def __attrs_post_init__(self) -> None:
         self.created = Changes(self._clock)
+        self.changed = Changes(self._clock)
         self._moved = Changes(self._clock)
 
     # -- from start to end of the daemon
@@ -176,6 +180,7 @@ class TaskService:
     def release(self) -> None:
         """Let everybody who waits for a change go, without one."""
         self.created.release()
+        self.changed.release()
         for live in (*self._waiting.values(), *self._running.values()):
             live.task.changes.release()
             live.task.end.release()
@@ -225,6 +230,7 @@ class TaskService:
         snapshot = evolve(snapshot, command=shown(command))
         live = _Live(self, Task(self._clock, snapshot), snapshot)
         self._waiting[snapshot.id] = live
+        self.changed.advance(self.changed.version + 1)
         _log.info("Task {id} created: {it}", id=snapshot.id, it=snapshot.command)
         self._schedule()
         self.created.advance(max(snapshot.id, self.created.version))
@@ -258,6 +264,14 @@ class TaskService:
             return None
         found = await self._store.after(task_id)
         return None if found is None else self._current(found)
+
+    async def last_change(self) -> tuple[int, int]:
+        """Return the numbers of the last record and of the newest task, at one moment."""
+        return await self._store.last_change()
+
+    async def news(self, since: int, known: int, limit: int) -> News:
+        """Return what has been recorded since a change and a task."""
+        return await self._store.news(since, known, limit)
 
     async def kill(self, task_id: int, by: str) -> Task:
         """End a task: its whole process tree, or its waiting. Of an ended one: nothing.
@@ -424,6 +438,7 @@ class TaskService:
                 _log.error("Cannot record task {id}: {e}", id=snapshot.id, e=e)
                 await self._pause()
             else:
+                self.changed.advance(self.changed.version + 1)
                 return
 
     def _pause(self) -> Deferred[None]:

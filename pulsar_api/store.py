@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 
 from pulsar_api.errors import StoreUnavailable, UnknownTask
 from pulsar_api.ports import Keep
-from pulsar_api.task import KEY_LIFE, Status, TaskQuery, TaskSnapshot, TaskSpec
+from pulsar_api.task import KEY_LIFE, News, Status, TaskQuery, TaskSnapshot, TaskSpec
 
 MAX_SIZE = 2**63 - 1
 
@@ -51,6 +51,10 @@ _SCHEMA = [
     """
     ALTER TABLE task ADD COLUMN idempotency_key TEXT;
     CREATE INDEX task_key ON task (idempotency_key) WHERE idempotency_key IS NOT NULL;
+    ALTER TABLE task ADD COLUMN change INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX task_change ON task (change);
+    CREATE TABLE counter (change INTEGER NOT NULL) STRICT;
+    INSERT INTO counter VALUES (0);
     """,
 ]
 
@@ -59,8 +63,8 @@ _COLUMNS = (
     "started_at ended_at output_size"
 ).split()
 _UPDATE = (
-    f"UPDATE task SET {', '.join(f'{name} = :{name}' for name in _COLUMNS)} "  # noqa: S608
-    "WHERE id = :id AND revision <= :revision"
+    f"UPDATE task SET {', '.join(f'{name} = :{name}' for name in _COLUMNS)}, "  # noqa: S608
+    "change = :change WHERE id = :id AND revision <= :revision"
 )
 
 
@@ -81,6 +85,13 @@ def _first(rows: Iterable[sqlite3.Row]) -> TaskSnapshot | None:
     for row in rows:
         return _snapshot(row)
     return None
+
+
+def _count(db: sqlite3.Connection) -> int:
+    """Return the number of the next change; it is never given again."""
+    rows = db.execute("UPDATE counter SET change = change + 1 RETURNING change")
+    number: int = rows.fetchone()[0]
+    return number
 
 
 def _values(snapshot: TaskSnapshot) -> dict[str, object]:
@@ -252,8 +263,8 @@ class SQLiteStore:
         def job(db: sqlite3.Connection) -> TaskSnapshot:
             cursor = db.execute(
                 "INSERT INTO task (revision, status, app, env, action, variables, user,"
-                " command, created_at, output_size, idempotency_key)"
-                " VALUES (1, ?, ?, ?, ?, ?, ?, '', ?, 0, ?)",
+                " command, created_at, output_size, idempotency_key, change)"
+                " VALUES (1, ?, ?, ?, ?, ?, ?, '', ?, 0, ?, ?)",
                 (
                     Status.CREATED,
                     spec.app,
@@ -263,6 +274,7 @@ class SQLiteStore:
                     spec.user,
                     created_at,
                     key,
+                    _count(db),
                 ),
             )
             assert cursor.lastrowid is not None
@@ -301,7 +313,7 @@ class SQLiteStore:
         values = _values(snapshot)
 
         def job(db: sqlite3.Connection) -> None:
-            db.execute(_UPDATE, values)
+            db.execute(_UPDATE, {**values, "change": _count(db)})
 
         return self._writer.do(job)
 
@@ -334,6 +346,27 @@ class SQLiteStore:
         """Fire with the oldest task whose number is higher, or None."""
         text = "SELECT * FROM task WHERE id > ? ORDER BY id LIMIT 1"
         return self._reader.do(lambda db: _first(db.execute(text, (task_id,))))
+
+    def last_change(self) -> Deferred[tuple[int, int]]:
+        """Fire with the numbers of the last change and of the newest task."""
+        text = "SELECT change, (SELECT coalesce(max(id), 0) FROM task) FROM counter"
+        return self._reader.do(lambda db: tuple(db.execute(text).fetchone()))
+
+    def news(self, since: int, known: int, limit: int) -> Deferred[News]:
+        """Fire with what has been recorded since a change and a task."""
+        new = "SELECT * FROM task WHERE id > ? ORDER BY id LIMIT ?"
+        changed = (
+            "SELECT * FROM task WHERE change > ? AND revision > 1 ORDER BY change LIMIT ?"
+        )
+
+        def job(db: sqlite3.Connection) -> News:
+            created = [_snapshot(row) for row in db.execute(new, (known, limit))]
+            if len(created) == limit:
+                return News(created, [])
+            rows = db.execute(changed, (since, limit))
+            return News(created, [(row["change"], _snapshot(row)) for row in rows])
+
+        return self._reader.do(job)
 
     def unfinished(self) -> Deferred[list[TaskSnapshot]]:
         """Fire with the tasks that have not ended, oldest first."""

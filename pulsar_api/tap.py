@@ -28,6 +28,7 @@ from pulsar_api.process import ShimExecutor
 from pulsar_api.service import Limits, TaskService
 from pulsar_api.settings import Settings
 from pulsar_api.store import SQLiteStore
+from pulsar_api.web.follow import FollowAPI
 from pulsar_api.web.origin import Origins
 from pulsar_api.web.pages import Pages, Root
 from pulsar_api.web.reply import problem
@@ -310,7 +311,9 @@ class Daemon(MultiService):
         await self.tasks.start()
         origins = Origins(s.public_url, frozenset({"*.pulsar.local"} if s.dev else ()))
         api = TaskAPI(self.tasks, tasks, self._reactor, origins, s.poll_timeout)
-        self.site.resource = Root(api.app.resource(), Pages().app.resource())
+        follow = FollowAPI(self.tasks, tasks, self._reactor, origins)
+        resources = (api.app, follow.app, Pages().app)
+        self.site.resource = Root(*(app.resource() for app in resources))
 
     def _cannot_start(self, failure: Any) -> None:
         _log.failure("The daemon cannot start", failure)

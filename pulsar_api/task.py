@@ -1,6 +1,6 @@
 """Tasks: what was asked for, how it stands, how it ended."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 from attrs import define, evolve, field, frozen
@@ -112,6 +112,23 @@ class TaskSnapshot:
     def version(self) -> int:
         """Grows with each change, also over a restart: both parts are on disk."""
         return self.revision + self.output_size
+
+    def as_created(self) -> "TaskSnapshot":
+        """Return the task as it was before anything happened to it."""
+        return TaskSnapshot(self.id, self.spec, self.created_at, command=self.command)
+
+
+@frozen
+class News:
+    """What somebody who follows all tasks has not seen yet, as it is on disk."""
+
+    created: Sequence[TaskSnapshot]
+    """The tasks that are new, by their number."""
+    changed: Sequence[tuple[int, TaskSnapshot]]
+    """Those that have changed after their creation, by the number of the last change.
+
+    Empty while there may be more new ones, so that no task changes before it is known.
+    """
 
 
 @frozen

@@ -164,6 +164,18 @@ def parse_seconds(query: Mapping[str, str], name: str, most: float) -> float:
     return seconds
 
 
+def parse_flag(query: Mapping[str, str], name: str) -> bool:
+    """Return a parameter that is 0 or 1; without it, no."""
+    return parse_choice(query, name, "0", ("0", "1")) == "1"
+
+
+def parse_cursor(text: str) -> tuple[int, ...]:
+    """Return the three numbers of an event's id."""
+    if not re.fullmatch(r"[0-9]{1,18}-[0-9]{1,18}-[0-9]{1,18}", text, re.ASCII):
+        raise InvalidInput("Last-Event-ID", "must be the id of an event of this stream")
+    return tuple(int(number) for number in text.split("-"))
+
+
 def parse_choice(
     query: Mapping[str, str], name: str, default: str, choices: tuple[str, ...]
 ) -> str:
@@ -225,7 +237,7 @@ def _time(seconds: float | None) -> str | None:
     return text.replace("+00:00", "Z")
 
 
-def _task_fields(snapshot: TaskSnapshot, base: str) -> dict[str, object]:
+def task_fields(snapshot: TaskSnapshot, base: str) -> dict[str, object]:
     spec = snapshot.spec
     return {
         "id": snapshot.id,
@@ -248,6 +260,12 @@ def _task_fields(snapshot: TaskSnapshot, base: str) -> dict[str, object]:
         "endedAt": _time(snapshot.ended_at),
         "url": task_url(base, snapshot.id),
     }
+
+
+def event(kind: str, cursor: Sequence[int], value: object) -> bytes:
+    """Return a server-sent event (HTML standard, 9.2): one line of JSON with an id."""
+    name = "-".join(map(str, cursor))
+    return b"event: %s\nid: %s\ndata: %s\n" % (kind.encode(), name.encode(), encode(value))
 
 
 def task_url(base: str, task_id: int) -> str:
@@ -289,7 +307,7 @@ def task_pieces(
     ``output`` stands last; ``outputOffset`` says at which byte it begins, where that is
     not the first.
     """
-    fields = _task_fields(snapshot, base)
+    fields = task_fields(snapshot, base)
     cut = output.cut()
     if cut != (0, 0):
         fields["outputCut"] = {"from": cut[0], "to": cut[1]}

@@ -13,6 +13,7 @@ from pulsar_api.task import (
     Cause,
     Command,
     Exit,
+    News,
     TaskQuery,
     TaskSnapshot,
     TaskSpec,
@@ -32,6 +33,9 @@ class MemoryStore:
     _pending: list[Deferred[None]] = field(factory=list)
 
     keys: dict[str, int] = field(factory=dict)
+    changes: dict[int, int] = field(factory=dict)
+    """The number of each task's last change."""
+    count: int = 0
 
     def create(
         self, spec: TaskSpec, created_at: float, key: str | None = None
@@ -43,6 +47,7 @@ class MemoryStore:
             self.keys[key] = self.last
         snapshot = TaskSnapshot(self.last, spec, created_at)
         self.rows[self.last] = snapshot
+        self._count(self.last)
         return self._written().addCallback(lambda _: snapshot)
 
     def by_key(self, key: str, since: float) -> Deferred[TaskSnapshot | None]:
@@ -89,7 +94,27 @@ class MemoryStore:
             return fail(StoreUnavailable("the fake is broken"))
         if self.rows[snapshot.id].revision <= snapshot.revision:
             self.rows[snapshot.id] = snapshot
+            self._count(snapshot.id)
         return self._written()
+
+    def last_change(self) -> Deferred[tuple[int, int]]:
+        return succeed((self.count, max(self.rows, default=0)))
+
+    def news(self, since: int, known: int, limit: int) -> Deferred[News]:
+        created = [row for number, row in self.rows.items() if number > known][:limit]
+        if len(created) == limit:
+            return succeed(News(created, []))
+        numbers = sorted((change, task_id) for task_id, change in self.changes.items())
+        changed = [
+            (change, self.rows[task_id])
+            for change, task_id in numbers
+            if change > since and task_id in self.rows and self.rows[task_id].revision > 1
+        ]
+        return succeed(News(created, changed[:limit]))
+
+    def _count(self, task_id: int) -> None:
+        self.count += 1
+        self.changes[task_id] = self.count
 
     def load(self, task_id: int) -> Deferred[TaskSnapshot]:
         if self.broken:

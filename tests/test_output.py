@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pulsar_api import shim
-from pulsar_api.output import PIECE, Output, Record
+from pulsar_api.output import PIECE, Chunk, Output, Reader, Record, Timed
 
 Piece = tuple[int, bytes]
 """Something that was printed: the stream and the bytes."""
@@ -266,3 +266,96 @@ def test_two_streams_never_cut_into_each_others_characters(
     assert set(held.values()) == {b""}
     output = printed(folder, pieces)
     assert sorted("".join(output.text(0, output.size()))) == sorted("".join(texts))
+
+
+# -- reading on
+
+
+@given(pieces=PIECES, steps=st.lists(st.integers(0, 40), max_size=6), timed=st.booleans())
+def test_a_reader_goes_on_where_another_has_stopped(
+    folder: Path, pieces: Sequence[Piece], steps: list[int], *, timed: bool
+) -> None:
+    """Whatever was known of the size meanwhile; every byte once, with its stream."""
+    output = printed(folder, pieces)
+    size = output.size()
+    found: dict[int | None, bytes] = {shim.STDOUT: b"", shim.STDERR: b""}
+    cursor = (0, 0)
+    for end in [*sorted(min(step, size) for step in steps), size]:
+        reader = Reader(output, *cursor, timed=timed)
+        for chunk in reader.read(end):
+            assert chunk.start + len(chunk.data) == reader.offset
+            found[chunk.stream] += chunk.data
+        cursor = (reader.offset, reader.record)
+    expected = {
+        code: b"".join(data for stream, data in pieces if stream == code)
+        for code in (shim.STDOUT, shim.STDERR)
+    }
+    assert found == expected
+    for code, text in expected.items():
+        one = Reader(output, stream=code)
+        assert b"".join(chunk.data for chunk in one.read(size)) == text
+
+
+@given(pieces=PIECES)
+def test_a_record_is_found_by_its_offset(folder: Path, pieces: Sequence[Piece]) -> None:
+    """To read from there gives what a reader from the beginning gives from there."""
+    output = printed(folder, pieces)
+    size = output.size()
+    whole = (folder / "output").read_bytes()
+    for offset in range(size + 1):
+        reader = Reader(output, offset, output.record_at(offset))
+        assert b"".join(chunk.data for chunk in reader.read(size)) == whole[offset:]
+
+
+def test_neighbours_of_one_stream_are_read_as_one(folder: Path) -> None:
+    """A thousand small pieces are one answer; where their times count they are not."""
+    output = printed(folder, [(shim.STDOUT, b"x\n")] * 1000)
+    assert len(list(Reader(output).read(2000))) == 1
+    assert len(list(Reader(output, timed=True).read(2000))) == 1000
+
+
+def test_bytes_without_a_record_are_of_no_known_stream(folder: Path) -> None:
+    """As a shim that was killed leaves them; they are not lost."""
+    output = printed(folder, [(shim.STDOUT, b"one\n")])
+    with (folder / "output").open("ab") as file:
+        file.write(b"two\n")
+    found = [(chunk.stream, chunk.data) for chunk in Reader(output).read(8)]
+    assert found == [(shim.STDOUT, b"one\n"), (None, b"two\n")]
+    one = Reader(output, stream=shim.STDERR)
+    assert b"".join(chunk.data for chunk in one.read(8)) == b"two\n"
+
+
+def test_an_index_that_knows_more_than_there_is_ends(folder: Path) -> None:
+    """After a power cut: what is there is read, and nobody waits for the rest."""
+    output = printed(folder, [(shim.STDOUT, b"one\n"), (shim.STDERR, b"two\n")])
+    (folder / "output").write_bytes(b"one\n")
+    reader = Reader(output)
+    assert b"".join(chunk.data for chunk in reader.read(8)) == b"one\n"
+    assert reader.offset == 8
+
+
+def test_a_reader_that_passes_over_much_says_so(folder: Path) -> None:
+    """So that nobody is held up by an index of millions of records."""
+    output = printed(folder, [(shim.STDOUT, b"x"), (shim.STDERR, b"y")] * 9000)
+    chunks = list(Reader(output, stream=shim.STDERR, timed=True).read(18000))
+    assert sum(not chunk.data for chunk in chunks) == 2
+    assert b"".join(chunk.data for chunk in chunks) == b"y" * 9000
+
+
+def test_a_large_piece_is_cut_between_characters(folder: Path) -> None:
+    """64 KiB at a time, and each can be decoded by itself."""
+    text = "ä€😀" * 20_000
+    output = printed(folder, [(shim.STDOUT, text.encode())])
+    chunks = list(Reader(output).read(output.size()))
+    assert len(chunks) == 3
+    assert "".join(chunk.data.decode() for chunk in chunks) == text
+
+
+def test_times_stand_before_each_line(folder: Path) -> None:
+    """Of a line in several pieces the time of its begin."""
+    output = printed(folder, [(shim.STDOUT, b"one\ntwo"), (shim.STDOUT, b" more\n\nx")])
+    timed = Timed(output)
+    text = b"".join(timed.dress(c) for c in Reader(output, timed=True).read(16)).decode()
+    day = "2023-11-14T22:13:20"
+    assert text == f"{day}.000Z one\n{day}.000Z two more\n{day}.001Z \n{day}.001Z x"
+    assert Timed(output, fresh=False).dress(Chunk(1, 4, b"two\n", 0)) == b"two\n"

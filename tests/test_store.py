@@ -196,6 +196,28 @@ async def test_reserved_numbers_are_given_to_nobody(store: TaskStore) -> None:
     assert (await store.create(SPEC, 0.0)).id == 21
 
 
+async def test_news_are_what_was_recorded_since(store: TaskStore) -> None:
+    """New tasks first, then changes in their order; each once, and none is passed over."""
+    assert await store.last_change() == (0, 0)
+    first = await store.create(SPEC, 0.0)
+    second = await store.create(SPEC, 0.0)
+    assert (await store.news(0, 0, 10)).created == [first, second]
+    change, known = await store.last_change()
+    assert known == 2
+    third = await store.create(SPEC, 0.0)
+    for task, revision in ((third, 2), (first, 2), (third, 3)):
+        await store.save(evolve(task, revision=revision))
+    found = await store.news(change, known, 10)
+    assert found.created == [evolve(third, revision=3)]
+    assert [(task.id, task.revision) for _, task in found.changed] == [(1, 2), (3, 3)]
+    # Not before all that is new is known.
+    assert (await store.news(change, 0, 2)).changed == []
+    rest = await store.news(found.changed[0][0], 3, 10)
+    assert rest.created == []
+    assert [task.id for _, task in rest.changed] == [3]
+    assert await store.last_change() == (found.changed[-1][0], 3)
+
+
 async def test_numbers_are_never_used_again(tmp_path: Path) -> None:
     """Not even after the newest row is gone and the database was closed."""
     path = tmp_path / "tasks.db"

@@ -49,9 +49,10 @@ class Root(Resource):
 
     isLeaf = True
 
-    def __init__(self, api: IResource, pages: IResource) -> None:
+    def __init__(self, api: IResource, follow: IResource, pages: IResource) -> None:
         super().__init__()
         self._api = api
+        self._follow = follow
         self._pages = pages
 
     def render(self, request: Request) -> bytes | int:
@@ -76,6 +77,11 @@ class Root(Resource):
         if not known or not request.path.startswith(b"/"):
             detail = "This method or target is not understood."
             return problem(request, 400, "malformed", "Bad Request", detail)
-        ours = segments[0] in {b"", b"web", b"pulsar"}
-        answer: bytes | int = (self._pages if ours else self._api).render(request)
+        answer: bytes | int = self._for(segments).render(request)
         return answer
+
+    def _for(self, segments: list[bytes]) -> IResource:
+        if segments[0] in {b"", b"web", b"pulsar"}:
+            return self._pages
+        of_task = segments[0] == b"task" and segments[2:3] in ([b"log"], [b"events"])
+        return self._follow if of_task or segments[0] == b"events" else self._api

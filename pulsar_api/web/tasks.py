@@ -66,7 +66,7 @@ class TaskAPI:
 
     @app.route("/tasks", methods=["GET"])
     async def list_tasks(self, request: Request) -> bytes:
-        query = _query(request)
+        query = query_of(request)
         wanted = wire.parse_task_query(query)
         how = wire.parse_choice(query, "output", "tail", _OUTPUTS)
         found = await self.service.list(wanted)
@@ -90,7 +90,7 @@ class TaskAPI:
 
     @app.route("/tasks/created", methods=["GET"])
     async def created(self, request: Request) -> bytes:
-        query = _query(request)
+        query = query_of(request)
         created = self.service.created
         since = wire.parse_number(query, "since", created.version, MAX_ID)
         how = wire.parse_choice(query, "output", "full", _OUTPUTS)
@@ -110,7 +110,8 @@ class TaskAPI:
     async def create(self, request: Request, app: str, env: str) -> bytes:
         self.origins.check(request)
         body = request.content.read() if request.content is not None else b""
-        asked = wire.parse_new_task(header(request, "content-type"), body, _query(request))
+        kind = header(request, "content-type")
+        asked = wire.parse_new_task(kind, body, query_of(request))
         spec = TaskSpec(app, env, asked.action, asked.variables)
         key = wire.parse_key(request.requestHeaders.getRawHeaders("idempotency-key"))
         snapshot = (await self.service.create(spec, key)).snapshot
@@ -123,7 +124,7 @@ class TaskAPI:
 
     @app.route("/task/<number>", methods=["GET"])
     async def task(self, request: Request, number: str) -> bytes:
-        how = wire.parse_choice(_query(request), "output", "full", _OUTPUTS)
+        how = wire.parse_choice(query_of(request), "output", "full", _OUTPUTS)
         task = await self._find(number)
         task.refresh()
         snapshot = task.snapshot
@@ -135,7 +136,7 @@ class TaskAPI:
 
     @app.route("/task/<number>/output", methods=["GET"])
     async def output(self, request: Request, number: str) -> bytes:
-        query = _query(request)
+        query = query_of(request)
         task = await self._find(number)
         seen = wire.parse_number(query, "since", task.changes.version, MAX_ID)
         offset = wire.parse_number(query, "offset", -1, MAX_ID)
@@ -157,7 +158,7 @@ class TaskAPI:
 
     @app.route("/task/<number>/state", methods=["GET"])
     async def state(self, request: Request, number: str) -> bytes:
-        query = _query(request)
+        query = query_of(request)
         task = await self._find(number)
         seen = wire.parse_number(query, "since", task.changes.version, MAX_ID)
         how = wire.parse_choice(query, "output", "full", _OUTPUTS)
@@ -171,7 +172,7 @@ class TaskAPI:
 
     @app.route("/task/<number>/kill", methods=["GET", "POST"])
     async def kill(self, request: Request, number: str) -> bytes:
-        how = wire.parse_choice(_query(request), "output", "full", _OUTPUTS)
+        how = wire.parse_choice(query_of(request), "output", "full", _OUTPUTS)
         self.origins.check(request)
         task = await self._find(number)
         if request.method != b"HEAD":  # which promises to change nothing
@@ -183,9 +184,7 @@ class TaskAPI:
     # -- what they share
 
     async def _find(self, number: str) -> Task:
-        if not (number.isascii() and number.isdigit() and len(number) < 20):
-            raise UnknownTask(number[:100])
-        return await self.service.find(int(number))
+        return await find(self.service, number)
 
     def _output(self, snapshot: TaskSnapshot) -> Output:
         return Output(self.folder / str(snapshot.id))
@@ -226,6 +225,13 @@ class TaskAPI:
         return reply(request, body)
 
 
+async def find(service: TaskService, number: str) -> Task:
+    """Return the task of a path's segment, or raise `UnknownTask`."""
+    if not (number.isascii() and number.isdigit() and len(number) < 20):
+        raise UnknownTask(number[:100])
+    return await service.find(int(number))
+
+
 async def _respond(request: Request, pieces: Iterable[bytes], size: int) -> bytes:
     """Answer at once if it is small, else as fast as the client reads."""
     if size <= _SMALL:
@@ -233,7 +239,8 @@ async def _respond(request: Request, pieces: Iterable[bytes], size: int) -> byte
     return await stream(request, iter(pieces))
 
 
-def _query(request: Request) -> dict[str, str]:
+def query_of(request: Request) -> dict[str, str]:
+    """Return the parameters of the URL."""
     return wire.parse_query(request.uri.partition(b"?")[2])
 
 

@@ -1,0 +1,338 @@
+"""Following: the raw log of a task, and events of one task or of all, as they come."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from attrs import frozen
+from klein import Klein
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IPushProducer, IReactorTime
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+from twisted.web.server import Request
+from werkzeug.http import parse_range_header
+from zope.interface import implementer
+
+from pulsar_api import wire
+from pulsar_api.changes import Changes
+from pulsar_api.output import Chunk, Output, Reader, Timed
+from pulsar_api.service import MAX_ID, TaskService
+from pulsar_api.shim import STDERR, STDOUT
+from pulsar_api.task import COALESCE, Task
+from pulsar_api.web.origin import Origins
+from pulsar_api.web.reply import handle_errors, header, not_modified, problem
+from pulsar_api.web.tasks import find, query_of
+
+_log = Logger()
+
+PING = 15.0
+"""Seconds of silence after which an event stream says that it is alive."""
+
+_BATCH = 100  # tasks that are read at a time
+_STREAMS = {"stdout": STDOUT, "stderr": STDERR}
+_NAMES = {code: name for name, code in _STREAMS.items()}
+_LOG = "text/plain; charset=utf-8"
+_EVENTS = "text/event-stream"
+
+
+def _new_app() -> Klein:
+    app = Klein()
+    app.url_map.strict_slashes = False
+    app.url_map.merge_slashes = False
+    handle_errors(app)
+    return app
+
+
+@frozen(eq=False)
+class FollowAPI:
+    """The routes for those who want to see it live."""
+
+    app: ClassVar[Klein] = _new_app()
+
+    service: TaskService
+    folder: Path
+    """Where the output of task 47 is in the folder ``47``."""
+    clock: IReactorTime
+    origins: Origins
+
+    @app.route("/task/<number>/log", methods=["GET"])
+    async def log(self, request: Request, number: str) -> bytes:
+        query = query_of(request)
+        follow = wire.parse_flag(query, "follow")
+        times = wire.parse_flag(query, "times")
+        stream = None
+        if "stream" in query:
+            stream = _STREAMS[wire.parse_choice(query, "stream", "", tuple(_STREAMS))]
+        task = await find(self.service, number)
+        task.refresh()
+        output = Output(self.folder / str(task.snapshot.id))
+        size = task.snapshot.output_size
+        start = wire.parse_number(query, "offset", 0, MAX_ID)
+        if "tail" in query:
+            start = max(0, size - wire.parse_number(query, "tail", 0, MAX_ID))
+        start = min(start, size)
+        request.setHeader("Content-Type", _LOG)
+        request.setHeader("Cache-Control", "no-cache")
+        request.setHeader("X-Content-Type-Options", "nosniff")
+        if not (follow or times or stream or output.cut() != (0, 0)):
+            return await self._whole(request, output, start, size)
+        if "tail" in query:
+            start = output.character_start(start)
+        request.setHeader("X-Accel-Buffering", "no")
+        if request.method == b"HEAD":
+            return b""
+        record = output.record_at(start) if start else 0
+        reader = Reader(output, start, record, stream, timed=times)
+        dress: Callable[[Chunk], bytes] = _bytes
+        if times:
+            dress = Timed(output, _begins_line(output, start)).dress
+        return await self._stream(request, task, reader, dress, follow=follow)
+
+    async def _whole(
+        self, request: Request, output: Output, start: int, size: int
+    ) -> bytes:
+        """Answer with what there is, or the part of it that is asked for (RFC 9110, 14)."""
+        etag = f'"{size}"'
+        if not_modified(request, etag):
+            return b""
+        request.setHeader("Accept-Ranges", "bytes")
+        length = size - start
+        first, end = 0, length
+        wanted = parse_range_header(header(request, "range"))
+        condition = header(request, "if-range")
+        usable = wanted is not None and wanted.units == "bytes" and len(wanted.ranges) == 1
+        if wanted is not None and usable and condition in {"", etag}:
+            found = wanted.range_for_length(length)
+            if found is None:
+                request.setHeader("Content-Range", f"bytes */{length}")
+                detail = f"There are {length} bytes so far; ask for some of them."
+                title = "Range not satisfiable"
+                return problem(request, 416, "range-not-satisfiable", title, detail)
+            first, end = found
+            request.setResponseCode(206)
+            request.setHeader("Content-Range", f"bytes {first}-{end - 1}/{length}")
+        request.setHeader("Content-Length", str(end - first))
+        if request.method == b"HEAD" or first == end:
+            return b""
+        outlet = Outlet(request, self.clock)
+        return await outlet.send_all(_uncut(output, start + first, start + end))
+
+    async def _stream(
+        self,
+        request: Request,
+        task: Task,
+        reader: Reader,
+        dress: Callable[[Chunk], bytes],
+        *,
+        follow: bool,
+    ) -> bytes:
+        outlet = Outlet(request, self.clock)
+        while True:
+            seen, snapshot = task.changes.version, task.snapshot
+            for chunk in outlet.reading(reader.read(snapshot.output_size)):
+                await outlet.write(dress(chunk))
+            if snapshot.status.ended or not follow:
+                return outlet.end()
+            if await task.changes.after(seen) == seen:
+                await outlet.break_off()
+
+    @app.route("/task/<number>/events", methods=["GET"])
+    async def events(self, request: Request, number: str) -> bytes:
+        query = query_of(request)
+        task = await find(self.service, number)
+        task.refresh()
+        output = Output(self.folder / str(task.snapshot.id))
+        cursor = _cursor(request, query)
+        if cursor is not None:
+            offset, record, revision = cursor
+            if task.snapshot.status.ended and cursor[::2] == (
+                task.snapshot.output_size,
+                task.snapshot.revision,
+            ):
+                # All is told. By this an EventSource knows not to come again.
+                request.setResponseCode(204)
+                return b""
+        else:
+            revision = 0
+            offset = wire.parse_number(query, "offset", 0, MAX_ID)
+            offset = output.character_start(min(offset, task.snapshot.output_size))
+            record = output.record_at(offset) if offset else 0
+        _begin_events(request)
+        if request.method == b"HEAD":
+            return b""
+        base = self.origins.base(request)
+        reader = Reader(output, offset, record)
+        outlet = Outlet(request, self.clock)
+        await outlet.write(b"retry: 1000\n\n")
+        while True:
+            seen, snapshot = task.changes.version, task.snapshot
+            if snapshot.revision != revision and not snapshot.status.ended:
+                revision = snapshot.revision
+                place = (reader.offset, reader.record, revision)
+                fields = wire.task_fields(snapshot, base)
+                await outlet.write(wire.event("state", place, fields))
+            for chunk in outlet.reading(reader.read(snapshot.output_size)):
+                place = (reader.offset, reader.record, revision)
+                await outlet.write(_output_event(chunk, place))
+            if snapshot.status.ended:
+                place = (snapshot.output_size, reader.record, snapshot.revision)
+                fields = wire.task_fields(snapshot, base)
+                await outlet.write(wire.event("end", place, fields))
+                return outlet.end()
+            await outlet.wait(task.changes, seen)
+
+    @app.route("/events", methods=["GET"])
+    async def all_events(self, request: Request) -> bytes:
+        cursor = _cursor(request, query_of(request))
+        _begin_events(request)
+        if request.method == b"HEAD":
+            return b""
+        if cursor is None:
+            change, known = await self.service.last_change()
+        else:
+            change, known, _ = cursor
+        base = self.origins.base(request)
+        changed = self.service.changed
+        outlet = Outlet(request, self.clock)
+        await outlet.write(b"retry: 1000\n\n")
+        while True:
+            seen = changed.version
+            news = await self.service.news(change, known, _BATCH)
+            for snapshot in news.created:
+                known = snapshot.id
+                fields = wire.task_fields(snapshot.as_created(), base)
+                await outlet.write(wire.event("created", (change, known, 0), fields))
+            for change, snapshot in news.changed:
+                fields = wire.task_fields(snapshot, base)
+                await outlet.write(wire.event("state", (change, known, 0), fields))
+            if max(len(news.created), len(news.changed)) < _BATCH:
+                await outlet.wait(changed, seen)
+                # Of much that happens at once each stream asks a few times a second.
+                await deferLater(self.clock, COALESCE)
+
+
+def _cursor(request: Request, query: dict[str, str]) -> tuple[int, ...] | None:
+    text = header(request, "last-event-id") or query.get("lastEventId", "")
+    return wire.parse_cursor(text) if text else None
+
+
+def _begin_events(request: Request) -> None:
+    request.setHeader("Content-Type", _EVENTS)
+    request.setHeader("Cache-Control", "no-store")
+    request.setHeader("X-Content-Type-Options", "nosniff")
+    request.setHeader("X-Accel-Buffering", "no")
+
+
+def _output_event(chunk: Chunk, place: tuple[int, ...]) -> bytes:
+    if not chunk.data:
+        return b""
+    name = None if chunk.stream is None else _NAMES[chunk.stream]
+    text = chunk.data.decode("utf-8", "replace")
+    return wire.event(
+        "output", place, {"offset": chunk.start, "stream": name, "text": text}
+    )
+
+
+def _bytes(chunk: Chunk) -> bytes:
+    return chunk.data
+
+
+def _begins_line(output: Output, offset: int) -> bool:
+    return offset == 0 or b"".join(output.pieces(offset - 1, offset)) == b"\n"
+
+
+def _uncut(output: Output, start: int, end: int) -> Iterable[bytes]:
+    """Yield bytes; raise OSError if they are being cut meanwhile, as zeros were read."""
+    for piece in output.pieces(start, end):
+        hole_start, hole_end = output.cut()
+        if start < hole_end and start + len(piece) > hole_start:
+            raise OSError("the output was cut while it was sent")
+        start += len(piece)
+        yield piece
+    if start < end:
+        raise OSError("the output is shorter than was known")
+
+
+@implementer(IPushProducer)
+class Outlet:
+    """Writes to one client no faster than it reads; holds back nothing meanwhile."""
+
+    def __init__(self, request: Request, clock: IReactorTime) -> None:
+        self._request = request
+        self._clock = clock
+        self._paused = False
+        self._room: Deferred[None] | None = None
+        request.registerProducer(self, True)
+        # The head goes at once: who follows sees that it is being followed.
+        request.write(b"")
+
+    def pauseProducing(self) -> None:
+        """The client reads more slowly than we write."""
+        self._paused = True
+
+    def resumeProducing(self) -> None:
+        """It has read what there was."""
+        self._paused = False
+        room, self._room = self._room, None
+        if room is not None:
+            room.callback(None)
+
+    def stopProducing(self) -> None:
+        """The client is gone; Klein cancels the handler."""
+
+    async def write(self, data: bytes) -> None:
+        """Write, and wait until there is room for more; of nothing wait a turn."""
+        if data:
+            self._request.write(data)
+        else:
+            await deferLater(self._clock, 0)
+        while self._paused:
+            self._room = Deferred()
+            await self._room
+
+    def reading(self, chunks: Iterable[Chunk]) -> Iterable[Chunk]:
+        """Pass chunks on; if one cannot be read, cut the connection."""
+        try:
+            yield from chunks
+        except OSError as e:
+            self._cut(e)
+            raise
+
+    async def send_all(self, pieces: Iterable[bytes]) -> bytes:
+        """Write piece by piece, and end."""
+        try:
+            for piece in pieces:
+                await self.write(piece)
+        except OSError as e:
+            self._cut(e)
+            await Deferred()
+        return self.end()
+
+    def end(self) -> bytes:
+        """Be done; what is left of the answer is Klein's."""
+        self._request.unregisterProducer()
+        return b""
+
+    async def wait(self, changes: Changes, seen: int) -> None:
+        """Wait for another version; meanwhile say now and then that we are alive."""
+        while True:
+            change = changes.after(seen)
+            version = await change.addTimeout(PING, self._clock, lambda *_: -1)
+            if version == seen:
+                await self.break_off()
+            if version >= 0:
+                return
+            await self.write(b":\n\n")
+
+    async def break_off(self) -> None:
+        """Hang up without an end: the daemon stops, and this was not all."""
+        transport: Any = self._request.transport
+        transport.loseConnection()
+        await Deferred()
+
+    def _cut(self, error: OSError) -> None:
+        # Half an answer must not look whole.
+        _log.error("Cannot read for {uri}: {e}", uri=self._request.uri, e=error)
+        transport: Any = self._request.transport
+        transport.abortConnection()
