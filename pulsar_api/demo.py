@@ -46,8 +46,11 @@ def run(reactor: Any, action: str, *, once: bool) -> Deferred[None]:
 async def _run(reactor: Any, action: str, *, once: bool) -> None:
     folder = Path(tempfile.mkdtemp(prefix="pulsar-demo-"))
     tap.steady(reactor)
-    daemon = _daemon(reactor, folder)
-    daemon.privilegedStartService()
+    try:
+        daemon = _listening(reactor, folder)
+    except CannotListen:
+        # Somebody else, perhaps another demonstration, has the usual port.
+        daemon = _listening(reactor, folder, port=0)
     daemon.startService()
 
     async def stop() -> None:
@@ -87,8 +90,9 @@ Ctrl-C ends the demonstration and removes what it made."""
     await Deferred()
 
 
-def _daemon(reactor: Any, folder: Path) -> tap.Daemon:
+def _listening(reactor: Any, folder: Path, **more: object) -> tap.Daemon:
     given: dict[str, object] = {
+        **more,
         "dev": True,
         "state-dir": str(folder / "state"),
         "command": "scripts",
@@ -98,13 +102,10 @@ def _daemon(reactor: Any, folder: Path) -> tap.Daemon:
     }
     environ: Mapping[str, str] = {**os.environ, "DEMO_SITE": str(folder / "site")}
     wanted = settings.load(given, environ)
-    try:
-        tap.check(wanted, own_files=True)
-    except CannotListen:
-        # Somebody else, perhaps another demonstration, has the usual port.
-        wanted = settings.load({**given, "port": 0}, environ)
-        tap.check(wanted, own_files=True)
-    return tap.Daemon(reactor, wanted, environ)
+    tap.check(wanted, own_files=True)
+    daemon = tap.Daemon(reactor, wanted, environ)
+    daemon.privilegedStartService()
+    return daemon
 
 
 def _client(reactor: Any, certificate: bytes) -> HTTPClient:
