@@ -68,6 +68,20 @@ class KeyInFlight(PulsarError):
         return f"The first request with the Idempotency-Key {self.key!r} is under way."
 
 
+@frozen
+class NotRestartable(PulsarError):
+    """A task that has not failed is not started again."""
+
+    task_id: int
+    status: str
+
+    def __str__(self) -> str:
+        return (
+            f"Task {self.task_id} is {self.status}; only one that has failed, was killed "
+            "or is lost is started again. Create a new one."
+        )
+
+
 class ShuttingDown(PulsarError):
     """The daemon is about to end and takes no new tasks."""
 

@@ -116,6 +116,12 @@ class Output:
         except FileNotFoundError:
             return
 
+    def stdout(self, end: int, start: int = 0) -> Iterator[str]:
+        """Yield the text of standard output alone, from ``start`` to before ``end``."""
+        record = self.record_at(start) if start else 0
+        for chunk in Reader(self, start, record, STDOUT).read(end):
+            yield chunk.data.decode("utf-8", "replace")
+
     def spans(self, start: int, end: int, first: int = 0) -> Iterator["Span"]:
         """Yield which stream printed what, from ``start`` to ``end``, piece by piece.
 

@@ -339,8 +339,9 @@ class SQLiteStore:
         }
         used = {text: value for text, value in wanted.items() if value is not None}
         where = " AND ".join(used) or "1"
-        text = f"SELECT * FROM task WHERE {where} ORDER BY id DESC LIMIT ?"  # noqa: S608
-        return self._rows(text, *used.values(), query.limit)
+        text = f"SELECT * FROM task WHERE {where} ORDER BY id DESC"  # noqa: S608
+        limits = query.limit, query.offset
+        return self._rows(f"{text} LIMIT ? OFFSET ?", *used.values(), *limits)
 
     def after(self, task_id: int) -> Deferred[TaskSnapshot | None]:
         """Fire with the oldest task whose number is higher, or None."""

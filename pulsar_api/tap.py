@@ -28,11 +28,14 @@ from pulsar_api.process import ShimExecutor
 from pulsar_api.service import Limits, TaskService
 from pulsar_api.settings import Settings
 from pulsar_api.store import SQLiteStore
+from pulsar_api.web.feed import Feed
 from pulsar_api.web.follow import FollowAPI
+from pulsar_api.web.jobs import JobAPI
 from pulsar_api.web.origin import Origins
 from pulsar_api.web.pages import Pages, Root
 from pulsar_api.web.reply import problem
 from pulsar_api.web.site import BoundedSite
+from pulsar_api.web.sockjs import SockJS
 from pulsar_api.web.tasks import TaskAPI
 
 _log = Logger()
@@ -266,6 +269,7 @@ class Daemon(MultiService):
         for service in self.listeners:
             self.addService(service)
         self.tasks: TaskService | None = None
+        self._sockjs: SockJS | None = None
 
     def startService(self) -> None:
         """Open the state, take up the tasks, and then serve."""
@@ -310,10 +314,18 @@ class Daemon(MultiService):
         )
         await self.tasks.start()
         origins = Origins(s.public_url, frozenset({"*.pulsar.local"} if s.dev else ()))
-        api = TaskAPI(self.tasks, tasks, self._reactor, origins, s.poll_timeout)
+        feed = Feed(self.tasks, tasks, self._reactor)
+        api = TaskAPI(self.tasks, tasks, self._reactor, origins, s.poll_timeout, feed)
         follow = FollowAPI(self.tasks, tasks, self._reactor, origins)
-        resources = (api.app, follow.app, Pages().app)
-        self.site.resource = Root(*(app.resource() for app in resources))
+        jobs = JobAPI(self.tasks, tasks, origins, feed)
+        self._sockjs = SockJS(feed, self._reactor, origins)
+        self.site.resource = Root(
+            api.app.resource(),
+            follow.app.resource(),
+            jobs.app.resource(),
+            self._sockjs.resource(),
+            Pages().app.resource(),
+        )
 
     def _cannot_start(self, failure: Any) -> None:
         _log.failure("The daemon cannot start", failure)
@@ -326,6 +338,8 @@ class Daemon(MultiService):
         if self.tasks is not None:
             await self.tasks.stop(self._settings.drain_timeout)
             self.tasks.release()
+        if self._sockjs is not None:
+            self._sockjs.release()
         # What was answered has to leave before the connections are cut.
         until = self._reactor.seconds() + 1
         while self.site.serving and self._reactor.seconds() < until:

@@ -141,6 +141,8 @@ class TaskQuery:
     app: str | None = None
     env: str | None = None
     user: str | None = None
+    offset: int = 0
+    """How many of them are passed over."""
 
 
 @define(eq=False)

@@ -66,6 +66,12 @@ class NewTask:
 
     action: str
     variables: Mapping[str, str]
+    wait: bool = False
+    """Whether the answer shall come with the end of the task (release 0.6)."""
+
+
+_REFUSED = frozenset({"shell", "invoke"})
+"""What release 0.6 did not run, asked for by ``task``: it would be any command."""
 
 
 def parse_new_task(content_type: str, body: bytes, query: Mapping[str, str]) -> NewTask:
@@ -78,12 +84,26 @@ def parse_new_task(content_type: str, body: bytes, query: Mapping[str, str]) -> 
         fields = _form(body)
     elif body or kind:
         raise UnsupportedMedia(content_type[:100])
-    action = fields.get("action", query.get("action"))
+    name = "task" if "task" in fields and "action" not in fields else "action"
+    action = fields.get(name, query.get("action"))
     if action is None:
         raise InvalidInput("action", "is missing; say which action to run")
     if not isinstance(action, str):
-        raise InvalidInput("action", "must be a text")
-    return NewTask(action.strip(" \t"), _variables(fields.get("variables", {})))
+        raise InvalidInput(name, "must be a text")
+    action = action.strip(" \t")
+    if name == "task" and action.partition("[")[0] in _REFUSED:
+        raise InvalidInput("task", f"{action.partition('[')[0]} is not run")
+    variables = "taskVariables" if "variables" not in fields else "variables"
+    wait = fields.get("wait", False)
+    if wait not in (True, False, "true", "false") or isinstance(wait, int | float) != (
+        isinstance(wait, bool)
+    ):
+        raise InvalidInput("wait", "must be true or false")
+    return NewTask(
+        action,
+        _variables(variables, fields.get(variables, {})),
+        wait in (True, "true"),
+    )
 
 
 def parse_key(given: Sequence[str] | None) -> str | None:
@@ -101,15 +121,15 @@ def parse_key(given: Sequence[str] | None) -> str | None:
 
 def _form(body: bytes) -> dict[str, Any]:
     fields: dict[str, Any] = {}
-    variables: dict[str, str] = {}
     for name, value in _fields("body", body).items():
-        if name.startswith("variables[") and name.endswith("]"):
-            variables[name[len("variables[") : -1]] = value
-        else:
+        found = re.fullmatch(r"(variables|taskVariables)\[(.*)\]", name, re.DOTALL)
+        if name in {"variables", "taskVariables"}:
+            raise InvalidInput(name, f"in a form write {name}[key]=value")
+        if found is None:
             fields[name] = value
-    if "variables" in fields:
-        raise InvalidInput("variables", "in a form write variables[key]=value")
-    return {**fields, "variables": variables}
+        else:
+            fields.setdefault(found[1], {})[found[2]] = value
+    return fields
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
@@ -126,20 +146,19 @@ def _json_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _variables(value: object) -> dict[str, str]:
+def _variables(name: str, value: object) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise InvalidInput("variables", "must be an object")
+        raise InvalidInput(name, "must be an object")
     result = {}
     for key, item in value.items():
         if isinstance(item, bool) or not isinstance(item, str | int | float):
-            where = f"variables.{key[:100]}"
-            raise InvalidInput(where, "must be a text or a number")
+            raise InvalidInput(f"{name}.{key[:100]}", "must be a text or a number")
         if isinstance(item, float) and not math.isfinite(item):
-            raise InvalidInput(f"variables.{key[:100]}", "is too large a number")
+            raise InvalidInput(f"{name}.{key[:100]}", "is too large a number")
         try:
             result[key] = str(item)
         except ValueError:
-            raise InvalidInput(f"variables.{key[:100]}", "has too many digits") from None
+            raise InvalidInput(f"{name}.{key[:100]}", "has too many digits") from None
     return result
 
 
@@ -315,7 +334,46 @@ def task_pieces(
         fields["outputOffset"] = part.start
     head = json.dumps(fields, ensure_ascii=False)
     yield f'{head[:-1]}, "output": "'.encode()
-    for text in output.text(part.start, part.end):
-        if text:
-            yield json.dumps(text, ensure_ascii=False)[1:-1].encode()
+    yield from map(_escaped, output.text(part.start, part.end))
     yield b'"}'
+
+
+# -- the jobs of release 0.6
+
+
+def job_fields(snapshot: TaskSnapshot) -> dict[str, object]:
+    """Return a task as that release showed it, without what it printed."""
+    spec = snapshot.spec
+    status = "FAILED" if snapshot.status is Status.LOST else snapshot.status.value.upper()
+    if snapshot.killed_by is not None and not snapshot.status.ended:
+        status = "KILLING"
+    variables = [f"-s {key}={value}" for key, value in spec.variables.items()]
+    return {
+        "id": snapshot.id,
+        "status": status,
+        "timestamp": int(snapshot.created_at * 1000),
+        "exitCode": snapshot.exit_code,
+        "pid": snapshot.pid,
+        "command": " ".join([spec.app, spec.env, spec.action, *variables]),
+        "args": {
+            "app": spec.app,
+            "env": spec.env,
+            "task": spec.action,
+            "taskVariables": dict(spec.variables),
+        },
+    }
+
+
+def job_pieces(snapshot: TaskSnapshot, output: Output) -> Iterator[bytes]:
+    """Yield the JSON of a job piece by piece; nothing of it is held."""
+    head = json.dumps(job_fields(snapshot), ensure_ascii=False)
+    size = snapshot.output_size
+    yield f'{head[:-1]}, "stdout": "'.encode("utf-8", "replace")
+    yield from map(_escaped, output.stdout(size))
+    yield b'", "output": "'
+    yield from map(_escaped, output.text(0, size))
+    yield b'"}'
+
+
+def _escaped(text: str) -> bytes:
+    return json.dumps(text, ensure_ascii=False)[1:-1].encode()

@@ -140,7 +140,7 @@ class MemoryStore:
             return query.before is None or row.id < query.before
 
         found = [row for row in reversed(self.rows.values()) if fits(row)]
-        return succeed(found[: query.limit])
+        return succeed(found[query.offset :][: query.limit])
 
     def after(self, task_id: int) -> Deferred[TaskSnapshot | None]:
         found = [row for number, row in self.rows.items() if number > task_id]

@@ -49,10 +49,19 @@ class Root(Resource):
 
     isLeaf = True
 
-    def __init__(self, api: IResource, follow: IResource, pages: IResource) -> None:
+    def __init__(
+        self,
+        api: IResource,
+        follow: IResource,
+        jobs: IResource,
+        sockjs: IResource,
+        pages: IResource,
+    ) -> None:
         super().__init__()
+        self._sockjs = sockjs
         self._api = api
         self._follow = follow
+        self._jobs = jobs
         self._pages = pages
 
     def render(self, request: Request) -> bytes | int:
@@ -83,5 +92,9 @@ class Root(Resource):
     def _for(self, segments: list[bytes]) -> IResource:
         if segments[0] in {b"", b"web", b"pulsar"}:
             return self._pages
+        if segments[0] == b"websocket":
+            return self._sockjs
+        if segments[0] in {b"job", b"jobs"}:
+            return self._jobs
         of_task = segments[0] == b"task" and segments[2:3] in ([b"log"], [b"events"])
         return self._follow if of_task or segments[0] == b"events" else self._api

@@ -19,6 +19,7 @@ from pulsar_api.errors import UnknownTask
 from pulsar_api.output import Output
 from pulsar_api.service import MAX_ID, TaskService
 from pulsar_api.task import Task, TaskSnapshot, TaskSpec
+from pulsar_api.web.feed import Feed
 from pulsar_api.web.origin import Origins
 from pulsar_api.web.reply import handle_errors, header, not_modified, reply, stream
 from pulsar_api.wire import Part
@@ -60,6 +61,8 @@ class TaskAPI:
     clock: IReactorTime
     origins: Origins
     poll_timeout: float = 30.0
+    feed: Feed | None = None
+    """Who is told which task's POST is being answered."""
     _shared: OrderedDict[tuple[object, ...], bytes] = field(factory=OrderedDict)
 
     # -- tasks
@@ -86,7 +89,7 @@ class TaskAPI:
             ),
             [b"}}\n"],
         )
-        return await _respond(request, pieces, sum(part.size for part in parts))
+        return await respond(request, pieces, sum(part.size for part in parts))
 
     @app.route("/tasks/created", methods=["GET"])
     async def created(self, request: Request) -> bytes:
@@ -114,11 +117,21 @@ class TaskAPI:
         asked = wire.parse_new_task(kind, body, query_of(request))
         spec = TaskSpec(app, env, asked.action, asked.variables)
         key = wire.parse_key(request.requestHeaders.getRawHeaders("idempotency-key"))
-        snapshot = (await self.service.create(spec, key)).snapshot
-        request.setHeader("Location", f"/task/{snapshot.id}")
-        url = wire.task_url(self.origins.base(request), snapshot.id)
-        answer = {"taskId": snapshot.id, "id": snapshot.id, "url": url}
-        return reply(request, wire.encode(answer))
+        task = await self.service.create(spec, key)
+        number = task.snapshot.id
+        if self.feed is not None:
+            self.feed.hold(number, request)
+        request.setHeader("Location", f"/task/{number}")
+        url = wire.task_url(self.origins.base(request), number)
+        answer = wire.encode({"taskId": number, "id": number, "url": url})
+        if not asked.wait:
+            return reply(request, answer)
+        if not task.snapshot.status.ended:
+            # Who goes away meanwhile stops the waiting, not the task.
+            await task.end.after(0)
+        job = wire.job_pieces(task.snapshot, self._output(task.snapshot))
+        pieces = chain([answer[:-2], b', "data": '], job, [b"}\n"])
+        return await respond(request, pieces, task.snapshot.output_size)
 
     # -- one task
 
@@ -132,7 +145,7 @@ class TaskAPI:
             return b""
         part = Part.chosen(how, snapshot, self._output(snapshot))
         pieces = self._pieces(snapshot, self.origins.base(request), part)
-        return await _respond(request, chain(pieces, [b"\n"]), part.size)
+        return await respond(request, chain(pieces, [b"\n"]), part.size)
 
     @app.route("/task/<number>/output", methods=["GET"])
     async def output(self, request: Request, number: str) -> bytes:
@@ -176,10 +189,10 @@ class TaskAPI:
         self.origins.check(request)
         task = await self._find(number)
         if request.method != b"HEAD":  # which promises to change nothing
-            task = await self.service.kill(task.snapshot.id, _caller(request))
+            task = await self.service.kill(task.snapshot.id, caller(request))
         part = Part.chosen(how, task.snapshot, self._output(task.snapshot))
         pieces = self._pieces(task.snapshot, self.origins.base(request), part)
-        return await _respond(request, chain(pieces, [b"\n"]), part.size)
+        return await respond(request, chain(pieces, [b"\n"]), part.size)
 
     # -- what they share
 
@@ -214,7 +227,7 @@ class TaskAPI:
             [b"}\n"],
         )
         if part.size > _SMALL:
-            return await _respond(request, pieces, part.size)
+            return await respond(request, pieces, part.size)
         # Thousands may wait for the same change: build their answer once.
         key = (snapshot.id, snapshot.version, base, part, offset)
         body = self._shared.get(key)
@@ -232,7 +245,7 @@ async def find(service: TaskService, number: str) -> Task:
     return await service.find(int(number))
 
 
-async def _respond(request: Request, pieces: Iterable[bytes], size: int) -> bytes:
+async def respond(request: Request, pieces: Iterable[bytes], size: int) -> bytes:
     """Answer at once if it is small, else as fast as the client reads."""
     if size <= _SMALL:
         return reply(request, b"".join(pieces))
@@ -244,6 +257,6 @@ def query_of(request: Request) -> dict[str, str]:
     return wire.parse_query(request.uri.partition(b"?")[2])
 
 
-def _caller(request: Request) -> str:
+def caller(request: Request) -> str:
     """Return who asks, as well as it is known without authentication."""
     return getattr(request.getClientAddress(), "host", None) or "a local user"

@@ -1,0 +1,87 @@
+"""The API of release 0.6: the same tasks, called jobs, for the clients of those days."""
+
+from itertools import chain
+from pathlib import Path
+from typing import ClassVar
+
+from attrs import frozen
+from klein import Klein
+from twisted.web.server import Request
+
+from pulsar_api import wire
+from pulsar_api.errors import NotRestartable
+from pulsar_api.output import Output
+from pulsar_api.service import TaskService
+from pulsar_api.task import Status, TaskQuery
+from pulsar_api.web.feed import Feed
+from pulsar_api.web.origin import Origins
+from pulsar_api.web.reply import handle_errors, reply
+from pulsar_api.web.tasks import caller, find, query_of, respond
+
+_MOST_PAGES = 1_000_000
+
+
+def _new_app() -> Klein:
+    app = Klein()
+    app.url_map.strict_slashes = False
+    app.url_map.merge_slashes = False
+    handle_errors(app)
+    return app
+
+
+@frozen(eq=False)
+class JobAPI:
+    """The routes of release 0.6 that are not those of the document."""
+
+    app: ClassVar[Klein] = _new_app()
+
+    service: TaskService
+    folder: Path
+    """Where the output of task 47 is in the folder ``47``."""
+    origins: Origins
+    feed: Feed
+
+    @app.route("/jobs", methods=["GET"])
+    async def jobs(self, request: Request) -> bytes:
+        query = query_of(request)
+        page = wire.parse_number(query, "currentPage", 0, _MOST_PAGES)
+        size = wire.parse_number(query, "pageSize", 10, wire.MAX_LIST)
+        found = await self.service.list(TaskQuery(limit=size, offset=page * size))
+        pieces = chain(
+            [b"["],
+            *(
+                chain(
+                    [b", " if place else b""],
+                    wire.job_pieces(task, Output(self.folder / str(task.id))),
+                )
+                for place, task in enumerate(found)
+            ),
+            [b"]\n"],
+        )
+        return await respond(request, pieces, 2 * sum(task.output_size for task in found))
+
+    @app.route("/job/<number>", methods=["GET"])
+    async def job(self, request: Request, number: str) -> bytes:
+        task = (await find(self.service, number)).snapshot
+        pieces = wire.job_pieces(task, Output(self.folder / str(task.id)))
+        return await respond(request, chain(pieces, [b"\n"]), 2 * task.output_size)
+
+    @app.route("/job/<number>/kill", methods=["POST"])
+    async def kill(self, request: Request, number: str) -> bytes:
+        self.origins.check(request)
+        task = await find(self.service, number)
+        await self.service.kill(task.snapshot.id, caller(request))
+        return reply(request, b"OK", kind="text/plain; charset=utf-8")
+
+    @app.route("/job/<number>/restart", methods=["POST"])
+    async def restart(self, request: Request, number: str) -> bytes:
+        """Start a new task of the same kind; the old one stays what it is."""
+        self.origins.check(request)
+        old = (await find(self.service, number)).snapshot
+        if old.status not in {Status.FAILED, Status.KILLED, Status.LOST}:
+            raise NotRestartable(old.id, old.status)
+        new = (await self.service.create(old.spec)).snapshot
+        self.feed.hold(new.id, request)
+        request.setHeader("Location", f"/task/{new.id}")
+        url = wire.task_url(self.origins.base(request), new.id)
+        return reply(request, wire.encode({"id": new.id, "url": url}))

@@ -1,0 +1,460 @@
+"""The API of release 0.6: REST, SockJS, and the client that was published for it."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wsproto import ConnectionType, WSConnection
+from wsproto.events import (
+    AcceptConnection,
+    BytesMessage,
+    CloseConnection,
+    Request,
+    TextMessage,
+)
+
+from tests.integration.conftest import Start
+from tests.integration.daemon import PATIENCE, SHELL, Answer, Daemon, problem, wait_for
+
+JOBS = int(os.environ.get("PULSAR_JOBS", "20"))
+NPM = Path(__file__).parents[1] / "npm"
+JOB = set("id status timestamp exitCode pid command args stdout output".split())
+
+
+@pytest.fixture
+def daemon(start: Start) -> Iterator[Daemon]:
+    """Return a daemon that runs lines of shell; its log must stay free of tracebacks."""
+    daemon = start("--command", SHELL, "--kill-grace=1")
+    yield daemon
+    assert "Traceback" not in daemon.log.read_text()
+
+
+def create(daemon: Daemon, run: str, **more: object) -> dict[str, Any]:
+    """Create a job as the clients of that release do."""
+    value = {"task": "run", "taskVariables": {"run": run}, **more}
+    answer = daemon.post("/site/production", value)
+    assert answer.status == 200, answer.body
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def job(daemon: Daemon, number: int) -> dict[str, Any]:
+    """Return a job."""
+    found: dict[str, Any] = daemon.get(f"/job/{number}").json()
+    return found
+
+
+# -- REST
+
+
+def test_a_job_is_a_task(daemon: Daemon) -> None:
+    """The same number, in the words of that release; stdout has no stderr in it."""
+    created = create(daemon, "echo out; echo err >&2; exit 3")
+    assert created["id"] == created["taskId"]
+    assert created["url"].endswith(f"/web#job/{created['id']}")
+    assert "data" not in created
+    daemon.ended(created["id"])
+    found = job(daemon, created["id"])
+    assert set(found) == JOB
+    assert (found["status"], found["exitCode"]) == ("FAILED", 3)
+    assert (found["stdout"], found["output"]) == ("out\n", "out\nerr\n")
+    assert found["command"].startswith("site production run -s run=echo out")
+    assert found["args"]["task"] == "run"
+    assert 1e12 < found["timestamp"] < 1e13
+    assert daemon.get("/job/99").status == 404
+
+
+def test_who_wants_to_wait_is_answered_at_the_end(daemon: Daemon) -> None:
+    """With the job; also a failure is a 200. A form says it in another way."""
+    created = create(daemon, "sleep 0.1; echo done; exit 3", wait=True)
+    assert (created["data"]["status"], created["data"]["stdout"]) == ("FAILED", "done\n")
+    form = "task=run&wait=true&taskVariables[run]=echo+form"
+    kind = {"Content-Type": "application/x-www-form-urlencoded"}
+    answer = daemon.request("POST", "/site/production", form, kind)
+    assert answer.json()["data"]["stdout"] == "form\n"
+
+
+def test_who_waits_may_go_away(daemon: Daemon, tmp_path: Path) -> None:
+    """The job goes on."""
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    value = {"task": "run", "taskVariables": {"run": f"read x < {go}; echo end"}}
+    with closing(daemon.connect()) as connection:
+        body = json.dumps({**value, "wait": True})
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/site/production", body, headers)
+        wait_for(lambda: daemon.get("/task/1").status == 200, "the task")
+    go.write_text("go\n")
+    assert daemon.ended(1)["exitCode"] == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"task": "shell"}, "task"),
+        ({"task": "invoke"}, "task"),
+        ({"task": "invoke[a,b]"}, "task"),
+        ({"task": 5}, "task"),
+        ({"task": "run", "taskVariables": []}, "taskVariables"),
+        ({"task": "run", "taskVariables": {"a": True}}, "taskVariables.a"),
+        ({"task": "run", "taskVariables": {"a": None}}, "taskVariables.a"),
+        ({"task": "run", "taskVariables": {"a": []}}, "taskVariables.a"),
+        ({"task": "run", "taskVariables": {"a b": "c"}}, "variables.a b"),
+        ({"task": "run", "wait": "perhaps"}, "wait"),
+        ({"task": "run", "wait": 1}, "wait"),
+        ({"taskVariables": {}}, "action"),
+    ],
+)
+def test_what_that_release_refused_is_refused(
+    daemon: Daemon, body: dict[str, object], field: str
+) -> None:
+    """And nothing is started."""
+    problem(daemon.post("/site/production", body), 400, field)
+    assert daemon.get("/jobs").json() == []
+
+
+def test_numbers_and_empty_texts_are_variables(daemon: Daemon) -> None:
+    """An empty one ended that release's daemon."""
+    value = {"task": "run", "taskVariables": {"run": "", "n": 5, "f": 1.5}, "wait": True}
+    answer = daemon.post("/site/production", value)
+    assert answer.json()["data"]["status"] == "FINISHED"
+    assert answer.json()["data"]["args"]["taskVariables"]["n"] == "5"
+
+
+def test_pages_are_pages(daemon: Daemon) -> None:
+    """Newest first, ten at a time, or as many as one wants."""
+    numbers = [create(daemon, "true")["id"] for _ in range(23)]
+    for number in numbers:
+        daemon.ended(number)
+
+    def ids(query: str) -> list[int]:
+        return [one["id"] for one in daemon.get(f"/jobs{query}").json()]
+
+    newest = numbers[::-1]
+    assert ids("") == newest[:10]
+    assert ids("?currentPage=1") == newest[10:20]
+    assert ids("?currentPage=2") == newest[20:]
+    assert ids("?currentPage=3") == []
+    assert ids("?currentPage=1&pageSize=5") == newest[5:10]
+    problem(daemon.get("/jobs?pageSize=x"), 400, "pageSize")
+    problem(daemon.get("/jobs?currentPage=-1"), 400, "currentPage")
+
+
+def test_a_job_is_killed_and_started_again(daemon: Daemon) -> None:
+    """What failed or was killed is started anew; what runs or went well is not."""
+    number = create(daemon, "echo ready; exec sleep 60")["id"]
+    wait_for(lambda: job(daemon, number)["output"], "the start")
+    assert job(daemon, number)["status"] == "RUNNING"
+    problem(daemon.post(f"/job/{number}/restart"), 409)
+    killed = daemon.post(f"/job/{number}/kill")
+    assert (killed.status, killed.body) == (200, b"OK")
+    daemon.ended(number)
+    assert job(daemon, number)["status"] == "KILLED"
+    assert daemon.get(f"/job/{number}/kill").status == 405
+    again = daemon.post(f"/job/{number}/restart").json()
+    assert again["id"] == number + 1
+    wait_for(lambda: job(daemon, again["id"])["output"] == "ready\n", "the new one")
+    daemon.post(f"/job/{again['id']}/kill")
+    daemon.ended(again["id"])
+    failed = create(daemon, "exit 3", wait=True)["id"]
+    assert daemon.post(f"/job/{failed}/restart").status == 200
+    good = create(daemon, "true", wait=True)["id"]
+    problem(daemon.post(f"/job/{good}/restart"), 409)
+    foreign = {"Origin": "https://evil.example"}
+    for path in (f"/job/{failed}/restart", f"/job/{failed}/kill"):
+        problem(daemon.request("POST", path, headers=foreign), 403)
+
+
+# -- SockJS
+
+
+def test_sockjs_says_what_it_is(daemon: Daemon) -> None:
+    """As version 0.3 of its protocol has it."""
+    welcome = daemon.get("/websocket")
+    assert (welcome.status, welcome.body) == (200, b"Welcome to SockJS!\n")
+    info = daemon.get("/websocket/info")
+    value = info.json()
+    assert (value["websocket"], value["cookie_needed"]) == (True, False)
+    assert value["origins"] == ["*:*"]
+    assert 0 <= value["entropy"] < 2**32
+    assert value["entropy"] != daemon.get("/websocket/info").json()["entropy"]
+    assert "no-store" in info.headers["Cache-Control"]
+
+
+def events(frames: list[str], number: int) -> list[tuple[str, dict[str, Any]]]:
+    """Return what frames say of one job."""
+    found = []
+    for frame in frames:
+        if frame.startswith("a"):
+            for message in json.loads(frame[1:]):
+                value = json.loads(message)
+                if value["job"]["id"] == number:
+                    found.append((value["event"], value["job"]))
+    return found
+
+
+def told_all(told: list[tuple[str, dict[str, Any]]]) -> bool:
+    """Return whether the end of a job was told."""
+    return told != [] and told[-1][0] == "job.close"
+
+
+def checked(told: list[tuple[str, dict[str, Any]]]) -> None:
+    """Check the story of a job that prints on both streams and ends with 3."""
+    kinds = [kind for kind, _ in told]
+    assert kinds[0] == "job.create"
+    assert kinds[-1] == "job.close"
+    assert set(kinds[1:-1]) == {"job.change"}
+    assert all(set(one) == JOB for _, one in told)
+    last = told[-1][1]
+    assert (last["status"], last["exitCode"]) == ("FAILED", 3)
+    assert (last["stdout"], last["output"]) == ("out\n", "out\nerr\n")
+
+
+def test_a_session_by_polling(daemon: Daemon) -> None:
+    """One frame for each request."""
+    path = "/websocket/000/first/xhr"
+    assert daemon.post(path).body == b"o\n"
+    number = create(daemon, "echo out; echo err >&2; exit 3")["id"]
+    frames: list[str] = []
+    while not told_all(events(frames, number)):
+        answer = daemon.post(path)
+        assert answer.headers["Content-Type"].startswith("application/javascript")
+        frames.append(answer.body.decode())
+    checked(events(frames, number))
+
+
+def test_a_session_by_streaming(daemon: Daemon) -> None:
+    """All frames as lines of one answer, after a prelude."""
+    with closing(daemon.connect()) as connection:
+        connection.request("POST", "/websocket/000/second/xhr_streaming")
+        response = connection.getresponse()
+        assert response.readline() == b"h" * 2048 + b"\n"
+        assert response.readline() == b"o\n"
+        # A second one is told that there is one.
+        busy = daemon.post("/websocket/000/second/xhr_streaming").body
+        assert busy.endswith(b'\nc[2010,"Another connection still open"]\n')
+        assert daemon.post("/websocket/000/second/xhr").body == (
+            b'c[2010,"Another connection still open"]\n'
+        )
+        sent = daemon.post("/websocket/000/second/xhr_send", ['{"token": "x"}'])
+        assert (sent.status, sent.body) == (204, b"")
+        number = create(daemon, "echo out; echo err >&2; exit 3")["id"]
+        frames: list[str] = []
+        while not told_all(events(frames, number)):
+            frames.append(response.readline().decode())
+        checked(events(frames, number))
+        daemon.process.terminate()
+        assert response.readline() == b'c[3000,"Go away!"]\n'
+        assert daemon.process.wait(PATIENCE) == 0
+
+
+def test_a_session_ends_when_its_client_stays_away(daemon: Daemon) -> None:
+    """After 5 seconds; whoever comes back begins anew."""
+    path = "/websocket/000/third/xhr"
+    assert daemon.post(path).body == b"o\n"
+    wait_for(
+        lambda: daemon.post("/websocket/0/third/xhr_send", []).status == 404, "its end"
+    )
+    assert daemon.post(path).body == b"o\n"
+
+
+@pytest.mark.parametrize("body", [b"", b"x", b"{}", b"[1]", b"[" * 5000, b"\xff"])
+def test_what_is_no_message_is_refused(daemon: Daemon, body: bytes) -> None:
+    """And the session goes on."""
+    daemon.post("/websocket/000/fourth/xhr")
+    problem(daemon.request("POST", "/websocket/000/fourth/xhr_send", body), 400, "body")
+    unknown = daemon.request("POST", "/websocket/000/nobody/xhr_send", body)
+    problem(unknown, 404)
+    assert daemon.post("/websocket/000/fourth/xhr_send", []).status == 204
+
+
+class WebSocket:
+    """A WebSocket to the daemon, without any code of it."""
+
+    def __init__(self, daemon: Daemon, origin: str | None = None) -> None:
+        self.sock = daemon.open_socket()
+        self.ws = WSConnection(ConnectionType.CLIENT)
+        headers = [] if origin is None else [(b"Origin", origin.encode())]
+        host = f"{daemon.host}:{daemon.port}"
+        target = "/websocket/000/socket/websocket"
+        request = Request(host=host, target=target, extra_headers=headers)
+        self.sock.sendall(self.ws.send(request))
+        self.pending: list[Any] = []
+        self.text = ""
+
+    def event(self) -> Any:
+        """Return the next event; None if the connection is closed."""
+        while not self.pending:
+            data = self.sock.recv(1 << 16)
+            if not data:
+                return None
+            self.ws.receive_data(data)
+            self.pending = list(self.ws.events())
+        return self.pending.pop(0)
+
+    def frame(self) -> str | None:
+        """Return the next frame of SockJS; None at the end."""
+        while True:
+            event = self.event()
+            if isinstance(event, TextMessage):
+                self.text += event.data
+                if event.message_finished:
+                    text, self.text = self.text, ""
+                    return text
+            elif event is None or isinstance(event, CloseConnection):
+                return None
+            else:
+                assert isinstance(event, AcceptConnection)
+
+
+def test_a_session_by_websocket(daemon: Daemon) -> None:
+    """The same frames, one a message; whoever says who it is is heard."""
+    client = WebSocket(daemon)
+    with client.sock as sock:
+        assert client.frame() == "o"
+        sock.sendall(client.ws.send(TextMessage('["{\\"token\\": \\"x\\"}"]')))
+        number = create(daemon, "echo out; echo err >&2; exit 3")["id"]
+        frames: list[str] = []
+        while not told_all(events(frames, number)):
+            frames.append(client.frame() or "")
+        checked(events(frames, number))
+        before = len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+    folder = f"/proc/{daemon.process.pid}/fd"
+    wait_for(lambda: len(os.listdir(folder)) < before, "the connection to close")
+    last = WebSocket(daemon)
+    assert last.frame() == "o"
+    daemon.process.terminate()
+    assert last.frame() == 'c[3000,"Go away!"]'
+    assert last.frame() is None
+    last.sock.close()
+    assert daemon.process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        TextMessage("no JSON"),
+        TextMessage("{}"),
+        BytesMessage(b"bytes"),
+        TextMessage("[" * 50_000),
+        TextMessage("x" * 200_000),
+        b"\xff" * 100,
+        b"\x81\x01x",
+    ],
+    ids=["words", "object", "bytes", "deep", "long", "no-frame", "unmasked"],
+)
+def test_a_websocket_that_says_nonsense_is_closed(
+    daemon: Daemon, data: TextMessage | BytesMessage | bytes
+) -> None:
+    """And the others go on."""
+    good = WebSocket(daemon)
+    assert good.frame() == "o"
+    bad = WebSocket(daemon)
+    assert bad.frame() == "o"
+    try:
+        bad.sock.sendall(data if isinstance(data, bytes) else bad.ws.send(data))
+        assert bad.frame() is None
+    except ConnectionResetError:
+        pass
+    bad.sock.close()
+    number = create(daemon, "true")["id"]
+    frames: list[str] = []
+    while not events(frames, number):
+        frames.append(good.frame() or "")
+    good.sock.close()
+    daemon.ended(number)
+
+
+def test_another_site_gets_no_websocket(daemon: Daemon) -> None:
+    """A browser sends the origin; ours may, others may not."""
+    foreign = WebSocket(daemon, "https://evil.example")
+    assert b" 403 " in foreign.sock.recv(1 << 16).partition(b"\r\n")[0]
+    foreign.sock.close()
+    own = WebSocket(daemon, f"http://{daemon.host}:{daemon.port}")
+    assert own.frame() == "o"
+    own.sock.close()
+    foreign_poll = {"Origin": "https://evil.example"}
+    for name in ("xhr", "xhr_streaming", "xhr_send"):
+        path = f"/websocket/0/foreign/{name}"
+        problem(daemon.request("POST", path, "[]", foreign_poll), 403)
+    assert daemon.post("/websocket/000/socket/websocket").status == 405
+
+
+def test_of_a_huge_output_a_message_has_the_end(daemon: Daemon) -> None:
+    """And says where the rest is."""
+    client = WebSocket(daemon)
+    assert client.frame() == "o"
+    number = create(daemon, "head -c 3000000 /dev/zero | tr '\\0' x; echo end")["id"]
+    frames: list[str] = []
+    while not told_all(events(frames, number)):
+        frames.append(client.frame() or "")
+    client.sock.close()
+    text = events(frames, number)[-1][1]["stdout"]
+    first, _, rest = text.partition("\n")
+    assert first == f"[the first {3000004 - (1 << 20)} bytes: GET /task/{number}/log]"
+    assert len(rest) == 1 << 20
+    assert rest.endswith("xend\n")
+
+
+# -- the published client
+
+
+@pytest.fixture(scope="module")
+def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the published client, by npm."""
+    folder = tmp_path_factory.mktemp("npm")
+    for name in ("package.json", "flow.js"):
+        shutil.copy(NPM / name, folder)
+    command = "npm install --no-audit --no-fund --ignore-scripts --loglevel=error".split()
+    subprocess.run(command, cwd=folder, check=True, timeout=300)
+    return folder
+
+
+def flow(npm: Path, daemon: Daemon, *arguments: str) -> Any:
+    """Run the published client and return what it prints."""
+    done = subprocess.run(
+        ["node", "flow.js", f"http://{daemon.host}:{daemon.port}", *arguments],
+        cwd=npm,
+        check=True,
+        stdout=subprocess.PIPE,
+        timeout=300,
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("count", "how"),
+    [(JOBS, "one-by-one"), (50, "together")],
+    ids=["one-by-one", "together"],
+)
+def test_the_published_client_hears_of_the_end_of_each_job(
+    npm: Path, daemon: Daemon, count: int, how: str
+) -> None:
+    """It learns the number of a job from the answer only, and jobs are short."""
+    results = flow(npm, daemon, "run", str(count), how)
+    assert len(results) == count
+    for n, result in enumerate(results):
+        told = result["events"]
+        assert told[0] == "create"
+        assert "change" in told[1:-1]
+        end = "error: Job finished with status `FAILED`." if n % 2 else "success"
+        assert told[-1] == end
+        assert told.count(end) == 1
+        data = result["data"]
+        assert (data["stdout"], data["exitCode"]) == (f"out {n}\n", n % 2 * 3)
+
+
+def test_the_published_client_kills_and_lists(npm: Path, daemon: Daemon) -> None:
+    """It sees that a job runs, and that it was killed."""
+    result = flow(npm, daemon, "kill")
+    assert result["events"][-1] == "error: Job finished with status `KILLED`."
+    assert [one["status"] for one in result["jobs"]] == ["KILLED"]
+    assert result["jobs"][0]["stdout"] == "begin\n"
+    answer: Answer = daemon.get("/task/1")
+    assert answer.json()["status"] == "killed"
