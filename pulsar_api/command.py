@@ -2,12 +2,12 @@
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from attrs import evolve, frozen
 
-from pulsar_api.errors import InvalidInput, SettingsError
+from pulsar_api.errors import InvalidInput, NoListing, SettingsError
 from pulsar_api.task import Command, TaskSpec
 
 MAX_NAME = 100
@@ -55,6 +55,8 @@ class Template:
     """
 
     arguments: tuple[str, ...]
+    listing: tuple[str, ...] = ()
+    """What prints the actions, a line each: its name, ``#`` and a description."""
     variable: tuple[str, ...] = ("{key}={value}",)
     directory: str | None = None
     action_arguments: bool = False
@@ -77,6 +79,10 @@ PRESETS: Mapping[str, Template] = {
             *("pulsar", "--conf-repo", "{config_repo}", "--conf-branch"),
             *("{config_branch}", "{app}", "{env}", "{action}", "{variables}"),
         ),
+        listing=(
+            *("pulsar", "--conf-repo", "{config_repo}", "--conf-branch"),
+            *("{config_branch}", "{app}", "{env}", "-v", "--tasks"),
+        ),
         variable=("-s", "{key}={value}"),
         ruby=True,
     ),
@@ -88,6 +94,7 @@ PRESETS: Mapping[str, Template] = {
     ),
     "capistrano": Template(
         arguments=("cap", "-f", f"{_CAP}/Capfile", "{env}", "{action}", "{variables}"),
+        listing=("cap", "-f", f"{_CAP}/Capfile", "{env}", "--tasks"),
         # Stages and log/ are looked for where it is started, not where the Capfile is.
         directory=_CAP,
         action_arguments=True,
@@ -98,6 +105,10 @@ PRESETS: Mapping[str, Template] = {
     ),
     "scripts": Template(
         arguments=(f"{_CAP}/{{action}}",),
+        listing=(
+            *("find", ".", "-maxdepth", "1", "-type", "f", "-executable"),
+            *("-printf", r"%f #\n"),
+        ),
         directory=_CAP,
         needs_repo=True,
         local_repo=True,
@@ -199,6 +210,17 @@ class Commands:
     def command(self, spec: TaskSpec, task_id: int) -> Command:
         """Return what to run; `InvalidInput` if it would not be what was asked for."""
         self.check(spec)
+        return self._made(self.template.arguments, spec, task_id)
+
+    def listing(self, app: str, env: str) -> Command:
+        """Return what prints the actions of an app; `InvalidInput` or `NoListing`."""
+        if not self.template.listing:
+            raise NoListing
+        _check_name("app", app, self.names.app, MAX_NAME)
+        _check_name("env", env, self.names.env, MAX_NAME)
+        return self._made(self.template.listing, TaskSpec(app, env, ""), 0)
+
+    def _made(self, template: Sequence[str], spec: TaskSpec, task_id: int) -> Command:
         places = {
             "app": spec.app,
             "env": spec.env,
@@ -209,7 +231,7 @@ class Commands:
             "user": spec.user or "",
         }
         arguments: list[str] = []
-        for argument in self.template.arguments:
+        for argument in template:
             if argument == "{variables}":
                 arguments += self._variables(spec.variables)
             elif "{config_repo}" in argument and self.config_repo is None:
@@ -217,12 +239,12 @@ class Commands:
                     del arguments[-1]
             else:
                 arguments.append(_fill(argument, places))
-        template = self.template
+        used = self.template
         return Command(
             arguments=tuple(arguments),
             environment=self._environment(spec, task_id),
-            directory=template.directory and _fill(template.directory, places),
-            last_line=template.last_line and _fill(template.last_line, places),
+            directory=used.directory and _fill(used.directory, places),
+            last_line=used.last_line and _fill(used.last_line, places),
         )
 
     def _variables(self, variables: Mapping[str, str]) -> list[str]:

@@ -82,6 +82,13 @@ class NotRestartable(PulsarError):
         )
 
 
+class NoListing(PulsarError):
+    """The command of this daemon cannot say which actions there are."""
+
+    def __str__(self) -> str:
+        return "The command of this daemon (--command) cannot list its actions."
+
+
 class ShuttingDown(PulsarError):
     """The daemon is about to end and takes no new tasks."""
 

@@ -7,7 +7,7 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ ROOM = 1 << 20
 
 SWEEP = 5.0
 """Seconds for which the processes of a lost task are killed; some are in the kernel."""
+
+MOST_ANSWER = 256 * 1024
+"""Bytes of what a command answers, see `ask`."""
 
 _PRINTED = frozenset({shim.STDOUT, shim.STDERR})
 _TROUBLE = 4096  # bytes of a shim's own complaint that are kept
@@ -474,36 +477,39 @@ class _Answer(ProcessProtocol):
         self.text = b""
 
     def outReceived(self, data: bytes) -> None:
-        self.text = (self.text + data)[:_TROUBLE]
+        self.text = (self.text + data)[:MOST_ANSWER]
 
     def processEnded(self, reason: Failure) -> None:
-        self.done.callback(self.text.decode("utf-8", "replace"))
+        if not self.done.called:  # who asked may wait no more
+            self.done.callback(self.text.decode("utf-8", "replace"))
 
 
 async def ask(
-    reactor: IReactorProcess,
-    clock: IReactorTime,
-    arguments: Sequence[str],
-    environment: Mapping[str, str],
-    seconds: float = 10,
+    reactor: IReactorProcess, clock: IReactorTime, command: Command, seconds: float = 10
 ) -> str:
-    """Return what a command prints; "" if it cannot be started or takes too long."""
-    done: Deferred[str] = Deferred()
-    protocol = _Answer(done)
+    """Return what a command prints, of much the begin.
+
+    "" if it cannot be started or takes too long: then, and if nobody waits for it any
+    more, it is killed.
+    """
+
+    def end(_: object) -> None:
+        with suppress(ProcessExitedAlready):
+            process.signalProcess("KILL")
+
+    done: Deferred[str] = Deferred(end)
+    arguments = command.arguments
+    if command.directory is not None:
+        # With a folder of its own Twisted would fork the whole daemon.
+        arguments = ("env", f"--chdir={command.directory}", *arguments)
     try:
         process = reactor.spawnProcess(
-            protocol, arguments[0], arguments, env=dict(environment)
+            _Answer(done), arguments[0], arguments, env=dict(command.environment)
         )
     except OSError:
         return ""
     process.closeStdin()
-
-    def too_slow(_: object, __: float) -> str:
-        with suppress(Exception):
-            process.signalProcess("KILL")
-        return ""
-
-    return await done.addTimeout(seconds, clock, too_slow)
+    return await done.addTimeout(seconds, clock, lambda *_: "")
 
 
 def raise_file_limit() -> tuple[int, int]:

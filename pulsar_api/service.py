@@ -25,6 +25,7 @@ from pulsar_api.ports import Bounds, Executor, Keep, Run, TaskStore
 from pulsar_api.task import (
     KEY_LIFE,
     Cause,
+    Command,
     Exit,
     News,
     Status,
@@ -264,6 +265,10 @@ class TaskService:
             return None
         found = await self._store.after(task_id)
         return None if found is None else self._current(found)
+
+    async def listing(self, app: str, env: str) -> Command:
+        """Return what lists the actions of an app, or raise `InvalidInput`, `NoListing`."""
+        return (await self._commands()).listing(app, env)
 
     async def last_change(self) -> tuple[int, int]:
         """Return the numbers of the last record and of the newest task, at one moment."""

@@ -28,9 +28,10 @@ from pulsar_api.process import ShimExecutor
 from pulsar_api.service import Limits, TaskService
 from pulsar_api.settings import Settings
 from pulsar_api.store import SQLiteStore
+from pulsar_api.task import Command
 from pulsar_api.web.feed import Feed
 from pulsar_api.web.follow import FollowAPI
-from pulsar_api.web.jobs import JobAPI
+from pulsar_api.web.jobs import LISTED, JobAPI
 from pulsar_api.web.origin import Origins
 from pulsar_api.web.pages import Pages, Root
 from pulsar_api.web.reply import problem
@@ -213,8 +214,8 @@ class Pulsar:
 
     async def find_out(self) -> None:
         environment = self._usual.environment
-        arguments = [command.DETECTED, "--version"]
-        answer = await process.ask(self._reactor, self._reactor, arguments, environment)
+        version = Command((command.DETECTED, "--version"), environment)
+        answer = await process.ask(self._reactor, self._reactor, version)
         name = command.preset_for(answer)
         said = answer.strip() or "nothing"
         _log.info("pulsar --version says {said}: using {name}", said=said, name=name)
@@ -317,7 +318,11 @@ class Daemon(MultiService):
         feed = Feed(self.tasks, tasks, self._reactor)
         api = TaskAPI(self.tasks, tasks, self._reactor, origins, s.poll_timeout, feed)
         follow = FollowAPI(self.tasks, tasks, self._reactor, origins)
-        jobs = JobAPI(self.tasks, tasks, origins, feed)
+
+        async def ask(asked: Command) -> str:
+            return await process.ask(self._reactor, self._reactor, asked, LISTED)
+
+        jobs = JobAPI(self.tasks, tasks, origins, feed, ask)
         self._sockjs = SockJS(feed, self._reactor, origins)
         self.site.resource = Root(
             api.app.resource(),

@@ -1416,18 +1416,30 @@ sys.exit(3)
 
 async def test_ask_returns_what_a_command_prints() -> None:
     """Standard output only, and standard input is at its end."""
-    answer = await process.ask(
-        reactor, reactor, ["sh", "-c", "cat; echo no >&2; echo $X"], {"X": "1.2"}
-    )
-    assert answer == "1.2\n"
+    command = Command(("sh", "-c", "cat; echo no >&2; echo $X; pwd"), {"X": "1.2"}, "/tmp")
+    assert await process.ask(reactor, reactor, command) == "1.2\n/tmp\n"
 
 
 async def test_ask_takes_no_answer_for_an_empty_one() -> None:
     """Neither a missing program nor one that takes too long is an error."""
-    assert await process.ask(reactor, reactor, ["no-such-program"], {}) == ""
+    missing = Command(("no-such-program",), {})
+    assert await process.ask(reactor, reactor, missing) == ""
     begin = time.monotonic()
-    assert await process.ask(reactor, reactor, ["sleep", "60"], {}, 0.2) == ""
+    slow = Command(("sleep", "60"), {"TEST_ASK": str(begin)})
+    assert await process.ask(reactor, reactor, slow, 0.2) == ""
     assert time.monotonic() - begin < 30
+    await until(lambda: not marked(f"TEST_ASK={begin}"), "the end of what was too slow")
+
+
+async def test_a_question_that_nobody_waits_for_ends() -> None:
+    """Its client has gone away."""
+    mark = f"TEST_ASK={time.monotonic()}"
+    slow = Command(("sleep", "60"), dict([mark.split("=")]))
+    asked = Deferred.fromCoroutine(process.ask(reactor, reactor, slow))
+    asked.addErrback(lambda _: None)
+    await until(lambda: marked(mark), "its start")
+    asked.cancel()
+    await until(lambda: not marked(mark), "its end")
 
 
 @pytest.mark.parametrize(

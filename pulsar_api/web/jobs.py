@@ -1,23 +1,31 @@
 """The API of release 0.6: the same tasks, called jobs, for the clients of those days."""
 
+import re
+from collections.abc import Awaitable, Callable
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
-from attrs import frozen
+from attrs import field, frozen
 from klein import Klein
+from twisted.internet.defer import DeferredSemaphore
 from twisted.web.server import Request
 
 from pulsar_api import wire
 from pulsar_api.errors import NotRestartable
 from pulsar_api.output import Output
 from pulsar_api.service import TaskService
-from pulsar_api.task import Status, TaskQuery
+from pulsar_api.task import Command, Status, TaskQuery
 from pulsar_api.web.feed import Feed
 from pulsar_api.web.origin import Origins
 from pulsar_api.web.reply import handle_errors, reply
 from pulsar_api.web.tasks import caller, find, query_of, respond
 
+LISTED = 60.0
+"""Seconds for a command to say which actions there are."""
+
+_LISTED = re.compile(r"^(?:cap |pulsar )?(\S+) +# ?(.*?) *$", re.MULTILINE)
+_LISTS = 2  # such commands at the same time
 _MOST_PAGES = 1_000_000
 
 
@@ -40,6 +48,21 @@ class JobAPI:
     """Where the output of task 47 is in the folder ``47``."""
     origins: Origins
     feed: Feed
+    ask: Callable[[Command], Awaitable[str]]
+    """Returns what a command prints, "" if it cannot be run."""
+    _asking: DeferredSemaphore = field(factory=lambda: DeferredSemaphore(_LISTS))
+
+    @app.route("/<app>/<env>/tasks", methods=["GET"])
+    async def tasks(self, request: Request, app: str, env: str) -> bytes:
+        """Answer which actions there are, as the command itself says."""
+        self.origins.check(request)
+        command = await self.service.listing(app, env)
+        await self._asking.acquire()
+        try:
+            text = await self.ask(command)
+        finally:
+            self._asking.release()
+        return reply(request, wire.encode(dict(_LISTED.findall(text))))
 
     @app.route("/jobs", methods=["GET"])
     async def jobs(self, request: Request) -> bytes:

@@ -10,7 +10,9 @@ from twisted.web.resource import IResource, Resource
 from twisted.web.server import Request
 
 from pulsar_api.web.reply import handle_errors, problem, reply
+from pulsar_api.web.tasks import RESERVED
 
+_RESERVED = frozenset(name.encode() for name in RESERVED)
 _HTML = "text/html; charset=utf-8"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
@@ -94,7 +96,8 @@ class Root(Resource):
             return self._pages
         if segments[0] == b"websocket":
             return self._sockjs
-        if segments[0] in {b"job", b"jobs"}:
+        listing = len(segments) == 3 and segments[2] == b"tasks"
+        if segments[0] in {b"job", b"jobs"} or (listing and segments[0] not in _RESERVED):
             return self._jobs
         of_task = segments[0] == b"task" and segments[2:3] in ([b"log"], [b"events"])
         return self._follow if of_task or segments[0] == b"events" else self._api

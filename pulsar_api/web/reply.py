@@ -26,6 +26,7 @@ _PROBLEMS: dict[type[errors.PulsarError], tuple[int, str, str, int | None]] = {
     errors.UnknownTask: (404, "unknown-task", "Unknown task", None),
     ForeignOrigin: (403, "foreign-origin", "Request from another site", None),
     errors.KeyReused: (422, "key-reused", "Idempotency key reused", None),
+    errors.NoListing: (404, "no-listing", "No list of actions", None),
     errors.NotRestartable: (409, "not-restartable", "Not restartable", None),
     errors.KeyInFlight: (409, "key-in-flight", "First request is under way", 1),
     errors.QueueFull: (503, "queue-full", "Queue full", 10),

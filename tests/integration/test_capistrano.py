@@ -43,6 +43,7 @@ task :show do
   ENV.each { |key, value| puts "#{key} #{value.unpack1('H*')}" if key.start_with?('v_') }
 end
 
+desc 'Says where it runs'
 task :where do
   puts Dir.pwd, fetch(:stage), fetch(:tier), ENV['PULSAR_ACTION'], ENV['PULSAR_TASK_ID']
 end
@@ -204,6 +205,14 @@ def test_arguments_of_a_task_reach_capistrano(
 ) -> None:
     """They are part of the action's name, as for Rake."""
     assert cap_output(cap, action) == f"{printed}\n"
+
+
+def test_capistrano_says_which_tasks_there_are(cap: Daemon) -> None:
+    """Those with a description, as cap --tasks prints them."""
+    found = cap.get("/shop/production/tasks").json()
+    assert found["where"] == "Says where it runs"
+    assert "nap" not in found
+    assert cap.get("/unknown/production/tasks").json() == {}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from wsproto.events import (
     TextMessage,
 )
 
-from tests.integration.conftest import Start
+from tests.integration.conftest import Script, Start
 from tests.integration.daemon import PATIENCE, SHELL, Answer, Daemon, problem, wait_for
 
 JOBS = int(os.environ.get("PULSAR_JOBS", "20"))
@@ -169,6 +169,25 @@ def test_a_job_is_killed_and_started_again(daemon: Daemon) -> None:
     foreign = {"Origin": "https://evil.example"}
     for path in (f"/job/{failed}/restart", f"/job/{failed}/kill"):
         problem(daemon.request("POST", path, headers=foreign), 403)
+
+
+def test_the_actions_of_an_app_can_be_listed(
+    start: Start, repo: Path, script: Script
+) -> None:
+    """With scripts they are its executables; a free command has no list."""
+    for name in ("deploy", "roll-back"):
+        script(name, "#!/bin/sh\n")
+    (repo / "apps" / "site" / "README").write_text("no action")
+    daemon = start("--command=scripts", f"--config-repo={repo}")
+    found = daemon.get("/site/production/tasks")
+    assert (found.status, found.json()) == (200, {"deploy": "", "roll-back": ""})
+    assert daemon.get("/unknown/production/tasks").json() == {}
+    problem(daemon.get("/-x/production/tasks"), 400, "app")
+    problem(daemon.get("/site/a%20b/tasks"), 400, "env")
+    problem(daemon.get("/site/production/tasks", Origin="https://evil.example"), 403)
+    assert daemon.post("/site/production/tasks", {}).status == 405
+    other = start("--command", SHELL)
+    assert problem(other.get("/site/production/tasks"), 404)["type"].endswith(":no-listing")
 
 
 # -- SockJS
