@@ -1,0 +1,204 @@
+"""The Python client against a real daemon, which may die at any moment."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+
+from pulsar_api.client import Client, Refused, Unreachable
+from tests.integration.conftest import Start
+from tests.integration.daemon import CERTIFICATE, SHELL, Daemon
+from tests.integration.test_follow import TALKER
+
+CUTS = int(os.environ.get("PULSAR_CUTS", "40"))
+
+
+@pytest.fixture
+def daemon(start: Start) -> Iterator[Daemon]:
+    """Return a daemon that runs lines of shell, and comes back on the same port."""
+    daemon = start("--command", SHELL, "--kill-grace=1")
+    daemon.arguments[daemon.arguments.index("--port") + 1] = str(daemon.port)
+    yield daemon
+    assert "Traceback" not in daemon.log.read_text()
+
+
+def client_of(daemon: Daemon, **more: Any) -> Client:
+    """Return a client of a daemon."""
+    return Client(reactor, f"{daemon.scheme}://localhost:{daemon.port}", **more)
+
+
+async def test_a_task_from_its_creation_to_its_end(daemon: Daemon) -> None:
+    """Created, followed with both streams, waited for, found again."""
+    client = client_of(daemon)
+    run = "echo out; echo ä >&2; exit 3"
+    task = await client.create("site", "production", "run", {"run": run})
+    assert (task.id, task.data["app"]) == (1, "site")
+    pieces = [piece async for piece in client.follow(task.id)]
+    assert [(p.stream, p.offset, p.text) for p in pieces] == [
+        ("stdout", 0, "out\n"),
+        ("stderr", 4, "ä\n"),
+    ]
+    ended = await client.wait(task.id)
+    assert (ended.status, ended.exit_code, ended.ended) == ("failed", 3, True)
+    assert (await client.get(task.id, "full")).data["output"] == "out\nä\n"
+    assert [found.id for found in await client.tasks(app="site", status="failed")] == [1]
+    assert await client.tasks(app="other") == []
+    kinds = [event.kind async for event in client.events(task.id)]
+    assert kinds == ["output", "output", "end"]
+    assert [p.text async for p in client.follow(task.id, 4)] == ["ä\n"]
+    await client.close()
+
+
+async def test_a_kill_is_a_kill(daemon: Daemon) -> None:
+    """And harmless when it comes late."""
+    client = client_of(daemon)
+    task = await client.create("site", "production", "run", {"run": "exec sleep 60"})
+    await client.kill(task.id)
+    assert (await client.wait(task.id)).status == "killed"
+    assert (await client.kill(task.id)).status == "killed"
+    await client.close()
+
+
+async def test_what_is_refused_has_a_reason(daemon: Daemon) -> None:
+    """For a program the type, for people a sentence."""
+    client = client_of(daemon)
+    with pytest.raises(Refused) as caught:
+        await client.get(99)
+    assert (caught.value.status, caught.value.kind) == (404, "unknown-task")
+    assert str(caught.value) == "There is no task 99."
+    with pytest.raises(Refused, match="app"):
+        await client.create("-x", "production", "run")
+    await client.create("site", "prod", "run", {"run": "true"}, key="same")
+    with pytest.raises(Refused, match="Idempotency-Key"):
+        await client.create("site", "prod", "run", {"run": "false"}, key="same")
+    with pytest.raises(Refused):
+        async for _ in client.follow(99):
+            pass
+    await client.close()
+
+
+@pytest.fixture
+def other_server(tmp_path: Path) -> Iterator[int]:
+    """Return the port of a web server that is no daemon."""
+    program = "import http.server as s; s.test(s.SimpleHTTPRequestHandler, port=0)"
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        yield int(other.stdout.readline().split("port ")[1].split()[0])
+        other.kill()
+
+
+async def test_what_cannot_be_reached_has_a_reason(
+    daemon: Daemon, other_server: int
+) -> None:
+    """Nobody listens, somebody else answers, the address is none."""
+    daemon.kill()
+    client = client_of(daemon, patience=0.3)
+    with pytest.raises(Unreachable, match="refused"):
+        await client.get(1)
+    daemon.start()
+    await client.close()
+    for url in ("nonsense", "http://", "ftp://localhost/"):
+        with pytest.raises(Unreachable):
+            await Client(reactor, url, patience=0).get(1)
+    stranger = Client(reactor, f"http://127.0.0.1:{other_server}", patience=0)
+    with pytest.raises(Unreachable, match="no daemon"):
+        await stranger.get(1)
+    await stranger.close()
+
+
+async def test_a_certificate_is_checked(start: Start) -> None:
+    """That of the system's authorities, or of a file; another one is refused at once."""
+    daemon = start("--dev", "--command", SHELL)
+    good = client_of(daemon, ca_file=CERTIFICATE)
+    assert await good.tasks() == []
+    await good.close()
+    bad = client_of(daemon)
+    with pytest.raises(Unreachable, match="TLS"):
+        await bad.tasks()
+    await bad.close()
+    with pytest.raises(Unreachable, match="no-such-file"):
+        client_of(daemon, ca_file=Path("no-such-file"))
+
+
+async def test_a_request_may_be_sent_again_and_starts_one_task(daemon: Daemon) -> None:
+    """The daemon dies in the middle of each POST; the client does not care."""
+    client = client_of(daemon)
+    await client.tasks()
+    chance = random.Random(3)
+    for n in range(1, 6):
+        made = Deferred.fromCoroutine(client.create("a", "b", "run", {"run": "exit 3"}))
+        await deferLater(reactor, chance.uniform(0, 0.01))
+        daemon.kill()
+        await deferToThread(daemon.start)
+        task = await made
+        assert (await client.wait(task.id)).exit_code == 3
+        assert [found.id for found in await client.tasks()] == list(range(n, 0, -1))
+    await client.close()
+
+
+async def test_following_survives_everything(daemon: Daemon, tmp_path: Path) -> None:
+    """Connections that are cut at any moment, and daemons that are killed."""
+    script, stop = tmp_path / "talker.py", tmp_path / "stop"
+    script.write_text(TALKER)
+    client = client_of(daemon)
+    run = f"exec {sys.executable} -IS {script} {stop}"
+    task = await client.create("site", "production", "run", {"run": run})
+    chance = random.Random(5)
+    found: list[str] = []
+    offset = cuts = 0
+    while True:
+        until = chance.randrange(1, 4) if cuts < CUTS else sys.maxsize
+        async for piece in client.follow(task.id, offset):
+            assert piece.offset == offset
+            found.append(piece.text)
+            offset += len(piece.text.encode())
+            until -= 1
+            if until == 0:
+                break
+        else:
+            break
+        cuts += 1
+        if cuts % (CUTS // 4) == 0:
+            daemon.kill()
+            await deferToThread(daemon.start)
+        if cuts == CUTS:
+            await deferLater(reactor, 0.2)
+            stop.touch()
+    assert (await client.wait(task.id)).exit_code == 7
+    assert "".join(found).encode() == daemon.output_file(task.id).read_bytes()
+    print(f"{cuts} cuts, {offset} bytes")
+    await client.close()
+
+
+async def test_one_follower_goes_on_over_restarts(daemon: Daemon, tmp_path: Path) -> None:
+    """Without anything done by the program."""
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    client = client_of(daemon)
+    run = f"echo one; read x < {go}; echo two; exit 3"
+    task = await client.create("site", "production", "run", {"run": run})
+    found: list[str] = []
+    async for piece in client.follow(task.id):
+        found.append(piece.text)
+        if len(found) == 1:
+            for _ in range(2):
+                daemon.kill()
+                await deferToThread(daemon.start)
+            await deferToThread(go.write_text, "go\n")
+    assert found == ["one\n", "two\n"]
+    await client.close()
