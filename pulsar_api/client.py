@@ -24,7 +24,7 @@ import treq
 from attrs import define, field, frozen
 from OpenSSL import SSL
 from treq.client import HTTPClient
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectError, ConnectionLost, DNSLookupError
 from twisted.internet.error import TimeoutError as ConnectTimeout
 from twisted.internet.protocol import Protocol, connectionDone
@@ -427,6 +427,8 @@ class _Tries:
 
     async def again(self, error: Exception | None) -> None:
         """Wait for the next try, or raise."""
+        if any(failure.check(CancelledError) for failure in getattr(error, "reasons", [])):
+            raise CancelledError  # by whoever waits for us, not by the daemon
         reactor = self.client._reactor  # noqa: SLF001 - its own helper
         seconds = 0.0
         if isinstance(error, Refused):

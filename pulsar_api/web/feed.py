@@ -9,6 +9,7 @@ from typing import Any
 from attrs import define, field
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.web.server import Request
 
@@ -31,6 +32,11 @@ The published client knows the number of its job only then, and drops what comes
 MOST = 1 << 20
 """Bytes of each text in a message; of a longer one its end, and where the rest is."""
 
+_AGAIN = (1.0, 4.0)
+"""Seconds after which the end of a job that has just been answered is told again.
+
+The published client forgets a job at its first end, so it does not hear the second one.
+"""
 _BATCH = 100
 _SHARED = 16
 _KINDS = ("create", "change", "close")
@@ -198,8 +204,10 @@ class Feed:
             watching.addBoth(forget)
 
     async def _follow(self, number: int) -> None:
-        if number in self._held:
+        held = number in self._held
+        if held:
             await self._held[number].after(0)
+        answered = self._clock.seconds()
         task = await self._service.find(number)
         while True:
             seen = task.changes.version
@@ -209,9 +217,15 @@ class Feed:
                 await end.addTimeout(EVERY, self._clock, lambda *_: 0)
             if task.snapshot.status.ended:
                 self._tell(number, "close")
-                return
+                break
             if await task.changes.after(seen) == seen:
                 return
+        if held and self._clock.seconds() < answered + _AGAIN[0]:
+            # A client that was busy may have read this before the answer to its POST.
+            for seconds in _AGAIN:
+                await deferLater(self._clock, seconds)
+                self._tell(number, "change")
+                self._tell(number, "close")
 
     def _tell(self, number: int, kind: str) -> None:
         for subscriber in list(self._subscribers):

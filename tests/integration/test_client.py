@@ -2,22 +2,27 @@
 
 import os
 import random
+import select
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
 from pulsar_api.client import Client, Refused, Unreachable
 from tests.integration.conftest import Start
-from tests.integration.daemon import CERTIFICATE, SHELL, Daemon
+from tests.integration.daemon import CERTIFICATE, PATIENCE, SHELL, Daemon, wait_for
 from tests.integration.test_follow import TALKER
+from tests.integration.test_restart import streams
 
 CUTS = int(os.environ.get("PULSAR_CUTS", "40"))
 
@@ -185,6 +190,102 @@ async def test_following_survives_everything(daemon: Daemon, tmp_path: Path) -> 
     await client.close()
 
 
+class Scissors:
+    """Stands between a client and a daemon, and cuts connections at random moments."""
+
+    def __init__(self, daemon: Daemon, chance: random.Random) -> None:
+        self.daemon = daemon
+        self.chance = chance
+        self.cuts = 0
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self.listening.getsockname()[1]
+        Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client = self.listening.accept()[0]
+            except OSError:
+                return
+            Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        left = self.chance.randrange(200, 6000) if self.cuts < CUTS else sys.maxsize
+        with client, suppress(OSError), self.daemon.open_socket() as server:
+            pairs = {client: server, server: client}
+            while True:
+                for sock in select.select(list(pairs), [], [])[0]:
+                    data = sock.recv(min(left, 4096))
+                    if not data:
+                        return
+                    pairs[sock].sendall(data)
+                    left -= len(data) if sock is server else 0
+                    if left <= 0:
+                        self.cuts += 1
+                        return
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self.listening.close()
+
+
+def talk(daemon: Daemon, folder: Path) -> tuple[int, Path]:
+    """Start a task that prints until a file is there."""
+    script, stop = folder / "talker.py", folder / "stop"
+    script.write_text(TALKER)
+    return daemon.sh(f"exec {sys.executable} -IS {script} {stop}"), stop
+
+
+def until_cut(scissors: Scissors, daemon: Daemon, stop: Path) -> None:
+    """Kill the daemon now and then, until there were enough cuts; then let it end."""
+    for part in (1, 2, 3):
+        wait_for(lambda p=part: scissors.cuts >= CUTS * p / 4, "cuts", 300)  # type: ignore[misc]
+        daemon.kill()
+        daemon.start()
+    wait_for(lambda: scissors.cuts >= CUTS, "all cuts", 300)
+    stop.touch()
+
+
+async def test_connections_that_break_are_not_seen_by_a_program(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    """One call follows to the end, whatever is cut, also when the daemon is killed."""
+    number, stop = talk(daemon, tmp_path)
+    scissors = Scissors(daemon, random.Random(8))
+    client = Client(reactor, f"http://127.0.0.1:{scissors.port}")
+    cutting = deferToThread(until_cut, scissors, daemon, stop)
+    found = [piece async for piece in client.follow(number)]
+    await cutting
+    assert (await client.wait(number)).exit_code == 7
+    text = "".join(piece.text for piece in found)
+    assert text.encode() == daemon.output_file(number).read_bytes()
+    print(f"client: {scissors.cuts} cuts, {len(text)} characters")
+    scissors.close()
+    await client.close()
+
+
+def test_connections_that_break_are_not_seen_on_the_command_line(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    """Both streams are whole, and the exit code is that of the task."""
+    number, stop = talk(daemon, tmp_path)
+    scissors = Scissors(daemon, random.Random(9))
+    program = "from pulsar_api.cli import main; main()"
+    url = f"--url=http://127.0.0.1:{scissors.port}"
+    command = [sys.executable, "-c", program, "log", "--follow", str(number), url]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as following:
+        until_cut(scissors, daemon, stop)
+        out, err = following.communicate(timeout=PATIENCE)
+    assert following.returncode == 7
+    expected = streams(daemon, number)
+    last = f"pulsar-api: task {number} failed, exit code 7\n".encode()
+    assert (out, err) == (expected[0], expected[1] + last)
+    print(f"command line: {scissors.cuts} cuts, {len(out) + len(err)} bytes")
+    scissors.close()
+
+
 async def test_one_follower_goes_on_over_restarts(daemon: Daemon, tmp_path: Path) -> None:
     """Without anything done by the program."""
     go = tmp_path / "go"
@@ -201,4 +302,24 @@ async def test_one_follower_goes_on_over_restarts(daemon: Daemon, tmp_path: Path
                 await deferToThread(daemon.start)
             await deferToThread(go.write_text, "go\n")
     assert found == ["one\n", "two\n"]
+    await client.close()
+
+
+async def test_who_does_not_want_to_wait_any_more_is_let_go(daemon: Daemon) -> None:
+    """At once; a request that was cancelled is not sent again."""
+    client = client_of(daemon)
+    task = await client.create("a", "b", "run", {"run": "echo x; exec sleep 60"})
+
+    async def follow() -> None:
+        async for _ in client.follow(task.id):
+            pass
+
+    for coroutine in (client.wait(task.id), follow()):
+        waiting = Deferred.fromCoroutine(coroutine)
+        await deferLater(reactor, 0.3)
+        waiting.cancel()
+        with pytest.raises(CancelledError):
+            await waiting
+    await client.kill(task.id)
+    await client.wait(task.id)
     await client.close()
