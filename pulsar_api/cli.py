@@ -5,14 +5,14 @@ import os
 import signal
 import sys
 import tomllib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import argcomplete
 from attrs import define, field, frozen
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.task import react
+from twisted.internet.task import deferLater, react
 
 from pulsar_api import __version__, demo, process, settings
 from pulsar_api.client import Client, ClientError, Refused, Task, Unreachable
@@ -39,7 +39,7 @@ run, log --follow and wait end with the exit code of the task, or with
   120  the task is lost             121  it was killed
   122  the daemon has refused       123  the daemon cannot be reached
   124  it has failed without an exit code (not started, a signal, a time limit)
-  130  it was left running (Ctrl-C)
+  130  it was left running (Ctrl-C, or the command was ended)
 
 Completion for the shell: eval "$(register-python-argcomplete pulsar-api)"
 """
@@ -273,7 +273,7 @@ class Session:
                 self.console.value({"event": "output", **data})
             else:
                 self._piece(data)
-            if piece.offset + len(piece.text.encode()) >= size:
+            if piece.end >= size:
                 break
         return 0
 
@@ -314,11 +314,13 @@ class _Leave:
     _following: Deferred[Task] | None = field(default=None, init=False)
     _asked: bool = field(default=False, init=False)
     _answers: Answers | None = field(default=None, init=False)
+    _before: Any = field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
         reactor = self.session.reactor
-        # Twisted's own handler would end the reactor.
-        signal.signal(signal.SIGINT, lambda *_: reactor.callFromThread(self._interrupted))
+        self._before = signal.signal(
+            signal.SIGINT, lambda *_: reactor.callFromThread(self._interrupted)
+        )
 
     async def unless(self, following: Any) -> Task | None:
         """Return what is waited for, or None if the user does not want to wait."""
@@ -330,6 +332,7 @@ class _Leave:
 
     def close(self) -> None:
         """Ask nothing more."""
+        signal.signal(signal.SIGINT, self._before)
         if self._answers is not None:
             self._answers.close()
 
@@ -368,7 +371,7 @@ async def _call(reactor: Any, given: argparse.Namespace) -> None:
     try:
         client = client_of(reactor, given, os.environ)
         session = Session(reactor, client, console, given)
-        calls: dict[str, Callable[[], Awaitable[int]]] = {
+        calls: dict[str, Callable[[], Coroutine[Deferred[Any], Any, int]]] = {
             "run": session.run,
             "tasks": session.tasks,
             "show": session.show,
@@ -376,7 +379,16 @@ async def _call(reactor: Any, given: argparse.Namespace) -> None:
             "wait": session.wait,
             "kill": session.kill,
         }
-        status = await calls[given.command]()
+        # Twisted's own handlers, which it sets when it starts, would end the reactor, and
+        # that would look like a success.
+        await deferLater(reactor, 0)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: reactor.callFromThread(running.cancel))
+        running = Deferred.fromCoroutine(calls[given.command]())
+        status = await running
+    except CancelledError:
+        # Only what was asked for on this side ends; a task goes on.
+        status = LEFT
     except ClientError as e:
         console.say(str(e))
         status = REFUSED if isinstance(e, Refused) else UNREACHABLE

@@ -22,10 +22,18 @@ from uuid import uuid4
 
 import treq
 from attrs import define, field, frozen
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import load_pem_x509_certificates
 from OpenSSL import SSL
+from OpenSSL.crypto import FILETYPE_ASN1
 from treq.client import HTTPClient
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.error import ConnectError, ConnectionLost, DNSLookupError
+from twisted.internet.error import (
+    ConnectError,
+    ConnectingCancelledError,
+    ConnectionLost,
+    DNSLookupError,
+)
 from twisted.internet.error import TimeoutError as ConnectTimeout
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.internet.ssl import Certificate, trustRootFromCertificates
@@ -63,7 +71,10 @@ _BROKEN = (
     ResponseFailed,
     ResponseNeverReceived,
 )
-_AGAIN = frozenset({"key-in-flight", "starting", "stopping", "too-many-connections"})
+_GATEWAY = frozenset({502, 503, 504})  # of a proxy, while the daemon is away
+_AGAIN = frozenset(
+    {"gateway", "key-in-flight", "starting", "stopping", "too-many-connections"}
+)
 
 
 class ClientError(Exception):
@@ -133,6 +144,8 @@ class Piece:
     offset: int
     """At which byte of the output it begins."""
     text: str
+    end: int
+    """At which byte the next piece begins; ``text`` may be longer or shorter in UTF-8."""
 
 
 @frozen
@@ -141,6 +154,8 @@ class Event:
 
     kind: str
     data: Mapping[str, Any]
+    end: int
+    """How many bytes of the output come before the next event."""
 
 
 class _Lines(Protocol):
@@ -225,10 +240,14 @@ class Client:
         policy = BrowserLikePolicyForHTTPS()
         if self.ca_file is not None:
             try:
-                found = Certificate.loadPEM(self.ca_file.read_bytes())
-            except (OSError, SSL.Error, ValueError) as e:
+                bundle = load_pem_x509_certificates(self.ca_file.read_bytes())
+            except (OSError, ValueError) as e:
                 raise Unreachable(self.url, f"{self.ca_file}: {e}") from None
-            policy = BrowserLikePolicyForHTTPS(trustRootFromCertificates([found]))
+            found = [
+                Certificate.load(one.public_bytes(Encoding.DER), FILETYPE_ASN1)
+                for one in bundle
+            ]
+            policy = BrowserLikePolicyForHTTPS(trustRootFromCertificates(found))
         self._pool = HTTPConnectionPool(self._reactor, persistent=True)
         agent = Agent(self._reactor, policy, connectTimeout=_CONNECT, pool=self._pool)
         self._http = HTTPClient(agent)
@@ -292,19 +311,18 @@ class Client:
         async for event in self.events(task_id, offset):
             if event.kind == "output":
                 data = event.data
-                yield Piece(data["stream"], data["offset"], data["text"])
+                yield Piece(data["stream"], data["offset"], data["text"], event.end)
 
     async def events(self, task_id: int, offset: int = 0) -> AsyncIterator[Event]:
         """Yield what happens to a task; the last one is ``end``."""
         cursor = ""
-        tries = _Tries(self)
+        tries = _Tries(self, self._reactor)
         path = f"/task/{task_id}/events?offset={offset}"
         while True:
             error: Exception | None = None
             try:
-                async for event, after in self._stream(path, cursor):
+                async for event, after in self._stream(path, cursor, tries):
                     cursor = after
-                    tries.begin()
                     yield event
                     if event.kind == "end":
                         return
@@ -312,7 +330,9 @@ class Client:
                 error = e
             await tries.again(error)
 
-    async def _stream(self, path: str, cursor: str) -> AsyncIterator[tuple[Event, str]]:
+    async def _stream(
+        self, path: str, cursor: str, tries: "_Tries"
+    ) -> AsyncIterator[tuple[Event, str]]:
         """Yield the events after a cursor, each with its own, until the connection ends."""
         headers = {"Last-Event-ID": cursor} if cursor else {}
         lines = _Lines()
@@ -320,13 +340,15 @@ class Client:
         kind = ""
         try:
             while (line := await self._line(lines)) is not None:
+                tries.begin()  # also a comment says that the daemon is there
                 name, _, value = line.decode().partition(": ")
                 if name == "event":
                     kind = value
                 elif name == "id":
                     cursor = value
                 elif name == "data":
-                    yield Event(kind, json.loads(value)), cursor
+                    end = int(cursor.partition("-")[0])
+                    yield Event(kind, json.loads(value), end), cursor
         finally:
             lines.close()
 
@@ -344,7 +366,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
     ) -> Any:
         """Send a request that may be repeated until it is answered; return its JSON."""
-        tries = _Tries(self)
+        tries = _Tries(self, self._reactor)
         while True:
             try:
                 response = await self._answer(method, path, body, headers or {})
@@ -375,6 +397,8 @@ class Client:
             if why:
                 raise Unreachable(self.url, why) from None
             raise
+        except ConnectingCancelledError:
+            raise CancelledError from None
         except (ValueError, TypeError, SchemeNotSupported) as e:
             raise Unreachable(self.url, f"no address of a daemon: {e}") from None
         self.met = True
@@ -387,6 +411,8 @@ class Client:
             detail = problem["detail"]
         except (ValueError, KeyError, TypeError, AttributeError):
             detail = f"what answers is no daemon (status {response.code})"
+            if response.code in _GATEWAY:
+                raise Refused(response.code, "gateway", detail) from None
             raise Unreachable(self.url, detail) from None
         after = response.headers.getRawHeaders("retry-after", [None])[0]
         wait = None if after is None or not after.isdigit() else float(after)
@@ -412,36 +438,36 @@ class _Tries:
     """Waits between two tries, and gives up when nobody has answered for too long."""
 
     client: Client
+    _reactor: Any
     _count: int = 0
-    _until: float = field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self.begin()
+    _since: float | None = None
+    """When it first failed since the last answer."""
 
     def begin(self) -> None:
         """There was an answer."""
         self._count = 0
-        client = self.client
-        patience = client.patience if client.met else min(client.patience, FIRST)
-        self._until = client._reactor.seconds() + patience  # noqa: SLF001 - its own helper
+        self._since = None
 
     async def again(self, error: Exception | None) -> None:
         """Wait for the next try, or raise."""
         if any(failure.check(CancelledError) for failure in getattr(error, "reasons", [])):
             raise CancelledError  # by whoever waits for us, not by the daemon
-        reactor = self.client._reactor  # noqa: SLF001 - its own helper
         seconds = 0.0
         if isinstance(error, Refused):
             if error.kind not in _AGAIN:
                 raise error
             seconds = min(error.retry_after or 0.0, 5.0)
-        if reactor.seconds() >= self._until:
+        now = self._reactor.seconds()
+        self._since = now if self._since is None else self._since
+        client = self.client
+        patience = client.patience if client.met else min(client.patience, FIRST)
+        if now >= self._since + patience:
             if isinstance(error, Refused):
                 raise error
-            raise Unreachable(self.client.url, _reason(error)) from None
+            raise Unreachable(client.url, _reason(error)) from None
         pause = _PAUSES[min(self._count, len(_PAUSES) - 1)]
         self._count += 1
-        await deferLater(reactor, max(pause, seconds))
+        await deferLater(self._reactor, max(pause, seconds))
 
 
 def _reason(error: Exception | None) -> str:

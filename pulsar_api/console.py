@@ -119,7 +119,7 @@ class Console:
                 str(task.id),
                 task.status,
                 f"{task.data['app']}/{task.data['env']}",
-                task.data["action"],
+                _plain(task.data["action"]),
                 _when(task.data["createdAt"]),
                 _took(task.data),
             )
@@ -153,13 +153,24 @@ class Console:
         }
         for name, value in lines.items():
             if value not in (None, ""):
-                self.write(f"{name:12}{value}\n")
+                text = value if name == "status" else _plain(str(value))
+                self.write(f"{_plain(name):12}{text}\n")
 
     def _coloured(self, status: str, text: str) -> str:
         colour = _COLOURS.get(status)
         if colour is None or not self.out.isatty() or os.environ.get("NO_COLOR"):
             return text
         return f"\x1b[{colour}m{text}\x1b[0m"
+
+
+def _plain(text: str) -> str:
+    """Return a text that cannot steer a terminal, whoever has chosen it."""
+    return "".join(
+        character
+        if character.isprintable()
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def _moment(text: str) -> datetime:

@@ -110,7 +110,8 @@ class Output:
         """Yield the records of the index, beginning with number ``first``."""
         try:
             with (self.folder / "output.idx").open("rb") as file:
-                file.seek(first * RECORD)
+                # A client may have made the number up.
+                file.seek(min(first * RECORD, os.fstat(file.fileno()).st_size))
                 while len(data := file.read(RECORD)) == RECORD:
                     yield Record.parse(data)
         except FileNotFoundError:
@@ -249,11 +250,16 @@ class Reader:
 
         Now and then a chunk without bytes, when much had to be passed over.
         """
+        while self.offset < end:
+            yield from self._spans(end)
+            if self.offset < end:
+                # Behind what was cut; its records are not read, they may be millions.
+                self.record = self.output.record_at(self.offset)
+
+    def _spans(self, end: int) -> Iterator[Chunk]:
         passed = 0
         spans = self.output.spans(self.offset, end, self.record)
         for span in spans if self.timed else _merged(spans):
-            if span.end <= self.offset:
-                continue  # it was cut
             if self.stream is not None and span.stream not in {self.stream, None}:
                 self.offset, self.record = span.end, span.record
                 passed += 1
@@ -262,6 +268,8 @@ class Reader:
                 continue
             while self.offset < span.end:
                 yield from self._read(span)
+            if self.offset > span.end:
+                return
 
     def _read(self, span: Span) -> Iterator[Chunk]:
         start = self.offset
@@ -270,10 +278,11 @@ class Reader:
         hole_start, hole_end = self.output.cut()
         if start < hole_end and start + len(data) > hole_start:
             data = data[: max(0, hole_start - start)]
-            self.offset, self.record = hole_end, span.record
             if data:
+                self.offset, self.record = start + len(data), span.record
                 yield Chunk(span.stream, start, data, span.at)
             start += len(data)
+            self.offset, self.record = hole_end, span.record
             yield Chunk(None, start, _marker(start, hole_end).encode(), span.at)
         elif data:
             if start + len(data) < span.end:

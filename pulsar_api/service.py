@@ -253,7 +253,18 @@ class TaskService:
             return live.task
         if not 0 < task_id <= MAX_ID:
             raise UnknownTask(str(task_id))
-        return Task(self._clock, await self._store.load(task_id))
+        snapshot = await self._store.load(task_id)
+        # It may have been recorded, or taken up, only while it was looked for.
+        live = self._waiting.get(task_id) or self._running.get(task_id)
+        if live is None and not snapshot.status.ended and self._creating:
+            await self._created(task_id)
+            live = self._waiting.get(task_id) or self._running.get(task_id)
+        return Task(self._clock, snapshot) if live is None else live.task
+
+    async def _created(self, task_id: int) -> None:
+        """Wait until a task whose record is on disk is one of ours as well."""
+        while self._creating and self.created.version < task_id:
+            await self.created.after(self.created.version)
 
     async def list(self, query: TaskQuery) -> list[TaskSnapshot]:
         """Return the tasks that match, newest first."""

@@ -190,7 +190,7 @@ def parse_flag(query: Mapping[str, str], name: str) -> bool:
 
 def parse_cursor(text: str) -> tuple[int, ...]:
     """Return the three numbers of an event's id."""
-    if not re.fullmatch(r"[0-9]{1,18}-[0-9]{1,18}-[0-9]{1,18}", text, re.ASCII):
+    if not re.fullmatch(r"[0-9]{1,17}-[0-9]{1,17}-[0-9]{1,17}", text, re.ASCII):
         raise InvalidInput("Last-Event-ID", "must be the id of an event of this stream")
     return tuple(int(number) for number in text.split("-"))
 

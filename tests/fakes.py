@@ -101,6 +101,8 @@ class MemoryStore:
         return succeed((self.count, max(self.rows, default=0)))
 
     def news(self, since: int, known: int, limit: int) -> Deferred[News]:
+        if self.broken:
+            return fail(StoreUnavailable("the fake is broken"))
         created = [row for number, row in self.rows.items() if number > known][:limit]
         if len(created) == limit:
             return succeed(News(created, []))

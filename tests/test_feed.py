@@ -38,6 +38,7 @@ class World:
 
     folder: Path
     clock: Clock = field(factory=Clock)
+    store: MemoryStore = field(factory=MemoryStore)
     executor: FakeExecutor = field(init=False)
     service: TaskService = field(init=False)
     feed: Feed = field(init=False)
@@ -50,7 +51,7 @@ class World:
 
         clock, limits = self.clock, Limits(Bounds(10))
         self.service = TaskService(
-            MemoryStore(), self.executor, clock, clock.seconds, commands, limits
+            self.store, self.executor, clock, clock.seconds, commands, limits
         )
         CASE.successResultOf(Deferred.fromCoroutine(self.service.start()))
         self.feed = Feed(self.service, self.folder, self.clock)
@@ -192,4 +193,23 @@ def test_silence_is_broken_by_a_heartbeat(world: World) -> None:
     world.create()
     frame = Deferred.fromCoroutine(_frame(subscription, world.clock))
     assert CASE.successResultOf(frame).startswith('a["{')
+    subscription.close()
+
+
+def test_a_database_that_is_locked_ends_no_feed(world: World) -> None:
+    """What has happened meanwhile is told when it can be read."""
+    subscription = world.feed.subscribe()
+    run = world.create()
+    run.start()
+    world.told(subscription)
+    world.store.broken = True
+    world.service.changed.advance(world.service.changed.version + 1)
+    world.clock.advance(5)
+    world.store.broken = False
+    world.clock.advance(1)
+    run.end(0)
+    world.create()
+    told = world.told(subscription)
+    assert "job.close FINISHED" in told
+    assert "job.create CREATED" in told
     subscription.close()

@@ -833,3 +833,14 @@ def test_output_that_comes_during_a_record_is_not_taken_back(world: World) -> No
     CASE.successResultOf(asked)
     assert task.snapshot.output_size == 5000
     assert task.snapshot.version > before
+
+
+def test_who_is_faster_than_the_answer_gets_the_living_task(world: World) -> None:
+    """A task whose record is on disk, and of which its creator does not know yet."""
+    world.store.slow = True
+    made = Deferred.fromCoroutine(world.service.create(SPEC))
+    found = Deferred.fromCoroutine(world.service.find(1))
+    CASE.assertNoResult(found)
+    world.store.finish()
+    world.store.finish()
+    assert CASE.successResultOf(found) is CASE.successResultOf(made)

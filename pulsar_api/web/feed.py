@@ -2,9 +2,10 @@
 
 import json
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from attrs import define, field
 from twisted.internet.defer import CancelledError, Deferred
@@ -21,6 +22,7 @@ from pulsar_api.service import TaskService
 from pulsar_api.task import Status, TaskQuery, TaskSnapshot
 
 _log = Logger()
+T = TypeVar("T")
 
 EVERY = 0.25
 """Seconds: a job's output is news at most this often; its end at once."""
@@ -31,6 +33,8 @@ The published client knows the number of its job only then, and drops what comes
 """
 MOST = 1 << 20
 """Bytes of each text in a message; of a longer one its end, and where the rest is."""
+MOST_CHANGE = 1 << 16
+"""The same of a job that goes on: that is told again and again."""
 
 _AGAIN = (1.0, 4.0)
 """Seconds after which the end of a job that has just been answered is told again.
@@ -162,8 +166,9 @@ class Feed:
         output = Output(self._folder / str(snapshot.id))
         job = wire.job_fields(snapshot)
         size = snapshot.output_size
+        most = MOST_CHANGE if kind == "change" else MOST
         try:
-            start = output.character_start(max(0, size - MOST)) if size > MOST else 0
+            start = output.character_start(size - most) if size > most else 0
             left_out = ""
             if start:
                 left_out = f"[the first {start} bytes: GET /task/{snapshot.id}/log]\n"
@@ -175,14 +180,14 @@ class Feed:
         return json.dumps({"event": f"job.{kind}", "job": job})
 
     async def _run(self) -> None:
-        change, known = await self._service.last_change()
+        change, known = await self._surely(self._service.last_change)
         for status in (Status.RUNNING, Status.CREATED):
             query = TaskQuery(limit=wire.MAX_LIST, status=status)
-            for found in await self._service.list(query):
+            for found in await self._surely(partial(self._service.list, query)):
                 self._watch(found.id)
         while True:
             seen = self._service.changed.version
-            news = await self._service.news(change, known, _BATCH)
+            news = await self._surely(partial(self._service.news, change, known, _BATCH))
             for snapshot in news.created:
                 known = snapshot.id
                 self._tell(known, "create")
@@ -208,7 +213,7 @@ class Feed:
         if held:
             await self._held[number].after(0)
         answered = self._clock.seconds()
-        task = await self._service.find(number)
+        task = await self._surely(partial(self._service.find, number))
         while True:
             seen = task.changes.version
             self._tell(number, "change")
@@ -226,6 +231,15 @@ class Feed:
                 await deferLater(self._clock, seconds)
                 self._tell(number, "change")
                 self._tell(number, "close")
+
+    async def _surely(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Ask the service until it can answer: the database may be locked for a while."""
+        while True:
+            try:
+                return await ask()
+            except StoreUnavailable as e:
+                _log.error("The feed of jobs has to wait: {e}", e=e)
+                await deferLater(self._clock, 1.0)
 
     def _tell(self, number: int, kind: str) -> None:
         for subscriber in list(self._subscribers):

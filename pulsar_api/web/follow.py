@@ -104,6 +104,8 @@ class FollowAPI:
         usable = wanted is not None and wanted.units == "bytes" and len(wanted.ranges) == 1
         if wanted is not None and usable and condition in {"", etag}:
             found = wanted.range_for_length(length)
+            if found is None and 0 < length <= -(wanted.ranges[0][0] or 0):
+                found = (0, length)  # of more than there is all (RFC 9110, 14.1.2)
             if found is None:
                 request.setHeader("Content-Range", f"bytes */{length}")
                 detail = f"There are {length} bytes so far; ask for some of them."
@@ -188,10 +190,10 @@ class FollowAPI:
         _begin_events(request)
         if request.method == b"HEAD":
             return b""
-        if cursor is None:
-            change, known = await self.service.last_change()
-        else:
-            change, known, _ = cursor
+        change, known = await self.service.last_change()
+        if cursor is not None:
+            # Larger numbers are of another database.
+            change, known = min(change, cursor[0]), min(known, cursor[1])
         base = self.origins.base(request)
         changed = self.service.changed
         outlet = Outlet(request, self.clock)

@@ -283,6 +283,8 @@ class _Socket:
     """What it would do at its end."""
     _transport: Any = None
     _received: int = 0
+    """Bytes since the last whole message, or in the last 25 seconds."""
+    _since: float = 0.0
     _paused: bool = False
     _room: Deferred[None] | None = None
     _running: Deferred[None] | None = None
@@ -296,6 +298,9 @@ class _Socket:
         deliver = self._channel.dataReceived
 
         def bounded(data: bytes) -> None:
+            now = self._sockjs.clock.seconds()
+            if now >= self._since + HEARTBEAT:
+                self._since, self._received = now, 0
             self._received += len(data)
             try:
                 if self._received <= MAX_MESSAGE:

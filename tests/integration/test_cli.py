@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,22 @@ def test_it_lists_and_shows(daemon: Daemon) -> None:
     assert values[-1]["event"] == "end"
     assert [v["text"] for v in values if v["event"] == "output"] == ["one\n"]
     assert (events.returncode, events.stderr) == (3, "")
+
+
+def test_what_others_have_chosen_does_not_steer_the_terminal(daemon: Daemon) -> None:
+    """Variables may hold anything."""
+    run(daemon, "true", "-v", "odd=\x1b[2J\x07\nreason      all is well")
+    shown = call(daemon, "show", "1").stdout
+    assert "\x1b" not in shown
+    assert re.search(r"^  odd +\\x1b\[2J\\x07\\nreason +all is well$", shown, re.MULTILINE)
+
+
+def test_what_is_no_text_ends_the_log_all_the_same(daemon: Daemon) -> None:
+    """Also of a task that runs on."""
+    run(daemon, r"printf 'a\377b\n'; echo end; exec sleep 60", "--detach")
+    wait_for(lambda: daemon.task(1)["outputSize"] == 8, "the lines")
+    assert call(daemon, "log", "1").stdout == "a\ufffdb\nend\n"
+    call(daemon, "kill", "1")
 
 
 def test_it_shows_what_was_printed(daemon: Daemon) -> None:
@@ -311,6 +328,37 @@ def test_without_a_terminal_ctrl_c_leaves(daemon: Daemon) -> None:
     assert "goes on" in err
     assert daemon.task(1)["status"] == "running"
     call(daemon, "kill", "1")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", [("wait", "1"), ("kill", "1"), ("log", "-f", "1")])
+def test_a_command_that_is_ended_does_not_look_like_a_success(
+    daemon: Daemon, command: tuple[str, ...], number: signal.Signals
+) -> None:
+    """Whatever it was doing; the task goes on."""
+    run(daemon, "trap '' TERM; echo ready; sleep 61", "--detach")
+    wait_for(lambda: daemon.task(1)["output"], "the start")
+    daemon.process.send_signal(signal.SIGSTOP)
+    try:
+        with subprocess.Popen(
+            [*PROGRAM, *command], stdin=subprocess.DEVNULL, env=environ_of(daemon)
+        ) as waiting:
+            folder = Path(f"/proc/{waiting.pid}/fd")
+
+            def connected() -> bool:
+                with suppress(OSError):  # they come and go
+                    return any("socket" in os.readlink(path) for path in folder.iterdir())
+                return False
+
+            try:
+                wait_for(connected, "its connection")
+                waiting.send_signal(number)
+                assert waiting.wait(PATIENCE) == 130
+            finally:
+                waiting.kill()
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+    daemon.post("/task/1/kill")
 
 
 def test_a_terminal_gets_colours_and_the_time(daemon: Daemon) -> None:

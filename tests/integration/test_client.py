@@ -305,6 +305,26 @@ async def test_one_follower_goes_on_over_restarts(daemon: Daemon, tmp_path: Path
     await client.close()
 
 
+async def test_patience_begins_with_the_first_failure(daemon: Daemon) -> None:
+    """Not with the last line of a task that says nothing for long."""
+    client = client_of(daemon, patience=2)
+    run = "echo one; sleep 3; echo two; sleep 1; exit 3"
+    task = await client.create("a", "b", "run", {"run": run})
+    found: list[str] = []
+
+    async def follow() -> None:
+        found.extend([piece.text async for piece in client.follow(task.id)])
+
+    following = Deferred.fromCoroutine(follow())
+    await deferLater(reactor, 2.5)
+    daemon.kill()
+    await deferToThread(daemon.start)
+    await following
+    assert "".join(found) == "one\ntwo\n"
+    assert (await client.wait(task.id)).exit_code == 3
+    await client.close()
+
+
 async def test_who_does_not_want_to_wait_any_more_is_let_go(daemon: Daemon) -> None:
     """At once; a request that was cancelled is not sent again."""
     client = client_of(daemon)

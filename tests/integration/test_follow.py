@@ -93,6 +93,7 @@ def test_the_log_is_the_bytes(daemon: Daemon) -> None:
         ("bytes=4-", 206, b"two\nthree", "bytes 4-12/13"),
         ("bytes=-5", 206, b"three", "bytes 8-12/13"),
         ("bytes=8-100", 206, b"three", "bytes 8-12/13"),
+        ("bytes=-100", 206, b"one\ntwo\nthree", "bytes 0-12/13"),
         ("bytes=13-", 416, None, "bytes */13"),
         ("bytes=0-1,3-4", 200, b"one\ntwo\nthree", None),
         ("lines=1-2", 200, b"one\ntwo\nthree", None),
@@ -213,7 +214,9 @@ def test_events_tell_the_whole_story(daemon: Daemon) -> None:
         texts = [data for kind, _, data in found[place + 1 :] if kind == "output"]
         assert [data for kind, _, data in rest if kind == "output"] == texts
     assert all_events(daemon, f"/task/{number}/events?offset=5")[0][2]["text"] == "ä\n"
-    for odd in ("x", "1-2", "1-2-3-4", "-1-2-3", "9" * 19 + "-1-1"):
+    far = {"Last-Event-ID": f"0-{'9' * 17}-0"}
+    assert all_events(daemon, f"/task/{number}/events", **far)[-1][0] == "end"
+    for odd in ("x", "1-2", "1-2-3-4", "-1-2-3", "9" * 18 + "-1-1"):
         problem(
             daemon.get(f"/task/{number}/events", **{"Last-Event-ID": odd}),
             400,
