@@ -273,12 +273,18 @@ def test_connections_that_break_are_not_seen_on_the_command_line(
     program = "from pulsar_api.cli import main; main()"
     url = f"--url=http://127.0.0.1:{scissors.port}"
     command = [sys.executable, "-c", program, "log", "--follow", str(number), url]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as following:
-        until_cut(scissors, daemon, stop)
-        out, err = following.communicate(timeout=PATIENCE)
-    assert following.returncode == 7
+    paths = tmp_path / "out", tmp_path / "err"
+    with (
+        paths[0].open("wb") as stdout,
+        paths[1].open("wb") as stderr,
+        subprocess.Popen(command, stdout=stdout, stderr=stderr) as following,
+    ):
+        try:
+            until_cut(scissors, daemon, stop)
+            assert following.wait(PATIENCE) == 7
+        finally:
+            following.kill()
+    out, err = (path.read_bytes() for path in paths)
     expected = streams(daemon, number)
     last = f"pulsar-api: task {number} failed, exit code 7\n".encode()
     assert (out, err) == (expected[0], expected[1] + last)
