@@ -14,7 +14,7 @@ repeated is, for ``patience`` seconds without any answer.
 
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, cast
 from urllib.parse import quote, urlencode
@@ -231,6 +231,7 @@ class Client:
     token: str | None = None
     ca_file: Path | None = None
     patience: float = PATIENCE
+    _new_key: Callable[[], str] = lambda: uuid4().hex
     met: bool = field(default=False, init=False)
     """Whether the daemon has answered anything."""
     _http: HTTPClient = field(init=False)
@@ -274,7 +275,7 @@ class Client:
         """
         path = f"/{quote(app, safe='')}/{quote(env, safe='')}"
         body = {"action": action, "variables": dict(variables or {})}
-        headers = {"Idempotency-Key": key or uuid4().hex}
+        headers = {"Idempotency-Key": key or self._new_key()}
         made = await self._json("POST", path, body, headers)
         return await self.get(made["id"])
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import IO, Any
@@ -61,6 +62,8 @@ class Console:
     as_json: bool = False
     out: IO[bytes] = field(factory=lambda: sys.stdout.buffer)
     err: IO[bytes] = field(factory=lambda: sys.stderr.buffer)
+    _now: Callable[[], float] = time.time
+    """The seconds since the epoch."""
     _ticking: IDelayedCall | None = field(default=None, init=False)
     _last: float = field(default=0.0, init=False)
     _began: float = field(default=0.0, init=False)
@@ -121,7 +124,7 @@ class Console:
                 f"{task.data['app']}/{task.data['env']}",
                 _plain(task.data["action"]),
                 _when(task.data["createdAt"]),
-                _took(task.data),
+                _took(task.data, self._now()),
             )
             for task in tasks
         ]
@@ -147,7 +150,7 @@ class Console:
             "reason": data["reason"],
             "waits for": data["waitingFor"],
             "created": _when(data["createdAt"]),
-            "took": _took(data),
+            "took": _took(data, self._now()),
             "output": f"{data['outputSize']} bytes",
             "page": data["url"],
         }
@@ -181,10 +184,11 @@ def _when(text: str) -> str:
     return f"{_moment(text).astimezone():%Y-%m-%d %H:%M:%S}"
 
 
-def _took(data: Mapping[str, Any]) -> str:
+def _took(data: Mapping[str, Any], now: float) -> str:
     if data["startedAt"] is None:
         return ""
-    end = datetime.now(UTC) if data["endedAt"] is None else _moment(data["endedAt"])
+    ended = data["endedAt"]
+    end = datetime.fromtimestamp(now, UTC) if ended is None else _moment(ended)
     seconds = max(0, int((end - _moment(data["startedAt"])).total_seconds()))
     minutes, seconds = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)

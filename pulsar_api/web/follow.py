@@ -21,7 +21,7 @@ from pulsar_api.service import MAX_ID, TaskService
 from pulsar_api.shim import STDERR, STDOUT
 from pulsar_api.task import COALESCE, Task
 from pulsar_api.web.origin import Origins
-from pulsar_api.web.reply import handle_errors, header, not_modified, problem
+from pulsar_api.web.reply import header, new_app, not_modified, problem
 from pulsar_api.web.tasks import find, query_of
 
 _log = Logger()
@@ -36,19 +36,11 @@ _LOG = "text/plain; charset=utf-8"
 _EVENTS = "text/event-stream"
 
 
-def _new_app() -> Klein:
-    app = Klein()
-    app.url_map.strict_slashes = False
-    app.url_map.merge_slashes = False
-    handle_errors(app)
-    return app
-
-
 @frozen(eq=False)
 class FollowAPI:
     """The routes for those who want to see it live."""
 
-    app: ClassVar[Klein] = _new_app()
+    app: ClassVar[Klein] = new_app()
 
     service: TaskService
     folder: Path
@@ -257,17 +249,11 @@ def _uncut(output: Output, start: int, end: int) -> Iterable[bytes]:
 
 
 @implementer(IPushProducer)
-class Outlet:
-    """Writes to one client no faster than it reads; holds back nothing meanwhile."""
+class Valve:
+    """Knows whether a client reads as fast as we write, and waits for it if not."""
 
-    def __init__(self, request: Request, clock: IReactorTime) -> None:
-        self._request = request
-        self._clock = clock
-        self._paused = False
-        self._room: Deferred[None] | None = None
-        request.registerProducer(self, True)
-        # The head goes at once: who follows sees that it is being followed.
-        request.write(b"")
+    _paused = False
+    _room: Deferred[None] | None = None
 
     def pauseProducing(self) -> None:
         """The client reads more slowly than we write."""
@@ -281,7 +267,24 @@ class Outlet:
             room.callback(None)
 
     def stopProducing(self) -> None:
-        """The client is gone; Klein cancels the handler."""
+        """The client is gone; whoever writes is cancelled."""
+
+    async def open(self) -> None:
+        """Wait until there is room for more."""
+        while self._paused:
+            self._room = Deferred()
+            await self._room
+
+
+class Outlet(Valve):
+    """Writes to one client no faster than it reads; holds back nothing meanwhile."""
+
+    def __init__(self, request: Request, clock: IReactorTime) -> None:
+        self._request = request
+        self._clock = clock
+        request.registerProducer(self, True)
+        # The head goes at once: who follows sees that it is being followed.
+        request.write(b"")
 
     async def write(self, data: bytes) -> None:
         """Write, and wait until there is room for more; of nothing wait a turn."""
@@ -289,9 +292,7 @@ class Outlet:
             self._request.write(data)
         else:
             await deferLater(self._clock, 0)
-        while self._paused:
-            self._room = Deferred()
-            await self._room
+        await self.open()
 
     def reading(self, chunks: Iterable[Chunk]) -> Iterable[Chunk]:
         """Pass chunks on; if one cannot be read, cut the connection."""

@@ -18,7 +18,7 @@ from pulsar_api.service import TaskService
 from pulsar_api.task import Command, Status, TaskQuery
 from pulsar_api.web.feed import Feed
 from pulsar_api.web.origin import Origins
-from pulsar_api.web.reply import handle_errors, reply
+from pulsar_api.web.reply import new_app, reply
 from pulsar_api.web.tasks import caller, find, query_of, respond
 
 LISTED = 60.0
@@ -29,19 +29,11 @@ _LISTS = 2  # such commands at the same time
 _MOST_PAGES = 1_000_000
 
 
-def _new_app() -> Klein:
-    app = Klein()
-    app.url_map.strict_slashes = False
-    app.url_map.merge_slashes = False
-    handle_errors(app)
-    return app
-
-
 @frozen(eq=False)
 class JobAPI:
     """The routes of release 0.6 that are not those of the document."""
 
-    app: ClassVar[Klein] = _new_app()
+    app: ClassVar[Klein] = new_app()
 
     service: TaskService
     folder: Path

@@ -102,6 +102,15 @@ class _Pump:
         self._pieces = iter(())
 
 
+def new_app() -> Klein:
+    """Return an application that takes paths as they are and answers problems."""
+    app = Klein()
+    app.url_map.strict_slashes = False
+    app.url_map.merge_slashes = False
+    handle_errors(app)
+    return app
+
+
 def handle_errors(app: Klein) -> None:
     """Make a Klein application answer every error as a problem (RFC 9457)."""
 

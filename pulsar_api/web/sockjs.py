@@ -8,20 +8,19 @@ from typing import Any, ClassVar
 from attrs import define, field, frozen
 from klein import Klein
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.resource import Resource
 from twisted.web.server import Request
 from twisted.web.websocket import WebSocketResource, WebSocketTransport
 from wsproto.utilities import RemoteProtocolError
-from zope.interface import implementer
 
 from pulsar_api.errors import PulsarError
 from pulsar_api.web.feed import Closed, Feed, Subscription
-from pulsar_api.web.follow import Outlet
+from pulsar_api.web.follow import Outlet, Valve
 from pulsar_api.web.origin import Origins
-from pulsar_api.web.reply import handle_errors, problem, reply
+from pulsar_api.web.reply import new_app, problem, reply
 
 _log = Logger()
 
@@ -69,19 +68,11 @@ class _Session:
     gone: IDelayedCall | None = None
 
 
-def _new_app() -> Klein:
-    app = Klein()
-    app.url_map.strict_slashes = False
-    app.url_map.merge_slashes = False
-    handle_errors(app)
-    return app
-
-
 @frozen(eq=False)
 class SockJS:
     """The routes below ``/websocket``."""
 
-    app: ClassVar[Klein] = _new_app()
+    app: ClassVar[Klein] = new_app()
 
     feed: Feed
     clock: IReactorTime
@@ -271,9 +262,8 @@ class _Factory:
         return _Socket(self.sockjs, request.channel, request.channel.connectionLost)
 
 
-@implementer(IPushProducer)
-@define(eq=False)
-class _Socket:
+@define(eq=False, slots=False)
+class _Socket(Valve):
     """Sends frames on a WebSocket, no faster than they are read."""
 
     _sockjs: SockJS
@@ -285,8 +275,6 @@ class _Socket:
     _received: int = 0
     """Bytes since the last whole message, or in the last 25 seconds."""
     _since: float = 0.0
-    _paused: bool = False
-    _room: Deferred[None] | None = None
     _running: Deferred[None] | None = None
 
     def negotiationStarted(self, transport: WebSocketTransport) -> None:
@@ -337,20 +325,6 @@ class _Socket:
             self._running.cancel()
         self._lost(reason)
 
-    def pauseProducing(self) -> None:
-        """The client reads more slowly than we write."""
-        self._paused = True
-
-    def resumeProducing(self) -> None:
-        """It has read what there was."""
-        self._paused = False
-        room, self._room = self._room, None
-        if room is not None:
-            room.callback(None)
-
-    def stopProducing(self) -> None:
-        """The connection is lost; see ``connectionLost``."""
-
     async def _run(self) -> None:
         subscription = self._sockjs.feed.subscribe()
         try:
@@ -362,9 +336,7 @@ class _Socket:
                     self._transport.detachProducer()
                     self._transport.loseConnection()
                     return
-                while self._paused:
-                    self._room = Deferred()
-                    await self._room
+                await self.open()
         finally:
             subscription.close()
 

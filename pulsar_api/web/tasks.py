@@ -21,7 +21,7 @@ from pulsar_api.service import MAX_ID, TaskService
 from pulsar_api.task import Task, TaskSnapshot, TaskSpec
 from pulsar_api.web.feed import Feed
 from pulsar_api.web.origin import Origins
-from pulsar_api.web.reply import handle_errors, header, not_modified, reply, stream
+from pulsar_api.web.reply import header, new_app, not_modified, reply, stream
 from pulsar_api.wire import Part
 
 RESERVED = (
@@ -41,11 +41,8 @@ class _AppConverter(BaseConverter):
 
 
 def _new_app() -> Klein:
-    app = Klein()
+    app = new_app()
     app.url_map.converters["app"] = _AppConverter
-    app.url_map.strict_slashes = False
-    app.url_map.merge_slashes = False
-    handle_errors(app)
     return app
 
 
