@@ -107,6 +107,58 @@ class StoreUnavailable(PulsarError):
         return f"Tasks cannot be recorded now: {self.detail}. Nothing was started."
 
 
+class NotAuthenticated(PulsarError):
+    """Nobody knows who is calling, or what they showed is wrong."""
+
+    def __str__(self) -> str:
+        return (
+            "Say who you are: a token as 'Authorization: Bearer TOKEN' or as the user name "
+            "of Basic authentication, a user and a password, or sign in at /login."
+        )
+
+
+@frozen
+class NotAllowed(PulsarError):
+    """It is known who is calling, and they may not do this."""
+
+    who: str
+    right: str
+    where: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.who} may not {self.right} {self.where}; who runs this daemon can give "
+            "that right in its settings."
+        )
+
+
+@frozen
+class TooManyFailures(PulsarError):
+    """One address has shown too many wrong credentials."""
+
+    retry_after: int
+    """Seconds until it is heard again."""
+
+    def __str__(self) -> str:
+        return (
+            "Too many wrong credentials came from your address; try again in "
+            f"{self.retry_after} seconds."
+        )
+
+
+@frozen
+class ProviderUnavailable(PulsarError):
+    """Whoever knows the users cannot be asked now."""
+
+    provider: str
+    detail: str
+    retry_after: int = field(default=10)
+    """Seconds until another try makes sense."""
+
+    def __str__(self) -> str:
+        return f"{self.provider} cannot say now who you are: {self.detail}"
+
+
 class SettingsError(PulsarError):
     """The daemon cannot start as it was told to; the message is one line for its user."""
 

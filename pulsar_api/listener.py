@@ -107,11 +107,11 @@ def why_only_loopback(settings: Settings, *, development_key: bool) -> str | Non
     """Return the reason why only this machine may reach the daemon, if there is one."""
     if development_key:
         return "everybody has the key of the development certificate; take your own"
-    if settings.allow_anonymous:
+    if settings.allow_anonymous or settings.authenticated:
         return None
     return (
         "nobody would be asked who they are; listen on 127.0.0.1 behind a proxy that does "
-        "ask, or say --allow-anonymous if everybody there may deploy"
+        "ask, set --auth-provider, or say --allow-anonymous if everybody there may deploy"
     )
 
 

@@ -6,7 +6,7 @@ from typing import Protocol
 from attrs import frozen
 from twisted.internet.defer import Deferred
 
-from pulsar_api.task import Command, Exit, News, TaskQuery, TaskSnapshot, TaskSpec
+from pulsar_api.task import Command, Exit, News, TaskQuery, TaskSnapshot, TaskSpec, Within
 
 
 @frozen
@@ -100,8 +100,8 @@ class TaskStore(Protocol):
     def select(self, query: TaskQuery) -> Deferred[list[TaskSnapshot]]:
         """Fire with the tasks that match, newest first."""
 
-    def after(self, task_id: int) -> Deferred[TaskSnapshot | None]:
-        """Fire with the oldest task whose number is higher, or None."""
+    def after(self, task_id: int, within: Within = None) -> Deferred[TaskSnapshot | None]:
+        """Fire with the oldest task that counts and whose number is higher, or None."""
 
     def last_change(self) -> Deferred[tuple[int, int]]:
         """Fire with the numbers of the last change and of the newest task, at one moment.

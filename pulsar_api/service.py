@@ -33,6 +33,7 @@ from pulsar_api.task import (
     TaskQuery,
     TaskSnapshot,
     TaskSpec,
+    Within,
 )
 
 _log = Logger()
@@ -196,7 +197,7 @@ class TaskService:
         `ShuttingDown` or `StoreUnavailable`; then nothing was recorded. It goes on when
         who asked does not wait any more.
         """
-        return await _shielded(self._create_once(spec, key))
+        return await shielded(self._create_once(spec, key))
 
     async def _create_once(self, spec: TaskSpec, key: str | None) -> Task:
         if key is None:
@@ -270,11 +271,11 @@ class TaskService:
         """Return the tasks that match, newest first."""
         return [self._current(found) for found in await self._store.select(query)]
 
-    async def next_after(self, task_id: int) -> TaskSnapshot | None:
-        """Return the oldest task whose number is higher, or None."""
+    async def next_after(self, task_id: int, within: Within = None) -> TaskSnapshot | None:
+        """Return the oldest task that counts and whose number is higher, or None."""
         if task_id >= self.created.version:
             return None
-        found = await self._store.after(task_id)
+        found = await self._store.after(task_id, within)
         return None if found is None else self._current(found)
 
     async def listing(self, app: str, env: str) -> Command:
@@ -294,7 +295,7 @@ class TaskService:
 
         It goes on when who asked does not wait any more.
         """
-        return await _shielded(self._kill(task_id, by))
+        return await shielded(self._kill(task_id, by))
 
     async def _kill(self, task_id: int, by: str) -> Task:
         live = self._waiting.get(task_id) or self._running.get(task_id)
@@ -520,7 +521,7 @@ def _judge(exit: Exit, killed_by: str | None) -> tuple[Status, str | None]:
     return (Status.FINISHED if exit.code == 0 else Status.FAILED), None
 
 
-def _shielded(coroutine: Coroutine[Deferred[Any], Any, Task]) -> Deferred[Task]:
+def shielded(coroutine: Coroutine[Deferred[Any], Any, Task]) -> Deferred[Task]:
     """Return a Deferred of a coroutine that goes on if the Deferred is cancelled.
 
     A client may hang up between the record of a task and its start.

@@ -11,9 +11,11 @@ from urllib.parse import urlsplit
 
 from attrs import field, fields, frozen
 
+from pulsar_api.auth.rights import Rule
 from pulsar_api.errors import SettingsError
 
 CLI = "the command line"
+PROVIDERS = ("github", "static", "tokens")
 
 
 def _text(value: object) -> str:
@@ -98,6 +100,30 @@ def _texts(value: object) -> tuple[str, ...]:
     return tuple(_text(item) for item in value)
 
 
+def _words(value: object) -> tuple[str, ...]:
+    items = value.split(",") if isinstance(value, str) else value
+    return tuple(item.strip() for item in _texts(items))
+
+
+def _addresses(value: object) -> tuple[str, ...]:
+    return tuple(_address(item) for item in _texts(value))
+
+
+def _one_of(*words: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if value not in words:
+            raise ValueError(f"must be one of {', '.join(words)}")
+        return str(value)
+
+    return parse
+
+
+def _rules(value: object) -> tuple[Rule, ...]:
+    if not isinstance(value, list):
+        raise ValueError("is a list of tables: [[rights]]")  # noqa: TRY004
+    return tuple(Rule.parse(table) for table in value)
+
+
 def _pattern(value: object) -> re.Pattern[str]:
     try:
         return re.compile(_text(value))
@@ -111,9 +137,10 @@ def _option(
     default: Any = None,
     *,
     file_only: bool = False,
+    secret: bool = False,
 ) -> Any:
     metadata = {"parse": parse, "help": help, "file_only": file_only}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 @frozen(kw_only=True)
@@ -136,10 +163,24 @@ class Settings:
         _text, "PKCS #12 file with key and certificate; overrides the two above"
     )
     ssl_passphrase: str | None = _option(_text, "file that holds the passphrase")
-    auth_username: str | None = _option(_text, "user name at the provider")
-    auth_password: str | None = _option(_text, "password at the provider")
-    auth_provider: str | None = _option(_text, "who knows the users [github]")
-    auth_method: str | None = _option(_text, "how they are let in [user]")
+    auth_username: str | None = _option(
+        _text, "static: who is let in; github: the daemon's own user there"
+    )
+    auth_password: str | None = _option(
+        _text,
+        "the password, or token, of that; others on this machine see it, so rather:",
+        secret=True,
+    )
+    auth_password_file: str | None = _option(_text, "file that holds it")
+    auth_provider: str | None = _option(
+        _one_of(*PROVIDERS), "who knows the users: github, static or tokens [github]"
+    )
+    auth_method: str | None = _option(
+        _one_of("user", "org", "team"), "github: what has to be in --auth-members [user]"
+    )
+    auth_members: tuple[str, ...] = _option(
+        _words, "github: who is let in, by commas: logins, organisations or org/team", ()
+    )
     dev: bool = _option(
         _flag, "development: port 8001, TLS for *.pulsar.local, log to the terminal", False
     )
@@ -152,6 +193,28 @@ class Settings:
     )
     allow_anonymous: bool = _option(
         _flag, "listen on other addresses than loopback without authentication", False
+    )
+    hosts: tuple[str, ...] = _option(
+        _texts, "host names of this daemon, *.example for all below", (), file_only=True
+    )
+    proxies: tuple[str, ...] = _option(
+        _addresses, "proxies whose X-Forwarded-For is believed", (), file_only=True
+    )
+    rights: tuple[Rule, ...] | None = _option(_rules, "who may do what", file_only=True)
+    github_url: str = _option(
+        _url, "where people sign in", "https://github.com", file_only=True
+    )
+    github_api_url: str | None = _option(
+        _url, "its API; of an Enterprise server the URL with /api/v3", file_only=True
+    )
+    github_client_id: str | None = _option(
+        _text, "of the OAuth app, to sign in with a browser", file_only=True
+    )
+    github_client_secret: str | None = _option(
+        _text, "of the same", file_only=True, secret=True
+    )
+    github_client_secret_file: str | None = _option(
+        _text, "file that holds that", file_only=True
     )
     state_dir: str = _option(
         _text,
@@ -210,6 +273,20 @@ class Settings:
     )
 
     @property
+    def authenticated(self) -> bool:
+        """Whether callers are asked who they are."""
+        return self.auth_provider is not None
+
+    @property
+    def api_url(self) -> str:
+        """Where GitHub's API is."""
+        if self.github_api_url is not None:
+            return self.github_api_url
+        if self.github_url == "https://github.com":
+            return "https://api.github.com"
+        return f"{self.github_url}/api/v3"
+
+    @property
     def secure(self) -> bool:
         """Whether TLS was asked for."""
         return bool(self.dev or self.ssl_key or self.ssl_cert or self.ssl_pfx)
@@ -260,8 +337,8 @@ def load(given: Mapping[str, object], environ: Mapping[str, str]) -> Settings:
                 values[attribute.name] = attribute.metadata["parse"](value)
             except ValueError as e:
                 raise SettingsError(f"{where}: {e}") from None
-    values.setdefault("port", 8001 if values.get("dev") else 8081)
-    values.setdefault("state_dir", default_state_dir(environ))
+    _read_secrets(values, environ)
+    _fill_in(values, environ)
     for name in ("ssl_key", "ssl_cert", "ssl_pfx", "ssl_passphrase"):
         if name in values:
             values[name] = _credential(values[name], environ)
@@ -273,14 +350,36 @@ def load(given: Mapping[str, object], environ: Mapping[str, str]) -> Settings:
     return settings
 
 
+def _fill_in(values: dict[str, Any], environ: Mapping[str, str]) -> None:
+    """Add the defaults that depend on something."""
+    values.setdefault("port", 8001 if values.get("dev") else 8081)
+    values.setdefault("state_dir", default_state_dir(environ))
+    auth = ("auth_username", "auth_password", "auth_method", "auth_members")
+    if any(values.get(name) for name in auth):
+        values.setdefault("auth_provider", "github")
+
+
+def _read_secrets(values: dict[str, Any], environ: Mapping[str, str]) -> None:
+    """Take secrets out of the files that hold them."""
+    for name in ("auth_password", "github_client_secret"):
+        path = values.get(f"{name}_file")
+        if path is None:
+            continue
+        option = f"{name}_file".replace("_", "-")
+        if name in values:
+            raise SettingsError(f"{option} and {name.replace('_', '-')} exclude each other")
+        try:
+            text = Path(_credential(path, environ)).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            why = getattr(e, "strerror", None) or "it is no UTF-8"
+            raise SettingsError(f"{option}: cannot read {path}: {why}") from None
+        values[name] = text.strip("\r\n")
+        if not values[name]:
+            raise SettingsError(f"{option}: {path} is empty")
+
+
 def _check_together(settings: Settings, given: Mapping[str, object]) -> None:
-    for name in ("auth_username", "auth_password", "auth_provider", "auth_method"):
-        if getattr(settings, name) is not None:
-            raise SettingsError(
-                f"--{name.replace('_', '-')}: this version cannot check who is calling "
-                "yet and will not pretend to; leave the --auth options out and listen on "
-                "loopback, behind a proxy that does"
-            )
+    _check_authentication(settings)
     pem = (settings.ssl_key, settings.ssl_cert)
     if any(pem) and not all(pem) and not settings.ssl_pfx:
         missing = "--ssl-cert" if settings.ssl_key else "--ssl-key"
@@ -291,6 +390,41 @@ def _check_together(settings: Settings, given: Mapping[str, object]) -> None:
         raise SettingsError("--dev brings its own certificate; leave the --ssl options out")
     if settings.listen and "port" in given:
         raise SettingsError("--listen replaces --port; give one of them")
+
+
+def _check_authentication(s: Settings) -> None:
+    if s.authenticated and s.allow_anonymous:
+        raise SettingsError("--allow-anonymous and the --auth options exclude each other")
+    if s.rights is not None and not s.authenticated:
+        raise SettingsError("rights need --auth-provider: somebody who knows the users")
+    own = s.auth_username is not None, s.auth_password is not None
+    if s.auth_provider == "static":
+        if not all(own):
+            raise SettingsError(
+                "--auth-provider static needs --auth-username and --auth-password-file"
+            )
+    elif any(own) and not all(own):
+        missing = "--auth-password-file" if own[0] else "--auth-username"
+        raise SettingsError(
+            f"--auth-username and its password go together; {missing} is missing"
+        )
+    _check_github(s)
+    if (s.github_client_id is None) != (s.github_client_secret is None):
+        raise SettingsError("github-client-id and github-client-secret-file go together")
+
+
+def _check_github(s: Settings) -> None:
+    if s.auth_provider != "github":
+        for name in ("auth_method", "auth_members", "github_client_id"):
+            if getattr(s, name):
+                option = name.replace("_", "-")
+                raise SettingsError(f"{option} is only for --auth-provider github")
+    elif not s.auth_members:
+        raise SettingsError(
+            "--auth-provider github needs --auth-members: who of all its users is let in"
+        )
+    elif s.auth_method == "team" and not all(m.count("/") == 1 for m in s.auth_members):
+        raise SettingsError("--auth-method team wants --auth-members like org/team")
 
 
 def default_state_dir(environ: Mapping[str, str]) -> str:

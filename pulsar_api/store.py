@@ -1,26 +1,31 @@
 """Keeps one row per task in SQLite, in threads of its own; never any output."""
 
 import json
-import os
 import sqlite3
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from attrs import define, field
 from twisted.internet.defer import Deferred
-from twisted.python.failure import Failure
 
-from pulsar_api.errors import StoreUnavailable, UnknownTask
+from pulsar_api import database
+from pulsar_api.database import DatabaseThread
+from pulsar_api.errors import UnknownTask
 from pulsar_api.ports import Keep
-from pulsar_api.task import KEY_LIFE, News, Status, TaskQuery, TaskSnapshot, TaskSpec
+from pulsar_api.task import (
+    KEY_LIFE,
+    News,
+    Status,
+    TaskQuery,
+    TaskSnapshot,
+    TaskSpec,
+    Within,
+)
 
 MAX_SIZE = 2**63 - 1
 
 T = TypeVar("T")
-_Job = Callable[[sqlite3.Connection], Any]
 
 # One script per version; never edit one that was released, add another.
 _SCHEMA = [
@@ -87,6 +92,16 @@ def _first(rows: Iterable[sqlite3.Row]) -> TaskSnapshot | None:
     return None
 
 
+def _within(targets: Within) -> tuple[str, list[str]]:
+    """Return a condition, and the values for it."""
+    if targets is None:
+        return "1", []
+    one = "(app GLOB ? AND env GLOB ? AND action GLOB ?)"
+    # A bracket would begin a set of characters.
+    globs = [glob.replace("[", "[[]") for target in targets for glob in target]
+    return f"({' OR '.join([one] * len(targets)) or '0'})", globs
+
+
 def _count(db: sqlite3.Connection) -> int:
     """Return the number of the next change; it is never given again."""
     rows = db.execute("UPDATE counter SET change = change + 1 RETURNING change")
@@ -98,136 +113,9 @@ def _values(snapshot: TaskSnapshot) -> dict[str, object]:
     return {"id": snapshot.id, **{name: getattr(snapshot, name) for name in _COLUMNS}}
 
 
-def _trouble(error: Exception) -> StoreUnavailable:
-    full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-    text = str(error) or type(error).__name__
-    return StoreUnavailable(text, full=full)
-
-
-def _connect(path: Path, mode: str = "rw") -> sqlite3.Connection:
-    """Open the database; only with the mode ``rwc`` is it made."""
-    uri = f"{path.absolute().as_uri()}?mode={mode}"
-    db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
-    db.row_factory = sqlite3.Row
-    db.execute("PRAGMA busy_timeout = 5000")
-    db.execute("PRAGMA journal_mode = WAL")
-    # Whoever was told that a task exists must find it after a power cut.
-    db.execute("PRAGMA synchronous = FULL")
-    return db
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
 def prepare(path: Path) -> None:
     """Make the database, or bring it to this version's form; `StoreUnavailable` if not."""
-    try:
-        db = _connect(path, "rwc")
-        try:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version > len(_SCHEMA):
-                text = f"{path} was made by a newer version (form {version})"
-                raise StoreUnavailable(text)
-            for number, script in enumerate(_SCHEMA[version:], version + 1):
-                db.executescript(f"BEGIN; {script}; PRAGMA user_version = {number}; COMMIT")
-            # Says if it cannot be written, which BEGIN IMMEDIATE does not.
-            db.execute(f"PRAGMA user_version = {len(_SCHEMA)}")
-        finally:
-            db.close()
-    except sqlite3.Error as e:
-        raise StoreUnavailable(f"{path}: {e}") from e
-
-
-@define(eq=False)
-class _Thread:
-    """A thread with a connection of its own, to which one gives jobs.
-
-    What has queued up is done in one transaction, so that many records cost one sync.
-    """
-
-    _path: Path
-    _from_thread: Callable[..., object]
-    _jobs: SimpleQueue[tuple[_Job, Deferred[Any]] | None] = field(factory=SimpleQueue)
-    _closed: Deferred[None] = field(factory=Deferred, init=False)
-
-    def __attrs_post_init__(self) -> None:
-        threading.Thread(target=self._run, name="store", daemon=True).start()
-
-    def do(self, job: Callable[[sqlite3.Connection], T]) -> Deferred[T]:
-        """Fire with what the job returns, once its transaction is on disk."""
-        done: Deferred[T] = Deferred()
-        self._jobs.put((job, done))
-        return done
-
-    def close(self) -> Deferred[None]:
-        """Finish what was given and end; fire when the database is closed."""
-        self._jobs.put(None)
-        return self._closed
-
-    def _run(self) -> None:
-        db: sqlite3.Connection | None = None
-        opened: tuple[int, int] | None = None
-        going = True
-        while going:
-            batch = [self._jobs.get()]
-            while not self._jobs.empty():
-                batch.append(self._jobs.get())
-            going = None not in batch
-            jobs = [job for job in batch if job is not None]
-            try:
-                there = self._there()
-                if db is not None and there != opened:
-                    db.close()
-                    db = None
-                if db is None:
-                    db = _connect(self._path)
-                    opened = there
-                results = self._transaction(db, [job for job, _ in jobs])
-            except Exception as e:  # noqa: BLE001 - whatever it is, who waits is told
-                results = [Failure(_trouble(e)) for _ in jobs]
-                if db is not None:
-                    db.close()  # this also rolls back
-                    db = None
-            if jobs:
-                self._from_thread(self._fire, [done for _, done in jobs], results)
-        if db is not None:
-            db.close()
-        self._from_thread(self._closed.callback, None)
-
-    def _there(self) -> tuple[int, int]:
-        found = _identity(self._path)
-        if found is None:
-            # What is written into a file without a name is lost with us.
-            raise sqlite3.OperationalError(f"{self._path} is gone")
-        return found
-
-    @staticmethod
-    def _transaction(db: sqlite3.Connection, jobs: list[_Job]) -> list[Any]:
-        results: list[Any] = []
-        db.execute("BEGIN")
-        for job in jobs:
-            try:
-                results.append(job(db))
-            except UnknownTask:
-                results.append(Failure())
-            except sqlite3.Error:
-                raise
-            except Exception as e:  # noqa: BLE001 - a row that makes no sense, and the like
-                results.append(Failure(_trouble(e)))
-        db.execute("COMMIT")
-        return results
-
-    @staticmethod
-    def _fire(waiting: list[Deferred[Any]], results: list[Any]) -> None:
-        for done, result in zip(waiting, results, strict=True):
-            # A Failure makes it an errback. Who asked may have gone away meanwhile.
-            if not done.called:
-                done.callback(result)
+    database.prepare(path, _SCHEMA)
 
 
 @define(eq=False)
@@ -239,16 +127,16 @@ class SQLiteStore:
 
     _path: Path
     _from_thread: Callable[..., object]
-    _writer: _Thread = field(init=False)
-    _reader: _Thread = field(init=False)
-    _keeper: _Thread = field(init=False)
+    _writer: DatabaseThread = field(init=False)
+    _reader: DatabaseThread = field(init=False)
+    _keeper: DatabaseThread = field(init=False)
     """Looks for what need not be kept, which may take a while."""
 
     def __attrs_post_init__(self) -> None:
         prepare(self._path)
-        self._writer = _Thread(self._path, self._from_thread)
-        self._reader = _Thread(self._path, self._from_thread)
-        self._keeper = _Thread(self._path, self._from_thread)
+        self._writer = DatabaseThread(self._path, self._from_thread)
+        self._reader = DatabaseThread(self._path, self._from_thread)
+        self._keeper = DatabaseThread(self._path, self._from_thread)
 
     async def close(self) -> None:
         """Write what was given and end the threads."""
@@ -338,15 +226,17 @@ class SQLiteStore:
             "user = ?": query.user,
         }
         used = {text: value for text, value in wanted.items() if value is not None}
-        where = " AND ".join(used) or "1"
+        within, globs = _within(query.within)
+        where = " AND ".join([within, *used])
         text = f"SELECT * FROM task WHERE {where} ORDER BY id DESC"  # noqa: S608
         limits = query.limit, query.offset
-        return self._rows(f"{text} LIMIT ? OFFSET ?", *used.values(), *limits)
+        return self._rows(f"{text} LIMIT ? OFFSET ?", *globs, *used.values(), *limits)
 
-    def after(self, task_id: int) -> Deferred[TaskSnapshot | None]:
+    def after(self, task_id: int, within: Within = None) -> Deferred[TaskSnapshot | None]:
         """Fire with the oldest task whose number is higher, or None."""
-        text = "SELECT * FROM task WHERE id > ? ORDER BY id LIMIT 1"
-        return self._reader.do(lambda db: _first(db.execute(text, (task_id,))))
+        where, globs = _within(within)
+        text = f"SELECT * FROM task WHERE {where} AND id > ? ORDER BY id LIMIT 1"  # noqa: S608
+        return self._reader.do(lambda db: _first(db.execute(text, (*globs, task_id))))
 
     def last_change(self) -> Deferred[tuple[int, int]]:
         """Fire with the numbers of the last change and of the newest task."""

@@ -4,6 +4,7 @@ import atexit
 import fcntl
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,15 +12,25 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 from attrs import define, evolve, field
+from treq.client import HTTPClient
 from twisted.application.service import MultiService, Service
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python import usage
+from twisted.web.client import Agent, HTTPConnectionPool
 from twisted.web.resource import Resource
 from twisted.web.server import Request
 
 from pulsar_api import __version__, command, listener, process, settings, store, tls
+from pulsar_api.auth import records
+from pulsar_api.auth.audit import AuditLog
+from pulsar_api.auth.gate import Gate, Provider
+from pulsar_api.auth.github import DEADLINE, GitHub, Members, OAuth
+from pulsar_api.auth.own import OwnTokens, Static
+from pulsar_api.auth.records import FILE, Records
+from pulsar_api.auth.rights import Policy
+from pulsar_api.auth.sessions import Sessions
 from pulsar_api.changes import Changes
 from pulsar_api.command import Commands, Names
 from pulsar_api.errors import CannotListen, SettingsError, StoreUnavailable
@@ -29,12 +40,14 @@ from pulsar_api.service import Limits, TaskService
 from pulsar_api.settings import Settings
 from pulsar_api.store import SQLiteStore
 from pulsar_api.task import Command
+from pulsar_api.web.access import Access
 from pulsar_api.web.feed import Feed
 from pulsar_api.web.follow import FollowAPI
 from pulsar_api.web.jobs import LISTED, JobAPI
 from pulsar_api.web.origin import Origins
 from pulsar_api.web.pages import Pages, Root
 from pulsar_api.web.reply import problem
+from pulsar_api.web.signin import SignIn
 from pulsar_api.web.site import BoundedSite
 from pulsar_api.web.sockjs import SockJS
 from pulsar_api.web.tasks import TaskAPI
@@ -44,6 +57,7 @@ _log = Logger()
 DATABASE = "pulsar-api.db"
 TASKS = "tasks"
 LOG = "pulsar-api.log"
+AUDIT = "audit.log"
 
 _RESERVE = 256
 """Open files that are kept for tasks, the database and the log."""
@@ -111,6 +125,9 @@ class Options(usage.Options):
         given = {k: v for k, v in self.items() if v not in (None, 0)}
         if self._listen:
             given["listen"] = self._listen
+        if "auth-password" in given:
+            text = "everybody on this machine can see --auth-password; use a file"
+            print(f"pulsar-api: warning: {text}: --auth-password-file", file=sys.stderr)
         twistd: Mapping[str, Any] = self.parent or {}
         try:
             self.settings = settings.load(given, os.environ)
@@ -147,6 +164,7 @@ def check(settings: Settings, *, own_files: bool) -> None:
     _make_folder("--state-dir", state / TASKS)
     os.close(_lock(state))
     store.prepare(state / DATABASE)
+    records.prepare(state / records.FILE)
 
 
 def _make_folder(option: str, path: Path) -> None:
@@ -271,6 +289,10 @@ class Daemon(MultiService):
             self.addService(service)
         self.tasks: TaskService | None = None
         self._sockjs: SockJS | None = None
+        self._access: Access | None = None
+        self._records: Records | None = None
+        self._github: GitHub | None = None
+        self._pool: HTTPConnectionPool | None = None
 
     def startService(self) -> None:
         """Open the state, take up the tasks, and then serve."""
@@ -314,23 +336,50 @@ class Daemon(MultiService):
             self._store, executor, self._reactor, time.time, pulsar.commands, limits
         )
         await self.tasks.start()
-        origins = Origins(s.public_url, frozenset({"*.pulsar.local"} if s.dev else ()))
+        access = self._access = self._make_access(self.tasks, state)
         feed = Feed(self.tasks, tasks, self._reactor)
-        api = TaskAPI(self.tasks, tasks, self._reactor, origins, s.poll_timeout, feed)
-        follow = FollowAPI(self.tasks, tasks, self._reactor, origins)
+        api = TaskAPI(access, tasks, self._reactor, s.poll_timeout, feed)
+        follow = FollowAPI(access, tasks, self._reactor)
 
         async def ask(asked: Command) -> str:
             return await process.ask(self._reactor, self._reactor, asked, LISTED)
 
-        jobs = JobAPI(self.tasks, tasks, origins, feed, ask)
-        self._sockjs = SockJS(feed, self._reactor, origins)
+        jobs = JobAPI(access, tasks, feed, ask)
+        self._sockjs = SockJS(access, feed, self._reactor)
+        sign_in = SignIn(access, self._reactor, self._github)
         self.site.resource = Root(
             api.app.resource(),
             follow.app.resource(),
             jobs.app.resource(),
             self._sockjs.resource(),
-            Pages().app.resource(),
+            Pages(access).app.resource(),
+            sign_in.app.resource(),
+            access.origins,
         )
+
+    def _make_access(self, service: TaskService, state: Path) -> Access:
+        s = self._settings
+        audit = AuditLog(state / AUDIT, time.time)
+        own = {socket.gethostname().lower(), *(name.lower() for name in s.hosts)}
+        names = frozenset({"*.pulsar.local"} if s.dev else set()) | own
+        origins = Origins(s.public_url, names, frozenset(s.proxies))
+        if not s.authenticated:
+            return Access(service, audit, origins, self._reactor)
+        policy = Policy(s.rights)
+        self._records = Records(state / FILE, self._reactor.callFromThread)
+        providers: list[Provider] = [OwnTokens(self._records, time.time)]
+        if s.auth_provider == "static":
+            assert s.auth_username is not None
+            assert s.auth_password is not None
+            providers.append(Static(s.auth_username, s.auth_password))
+        if s.auth_provider == "github":
+            pool = HTTPConnectionPool(self._reactor, persistent=True)
+            self._github = github(s, policy, self._reactor, pool)
+            providers.append(self._github)
+            self._pool = pool
+        gate = Gate(providers, self._reactor)
+        sessions = Sessions(self._records, time.time)
+        return Access(service, audit, origins, self._reactor, gate, sessions, policy)
 
     def _cannot_start(self, failure: Any) -> None:
         _log.failure("The daemon cannot start", failure)
@@ -345,12 +394,18 @@ class Daemon(MultiService):
             self.tasks.release()
         if self._sockjs is not None:
             self._sockjs.release()
+        if self._access is not None:
+            self._access.release()
         # What was answered has to leave before the connections are cut.
         until = self._reactor.seconds() + 1
         while self.site.serving and self._reactor.seconds() < until:
             await deferLater(self._reactor, 0.01)
         await MultiService.stopService(self)
         await self._store.close()
+        if self._records is not None:
+            await self._records.close()
+        if self._pool is not None:
+            await self._pool.closeCachedConnections()
         os.close(self._lock)
         # What ends from now on is the next daemon's. The reactor now waits for its
         # threads, deaf to signals; a traced thread of CPython 3.11 spins for as long as
@@ -360,6 +415,27 @@ class Daemon(MultiService):
     def stopService(self) -> Deferred[None]:
         """Take no new tasks, answer who waits, leave running commands running."""
         return Deferred.fromCoroutine(self._stop())
+
+
+def github(s: Settings, policy: Policy, reactor: Any, pool: HTTPConnectionPool) -> GitHub:
+    """Return the provider that the settings describe."""
+    oauth = None
+    if s.github_client_id is not None and s.github_client_secret is not None:
+        oauth = OAuth(s.github_url, s.github_client_id, s.github_client_secret)
+    own = None
+    if s.auth_username is not None and s.auth_password is not None:
+        own = s.auth_username, s.auth_password
+    names = frozenset(name.casefold() for name in s.auth_members)
+    return GitHub(
+        HTTPClient(Agent(reactor, connectTimeout=DEADLINE, pool=pool)),
+        reactor,
+        time.time,
+        s.api_url,
+        Members(s.auth_method or "user", names),
+        policy.groups(),
+        own,
+        oauth,
+    )
 
 
 def steady(reactor: Any) -> None:

@@ -131,6 +131,10 @@ class News:
     """
 
 
+Within = Sequence[tuple[str, str, str]] | None
+"""Apps, envs and actions that count, * and ? being wild; None: all."""
+
+
 @frozen
 class TaskQuery:
     """Which tasks, newest first; at most ``limit`` with a number below ``before``."""
@@ -143,6 +147,7 @@ class TaskQuery:
     user: str | None = None
     offset: int = 0
     """How many of them are passed over."""
+    within: Within = None
 
 
 @define(eq=False)

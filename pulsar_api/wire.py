@@ -106,6 +106,16 @@ def parse_new_task(content_type: str, body: bytes, query: Mapping[str, str]) -> 
     )
 
 
+def parse_form(content_type: str, body: bytes) -> dict[str, str]:
+    """Return the fields of a form that a browser has sent."""
+    if (
+        content_type.partition(";")[0].strip().lower()
+        != "application/x-www-form-urlencoded"
+    ):
+        raise UnsupportedMedia(content_type[:100])
+    return _fields("body", body)
+
+
 def parse_key(given: Sequence[str] | None) -> str | None:
     """Return the Idempotency-Key, in quotes or not, or None if there is none."""
     if not given:

@@ -1,6 +1,7 @@
 """Verified fakes: the contract tests hold them to what the real ones do."""
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 from attrs import define, field
 from twisted.internet.defer import Deferred, fail, succeed
@@ -17,6 +18,7 @@ from pulsar_api.task import (
     TaskQuery,
     TaskSnapshot,
     TaskSpec,
+    Within,
 )
 
 
@@ -139,13 +141,18 @@ class MemoryStore:
                 found = getattr(row.spec if holder else row, attribute)
                 if value is not None and found != value:
                     return False
-            return query.before is None or row.id < query.before
+            before = query.before is None or row.id < query.before
+            return before and _is_within(row, query.within)
 
         found = [row for row in reversed(self.rows.values()) if fits(row)]
         return succeed(found[query.offset :][: query.limit])
 
-    def after(self, task_id: int) -> Deferred[TaskSnapshot | None]:
-        found = [row for number, row in self.rows.items() if number > task_id]
+    def after(self, task_id: int, within: Within = None) -> Deferred[TaskSnapshot | None]:
+        found = [
+            row
+            for number, row in self.rows.items()
+            if number > task_id and _is_within(row, within)
+        ]
         return succeed(found[0] if found else None)
 
     def unfinished(self) -> Deferred[list[TaskSnapshot]]:
@@ -162,6 +169,14 @@ class MemoryStore:
             return succeed(None)
         self._pending.append(Deferred())
         return self._pending[-1]
+
+
+def _is_within(row: TaskSnapshot, within: Within) -> bool:
+    place = (row.spec.app, row.spec.env, row.spec.action)
+    return within is None or any(
+        all(fnmatchcase(text, glob) for text, glob in zip(place, globs, strict=True))
+        for globs in within
+    )
 
 
 @define(eq=False)

@@ -82,7 +82,7 @@ def world(tmp_path: Path) -> World:
 
 def test_a_job_is_told_from_its_creation_to_its_end(world: World) -> None:
     """Its start is told, and its end at once."""
-    subscription = world.feed.subscribe()
+    subscription = world.feed.subscribe(lambda _: True)
     run = world.create()
     run.start()
     assert world.told(subscription) == ["job.create RUNNING", "job.change RUNNING"]
@@ -95,7 +95,7 @@ def test_what_runs_already_is_told_too(world: World) -> None:
     """Who subscribes late hears of its end."""
     run = world.create()
     run.start()
-    subscription = world.feed.subscribe()
+    subscription = world.feed.subscribe(lambda _: True)
     run.end(0)
     assert world.told(subscription)[-1] == "job.close FINISHED"
     subscription.close()
@@ -103,7 +103,7 @@ def test_what_runs_already_is_told_too(world: World) -> None:
 
 def test_output_is_news_a_few_times_a_second(world: World) -> None:
     """However often something is printed."""
-    subscription = world.feed.subscribe()
+    subscription = world.feed.subscribe(lambda _: True)
     run = world.create()
     run.start()
     world.told(subscription)
@@ -120,7 +120,7 @@ def test_output_is_news_a_few_times_a_second(world: World) -> None:
 
 def test_a_slow_subscriber_hears_the_newest_only(world: World) -> None:
     """What it has not read costs a few words for each job."""
-    subscription = world.feed.subscribe()
+    subscription = world.feed.subscribe(lambda _: True)
     run = world.create()
     run.start()
     for size in range(1, 101):
@@ -134,7 +134,7 @@ def test_a_slow_subscriber_hears_the_newest_only(world: World) -> None:
 
 def test_nothing_is_told_before_the_post_is_answered(world: World) -> None:
     """The published client does not know the number before."""
-    subscription = world.feed.subscribe()
+    subscription = world.feed.subscribe(lambda _: True)
     request: Any = FakeRequest()
     world.feed.hold(1, request)
     run = world.create()
@@ -160,14 +160,17 @@ def test_nothing_is_told_before_the_post_is_answered(world: World) -> None:
 
 def test_nobody_watches_when_nobody_listens(world: World) -> None:
     """With the last subscriber all of it ends."""
-    first, second = world.feed.subscribe(), world.feed.subscribe()
+    first, second = (
+        world.feed.subscribe(lambda _: True),
+        world.feed.subscribe(lambda _: True),
+    )
     world.create().start()
     before = len(world.clock.getDelayedCalls())
     first.close()
     second.close()
     assert len(world.clock.getDelayedCalls()) < before
     assert world.service.changed.waiting == 0
-    third = world.feed.subscribe()
+    third = world.feed.subscribe(lambda _: True)
     world.create()
     assert "job.create CREATED" in world.told(third)
     third.close()
@@ -175,7 +178,7 @@ def test_nobody_watches_when_nobody_listens(world: World) -> None:
 
 def test_the_end_of_the_daemon_ends_every_subscription(world: World) -> None:
     """Who waits is told."""
-    subscription = world.feed.subscribe()
+    subscription = world.feed.subscribe(lambda _: True)
     waiting = Deferred.fromCoroutine(subscription.next())
     world.feed.end()
     assert CASE.failureResultOf(waiting).check(Closed)
@@ -186,7 +189,7 @@ def test_the_end_of_the_daemon_ends_every_subscription(world: World) -> None:
 
 def test_silence_is_broken_by_a_heartbeat(world: World) -> None:
     """So that nobody between takes the connection for dead; nothing is lost by it."""
-    subscription = world.feed.subscribe()
+    subscription = world.feed.subscribe(lambda _: True)
     frame = Deferred.fromCoroutine(_frame(subscription, world.clock))
     world.clock.advance(HEARTBEAT)
     assert CASE.successResultOf(frame) == "h"
@@ -198,7 +201,7 @@ def test_silence_is_broken_by_a_heartbeat(world: World) -> None:
 
 def test_a_database_that_is_locked_ends_no_feed(world: World) -> None:
     """What has happened meanwhile is told when it can be read."""
-    subscription = world.feed.subscribe()
+    subscription = world.feed.subscribe(lambda _: True)
     run = world.create()
     run.start()
     world.told(subscription)

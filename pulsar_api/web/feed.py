@@ -59,6 +59,7 @@ class Subscription:
 
     _feed: "Feed"
     _changes: Changes
+    _sees: Callable[[TaskSnapshot], bool]
     _pending: OrderedDict[int, set[str]] = field(factory=OrderedDict)
     _closed: bool = False
 
@@ -84,7 +85,7 @@ class Subscription:
             if not kinds:
                 del self._pending[number]
             try:
-                text = await self._feed.message(number, kind)
+                text = await self._feed.message(number, kind, self._sees)
             except (CancelledError, StoreUnavailable):
                 self.mark(number, kind)
                 raise
@@ -115,9 +116,9 @@ class Feed:
     _running: Deferred[None] | None = field(default=None, init=False)
     _messages: OrderedDict[tuple[object, ...], str] = field(factory=OrderedDict, init=False)
 
-    def subscribe(self) -> Subscription:
-        """Return a subscription to all that happens from now on."""
-        found = Subscription(self, Changes(self._clock))
+    def subscribe(self, sees: Callable[[TaskSnapshot], bool]) -> Subscription:
+        """Return a subscription to all that happens from now on to tasks that it sees."""
+        found = Subscription(self, Changes(self._clock), sees)
         self._subscribers[found] = None
         if self._running is None:
             self._running = self._begin(self._run())
@@ -148,11 +149,15 @@ class Feed:
 
         request.notifyFinish().addBoth(lambda _: self._clock.callLater(HELD, release))
 
-    async def message(self, number: int, kind: str) -> str | None:
-        """Return what is to be said of a job now; None if it is no more."""
+    async def message(
+        self, number: int, kind: str, sees: Callable[[TaskSnapshot], bool]
+    ) -> str | None:
+        """Return what is to be said of a job now; None if it is no more, or not seen."""
         try:
             snapshot = (await self._service.find(number)).snapshot
         except UnknownTask:
+            return None
+        if not sees(snapshot):
             return None
         key = (number, kind, snapshot.version, snapshot.status)
         text = self._messages.get(key)

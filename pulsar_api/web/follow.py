@@ -15,12 +15,14 @@ from werkzeug.http import parse_range_header
 from zope.interface import implementer
 
 from pulsar_api import wire
+from pulsar_api.auth.guard import Guard
+from pulsar_api.auth.rights import Right
 from pulsar_api.changes import Changes
 from pulsar_api.output import Chunk, Output, Reader, Timed
-from pulsar_api.service import MAX_ID, TaskService
+from pulsar_api.service import MAX_ID
 from pulsar_api.shim import STDERR, STDOUT
 from pulsar_api.task import COALESCE, Task
-from pulsar_api.web.origin import Origins
+from pulsar_api.web.access import Access, needs
 from pulsar_api.web.reply import header, new_app, not_modified, problem
 from pulsar_api.web.tasks import find, query_of
 
@@ -42,21 +44,21 @@ class FollowAPI:
 
     app: ClassVar[Klein] = new_app()
 
-    service: TaskService
+    access: Access
     folder: Path
     """Where the output of task 47 is in the folder ``47``."""
     clock: IReactorTime
-    origins: Origins
 
     @app.route("/task/<number>/log", methods=["GET"])
-    async def log(self, request: Request, number: str) -> bytes:
+    @needs(Right.READ)
+    async def log(self, request: Request, tasks: Guard, number: str) -> bytes:
         query = query_of(request)
         follow = wire.parse_flag(query, "follow")
         times = wire.parse_flag(query, "times")
         stream = None
         if "stream" in query:
             stream = _STREAMS[wire.parse_choice(query, "stream", "", tuple(_STREAMS))]
-        task = await find(self.service, number)
+        task = await find(tasks, number)
         task.refresh()
         output = Output(self.folder / str(task.snapshot.id))
         size = task.snapshot.output_size
@@ -132,9 +134,10 @@ class FollowAPI:
                 await outlet.break_off()
 
     @app.route("/task/<number>/events", methods=["GET"])
-    async def events(self, request: Request, number: str) -> bytes:
+    @needs(Right.READ)
+    async def events(self, request: Request, tasks: Guard, number: str) -> bytes:
         query = query_of(request)
-        task = await find(self.service, number)
+        task = await find(tasks, number)
         task.refresh()
         output = Output(self.folder / str(task.snapshot.id))
         cursor = _cursor(request, query)
@@ -155,7 +158,7 @@ class FollowAPI:
         _begin_events(request)
         if request.method == b"HEAD":
             return b""
-        base = self.origins.base(request)
+        base = self.access.origins.base(request)
         reader = Reader(output, offset, record)
         outlet = Outlet(request, self.clock)
         await outlet.write(b"retry: 1000\n\n")
@@ -177,27 +180,32 @@ class FollowAPI:
             await outlet.wait(task.changes, seen)
 
     @app.route("/events", methods=["GET"])
-    async def all_events(self, request: Request) -> bytes:
+    @needs(Right.READ)
+    async def all_events(self, request: Request, tasks: Guard) -> bytes:
         cursor = _cursor(request, query_of(request))
         _begin_events(request)
         if request.method == b"HEAD":
             return b""
-        change, known = await self.service.last_change()
+        change, known = await tasks.last_change()
         if cursor is not None:
             # Larger numbers are of another database.
             change, known = min(change, cursor[0]), min(known, cursor[1])
-        base = self.origins.base(request)
-        changed = self.service.changed
+        base = self.access.origins.base(request)
+        changed = tasks.changed
         outlet = Outlet(request, self.clock)
         await outlet.write(b"retry: 1000\n\n")
         while True:
             seen = changed.version
-            news = await self.service.news(change, known, _BATCH)
+            news = await tasks.news(change, known, _BATCH)
             for snapshot in news.created:
                 known = snapshot.id
+                if not tasks.sees(snapshot):
+                    continue
                 fields = wire.task_fields(snapshot.as_created(), base)
                 await outlet.write(wire.event("created", (change, known, 0), fields))
             for change, snapshot in news.changed:
+                if not tasks.sees(snapshot):
+                    continue
                 fields = wire.task_fields(snapshot, base)
                 await outlet.write(wire.event("state", (change, known, 0), fields))
             if max(len(news.created), len(news.changed)) < _BATCH:

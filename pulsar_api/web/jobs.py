@@ -12,14 +12,14 @@ from twisted.internet.defer import DeferredSemaphore
 from twisted.web.server import Request
 
 from pulsar_api import wire
-from pulsar_api.errors import NotRestartable
+from pulsar_api.auth.guard import Guard
+from pulsar_api.auth.rights import Right
 from pulsar_api.output import Output
-from pulsar_api.service import TaskService
-from pulsar_api.task import Command, Status, TaskQuery
+from pulsar_api.task import Command, TaskQuery
+from pulsar_api.web.access import Access, needs
 from pulsar_api.web.feed import Feed
-from pulsar_api.web.origin import Origins
 from pulsar_api.web.reply import new_app, reply
-from pulsar_api.web.tasks import caller, find, query_of, respond
+from pulsar_api.web.tasks import find, query_of, respond
 
 LISTED = 60.0
 """Seconds for a command to say which actions there are."""
@@ -35,20 +35,19 @@ class JobAPI:
 
     app: ClassVar[Klein] = new_app()
 
-    service: TaskService
+    access: Access
     folder: Path
     """Where the output of task 47 is in the folder ``47``."""
-    origins: Origins
     feed: Feed
     ask: Callable[[Command], Awaitable[str]]
     """Returns what a command prints, "" if it cannot be run."""
     _asking: DeferredSemaphore = field(factory=lambda: DeferredSemaphore(_LISTS))
 
     @app.route("/<app>/<env>/tasks", methods=["GET"])
-    async def tasks(self, request: Request, app: str, env: str) -> bytes:
+    @needs(Right.RUN)
+    async def tasks(self, request: Request, tasks: Guard, app: str, env: str) -> bytes:
         """Answer which actions there are, as the command itself says."""
-        self.origins.check(request)
-        command = await self.service.listing(app, env)
+        command = await tasks.listing(app, env)
         await self._asking.acquire()
         try:
             text = await self.ask(command)
@@ -57,11 +56,12 @@ class JobAPI:
         return reply(request, wire.encode(dict(_LISTED.findall(text))))
 
     @app.route("/jobs", methods=["GET"])
-    async def jobs(self, request: Request) -> bytes:
+    @needs(Right.READ)
+    async def jobs(self, request: Request, tasks: Guard) -> bytes:
         query = query_of(request)
         page = wire.parse_number(query, "currentPage", 0, _MOST_PAGES)
         size = wire.parse_number(query, "pageSize", 10, wire.MAX_LIST)
-        found = await self.service.list(TaskQuery(limit=size, offset=page * size))
+        found = await tasks.list(TaskQuery(limit=size, offset=page * size))
         pieces = chain(
             [b"["],
             *(
@@ -76,27 +76,26 @@ class JobAPI:
         return await respond(request, pieces, 2 * sum(task.output_size for task in found))
 
     @app.route("/job/<number>", methods=["GET"])
-    async def job(self, request: Request, number: str) -> bytes:
-        task = (await find(self.service, number)).snapshot
+    @needs(Right.READ)
+    async def job(self, request: Request, tasks: Guard, number: str) -> bytes:
+        task = (await find(tasks, number)).snapshot
         pieces = wire.job_pieces(task, Output(self.folder / str(task.id)))
         return await respond(request, chain(pieces, [b"\n"]), 2 * task.output_size)
 
     @app.route("/job/<number>/kill", methods=["POST"])
-    async def kill(self, request: Request, number: str) -> bytes:
-        self.origins.check(request)
-        task = await find(self.service, number)
-        await self.service.kill(task.snapshot.id, caller(request))
+    @needs(Right.KILL)
+    async def kill(self, request: Request, tasks: Guard, number: str) -> bytes:
+        task = await find(tasks, number)
+        await tasks.kill(task.snapshot.id)
         return reply(request, b"OK", kind="text/plain; charset=utf-8")
 
     @app.route("/job/<number>/restart", methods=["POST"])
-    async def restart(self, request: Request, number: str) -> bytes:
+    @needs(Right.RUN)
+    async def restart(self, request: Request, tasks: Guard, number: str) -> bytes:
         """Start a new task of the same kind; the old one stays what it is."""
-        self.origins.check(request)
-        old = (await find(self.service, number)).snapshot
-        if old.status not in {Status.FAILED, Status.KILLED, Status.LOST}:
-            raise NotRestartable(old.id, old.status)
-        new = (await self.service.create(old.spec)).snapshot
+        old = await find(tasks, number)
+        new = (await tasks.restart(old.snapshot.id)).snapshot
         self.feed.hold(new.id, request)
         request.setHeader("Location", f"/task/{new.id}")
-        url = wire.task_url(self.origins.base(request), new.id)
+        url = wire.task_url(self.access.origins.base(request), new.id)
         return reply(request, wire.encode({"id": new.id, "url": url}))

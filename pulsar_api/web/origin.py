@@ -1,6 +1,8 @@
 """Where a request comes from and where our links point; the Host header is not believed."""
 
 import re
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from attrs import field, frozen
 from twisted.internet.address import IPv4Address, IPv6Address
@@ -10,6 +12,17 @@ from pulsar_api.errors import PulsarError
 from pulsar_api.settings import is_loopback
 
 _HOST = re.compile(r"(\[[0-9a-f:]+\]|[a-z0-9_.-]+)(:[0-9]{1,5})?")
+_ADDRESS = re.compile(r"[0-9a-fA-F:.]{2,45}")
+
+
+class UnknownHost(PulsarError):
+    """The request was meant for a host that is not this one, as far as is known."""
+
+    def __str__(self) -> str:
+        return (
+            "This daemon does not know the host name that you called it by. If it is its "
+            "own, name it in the settings: --public-url, or hosts in the file."
+        )
 
 
 class ForeignOrigin(PulsarError):
@@ -29,6 +42,8 @@ class Origins:
     public_url: str | None = None
     names: frozenset[str] = field(default=frozenset())
     """Host names that are ours beside the loopback ones; ``*.example`` for all below."""
+    proxies: frozenset[str] = field(default=frozenset())
+    """Addresses whose ``X-Forwarded-For`` is believed."""
 
     def base(self, request: Request) -> str:
         """Return the URL that links begin with, without a slash at the end."""
@@ -44,14 +59,49 @@ class Origins:
         name = f"[{address.host}]" if ":" in address.host else address.host
         return f"{scheme}://{name}:{address.port}"
 
-    def check(self, request: Request) -> None:
+    def address(self, request: Request) -> str:
+        """Return where a request comes from: an IP address, or "a local user"."""
+        peer = getattr(request.getClientAddress(), "host", None) or "a local user"
+        if peer in self.proxies:
+            said = ",".join(request.requestHeaders.getRawHeaders("x-forwarded-for", []))
+            # From the right: what stands further left, anybody can have written.
+            for hop in reversed([text.strip() for text in said.split(",")]):
+                if not _ADDRESS.fullmatch(hop):
+                    break
+                peer = hop
+                if hop not in self.proxies:
+                    break
+        return peer
+
+    def check_host(self, request: Request) -> None:
+        """Raise `UnknownHost` if the Host header names a host that is not known to be ours.
+
+        So no page can reach the daemon under a name of its own (DNS rebinding). An address
+        cannot be rebound, and what is no browser may leave the header out.
+        """
+        host = request.requestHeaders.getRawHeaders("host", [""])[0].lower()
+        if not host or self._is_ours(host):
+            return
+        found = _HOST.fullmatch(host)
+        try:
+            ip_address(found[1].strip("[]") if found else host)
+        except ValueError:
+            public = urlsplit(self.public_url or "").hostname
+            if found is None or found[1] != public:
+                raise UnknownHost from None
+
+    def check(self, request: Request, *, navigation: bool = False) -> None:
         """Raise `ForeignOrigin` if a browser sends this for another site.
 
-        What is no browser sends neither header and is not meant.
+        What is no browser sends neither header and is not meant. ``navigation``: somebody
+        who follows a link on another site may.
         """
         headers = request.requestHeaders
         site = headers.getRawHeaders("sec-fetch-site", ["none"])[0].lower()
         origin = headers.getRawHeaders("origin")
+        mode = headers.getRawHeaders("sec-fetch-mode", [""])[0].lower()
+        if navigation and mode == "navigate" and request.method in {b"GET", b"HEAD"}:
+            return
         ours = "/".join(self.base(request).split("/")[:3])
         if site not in {"none", "same-origin"} or (
             origin is not None and origin[0].lower() != ours.lower()

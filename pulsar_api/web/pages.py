@@ -1,20 +1,23 @@
 """The pages for people, and the root of the tree that serves everything."""
 
+from html import escape
 from importlib.resources import files
 from typing import ClassVar
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes
 
 from attrs import frozen
 from klein import Klein
 from twisted.web.resource import IResource, Resource
 from twisted.web.server import Request
 
-from pulsar_api.web.reply import handle_errors, problem, reply
+from pulsar_api.errors import NotAuthenticated
+from pulsar_api.web.access import Access
+from pulsar_api.web.origin import Origins, UnknownHost
+from pulsar_api.web.reply import handle_errors, page, problem, reply
 from pulsar_api.web.tasks import RESERVED
 
 _RESERVED = frozenset(name.encode() for name in RESERVED)
 _HTML = "text/html; charset=utf-8"
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 
 def _new_app() -> Klein:
@@ -29,7 +32,8 @@ class Pages:
     """What a browser shows."""
 
     app: ClassVar[Klein] = _new_app()
-    page: bytes = (files("pulsar_api") / "ui" / "index.html").read_bytes()
+    access: Access
+    page: str = (files("pulsar_api") / "ui" / "index.html").read_text("utf-8")
 
     @app.route("/", methods=["GET"])
     def root(self, request: Request) -> bytes:
@@ -40,10 +44,24 @@ class Pages:
     @app.route("/web/job/<number>", methods=["GET"])
     @app.route("/pulsar", methods=["GET"])
     @app.route("/pulsar/index.html", methods=["GET"])
-    def index(self, request: Request, number: str = "") -> bytes:
-        request.setHeader("Content-Security-Policy", _POLICY)
-        request.setHeader("Referrer-Policy", "no-referrer")
-        return reply(request, self.page, kind=_HTML)
+    async def index(self, request: Request, number: str = "") -> bytes:
+        access = self.access
+        try:
+            shown = access.shown(request)
+            caller = await access.caller(shown, access.origins.address(request))
+        except NotAuthenticated:
+            target = quote(request.uri.decode("ascii", "replace"), safe="")
+            request.setHeader("Location", f"/login?next={target}")
+            return reply(request, b"", 303, _HTML)
+        account = ""
+        if caller.name is not None:
+            account = _ACCOUNT.format(user=escape(caller.name))
+        return page(request, self.page, {"account": account})
+
+
+_ACCOUNT = """<form method="post" action="/logout" class="account">
+  Signed in as {user}. <button>Sign out</button>
+  <button formaction="/logout?everywhere=1">everywhere</button></form>"""
 
 
 class Root(Resource):
@@ -58,8 +76,12 @@ class Root(Resource):
         jobs: IResource,
         sockjs: IResource,
         pages: IResource,
+        sign_in: IResource,
+        origins: Origins,
     ) -> None:
         super().__init__()
+        self._sign_in = sign_in
+        self._origins = origins
         self._sockjs = sockjs
         self._api = api
         self._follow = follow
@@ -68,6 +90,10 @@ class Root(Resource):
 
     def render(self, request: Request) -> bytes | int:
         """Refuse a path that would be routed as something else than it says."""
+        try:
+            self._origins.check_host(request)
+        except UnknownHost as e:
+            return problem(request, 421, "unknown-host", "Misdirected request", str(e))
         segments = request.path.split(b"/")[1:]
         # Those of POST /:app/:env have names that the sender knows.
         names = ["app", "env"] if len(segments) == 2 else ["path"] * len(segments)
@@ -94,6 +120,8 @@ class Root(Resource):
     def _for(self, segments: list[bytes]) -> IResource:
         if segments[0] in {b"", b"web", b"pulsar"}:
             return self._pages
+        if segments[0] in {b"login", b"logout"}:
+            return self._sign_in
         if segments[0] == b"websocket":
             return self._sockjs
         listing = len(segments) == 3 and segments[2] == b"tasks"

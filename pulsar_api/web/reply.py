@@ -1,5 +1,6 @@
 """Ways to answer: a value, a problem, a stream; and which error is which problem."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,12 +19,21 @@ from pulsar_api.web.origin import ForeignOrigin
 _log = Logger()
 
 JSON = "application/json"
+_HTML = "text/html; charset=utf-8"
+_POLICY = "default-src 'none'; style-src 'self'; form-action 'self'; frame-ancestors 'none'"
 
 # For each error: status, type, title, seconds for Retry-After.
 _PROBLEMS: dict[type[errors.PulsarError], tuple[int, str, str, int | None]] = {
     errors.InvalidInput: (400, "invalid-input", "Invalid input", None),
     wire.UnsupportedMedia: (415, "unsupported-media", "Unsupported media type", None),
     errors.UnknownTask: (404, "unknown-task", "Unknown task", None),
+    errors.NotAuthenticated: (401, "not-authenticated", "Not authenticated", None),
+    errors.NotAllowed: (403, "not-allowed", "Not allowed", None),
+    errors.TooManyFailures: (429, "too-many-failures", "Too many failures", None),
+    errors.ProviderUnavailable: (
+        *(503, "provider-unavailable", "Provider unavailable"),
+        None,
+    ),
     ForeignOrigin: (403, "foreign-origin", "Request from another site", None),
     errors.KeyReused: (422, "key-reused", "Idempotency key reused", None),
     errors.NoListing: (404, "no-listing", "No list of actions", None),
@@ -122,6 +132,9 @@ def handle_errors(app: Klein) -> None:
         if isinstance(error, errors.StoreUnavailable):
             status = 507 if error.full else status
             _log.error("{uri} cannot be answered: {error}", uri=request.uri, error=error)
+        if isinstance(error, errors.NotAuthenticated):
+            challenge(request)
+        retry = getattr(error, "retry_after", retry)
         if retry is not None:
             request.setHeader("Retry-After", str(retry))
         name = error.field if isinstance(error, errors.InvalidInput) else None
@@ -157,6 +170,25 @@ def handle_errors(app: Klein) -> None:
         _log.failure("Cannot answer {uri}", failure, uri=request.uri)
         detail = "This is a fault of the daemon; its log says more."
         return problem(request, 500, "internal-error", "Internal error", detail)
+
+
+def challenge(request: Request) -> None:
+    """Say how to authenticate (RFC 9110, 11.6.1).
+
+    Not Basic to a browser: it would ask in a window of its own, over the page.
+    """
+    add = request.responseHeaders.addRawHeader
+    if not request.requestHeaders.hasHeader("sec-fetch-mode"):
+        add("WWW-Authenticate", 'Basic realm="pulsar-api", charset="UTF-8"')
+    add("WWW-Authenticate", 'Bearer realm="pulsar-api"')
+
+
+def page(request: Request, text: str, places: dict[str, str], status: int = 200) -> bytes:
+    """Answer with a page in which ``{name}`` is replaced; values have to be escaped."""
+    request.setHeader("Content-Security-Policy", _POLICY)
+    request.setHeader("Referrer-Policy", "no-referrer")
+    text = re.sub(r"\{(\w+)\}", lambda found: places[found[1]], text)
+    return reply(request, text.encode(), status, _HTML)
 
 
 def not_modified(request: Request, etag: str) -> bool:

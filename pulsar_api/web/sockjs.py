@@ -2,7 +2,8 @@
 
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 from attrs import define, field, frozen
@@ -16,10 +17,13 @@ from twisted.web.server import Request
 from twisted.web.websocket import WebSocketResource, WebSocketTransport
 from wsproto.utilities import RemoteProtocolError
 
-from pulsar_api.errors import PulsarError
+from pulsar_api.auth.gate import Credentials
+from pulsar_api.auth.rights import Right
+from pulsar_api.changes import Changes
+from pulsar_api.errors import NotAuthenticated, PulsarError
+from pulsar_api.web.access import Access, session_id
 from pulsar_api.web.feed import Closed, Feed, Subscription
 from pulsar_api.web.follow import Outlet, Valve
-from pulsar_api.web.origin import Origins
 from pulsar_api.web.reply import new_app, problem, reply
 
 _log = Logger()
@@ -32,12 +36,18 @@ STREAMED = 128 * 1024
 """Bytes after which a stream ends, and the client opens another."""
 MAX_MESSAGE = 64 * 1024
 """Bytes of a message of a client; it has nothing to say but who it is."""
+MAX_ID = 200
+"""Characters of the id of a session of the page."""
+ANSWER = 10.0
+"""Seconds for a client to say who it is, where its request did not."""
 MAX_SESSIONS = 1000
 """Sessions by HTTP."""
 
 _OPEN = "o"
 _BEAT = "h"
 _GO_AWAY = 'c[3000,"Go away!"]'
+_DENIED = 'c[403,"Access denied"]'
+_LAST = frozenset({_GO_AWAY, _DENIED})
 _BUSY = 'c[2010,"Another connection still open"]'
 _PRELUDE = "h" * 2048
 _SCRIPT = "application/javascript; charset=UTF-8"
@@ -60,10 +70,116 @@ async def _frame(subscription: Subscription, clock: IReactorTime) -> str:
 
 
 @define(eq=False)
+class _Visit:
+    """A client, whatever it came by: who it is, once that is known, and what it is told."""
+
+    _sockjs: "SockJS"
+    address: str
+    _decided: Changes = field(init=False)
+    """Its version is 1 when it is known who it is."""
+    _heard: Deferred[str] = field(factory=Deferred, init=False)
+    _subscription: Subscription | None = field(default=None, init=False)
+    _forget: Callable[[], None] = field(default=lambda: None, init=False)
+    _deciding: Deferred[None] | None = field(default=None, init=False)
+    _over: str = field(default="", init=False)
+    """The last frame, if there is nothing more to tell."""
+
+    def __attrs_post_init__(self) -> None:
+        self._decided = Changes(self._sockjs.clock)
+
+    def begin(self, shown: Credentials | str | None) -> None:
+        """Find out who it is: by its request, or by the first thing that it says."""
+        self._deciding = Deferred.fromCoroutine(self._decide(shown))
+        self._deciding.addErrback(_ended)
+
+    async def _decide(self, shown: Credentials | str | None) -> None:
+        access = self._sockjs.access
+        caller = None
+        try:
+            if shown is not None or access.gate is None:
+                with suppress(NotAuthenticated):  # it may yet say something better
+                    caller = await access.caller(shown, self.address)
+            if caller is None:
+                clock = self._sockjs.clock
+                said = await self._heard.addTimeout(ANSWER, clock, lambda *_: "")
+                shown = _shown(said)
+                caller = await access.caller(shown, self.address)
+        except PulsarError:
+            self.deny()
+            return
+        if self._over:
+            return
+        if shown is not None:
+            self._forget = access.hold(shown, caller, self.deny)
+        sees = access.guard(caller, Right.READ).sees
+        self._subscription = self._sockjs.feed.subscribe(sees)
+        self._decided.advance(1)
+
+    def hear(self, messages: Sequence[str]) -> None:
+        """Take what the client says; only the first message counts."""
+        if messages and not self._heard.called:
+            self._heard.callback(messages[0])
+
+    def deny(self) -> None:
+        """Let it hear that it may not, and nothing more."""
+        self._over = self._over or _DENIED
+        if self._subscription is not None:
+            self._subscription.end()
+        self._decided.advance(1)
+
+    def end(self) -> None:
+        """Let it hear that the daemon stops, if it was never told who it is."""
+        if self._subscription is None:
+            self._over = self._over or _GO_AWAY
+            self._decided.advance(1)
+
+    def close(self) -> None:
+        """Forget it."""
+        self._forget()
+        self._over = self._over or _GO_AWAY
+        if self._deciding is not None:
+            self._deciding.cancel()
+        if self._subscription is not None:
+            self._subscription.close()
+
+    async def frame(self) -> str:
+        """Return the next frame: a message, after a silence a heartbeat, or the end."""
+        clock = self._sockjs.clock
+        if not self._decided.version:
+            decided = self._decided.after(0)
+            await decided.addTimeout(HEARTBEAT, clock, lambda *_: 0)
+        if self._over or self._subscription is None:
+            return self._over or _BEAT
+        frame = await _frame(self._subscription, clock)
+        return self._over or frame
+
+
+def _shown(text: str) -> Credentials | str | None:
+    """Return what ``{"token": …}`` or ``{"cookie": …}`` shows."""
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    token, cookie = (
+        said.get(name) if isinstance(said, dict) else None for name in ("token", "cookie")
+    )
+    if isinstance(token, str):
+        return Credentials("", token)
+    if isinstance(cookie, str):
+        return session_id(cookie) or cookie[:MAX_ID]
+    return None
+
+
+def _ended(failure: Failure) -> None:
+    if not failure.check(CancelledError):
+        _log.failure("A visit has failed", failure)
+
+
+@define(eq=False)
 class _Session:
     """A client by HTTP, between two of its requests as well."""
 
-    subscription: Subscription
+    visit: _Visit
     busy: bool = False
     gone: IDelayedCall | None = None
 
@@ -74,9 +190,9 @@ class SockJS:
 
     app: ClassVar[Klein] = new_app()
 
+    access: Access
     feed: Feed
     clock: IReactorTime
-    origins: Origins
     _sessions: dict[str, _Session] = field(factory=dict)
 
     def resource(self) -> Resource:
@@ -101,32 +217,32 @@ class SockJS:
 
     @app.route("/websocket/<server>/<name>/xhr", methods=["POST"])
     async def poll(self, request: Request, server: str, name: str) -> bytes:
-        self.origins.check(request)
+        self.access.origins.check(request)
         session = self._sessions.get(name)
         if session is None:
-            if self._open(name) is None:
+            if self._open(request, name) is None:
                 return _too_many(request)
             return _answer(request, _OPEN)
-        if session.busy:
+        if session.busy or not self._is_theirs(request, session):
             return _answer(request, _BUSY)
         self._take(session)
         try:
-            frame = await _frame(session.subscription, self.clock)
+            frame = await session.visit.frame()
         finally:
             self._give_back(name, session)
         return _answer(request, frame)
 
     @app.route("/websocket/<server>/<name>/xhr_streaming", methods=["POST"])
     async def stream(self, request: Request, server: str, name: str) -> bytes:
-        self.origins.check(request)
+        self.access.origins.check(request)
         session = self._sessions.get(name)
         begin = [_PRELUDE]
         if session is None:
-            session = self._open(name)
+            session = self._open(request, name)
             if session is None:
                 return _too_many(request)
             begin.append(_OPEN)
-        busy = session.busy
+        busy = session.busy or not self._is_theirs(request, session)
         request.setHeader("Content-Type", _SCRIPT)
         request.setHeader("Cache-Control", _NO_CACHE)
         request.setHeader("X-Accel-Buffering", "no")
@@ -139,11 +255,11 @@ class SockJS:
         sent = 0
         try:
             while sent < STREAMED:
-                frame = await _frame(session.subscription, self.clock)
+                frame = await session.visit.frame()
                 data = f"{frame}\n".encode()
                 sent += len(data)
                 await outlet.write(data)
-                if frame == _GO_AWAY:
+                if frame in _LAST:
                     break
         finally:
             self._give_back(name, session)
@@ -151,22 +267,35 @@ class SockJS:
 
     @app.route("/websocket/<server>/<name>/xhr_send", methods=["POST"])
     def send(self, request: Request, server: str, name: str) -> bytes:
-        self.origins.check(request)
-        if name not in self._sessions:
+        self.access.origins.check(request)
+        session = self._sessions.get(name)
+        if session is None or not self._is_theirs(request, session):
             detail = "There is no such session; it may have ended."
             return problem(request, 404, "unknown-session", "Unknown session", detail)
         body = b"" if request.content is None else request.content.read()
-        if _messages(body) is None:
+        messages = _messages(body)
+        if messages is None:
             detail = "body: must be a JSON array of texts"
             return problem(request, 400, "invalid-input", "Invalid input", detail, "body")
+        session.visit.hear(messages)
         request.setResponseCode(204)
         request.setHeader("Content-Type", _TEXT)
         return b""
 
-    def _open(self, name: str) -> _Session | None:
+    def visit(self, request: Request) -> _Visit:
+        """Return a visit, whose visitor may not be known yet."""
+        visit = _Visit(self, self.access.origins.address(request))
+        visit.begin(self.access.shown(request))
+        return visit
+
+    def _is_theirs(self, request: Request, session: _Session) -> bool:
+        """Return whether it comes from where the session was opened: names are short."""
+        return session.visit.address == self.access.origins.address(request)
+
+    def _open(self, request: Request, name: str) -> _Session | None:
         if len(self._sessions) >= MAX_SESSIONS:
             return None
-        session = self._sessions[name] = _Session(self.feed.subscribe())
+        session = self._sessions[name] = _Session(self.visit(request))
         self._give_back(name, session)
         return session
 
@@ -179,7 +308,7 @@ class SockJS:
     def _give_back(self, name: str, session: _Session) -> None:
         def end() -> None:
             del self._sessions[name]
-            session.subscription.close()
+            session.visit.close()
 
         session.busy = False
         if session.gone is None:
@@ -189,6 +318,7 @@ class SockJS:
         """Say goodbye to all, and forget who is between two requests."""
         self.feed.end()
         for session in self._sessions.values():
+            session.visit.end()
             if session.gone is not None:
                 session.gone.cancel()
                 session.gone = None
@@ -231,7 +361,7 @@ class _Tree(Resource):
         super().__init__()
         self._routes = routes
         self._websocket = WebSocketResource(_Factory(sockjs))
-        self._origins = sockjs.origins
+        self._origins = sockjs.access.origins
 
     def render(self, request: Request) -> bytes | int:
         """Answer a request."""
@@ -259,14 +389,18 @@ class _Factory:
 
     def buildProtocol(self, request: Request) -> "_Socket":
         """Return it, for Twisted."""
-        return _Socket(self.sockjs, request.channel, request.channel.connectionLost)
+        visit = self.sockjs.visit(request)
+        return _Socket(
+            visit, self.sockjs.clock, request.channel, request.channel.connectionLost
+        )
 
 
 @define(eq=False, slots=False)
 class _Socket(Valve):
     """Sends frames on a WebSocket, no faster than they are read."""
 
-    _sockjs: SockJS
+    _visit: _Visit
+    _clock: IReactorTime
     _channel: Any
     """The HTTP channel below, whose methods Twisted has replaced by its own."""
     _lost: Callable[[Failure], None]
@@ -286,7 +420,7 @@ class _Socket(Valve):
         deliver = self._channel.dataReceived
 
         def bounded(data: bytes) -> None:
-            now = self._sockjs.clock.seconds()
+            now = self._clock.seconds()
             if now >= self._since + HEARTBEAT:
                 self._since, self._received = now, 0
             self._received += len(data)
@@ -308,8 +442,11 @@ class _Socket(Valve):
     def textMessageReceived(self, message: str) -> None:
         """Take what the client says; what is no JSON ends the connection."""
         self._received = 0
-        if _messages(message) is None:
+        messages = _messages(message)
+        if messages is None:
             self._transport.loseConnection()
+        else:
+            self._visit.hear(messages)
 
     def bytesMessageReceived(self, data: bytes | bytearray) -> None:
         """Nobody sends that."""
@@ -323,22 +460,19 @@ class _Socket(Valve):
         """Stop, and let the channel do what it does at its end."""
         if self._running is not None:
             self._running.cancel()
+        self._visit.close()
         self._lost(reason)
 
     async def _run(self) -> None:
-        subscription = self._sockjs.feed.subscribe()
-        try:
-            self._transport.sendTextMessage(_OPEN)
-            while True:
-                frame = await _frame(subscription, self._sockjs.clock)
-                self._transport.sendTextMessage(frame)
-                if frame == _GO_AWAY:
-                    self._transport.detachProducer()
-                    self._transport.loseConnection()
-                    return
-                await self.open()
-        finally:
-            subscription.close()
+        self._transport.sendTextMessage(_OPEN)
+        while True:
+            frame = await self._visit.frame()
+            self._transport.sendTextMessage(frame)
+            if frame in _LAST:
+                self._transport.detachProducer()
+                self._transport.loseConnection()
+                return
+            await self.open()
 
     def _failed(self, failure: Failure) -> None:
         if not failure.check(CancelledError):

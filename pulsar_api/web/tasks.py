@@ -15,12 +15,14 @@ from twisted.web.server import Request
 from werkzeug.routing import BaseConverter
 
 from pulsar_api import wire
+from pulsar_api.auth.guard import Guard
+from pulsar_api.auth.rights import Right
 from pulsar_api.errors import UnknownTask
 from pulsar_api.output import Output
-from pulsar_api.service import MAX_ID, TaskService
-from pulsar_api.task import Task, TaskSnapshot, TaskSpec
+from pulsar_api.service import MAX_ID
+from pulsar_api.task import Task, TaskSnapshot
+from pulsar_api.web.access import Access, needs
 from pulsar_api.web.feed import Feed
-from pulsar_api.web.origin import Origins
 from pulsar_api.web.reply import header, new_app, not_modified, reply, stream
 from pulsar_api.wire import Part
 
@@ -52,11 +54,10 @@ class TaskAPI:
 
     app: ClassVar[Klein] = _new_app()
 
-    service: TaskService
+    access: Access
     folder: Path
     """Where the output of task 47 is in the folder ``47``."""
     clock: IReactorTime
-    origins: Origins
     poll_timeout: float = 30.0
     feed: Feed | None = None
     """Who is told which task's POST is being answered."""
@@ -65,15 +66,16 @@ class TaskAPI:
     # -- tasks
 
     @app.route("/tasks", methods=["GET"])
-    async def list_tasks(self, request: Request) -> bytes:
+    @needs(Right.READ)
+    async def list_tasks(self, request: Request, tasks: Guard) -> bytes:
         query = query_of(request)
         wanted = wire.parse_task_query(query)
         how = wire.parse_choice(query, "output", "tail", _OUTPUTS)
-        found = await self.service.list(wanted)
+        found = await tasks.list(wanted)
         if len(found) == wanted.limit and found[-1].id > 1:
             more = urlencode({**query, "before": found[-1].id})
             request.setHeader("Link", f'</tasks?{more}>; rel="next"')
-        base = self.origins.base(request)
+        base = self._base(request)
         parts = [Part.chosen(how, task, self._output(task)) for task in found]
         pieces = chain(
             [wire.list_head(base)],
@@ -89,37 +91,42 @@ class TaskAPI:
         return await respond(request, pieces, sum(part.size for part in parts))
 
     @app.route("/tasks/created", methods=["GET"])
-    async def created(self, request: Request) -> bytes:
+    @needs(Right.READ)
+    async def created(self, request: Request, tasks: Guard) -> bytes:
         query = query_of(request)
-        created = self.service.created
+        created = tasks.created
         since = wire.parse_number(query, "since", created.version, MAX_ID)
         how = wire.parse_choice(query, "output", "full", _OUTPUTS)
         seconds = self._seconds(request, query)
         # A number from the future is from another database: take it as "from now on".
         seen = min(since, created.version)
-        if created.version == seen:
-            await self._wait(created.after(seen), seconds)
-        task = await self.service.next_after(seen)
-        if task is None:
-            return reply(request, _UNCHANGED)
+        until = self.clock.seconds() + seconds
+        while True:
+            newest = created.version
+            task = await tasks.next_after(seen)
+            if task is not None:
+                break
+            seen = newest  # those that this caller may not see are none
+            left = until - self.clock.seconds()
+            if left <= 0 or await self._wait(created.after(seen), left) in {0, seen}:
+                return reply(request, _UNCHANGED)
         return await self._changed(
             request, task, Part.chosen(how, task, self._output(task))
         )
 
     @app.route("/<app:app>/<env>", methods=["POST"])
-    async def create(self, request: Request, app: str, env: str) -> bytes:
-        self.origins.check(request)
+    @needs(Right.RUN)
+    async def create(self, request: Request, tasks: Guard, app: str, env: str) -> bytes:
         body = request.content.read() if request.content is not None else b""
         kind = header(request, "content-type")
         asked = wire.parse_new_task(kind, body, query_of(request))
-        spec = TaskSpec(app, env, asked.action, asked.variables)
         key = wire.parse_key(request.requestHeaders.getRawHeaders("idempotency-key"))
-        task = await self.service.create(spec, key)
+        task = await tasks.create(app, env, asked.action, asked.variables, key)
         number = task.snapshot.id
         if self.feed is not None:
             self.feed.hold(number, request)
         request.setHeader("Location", f"/task/{number}")
-        url = wire.task_url(self.origins.base(request), number)
+        url = wire.task_url(self._base(request), number)
         answer = wire.encode({"taskId": number, "id": number, "url": url})
         if not asked.wait:
             return reply(request, answer)
@@ -133,21 +140,23 @@ class TaskAPI:
     # -- one task
 
     @app.route("/task/<number>", methods=["GET"])
-    async def task(self, request: Request, number: str) -> bytes:
+    @needs(Right.READ)
+    async def task(self, request: Request, tasks: Guard, number: str) -> bytes:
         how = wire.parse_choice(query_of(request), "output", "full", _OUTPUTS)
-        task = await self._find(number)
+        task = await find(tasks, number)
         task.refresh()
         snapshot = task.snapshot
         if not_modified(request, f'"{snapshot.version}-{how}"'):
             return b""
         part = Part.chosen(how, snapshot, self._output(snapshot))
-        pieces = self._pieces(snapshot, self.origins.base(request), part)
+        pieces = self._pieces(snapshot, self._base(request), part)
         return await respond(request, chain(pieces, [b"\n"]), part.size)
 
     @app.route("/task/<number>/output", methods=["GET"])
-    async def output(self, request: Request, number: str) -> bytes:
+    @needs(Right.READ)
+    async def output(self, request: Request, tasks: Guard, number: str) -> bytes:
         query = query_of(request)
-        task = await self._find(number)
+        task = await find(tasks, number)
         seen = wire.parse_number(query, "since", task.changes.version, MAX_ID)
         offset = wire.parse_number(query, "offset", -1, MAX_ID)
         how = wire.parse_choice(query, "output", "full", _OUTPUTS)
@@ -167,9 +176,10 @@ class TaskAPI:
         return await self._changed(request, snapshot, part, part.end)
 
     @app.route("/task/<number>/state", methods=["GET"])
-    async def state(self, request: Request, number: str) -> bytes:
+    @needs(Right.READ)
+    async def state(self, request: Request, tasks: Guard, number: str) -> bytes:
         query = query_of(request)
-        task = await self._find(number)
+        task = await find(tasks, number)
         seen = wire.parse_number(query, "since", task.changes.version, MAX_ID)
         how = wire.parse_choice(query, "output", "full", _OUTPUTS)
         seconds = self._seconds(request, query)
@@ -181,20 +191,20 @@ class TaskAPI:
         return await self._changed(request, task.snapshot, part)
 
     @app.route("/task/<number>/kill", methods=["GET", "POST"])
-    async def kill(self, request: Request, number: str) -> bytes:
+    @needs(Right.KILL)
+    async def kill(self, request: Request, tasks: Guard, number: str) -> bytes:
         how = wire.parse_choice(query_of(request), "output", "full", _OUTPUTS)
-        self.origins.check(request)
-        task = await self._find(number)
+        task = await find(tasks, number)
         if request.method != b"HEAD":  # which promises to change nothing
-            task = await self.service.kill(task.snapshot.id, caller(request))
+            task = await tasks.kill(task.snapshot.id)
         part = Part.chosen(how, task.snapshot, self._output(task.snapshot))
-        pieces = self._pieces(task.snapshot, self.origins.base(request), part)
+        pieces = self._pieces(task.snapshot, self._base(request), part)
         return await respond(request, chain(pieces, [b"\n"]), part.size)
 
     # -- what they share
 
-    async def _find(self, number: str) -> Task:
-        return await find(self.service, number)
+    def _base(self, request: Request) -> str:
+        return self.access.origins.base(request)
 
     def _output(self, snapshot: TaskSnapshot) -> Output:
         return Output(self.folder / str(snapshot.id))
@@ -206,8 +216,8 @@ class TaskAPI:
         seconds = wire.parse_seconds(query, "timeout", self.poll_timeout)
         return 0.0 if request.method == b"HEAD" else seconds
 
-    async def _wait(self, change: Deferred[int], seconds: float) -> None:
-        await change.addTimeout(seconds, self.clock, lambda *_: 0)
+    async def _wait(self, change: Deferred[int], seconds: float) -> int:
+        return await change.addTimeout(seconds, self.clock, lambda *_: 0)
 
     async def _changed(
         self,
@@ -216,7 +226,7 @@ class TaskAPI:
         part: Part,
         next_offset: int | None = None,
     ) -> bytes:
-        base = self.origins.base(request)
+        base = self._base(request)
         offset = b"" if next_offset is None else b', "nextOffset": %d' % next_offset
         pieces = chain(
             [b'{"changed": true%s, "task": ' % offset],
@@ -235,11 +245,11 @@ class TaskAPI:
         return reply(request, body)
 
 
-async def find(service: TaskService, number: str) -> Task:
-    """Return the task of a path's segment, or raise `UnknownTask`."""
+async def find(tasks: Guard, number: str) -> Task:
+    """Return the task of a path's segment, or raise `UnknownTask` or `NotAllowed`."""
     if not (number.isascii() and number.isdigit() and len(number) < 20):
         raise UnknownTask(number[:100])
-    return await service.find(int(number))
+    return await tasks.find(int(number))
 
 
 async def respond(request: Request, pieces: Iterable[bytes], size: int) -> bytes:
@@ -252,8 +262,3 @@ async def respond(request: Request, pieces: Iterable[bytes], size: int) -> bytes
 def query_of(request: Request) -> dict[str, str]:
     """Return the parameters of the URL."""
     return wire.parse_query(request.uri.partition(b"?")[2])
-
-
-def caller(request: Request) -> str:
-    """Return who asks, as well as it is known without authentication."""
-    return getattr(request.getClientAddress(), "host", None) or "a local user"

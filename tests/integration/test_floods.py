@@ -21,11 +21,13 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from pulsar_api import shim
+from pulsar_api.auth.audit import AuditLog
 from pulsar_api.command import Commands, Template
 from pulsar_api.output import Output
 from pulsar_api.ports import Bounds
 from pulsar_api.service import Limits, TaskService
 from pulsar_api.task import TaskSpec
+from pulsar_api.web.access import Access
 from pulsar_api.web.origin import Origins
 from pulsar_api.web.tasks import TaskAPI
 from tests.fakes import FakeExecutor, MemoryStore
@@ -341,7 +343,9 @@ class Waiters:
             limits,
         )
         origins = Origins("https://pulsar.example")
-        self.api = TaskAPI(self.service, folder, self.clock, origins)
+        audit = AuditLog(folder / "audit.log", lambda: 0.0)
+        access = Access(self.service, audit, origins, self.clock)
+        self.api = TaskAPI(access, folder, self.clock)
         self.client: Any = StubTreq(self.api.app.resource())
         Deferred.fromCoroutine(self.service.start())
         created = Deferred.fromCoroutine(

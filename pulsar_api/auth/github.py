@@ -1,0 +1,281 @@
+"""Users of GitHub, or of a GitHub Enterprise server: by their token, or by OAuth.
+
+REST API: https://docs.github.com/en/rest (users, orgs/members, teams/members).
+OAuth: https://docs.github.com/en/apps/oauth-apps, RFC 6749, PKCE by RFC 7636.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import quote, urlencode
+
+from attrs import define, field, frozen
+from treq.client import HTTPClient
+from twisted.internet.defer import (
+    CancelledError,
+    Deferred,
+    DeferredSemaphore,
+    gatherResults,
+)
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseDone
+from twisted.web.http_headers import Headers
+
+from pulsar_api.auth.gate import Credentials
+from pulsar_api.auth.rights import Identity
+from pulsar_api.errors import ProviderUnavailable
+
+_log = Logger()
+T = TypeVar("T")
+
+NAME = "GitHub"
+DEADLINE = 4.0
+"""Seconds for all that has to be asked to let one user in."""
+MOST = 100
+"""Users that are asked for at the same time."""
+_MAX_ANSWER = 1 << 20
+_MAX_WAIT = 3600
+_REMEMBERED = 1000
+_TOKEN = re.compile(r"[A-Za-z0-9_.\-]{8,255}", re.ASCII)
+_LOGIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", re.ASCII)
+
+
+@frozen
+class Members:
+    """Who is let in: logins, members of organisations, or of teams (``org/team``)."""
+
+    method: str
+    """``user``, ``org`` or ``team``."""
+    names: frozenset[str]
+    """In lower case."""
+
+    def groups(self) -> frozenset[str]:
+        """Return what they are called in `Identity.groups`."""
+        return frozenset(f"{self.method}:{name}" for name in self.names)
+
+
+@frozen
+class OAuth:
+    """Our registration as an OAuth app."""
+
+    url: str
+    """Where people sign in, ``https://github.com``."""
+    client_id: str
+    client_secret: str = field(repr=False)
+
+    def authorize_url(self, state: str, verifier: str, callback: str, scope: str) -> str:
+        """Return where to send a browser that wants to sign in."""
+        hashed = hashlib.sha256(verifier.encode()).digest()
+        query = {
+            "client_id": self.client_id,
+            "redirect_uri": callback,
+            "scope": scope,
+            "state": state,
+            "code_challenge": base64.urlsafe_b64encode(hashed).rstrip(b"=").decode(),
+            "code_challenge_method": "S256",
+        }
+        return f"{self.url}/login/oauth/authorize?{urlencode(query)}"
+
+
+@define(eq=False)
+class GitHub:
+    """Asks GitHub who has a token, and what they are a member of."""
+
+    _http: HTTPClient
+    _clock: IReactorTime
+    _now: Callable[[], float]
+    """The seconds since the epoch, as GitHub's limits have them."""
+    api_url: str
+    members: Members
+    groups: frozenset[str] = frozenset()
+    """What else rules want to know: ``org:o`` and ``team:o/t``."""
+    own: tuple[str, str] | None = field(default=None, repr=False)
+    """User and token of the daemon, to see members by; else by the caller's token."""
+    oauth: OAuth | None = None
+    good: float = 60.0
+    bad: float = 10.0
+    _asking: DeferredSemaphore = field(factory=lambda: DeferredSemaphore(MOST))
+    _silent: OrderedDict[bytes, float] = field(factory=OrderedDict)
+    """Until when GitHub wants to hear nothing from somebody: seconds since the epoch."""
+
+    @property
+    def scope(self) -> str:
+        """What a token of OAuth has to be good for."""
+        return "read:org" if self._wanted() and self.own is None else ""
+
+    def takes(self, credentials: Credentials) -> bool:
+        """Return whether it may be a token of GitHub; a password never is one."""
+        return _TOKEN.fullmatch(credentials.secret) is not None
+
+    async def identify(self, credentials: Credentials) -> Identity | None:
+        """Return the user and their groups; None if the token is wrong or not let in."""
+        return await self._in_time(self._identify(credentials))
+
+    async def token_for(self, code: str, verifier: str, callback: str) -> str | None:
+        """Return the token for the code of a sign-in, None if GitHub does not take it."""
+        return await self._in_time(self._exchange(code, verifier, callback))
+
+    async def _in_time(self, asked: Coroutine[Deferred[Any], Any, T]) -> T:
+        """Return what was asked for, or raise `ProviderUnavailable` in good time."""
+        answer: Deferred[T] = self._asking.run(lambda: Deferred.fromCoroutine(asked))
+
+        def late(*_: object) -> NoReturn:
+            raise ProviderUnavailable(NAME, "it does not answer in time")
+
+        try:
+            return await answer.addTimeout(DEADLINE, self._clock, late)
+        except (ProviderUnavailable, CancelledError):
+            raise
+        except Exception as e:  # noqa: BLE001 - whatever it is, it is no yes
+            _log.error("{name} cannot be asked: {e!r}", name=self.api_url, e=e)
+            raise ProviderUnavailable(NAME, "it cannot be reached") from None
+
+    async def _identify(self, credentials: Credentials) -> Identity | None:
+        auth = f"Bearer {credentials.secret}"
+        status, user = await self._get("/user", auth)
+        if status == 401:
+            return None
+        login = user.get("login") if isinstance(user, dict) else None
+        if status != 200 or not isinstance(login, str) or not _LOGIN.fullmatch(login):
+            raise ProviderUnavailable(NAME, f"it answers {status} and no user")
+        if credentials.user.casefold() not in {"", login.casefold()}:
+            return None
+        wanted = sorted(self._wanted())
+        asked = [Deferred.fromCoroutine(self._is_in(g, login, auth)) for g in wanted]
+        found = await gatherResults(asked, consumeErrors=True)
+        groups = {g for g, member in zip(wanted, found, strict=True) if member}
+        groups.add(f"user:{login.casefold()}")
+        if not groups & self.members.groups():
+            return None
+        return Identity(login, "github", frozenset(groups))
+
+    def _wanted(self) -> frozenset[str]:
+        named = self.groups | self.members.groups()
+        return frozenset(name for name in named if not name.startswith("user:"))
+
+    async def _is_in(self, group: str, login: str, auth: str) -> bool:
+        kind, _, name = group.partition(":")
+        org, _, team = (quote(part, safe="") for part in name.partition("/"))
+        if self.own is not None:
+            text = base64.b64encode(":".join(self.own).encode()).decode()
+            auth = f"Basic {text}"
+        if kind == "team":
+            path = f"/orgs/{org}/teams/{team}/memberships/{login}"
+        elif self.own is not None:
+            path = f"/orgs/{org}/members/{login}"
+        else:
+            path = f"/user/memberships/orgs/{org}"
+        status, answer = await self._get(path, auth)
+        if status == 200:
+            # One who was invited and has not accepted is "pending".
+            return isinstance(answer, dict) and answer.get("state") == "active"
+        if status in {204, 302, 403, 404}:
+            return status == 204
+        raise ProviderUnavailable(NAME, f"it answers {status} about {group}")
+
+    async def _get(self, path: str, auth: str) -> tuple[int, Any]:
+        headers = {
+            "Authorization": auth,
+            "Accept": "application/vnd.github+json",
+            "X-GitHub-Api-Version": "2022-11-28",
+            "User-Agent": "pulsar-api",
+        }
+        return await self._send("GET", f"{self.api_url}{path}", headers, None)
+
+    async def _exchange(self, code: str, verifier: str, callback: str) -> str | None:
+        assert self.oauth is not None
+        form = {
+            "client_id": self.oauth.client_id,
+            "client_secret": self.oauth.client_secret,
+            "code": code,
+            "redirect_uri": callback,
+            "code_verifier": verifier,
+        }
+        headers = {"Accept": "application/json", "User-Agent": "pulsar-api"}
+        url = f"{self.oauth.url}/login/oauth/access_token"
+        status, answer = await self._send("POST", url, headers, form)
+        if not isinstance(answer, dict) or status not in {200, 400, 401, 404}:
+            raise ProviderUnavailable(NAME, f"it answers {status} to a sign-in")
+        token = answer.get("access_token")
+        return token if isinstance(token, str) and _TOKEN.fullmatch(token) else None
+
+    async def _send(
+        self, method: str, url: str, headers: dict[str, str], form: dict[str, str] | None
+    ) -> tuple[int, Any]:
+        left = self._silent.get(_digest(headers.get("Authorization", "")), 0) - self._now()
+        if left > 0:
+            raise ProviderUnavailable(NAME, "its rate limit is reached", math.ceil(left))
+        response: Any = await self._http.request(
+            method,
+            url,
+            headers=Headers({k: [v] for k, v in headers.items()}),
+            data=form,
+            allow_redirects=False,
+        )
+        body = _Body()
+        response.deliverBody(body)
+        text = await body.whole
+        if response.code in {403, 429}:
+            self._heed(response.headers, headers.get("Authorization", ""))
+        if response.code >= 500:
+            raise ProviderUnavailable(NAME, f"it answers {response.code}")
+        try:
+            return response.code, json.loads(text) if text else None
+        except (ValueError, RecursionError):
+            return response.code, None
+
+    def _heed(self, headers: Any, auth: str) -> None:
+        """Ask nothing for as long as GitHub's limits want it; raise if they do."""
+        wait = None
+        if (text := headers.getRawHeaders("retry-after", [""])[0]).isdigit():
+            wait = float(text)
+        elif headers.getRawHeaders("x-ratelimit-remaining", [""])[0] == "0":
+            reset = headers.getRawHeaders("x-ratelimit-reset", [""])[0]
+            wait = float(reset) - self._now() if reset.isdigit() else 60.0
+        if wait is not None:
+            wait = min(max(wait, 1.0), _MAX_WAIT)
+            self._silent[_digest(auth)] = self._now() + wait
+            while len(self._silent) > _REMEMBERED:
+                self._silent.popitem(last=False)
+            _log.warn("{name}: rate limit, silent for {s:.0f} s", name=NAME, s=wait)
+            raise ProviderUnavailable(NAME, "its rate limit is reached", math.ceil(wait))
+
+
+def _digest(auth: str) -> bytes:
+    return hashlib.sha256(auth.encode()).digest()
+
+
+class _Body(Protocol):
+    """Takes an answer of a bounded size; who stops waiting ends the connection."""
+
+    transport: Any
+
+    def __init__(self) -> None:
+        self._data = b""
+        self.whole: Deferred[bytes] = Deferred(lambda _: self._stop())
+
+    def dataReceived(self, data: bytes) -> None:
+        """Take a piece."""
+        self._data += data
+        if len(self._data) > _MAX_ANSWER:
+            self._stop()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """Take the end."""
+        if self.whole.called:
+            return
+        if reason.check(ResponseDone) and len(self._data) <= _MAX_ANSWER:
+            self.whole.callback(self._data)
+        else:
+            self.whole.errback(reason)
+
+    def _stop(self) -> None:
+        self.transport.loseConnection()

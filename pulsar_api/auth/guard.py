@@ -1,0 +1,134 @@
+"""What one caller may do with tasks; the one place where rights are asked for."""
+
+from collections.abc import Mapping
+
+from attrs import evolve, frozen
+
+from pulsar_api.auth.audit import AuditLog
+from pulsar_api.auth.rights import Caller, Right
+from pulsar_api.changes import Changes
+from pulsar_api.errors import NotAllowed, NotRestartable
+from pulsar_api.service import TaskService, shielded
+from pulsar_api.task import Command, News, Status, Task, TaskQuery, TaskSnapshot, TaskSpec
+
+_RESTARTABLE = frozenset({Status.FAILED, Status.KILLED, Status.LOST})
+
+
+@frozen(eq=False)
+class Guard:
+    """The tasks, as far as a caller has the one right that a route needs.
+
+    No route has anything else to reach a task by, so none can forget to ask. What is not
+    allowed raises `NotAllowed` and is in the audit log; lists leave it out.
+    """
+
+    _service: TaskService
+    caller: Caller
+    right: Right
+    _audit: AuditLog
+
+    # -- one task
+
+    async def find(self, number: int) -> Task:
+        """Return a task, or raise `UnknownTask` or `NotAllowed`."""
+        task = await self._service.find(number)
+        spec = task.snapshot.spec
+        self._check(spec.app, spec.env, spec.action, task=number)
+        return task
+
+    async def create(
+        self,
+        app: str,
+        env: str,
+        action: str,
+        variables: Mapping[str, str],
+        key: str | None = None,
+    ) -> Task:
+        """Create a task in the caller's name, as `TaskService.create`."""
+        self._check(app, env, action)
+        spec = TaskSpec(app, env, action, variables, self.caller.name)
+        return await self._created(spec, key)
+
+    async def restart(self, number: int) -> Task:
+        """Create a task like one that has failed; the old one stays what it is."""
+        old = (await self.find(number)).snapshot
+        if old.status not in _RESTARTABLE:
+            raise NotRestartable(old.id, old.status)
+        return await self._created(evolve(old.spec, user=self.caller.name), None)
+
+    async def _created(self, spec: TaskSpec, key: str | None) -> Task:
+        # In the log even if who asked does not wait for it.
+        return await shielded(self._noted(spec, key))
+
+    async def _noted(self, spec: TaskSpec, key: str | None) -> Task:
+        task = await self._service.create(spec, key)
+        self._note(spec.app, spec.env, spec.action, task=task.snapshot.id)
+        return task
+
+    async def kill(self, number: int) -> Task:
+        """End a task, as `TaskService.kill`."""
+        spec = (await self.find(number)).snapshot.spec
+        self._note(spec.app, spec.env, spec.action, task=number)
+        return await self._service.kill(number, self.caller.who)
+
+    # -- many
+
+    async def list(self, query: TaskQuery) -> list[TaskSnapshot]:
+        """Return those of the tasks that match and may be seen, newest first."""
+        return await self._service.list(evolve(query, within=self._within()))
+
+    async def next_after(self, number: int) -> TaskSnapshot | None:
+        """Return the oldest newer task that may be seen, or None."""
+        return await self._service.next_after(number, self._within())
+
+    async def news(self, since: int, known: int, limit: int) -> News:
+        """Return what has been recorded, also of what may not be seen: ask `sees`."""
+        return await self._service.news(since, known, limit)
+
+    async def last_change(self) -> tuple[int, int]:
+        """Return as `TaskService.last_change`."""
+        return await self._service.last_change()
+
+    async def listing(self, app: str, env: str) -> Command:
+        """Return what lists the actions of an app, of which one may be run."""
+        self._check(app, env, None)
+        return await self._service.listing(app, env)
+
+    def sees(self, snapshot: TaskSnapshot) -> bool:
+        """Return whether the caller may see a task."""
+        spec = snapshot.spec
+        return self.caller.may(self.right, spec.app, spec.env, spec.action)
+
+    @property
+    def created(self) -> Changes:
+        """The number of the newest task, whoever may see it."""
+        return self._service.created
+
+    @property
+    def changed(self) -> Changes:
+        """Grows with each record."""
+        return self._service.changed
+
+    # -- what they share
+
+    def _within(self) -> tuple[tuple[str, str, str], ...] | None:
+        found = self.caller.where(self.right)
+        return None if found is None else tuple((t.app, t.env, t.action) for t in found)
+
+    def _check(self, app: str, env: str, action: str | None, **more: object) -> None:
+        if not self.caller.may(self.right, app, env, action):
+            self._note(app, env, action, allowed=False, **more)
+            where = "/".join(part for part in (app, env, action) if part is not None)
+            raise NotAllowed(self.caller.who, self.right, where[:300])
+
+    def _note(
+        self,
+        app: str,
+        env: str,
+        action: str | None,
+        *,
+        allowed: bool = True,
+        **more: object,
+    ) -> None:
+        place = {"app": app, "env": env, "action": action}
+        self._audit.write(self.caller, self.right, allowed=allowed, **place, **more)

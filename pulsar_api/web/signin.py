@@ -1,0 +1,215 @@
+"""Signing in and out with a browser: a form, or GitHub's OAuth flow."""
+
+import hmac
+import re
+from collections import OrderedDict
+from html import escape
+from importlib.resources import files
+from typing import ClassVar
+from urllib.parse import quote
+
+from attrs import define, field, frozen
+from klein import Klein
+from twisted.internet.interfaces import IReactorTime
+from twisted.web.server import Request
+
+from pulsar_api import wire
+from pulsar_api.auth.gate import Credentials
+from pulsar_api.auth.github import GitHub
+from pulsar_api.auth.records import digest, new_secret
+from pulsar_api.auth.rights import Caller
+from pulsar_api.errors import InvalidInput, NotAuthenticated, PulsarError
+from pulsar_api.web.access import IS_TOKEN, Access, set_session
+from pulsar_api.web.reply import header, new_app, page, reply
+from pulsar_api.web.tasks import query_of
+
+START = "/web/"
+"""Where who has signed in is sent, unless they wanted to see something else."""
+PENDING = 600.0
+"""Seconds for a sign-in at GitHub."""
+_MOST_PENDING = 10_000
+_COOKIE = "pulsar-login"
+_LOCAL = re.compile(r"/(?![/\\])[!-\[\]-~]{0,2000}")
+_HTML = "text/html; charset=utf-8"
+
+
+@frozen
+class _Pending:
+    browser: str
+    """The digest of what the browser that began has in a cookie."""
+    verifier: str
+    next: str
+    until: float
+
+
+@define(eq=False, slots=False)
+class SignIn:
+    """The routes of ``/login`` and ``/logout``."""
+
+    app: ClassVar[Klein] = new_app()
+
+    access: Access
+    clock: IReactorTime
+    github: GitHub | None = None
+    """With an OAuth app, or None."""
+    _pending: OrderedDict[str, _Pending] = field(factory=OrderedDict, init=False)
+    _page: str = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._page = (files("pulsar_api") / "ui" / "login.html").read_text("utf-8")
+
+    @app.route("/login", methods=["GET"])
+    def form(self, request: Request) -> bytes:
+        return self._form(request, local(query_of(request).get("next", "")), "", 200)
+
+    @app.route("/login", methods=["POST"])
+    async def login(self, request: Request) -> bytes:
+        """Begin a session for a user and password, or for a token."""
+        self.access.origins.check(request)
+        body = b"" if request.content is None else request.content.read()
+        fields = wire.parse_form(header(request, "content-type"), body)
+        user, secret = fields.get("user", ""), fields.get("password", "")
+        target = local(fields.get("next", ""))
+        if secret == IS_TOKEN:
+            user, secret = "", user
+        try:
+            await self._begin(request, Credentials(user, secret))
+        except NotAuthenticated:
+            return self._form(request, target, "That is not right, or not let in.", 403)
+        return self._send_to(request, target)
+
+    @app.route("/login/github", methods=["GET"])
+    def ask_github(self, request: Request) -> bytes:
+        """Send the browser to GitHub."""
+        github = self._github()
+        assert github.oauth is not None
+        now = self.clock.seconds()
+        while self._pending and (
+            len(self._pending) >= _MOST_PENDING
+            or next(iter(self._pending.values())).until <= now
+        ):
+            self._pending.popitem(last=False)
+        state, verifier, browser = new_secret(), new_secret(), new_secret()
+        target = local(query_of(request).get("next", ""))
+        self._pending[state] = _Pending(digest(browser), verifier, target, now + PENDING)
+        self._remember(request, browser)
+        callback = self._callback(request)
+        url = github.oauth.authorize_url(state, verifier, callback, github.scope)
+        return self._send_to(request, url)
+
+    @app.route("/login/callback", methods=["GET"])
+    async def from_github(self, request: Request) -> bytes:
+        """Take a browser back from GitHub, with a code that is good for a token."""
+        github = self._github()
+        query = query_of(request)
+        pending = self._pending.pop(query.get("state", ""), None)
+        browser = request.getCookie(_COOKIE.encode()) or b""
+        self._remember(request, "")
+        if (
+            pending is None
+            or pending.until <= self.clock.seconds()
+            or not hmac.compare_digest(digest(browser.decode("latin-1")), pending.browser)
+        ):
+            detail = "This sign-in was not begun here, or too long ago. Try again."
+            return self._form(request, START, detail, 403)
+        code = query.get("code", "")
+        token = None
+        if code:
+            callback = self._callback(request)
+            token = await github.token_for(code, pending.verifier, callback)
+        try:
+            # Without a token it is somebody whom no provider takes.
+            await self._begin(request, Credentials("", token or ""))
+        except NotAuthenticated:
+            detail = "GitHub did not confirm it, or you are not let in here."
+            return self._form(request, pending.next, detail, 403)
+        return self._send_to(request, pending.next)
+
+    @app.route("/login/me", methods=["GET"])
+    async def me(self, request: Request) -> bytes:
+        """Say who is signed in and what they may."""
+        caller = await self._caller(request)
+        rights = [
+            {"may": sorted(grant.rights), "on": list(map(str, grant.targets))}
+            for grant in caller.grants
+        ]
+        me = {"user": caller.name, "means": caller.means, "rights": rights}
+        return reply(request, wire.encode(me))
+
+    @app.route("/logout", methods=["POST"])
+    async def logout(self, request: Request) -> bytes:
+        """End this session; with ``everywhere=1`` all of the same user."""
+        self.access.origins.check(request)
+        everywhere = wire.parse_flag(query_of(request), "everywhere")
+        shown = self.access.shown(request)
+        sessions = self.access.sessions
+        if isinstance(shown, str) and sessions is not None:
+            try:
+                caller = await self._caller(request)
+            except PulsarError:
+                caller = Caller(None, self.access.origins.address(request))
+            self.access.audit.write(caller, "sign-out", allowed=True)
+            await sessions.end(shown)
+            if everywhere and caller.name is not None:
+                await sessions.end_all(caller.name)
+        set_session(request, "", secure=self._secure(request))
+        return self._send_to(request, "/login")
+
+    # -- what they share
+
+    async def _caller(self, request: Request) -> Caller:
+        address = self.access.origins.address(request)
+        return await self.access.caller(self.access.shown(request), address)
+
+    async def _begin(self, request: Request, credentials: Credentials) -> None:
+        """Begin a session, always a new one, for who these credentials are good for."""
+        sessions = self.access.sessions
+        if sessions is None:
+            raise InvalidInput("login", "this daemon asks nobody who they are")
+        address = self.access.origins.address(request)
+        caller = await self.access.caller(credentials, address)
+        assert caller.name is not None
+        old = self.access.shown(request)
+        if isinstance(old, str):
+            await sessions.end(old)
+        id = await sessions.begin(caller.name, credentials)
+        set_session(request, id, secure=self._secure(request))
+        self.access.audit.write(caller, "sign-in", allowed=True)
+
+    def _github(self) -> GitHub:
+        if self.github is None or self.github.oauth is None:
+            raise InvalidInput("login", "signing in at GitHub is not set up here")
+        return self.github
+
+    def _callback(self, request: Request) -> str:
+        return f"{self.access.origins.base(request)}/login/callback"
+
+    def _secure(self, request: Request) -> bool:
+        return self.access.origins.base(request).startswith("https:")
+
+    def _remember(self, request: Request, value: str) -> None:
+        age = int(PENDING) if value else 0
+        flags = "; Secure" if self._secure(request) else ""
+        text = (
+            f"{_COOKIE}={value}; Path=/login; Max-Age={age}; HttpOnly; SameSite=Lax{flags}"
+        )
+        request.responseHeaders.addRawHeader("Set-Cookie", text)
+
+    def _send_to(self, request: Request, url: str) -> bytes:
+        request.setHeader("Location", url)
+        return reply(request, b"", 303, _HTML)
+
+    def _form(self, request: Request, target: str, message: str, status: int) -> bytes:
+        by_github = self.github is not None and self.github.oauth is not None
+        places = {
+            "next": escape(target),
+            "next_query": quote(target, safe=""),
+            "message": escape(message),
+            "github": "" if by_github else "hidden",
+        }
+        return page(request, self._page, places, status)
+
+
+def local(text: str) -> str:
+    """Return where to go next: a path here, never another host's address."""
+    return text if _LOCAL.fullmatch(text) else START
