@@ -14,7 +14,7 @@ from attrs import define, field, frozen
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater, react
 
-from pulsar_api import __version__, demo, process, settings
+from pulsar_api import __version__, admin, demo
 from pulsar_api.client import Client, ClientError, Refused, Task, Unreachable
 from pulsar_api.console import (
     LEFT,
@@ -131,17 +131,7 @@ def _add_local(commands: Any) -> None:
         action="store_true",
         help="end with the task, with its exit code, instead of serving on",
     )
-    end = commands.add_parser(
-        "end-tasks",
-        help="end every task that a stopped daemon has left running",
-        description=(
-            "Ends every running task of a daemon on this machine, each with all its "
-            "processes, also while no daemon runs. The next daemon finds them killed."
-        ),
-    )
-    end.add_argument(
-        "--state-dir", default=settings.default_state_dir(os.environ), metavar="DIR"
-    )
+    admin.add_to(commands)
 
 
 def _variable(text: str) -> tuple[str, str]:
@@ -407,11 +397,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     understood = parser()
     argcomplete.autocomplete(understood)
     given = understood.parse_args(arguments)
-    if given.command == "end-tasks":
-        ended = process.end_all(Path(given.state_dir))
-        names = ", ".join(map(str, ended)) or "none runs"
-        print(f"{len(ended)} tasks are told to end: {names}")
-    elif given.command == "demo":
+    if "local" in given:
+        raise SystemExit(admin.run(given))
+    if given.command == "demo":
         react(lambda reactor: demo.run(reactor, given.action, once=given.once))
     else:
         react(lambda reactor: Deferred.fromCoroutine(_call(reactor, given)))

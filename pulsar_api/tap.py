@@ -23,12 +23,11 @@ from twisted.web.resource import Resource
 from twisted.web.server import Request
 
 from pulsar_api import __version__, command, listener, process, settings, store, tls
-from pulsar_api.auth import records
-from pulsar_api.auth.audit import AuditLog
+from pulsar_api.auth import audit, records
 from pulsar_api.auth.gate import Gate, Provider
 from pulsar_api.auth.github import DEADLINE, GitHub, Members, OAuth
 from pulsar_api.auth.own import OwnTokens, Static
-from pulsar_api.auth.records import FILE, Records
+from pulsar_api.auth.records import Records
 from pulsar_api.auth.rights import Policy
 from pulsar_api.auth.sessions import Sessions
 from pulsar_api.changes import Changes
@@ -57,7 +56,6 @@ _log = Logger()
 DATABASE = "pulsar-api.db"
 TASKS = "tasks"
 LOG = "pulsar-api.log"
-AUDIT = "audit.log"
 
 _RESERVE = 256
 """Open files that are kept for tasks, the database and the log."""
@@ -359,14 +357,14 @@ class Daemon(MultiService):
 
     def _make_access(self, service: TaskService, state: Path) -> Access:
         s = self._settings
-        audit = AuditLog(state / AUDIT, time.time)
+        log = audit.AuditLog(state / audit.FILE, time.time)
         own = {socket.gethostname().lower(), *(name.lower() for name in s.hosts)}
         names = frozenset({"*.pulsar.local"} if s.dev else set()) | own
         origins = Origins(s.public_url, names, frozenset(s.proxies))
         if not s.authenticated:
-            return Access(service, audit, origins, self._reactor)
+            return Access(service, log, origins, self._reactor)
         policy = Policy(s.rights)
-        self._records = Records(state / FILE, self._reactor.callFromThread)
+        self._records = Records(state / records.FILE, self._reactor.callFromThread)
         providers: list[Provider] = [OwnTokens(self._records, time.time)]
         if s.auth_provider == "static":
             assert s.auth_username is not None
@@ -379,7 +377,7 @@ class Daemon(MultiService):
             self._pool = pool
         gate = Gate(providers, self._reactor)
         sessions = Sessions(self._records, time.time)
-        return Access(service, audit, origins, self._reactor, gate, sessions, policy)
+        return Access(service, log, origins, self._reactor, gate, sessions, policy)
 
     def _cannot_start(self, failure: Any) -> None:
         _log.failure("The daemon cannot start", failure)

@@ -14,6 +14,7 @@ from pulsar_api.auth.rights import Caller
 
 _log = Logger()
 
+FILE = "audit.log"
 MAX_SIZE = 10 << 20
 """Bytes after which a new file is begun."""
 KEPT = 9

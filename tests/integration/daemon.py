@@ -23,6 +23,9 @@ PATIENCE = 60.0
 
 CERTIFICATE = Path(__file__).parents[2] / "ssl" / "pulsar.local.crt"
 
+PULSAR_API = (sys.executable, "-c", "from pulsar_api.cli import main; main()")
+"""The command ``pulsar-api``."""
+
 SHELL = "sh -c 'eval \"$PULSAR_VAR_run\"'"
 """A ``--command`` that runs what the variable ``run`` says; see `Daemon.sh`."""
 
@@ -77,6 +80,8 @@ class Daemon:
         umask: int = -1,
     ) -> None:
         self.folder = folder
+        self.headers: dict[str, str] = {}
+        """What each request shows: who it is from."""
         self.trust = trust
         self.umask = umask
         self.state = folder / "state"
@@ -119,15 +124,23 @@ class Daemon:
             self.scheme = found[1]
             self.host, self.port = found[2].strip("[]"), int(found[3])
             self.base = f"{self.scheme}://localhost:{self.port}"
-            wait_for(lambda: self.get("/tasks?limit=1").status == 200, "the first answer")
+            wait_for(self._serves, "the first answer")
         except BaseException:
             self.kill()  # nobody else knows of it yet
             raise
 
-    def connect(self, timeout: float = PATIENCE) -> HTTPConnection:
-        """Return a new connection."""
+    def _serves(self) -> bool:
+        return self.get("/tasks?limit=1").status in {200, 401}
+
+    def connect(
+        self, timeout: float = PATIENCE, source: str | None = None
+    ) -> HTTPConnection:
+        """Return a new connection, of this machine's many addresses from that one."""
         if self.scheme == "http":
-            return HTTPConnection(self.host, self.port, timeout=timeout)
+            here = None if source is None else (source, 0)
+            return HTTPConnection(
+                self.host, self.port, timeout=timeout, source_address=here
+            )
         context = ssl.create_default_context(cafile=self.trust)
         return HTTPSConnection("localhost", self.port, timeout=timeout, context=context)
 
@@ -137,11 +150,12 @@ class Daemon:
         path: str,
         body: bytes | str | None = None,
         headers: Mapping[str, str] | None = None,
+        source: str | None = None,
     ) -> Answer:
         """Send one request on a connection of its own."""
-        connection = self.connect()
+        connection = self.connect(source=source)
         try:
-            connection.request(method, path, body, dict(headers or {}))
+            connection.request(method, path, body, {**self.headers, **(headers or {})})
             return Answer(connection.getresponse())
         finally:
             connection.close()
@@ -201,9 +215,12 @@ class Daemon:
         assert found is not None
         return int(found[1]) * 1024
 
-    def open_socket(self, timeout: float = PATIENCE) -> socket.socket:
+    def open_socket(
+        self, timeout: float = PATIENCE, source: str | None = None
+    ) -> socket.socket:
         """Return a new TCP connection without anything on it, not even TLS."""
-        return socket.create_connection((self.host, self.port), timeout=timeout)
+        here = None if source is None else (source, 0)
+        return socket.create_connection((self.host, self.port), timeout, here)
 
     def has_read(self, sock: socket.socket) -> bool:
         """Return whether the daemon has read all that was sent on a connection.

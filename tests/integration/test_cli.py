@@ -18,9 +18,14 @@ from typing import Any
 import pytest
 
 from tests.integration.conftest import Start
-from tests.integration.daemon import CERTIFICATE, PATIENCE, SHELL, Daemon, wait_for
-
-PROGRAM = (sys.executable, "-c", "from pulsar_api.cli import main; main()")
+from tests.integration.daemon import (
+    CERTIFICATE,
+    PATIENCE,
+    PULSAR_API,
+    SHELL,
+    Daemon,
+    wait_for,
+)
 
 
 @pytest.fixture
@@ -43,7 +48,7 @@ def call(
 ) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     return subprocess.run(
-        [*PROGRAM, *arguments],
+        [*PULSAR_API, *arguments],
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -100,7 +105,7 @@ def test_every_end_has_its_status(daemon: Daemon) -> None:
 def test_a_shell_script_can_use_it(daemon: Daemon, tmp_path: Path) -> None:
     """Exit codes decide, and a pipe that is closed early is no error."""
     program = tmp_path / "pulsar-api"
-    program.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{PROGRAM[2]}' \"$@\"\n")
+    program.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{PULSAR_API[2]}' \"$@\"\n")
     program.chmod(0o755)
     script = """
     set -u
@@ -191,7 +196,7 @@ def test_it_goes_on_over_restarts_of_the_daemon(daemon: Daemon, tmp_path: Path) 
     go = tmp_path / "go"
     os.mkfifo(go)
     line = f"run=seq 100; read x < {go}; seq 101 200; exit 3"
-    command = [*PROGRAM, "run", "site", "production", "run", "-v", line]
+    command = [*PULSAR_API, "run", "site", "production", "run", "-v", line]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environ_of(daemon)
     ) as running:
@@ -239,7 +244,7 @@ class Terminal:
     def __init__(self, daemon: Daemon, *arguments: str, **environ: str) -> None:
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            [*PROGRAM, *arguments],
+            [*PULSAR_API, *arguments],
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -311,7 +316,7 @@ def test_ctrl_c_asks_what_is_meant(daemon: Daemon) -> None:
 
 def test_without_a_terminal_ctrl_c_leaves(daemon: Daemon) -> None:
     """Nobody is there to be asked, and nothing is killed unasked."""
-    command = [*PROGRAM, *RUN, "run=echo ready; exec sleep 60"]
+    command = [*PULSAR_API, *RUN, "run=echo ready; exec sleep 60"]
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -341,7 +346,7 @@ def test_a_command_that_is_ended_does_not_look_like_a_success(
     daemon.process.send_signal(signal.SIGSTOP)
     try:
         with subprocess.Popen(
-            [*PROGRAM, *command], stdin=subprocess.DEVNULL, env=environ_of(daemon)
+            [*PULSAR_API, *command], stdin=subprocess.DEVNULL, env=environ_of(daemon)
         ) as waiting:
             folder = Path(f"/proc/{waiting.pid}/fd")
 
@@ -401,7 +406,7 @@ def test_the_help_says_what_there_is() -> None:
 
     def help_of(*words: str) -> str:
         done = subprocess.run(
-            [*PROGRAM, *words, "--help"], capture_output=True, text=True, check=True
+            [*PULSAR_API, *words, "--help"], capture_output=True, text=True, check=True
         )
         return done.stdout
 

@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wsproto import ConnectionType, WSConnection
 from wsproto.events import (
-    AcceptConnection,
     BytesMessage,
-    CloseConnection,
-    Request,
     TextMessage,
 )
 
 from tests.integration.conftest import Script, Start
 from tests.integration.daemon import PATIENCE, SHELL, Answer, Daemon, problem, wait_for
+from tests.integration.sockjs import WebSocket
 
 JOBS = int(os.environ.get("PULSAR_JOBS", "20"))
 NPM = Path(__file__).parents[1] / "npm"
@@ -291,45 +288,6 @@ def test_what_is_no_message_is_refused(daemon: Daemon, body: bytes) -> None:
     unknown = daemon.request("POST", "/websocket/000/nobody/xhr_send", body)
     problem(unknown, 404)
     assert daemon.post("/websocket/000/fourth/xhr_send", []).status == 204
-
-
-class WebSocket:
-    """A WebSocket to the daemon, without any code of it."""
-
-    def __init__(self, daemon: Daemon, origin: str | None = None) -> None:
-        self.sock = daemon.open_socket()
-        self.ws = WSConnection(ConnectionType.CLIENT)
-        headers = [] if origin is None else [(b"Origin", origin.encode())]
-        host = f"{daemon.host}:{daemon.port}"
-        target = "/websocket/000/socket/websocket"
-        request = Request(host=host, target=target, extra_headers=headers)
-        self.sock.sendall(self.ws.send(request))
-        self.pending: list[Any] = []
-        self.text = ""
-
-    def event(self) -> Any:
-        """Return the next event; None if the connection is closed."""
-        while not self.pending:
-            data = self.sock.recv(1 << 16)
-            if not data:
-                return None
-            self.ws.receive_data(data)
-            self.pending = list(self.ws.events())
-        return self.pending.pop(0)
-
-    def frame(self) -> str | None:
-        """Return the next frame of SockJS; None at the end."""
-        while True:
-            event = self.event()
-            if isinstance(event, TextMessage):
-                self.text += event.data
-                if event.message_finished:
-                    text, self.text = self.text, ""
-                    return text
-            elif event is None or isinstance(event, CloseConnection):
-                return None
-            else:
-                assert isinstance(event, AcceptConnection)
 
 
 def test_a_session_by_websocket(daemon: Daemon) -> None:

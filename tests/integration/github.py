@@ -1,0 +1,181 @@
+"""A server on loopback that speaks as much of GitHub's API as we ask for."""
+
+import base64
+import hashlib
+import json
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+CLIENT_ID = "Iv1.0123456789abcdef"
+CLIENT_SECRET = "the-secret-of-the-oauth-app"
+
+
+class GitHubServer(ThreadingHTTPServer):
+    """Users by their token, members of organisations and teams; and ways to misbehave."""
+
+    daemon_threads = True
+    request_queue_size = 512
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.users: dict[str, str] = {}
+        """Login by token."""
+        self.members: set[tuple[str, str]] = set()
+        """Organisation or ``org/team``, and login."""
+        self.pending: set[tuple[str, str]] = set()
+        """The same for who was invited and has not accepted."""
+        self.own: tuple[str, str] | None = None
+        """If set, only this user and token may see who is a member."""
+        self.answer: tuple[int, bytes, dict[str, str]] | None = None
+        """What everybody is answered, whatever they ask."""
+        self.limited: dict[str, dict[str, str]] = {}
+        """Tokens that have reached their limit, and the headers that say so."""
+        self.slow: dict[str, float] = {}
+        """Seconds before an answer, by token; "" for all."""
+        self.asked: list[tuple[str, str]] = []
+        """Method and path of each request, without its query."""
+        self.urls: list[str] = []
+        """The whole of each, as a proxy on the way would log it."""
+        self.codes: dict[str, tuple[str, str]] = {}
+        """Token and challenge of each code of OAuth."""
+        self.signed_in: str | None = None
+        """The token of who sits before the browser."""
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: GitHubServer
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        """Answer."""
+        self._serve(b"")
+
+    def do_POST(self) -> None:
+        """Answer."""
+        self._serve(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+
+    def _serve(self, body: bytes) -> None:
+        hub, parts = self.server, urlsplit(self.path)
+        hub.asked.append((self.command, parts.path))
+        hub.urls.append(self.path)
+        token = self._token()
+        time.sleep(hub.slow.get(token, hub.slow.get("", 0.0)))
+        if hub.answer is not None:
+            self._answer(*hub.answer)
+        elif parts.path == "/login/oauth/authorize":
+            self._authorize(dict(parse_qsl(parts.query)))
+        elif parts.path == "/login/oauth/access_token":
+            self._exchange(dict(parse_qsl(body.decode())))
+        elif token in hub.limited:
+            text = b'{"message": "API rate limit exceeded"}'
+            self._answer(403, text, hub.limited[token])
+        elif self.headers.get("User-Agent") is None:
+            self._answer(403, b"Request forbidden by administrative rules")
+        else:
+            self._api(parts.path.strip("/").split("/"), token)
+
+    def _token(self) -> str:
+        kind, _, rest = (self.headers.get("Authorization") or "").partition(" ")
+        if kind == "Basic":
+            return base64.b64decode(rest).decode()
+        return rest
+
+    def _api(self, path: list[str], token: str) -> None:
+        hub = self.server
+        own = hub.own is not None and token == ":".join(hub.own)
+        login = hub.users.get(token)
+        if login is None and not own:
+            self._json(401, {"message": "Bad credentials"})
+        elif path == ["user"]:
+            self._json(200, {"login": login, "id": 1})
+        elif path[:3] == ["user", "memberships", "orgs"]:
+            self._membership(path[3], login or "", may=hub.own is None)
+        elif path[2:3] == ["teams"]:
+            team = f"{path[1]}/{path[3]}"
+            self._membership(team, path[5], may=own or hub.own is None)
+        elif path[2:3] == ["members"]:
+            if not own:
+                self._answer(302, b"", {"Location": "/elsewhere"})
+            else:
+                there = (path[1], path[3]) in hub.members
+                self._answer(204 if there else 404, b"")
+        else:
+            self._json(404, {"message": "Not Found"})
+
+    def _membership(self, group: str, login: str, *, may: bool) -> None:
+        hub = self.server
+        if not may or (group, login) not in hub.members | hub.pending:
+            self._json(403 if not may else 404, {"message": "no"})
+        else:
+            state = "active" if (group, login) in hub.members else "pending"
+            self._json(200, {"state": state, "role": "member"})
+
+    def _authorize(self, query: dict[str, str]) -> None:
+        hub = self.server
+        assert query["client_id"] == CLIENT_ID
+        assert query["code_challenge_method"] == "S256"
+        back = {"error": "access_denied", "state": query["state"]}
+        if hub.signed_in is not None:
+            code = secrets.token_hex(10)
+            hub.codes[code] = hub.signed_in, query["code_challenge"]
+            back = {"code": code, "state": query["state"]}
+        url = f"{query['redirect_uri']}?{urlencode(back)}"
+        self._answer(302, b"", {"Location": url})
+
+    def _exchange(self, form: dict[str, str]) -> None:
+        token, challenge = self.server.codes.pop(form.get("code", ""), ("", ""))
+        hashed = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
+        right = (
+            form.get("client_id") == CLIENT_ID
+            and form.get("client_secret") == CLIENT_SECRET
+            and base64.urlsafe_b64encode(hashed).rstrip(b"=").decode() == challenge
+        )
+        if right and token:
+            self._json(200, {"access_token": token, "token_type": "bearer"})
+        else:
+            self._json(200, {"error": "bad_verification_code"})
+
+    def _json(self, status: int, value: Any) -> None:
+        self._answer(status, json.dumps(value).encode())
+
+    def _answer(
+        self, status: int, body: bytes, headers: dict[str, str] | None = None
+    ) -> None:
+        try:
+            self.send_response(status)
+            for name, text in (headers or {}).items():
+                self.send_header(name, text)
+            if status != 204:
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+        except OSError:
+            self.close_connection = True  # who asked waits no more
+
+
+@contextmanager
+def github() -> Iterator[GitHubServer]:
+    """Yield a server that runs in a thread of its own."""
+    hub = GitHubServer()
+    thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.shutdown()
+        thread.join()
+        hub.server_close()

@@ -1,0 +1,330 @@
+"""Who may what: each route by each transport for each caller, as the docs' table says."""
+
+import base64
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from pulsar_api.auth.rights import Right
+from pulsar_api.web.follow import FollowAPI
+from pulsar_api.web.jobs import JobAPI
+from pulsar_api.web.pages import Pages
+from pulsar_api.web.signin import SignIn
+from pulsar_api.web.sockjs import SockJS
+from pulsar_api.web.tasks import TaskAPI
+from tests.integration.daemon import PULSAR_API, Answer, Daemon, problem
+from tests.integration.sockjs import SOCKJS, Transport
+
+PAGE = Path(__file__).parents[2] / "docs" / "access.rst"
+FORM = "application/x-www-form-urlencoded"
+
+ROLES = {
+    "nobody": None,
+    "wrong": None,
+    "read": "read",
+    "run": "run",
+    "kill": "kill",
+    "admin": "admin",
+    "other": "admin",  # of another app
+}
+HAS = {
+    "read": {"read"},
+    "run": {"read", "run"},
+    "kill": {"read", "kill"},
+    "admin": {"read", "run", "kill", "admin"},
+}
+
+
+def routes() -> dict[str, str]:
+    """Return what the code has: each method and path, and the right that it needs."""
+    found = {}
+    for api in (TaskAPI, FollowAPI, JobAPI, SockJS, Pages, SignIn):
+        for rule in api.app.url_map.iter_rules():
+            handler = api.app.endpoints[rule.endpoint]
+            path = re.sub(r"<(?:\w+:)?(\w+)>", r":\1", rule.rule)
+            for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
+                right = getattr(handler, "right", None)
+                found[f"{method} {path}"] = "-" if right is None else str(right)
+    return found
+
+
+def table() -> dict[str, str]:
+    """Return what the docs say: each method and path, and the right that it needs."""
+    rows = re.findall(r"^   \* - ``(.*?)``\n     - (\S+)", PAGE.read_text(), re.MULTILINE)
+    return dict(rows)
+
+
+TABLE = table()
+GUARDED = {route: right for route, right in TABLE.items() if right in list(Right)}
+
+
+def test_the_docs_have_every_route_and_the_right_that_it_needs() -> None:
+    """Generated: ``python -m tests.integration.test_access`` prints the table."""
+    rest = {route for route, right in TABLE.items() if right in {"-", "socket"}}
+    assert {**TABLE, **dict.fromkeys(rest, "-")} == routes()
+
+
+# -- a daemon that knows a token for each role
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator["World"]:
+    """Return a daemon with tasks of two apps, and somebody of each kind."""
+    folder = tmp_path_factory.mktemp("access")
+    for app in ("site", "other"):
+        actions = folder / "repo" / "apps" / app
+        actions.mkdir(parents=True)
+        for name, code in (("deploy", 0), ("fail", 1)):
+            (actions / name).write_text(f"#!/bin/sh\necho of {app}\nexit {code}\n")
+            (actions / name).chmod(0o755)
+    daemon = Daemon(
+        folder,
+        *("--auth-provider", "tokens", "--command", "scripts"),
+        *("--config-repo", str(folder / "repo")),
+    )
+    try:
+        yield World(daemon)
+    finally:
+        daemon.stop()
+
+
+class World:
+    """The daemon, its tokens and sessions, and a new address for each who guesses."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+        self.addresses = 0
+        self.tokens = {"wrong": "pulsar_" + "x" * 43}
+        for role, right in ROLES.items():
+            if right is not None:
+                app = "other" if role == "other" else "site"
+                self.tokens[role] = self.token(role, right, app)
+        self.sessions = {
+            role: self.sign_in(token)
+            for role, token in self.tokens.items()
+            if role != "wrong"
+        }
+        self.sessions["wrong"] = "pulsar=" + "x" * 43
+        self.daemon.headers = self.bearer("admin")
+        self.failed = daemon.run("site", "production", "fail")
+        daemon.ended(self.failed)
+        self.daemon.headers = self.bearer("other")
+        self.foreign = daemon.run("other", "production", "fail")
+        daemon.ended(self.foreign)
+        self.daemon.headers = {}
+
+    def token(self, name: str, right: str, app: str) -> str:
+        """Return a new token."""
+        made = subprocess.run(
+            [
+                *(*PULSAR_API, "token", "create", name),
+                *("--may", right, "--on", app, "--state-dir", str(self.daemon.state)),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return made.stdout.strip()
+
+    def bearer(self, role: str) -> dict[str, str]:
+        """Return what shows a token."""
+        return {"Authorization": f"Bearer {self.tokens[role]}"}
+
+    def sign_in(self, token: str) -> str:
+        """Return the cookie of a new session."""
+        answer = self.daemon.request(
+            *("POST", "/login", f"user=&password={token}", {"Content-Type": FORM})
+        )
+        assert answer.status == 303
+        cookie: str = answer.headers["Set-Cookie"].partition(";")[0]
+        return cookie
+
+    def address(self) -> str:
+        """Return an address that nobody has guessed from."""
+        self.addresses += 1
+        return f"127.1.{self.addresses >> 8}.{self.addresses & 255}"
+
+    def shown(self, role: str, means: str) -> dict[str, str]:
+        """Return the headers by which somebody says who they are."""
+        if role == "nobody":
+            return {}
+        token = self.tokens[role]
+        if means == "session":
+            return {"Cookie": self.sessions[role]}
+        if means == "bearer":
+            return self.bearer(role)
+        pair = {"0.6": f"{token}:x-oauth-basic", "basic": f"somebody:{token}"}[means]
+        return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
+
+    def head(self, method: str, path: str, headers: dict[str, str]) -> Answer:
+        """Return an answer, of a stream that does not end its head."""
+        connection = self.daemon.connect(source=self.address())
+        try:
+            body = None
+            if method == "POST":
+                body = json.dumps({"action": "deploy"})
+                headers = {**headers, "Content-Type": "application/json"}
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            if path == "/events" and response.status == 200:
+                response.length = 0
+                response.chunked = False
+            return Answer(response)
+        finally:
+            connection.close()
+
+
+def path_of(route: str, number: int, app: str) -> tuple[str, str]:
+    """Return a method, and a path that stands for a route."""
+    method, _, path = route.partition(" ")
+    path = path.replace(":number", str(number)).replace(":app", app)
+    path = path.replace(":env", "production")
+    return method, path + ("?timeout=0" if path == "/tasks/created" else "")
+
+
+@pytest.mark.parametrize("means", ["bearer", "0.6", "basic", "session"])
+@pytest.mark.parametrize("role", list(ROLES))
+@pytest.mark.parametrize("route", list(GUARDED))
+def test_a_route_lets_in_whom_the_table_says(
+    world: World, route: str, role: str, means: str
+) -> None:
+    """And nobody else: 401 for who is not known, 403 for who may not."""
+    right = GUARDED[route]
+    method, path = path_of(route, world.failed, "site")
+    answer = world.head(method, path, world.shown(role, means))
+    if role in {"nobody", "wrong"}:
+        assert problem(answer, 401)["type"].endswith(":not-authenticated")
+        assert "WWW-Authenticate" in answer.headers
+    elif ":" not in route:
+        # A list: everybody has one, of what they may see.
+        assert answer.status == 200
+        assert (b"of site" in answer.body) == (route in LISTS and role != "other")
+    elif role == "other" or right not in HAS[role]:
+        assert problem(answer, 403)["type"].endswith(":not-allowed")
+        assert b"of site" not in answer.body
+    else:
+        assert answer.status == 200
+
+
+LISTS = {"GET /tasks", "GET /jobs"}
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("route", [r for r in GUARDED if r.startswith("GET")])
+def test_head_tells_no_more_than_get(world: World, route: str, method: str) -> None:
+    """To somebody who may not."""
+    _, path = path_of(route, world.failed, "site")
+    assert world.head(method, path, {}).status == 401
+    expected = 403 if ":" in route else 200
+    assert world.head(method, path, world.bearer("other")).status == expected
+
+
+@pytest.mark.parametrize("role", [role for role in ROLES if ROLES[role]])
+@pytest.mark.parametrize("transport", SOCKJS)
+@pytest.mark.parametrize("how", ["request", "token", "cookie"])
+def test_a_socket_tells_what_may_be_seen(
+    world: World, transport: type[Transport], role: str, how: str
+) -> None:
+    """However who it is was said: by the request, or by the first message."""
+    message: dict[str, str] | None = None
+    headers = {}
+    if how == "request":
+        headers = world.shown(role, "session")
+    elif how == "token":
+        message = {"token": world.tokens[role]}
+    else:
+        message = {"cookie": world.sessions[role]}
+    with transport(world.daemon, headers) as socket:
+        if message is not None:
+            socket.say(json.dumps(message))
+        socket.settled(world.daemon, world.bearer("admin"), world.bearer("other"))
+        app = "other" if role == "other" else "site"
+        hidden = "site" if role == "other" else "other"
+        new = {}
+        for name in (hidden, app):  # the one that must not be told comes first
+            shown = world.bearer("other" if name == "other" else "admin")
+            world.daemon.headers = shown
+            new[name] = world.daemon.run(name, "production", "deploy")
+            world.daemon.ended(new[name])
+        world.daemon.headers = {}
+        told = socket.until_close(new[app])
+        assert new[app] in told
+        assert new[hidden] not in told
+
+
+@pytest.mark.parametrize("transport", SOCKJS)
+@pytest.mark.parametrize("how", ["request", "token", "cookie", "nonsense"])
+def test_a_socket_denies_who_is_not_known(
+    world: World, transport: type[Transport], how: str
+) -> None:
+    """As release 0.6 did: ``c[403,"Access denied"]``."""
+    headers = world.shown("wrong", "bearer") if how == "request" else {}
+    said: dict[str, Any] = {"how": "are you"}
+    if how != "nonsense":
+        name = "cookie" if how == "cookie" else "token"
+        said = {name: world.tokens["wrong"] + how}
+    with transport(world.daemon, headers, world.address()) as socket:
+        socket.say(json.dumps(said))
+        assert socket.last() == 'c[403,"Access denied"]'
+
+
+@pytest.mark.parametrize("role", ["read", "run", "kill"])
+def test_a_task_of_another_app_is_not_told_of_by_any_list(world: World, role: str) -> None:
+    """Nor by a query for it, nor as the next one created."""
+    headers = world.bearer(role)
+    for path in (
+        "/tasks?limit=1000",
+        "/tasks?app=other",
+        f"/tasks?before={world.foreign + 1}&limit=1",
+        "/jobs?pageSize=1000",
+        f"/tasks/created?since={world.foreign - 1}&timeout=0",
+    ):
+        assert b"of other" not in world.daemon.get(path, **headers).body
+
+
+def test_a_link_on_another_site_may_be_followed_but_does_nothing(world: World) -> None:
+    """A session is a browser's: what another site makes it send is refused."""
+    cookie = {"Cookie": world.sessions["admin"], "Sec-Fetch-Site": "cross-site"}
+    navigate = {**cookie, "Sec-Fetch-Mode": "navigate"}
+    task = f"/task/{world.failed}"
+    assert world.daemon.request("GET", task, headers=navigate).status == 200
+    for method, path, headers in (
+        ("GET", task, {**cookie, "Sec-Fetch-Mode": "cors"}),
+        ("GET", f"{task}/kill", navigate),
+        ("POST", f"{task}/kill", navigate),
+        ("POST", "/site/production?action=deploy", navigate),
+        ("POST", f"/job/{world.failed}/restart", navigate),
+        ("GET", f"{task}/events", {**cookie, "Sec-Fetch-Mode": "cors"}),
+        ("GET", "/events", {**cookie, "Sec-Fetch-Mode": "cors"}),
+        ("POST", "/websocket/000/abc/xhr", navigate),
+        ("POST", "/logout", navigate),
+        ("POST", "/login", navigate),
+    ):
+        answer = world.daemon.request(method, path, headers=headers)
+        assert problem(answer, 403)["type"].endswith(":foreign-origin"), path
+
+
+@pytest.mark.parametrize("route", list(TABLE))
+def test_a_rebound_name_reaches_nothing(world: World, route: str) -> None:
+    """A page of another site that lets its own name point here (DNS rebinding)."""
+    method, path = path_of(route, world.failed, "site")
+    path = path.replace(":server", "000").replace(":name", "abcdefgh")
+    for host in (
+        "evil.example",
+        f"evil.example:{world.daemon.port}",
+        "localhost.evil.example",
+    ):
+        headers = {"Host": host, **world.bearer("admin")}
+        answer = world.daemon.request(method, quote(path, "/?="), headers=headers)
+        assert problem(answer, 421)["type"].endswith(":unknown-host")
+
+
+if __name__ == "__main__":
+    for name, needed in routes().items():
+        print(f"   * - ``{name}``\n     - {needed}")
