@@ -133,7 +133,9 @@ class Gate:
         """
         key, now = credentials.key, self._clock.seconds()
         until, identity = self._answers.get(key, (0.0, None))
-        if until <= now:
+        if key in self._waiting:
+            identity = await self._ask(key, credentials)
+        elif until <= now:
             if self._proved.get(key, -_PROVED) <= now - _PROVED:
                 self.brake.check(address)
             self.brake.begin(address)

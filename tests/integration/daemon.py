@@ -257,7 +257,7 @@ class Poll:
 
     def __init__(self, daemon: Daemon, path: str) -> None:
         self.connection = daemon.connect()
-        self.connection.request("GET", path)
+        self.connection.request("GET", path, headers=daemon.headers)
         self.sock: socket.socket = self.connection.sock
         wait_for(lambda: daemon.has_read(self.sock), f"the daemon to read GET {path}")
 

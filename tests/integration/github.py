@@ -4,10 +4,11 @@ import base64
 import hashlib
 import json
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -46,6 +47,20 @@ class GitHubServer(ThreadingHTTPServer):
         """Token and challenge of each code of OAuth."""
         self.signed_in: str | None = None
         """The token of who sits before the browser."""
+
+        self.connections: list[socket.socket] = []
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection, and remember it."""
+        sock, address = super().get_request()
+        self.connections.append(sock)
+        return sock, address
+
+    def hang_up(self) -> None:
+        """End what is open, as a machine that goes away."""
+        for sock in self.connections:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     @property
     def url(self) -> str:
@@ -178,4 +193,5 @@ def github() -> Iterator[GitHubServer]:
     finally:
         hub.shutdown()
         thread.join()
+        hub.hang_up()
         hub.server_close()

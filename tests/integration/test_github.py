@@ -1,0 +1,422 @@
+"""A team on GitHub: who is let in, what happens while GitHub is away, and for how long."""
+
+import base64
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from urllib.parse import parse_qsl, quote, urlsplit
+
+import pytest
+
+from tests.integration.conftest import Start
+from tests.integration.daemon import Answer, Daemon, problem, wait_for
+from tests.integration.github import CLIENT_ID, CLIENT_SECRET, GitHubServer, github
+
+ALICE, BOB, EVE = "ghp_alice0000000000", "gho_bob000000000000", "ghp_eve0000000000000"
+
+
+@pytest.fixture
+def hub() -> Iterator[GitHubServer]:
+    """Return a GitHub with three users, two of them in teams of one organisation."""
+    with github() as server:
+        server.users = {ALICE: "Alice", BOB: "bob", EVE: "eve"}
+        server.members = {
+            *(("acme", "Alice"), ("acme", "bob")),
+            *(("acme/ops", "Alice"), ("acme/dev", "bob")),
+        }
+        yield server
+
+
+Team = Callable[..., Daemon]
+
+
+@pytest.fixture
+def team(start: Start, hub: GitHubServer, tmp_path: Path) -> Team:
+    """Return a function that starts a daemon that asks that GitHub."""
+
+    def begin(method: str, members: str, more: str = "", *options: str) -> Daemon:
+        config = tmp_path / "config.toml"
+        secret = tmp_path / "secret"
+        secret.write_text(CLIENT_SECRET + "\n")
+        config.write_text(
+            f'auth-method = "{method}"\nauth-members = "{members}"\ncommand = "echo hi"\n'
+            f'github-url = "{hub.url}"\ngithub-api-url = "{hub.url}"\n'
+            f'github-client-id = "{CLIENT_ID}"\ngithub-client-secret-file = "{secret}"\n'
+            f"{more}"
+        )
+        return start("--config", str(config), *options)
+
+    return begin
+
+
+def bearer(token: str) -> dict[str, str]:
+    """Return what shows a token."""
+    return {"Authorization": f"Bearer {token}"}
+
+
+def asked(daemon: Daemon, token: str, path: str = "/login/me") -> Answer:
+    """Return what somebody is answered."""
+    return daemon.get(path, **bearer(token))
+
+
+def basic(user: str, password: str) -> dict[str, str]:
+    """Return the header of Basic authentication."""
+    text = base64.b64encode(f"{user}:{password}".encode()).decode()
+    return {"Authorization": f"Basic {text}"}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["callers-token", "own-token"])
+@pytest.mark.parametrize(
+    ("method", "members", "let_in"),
+    [
+        ("user", "alice,BOB", {"Alice", "bob"}),
+        ("user", "alice", {"Alice"}),
+        ("org", "Acme", {"Alice", "bob"}),
+        ("org", "other", set()),
+        ("team", "acme/ops", {"Alice"}),
+        ("team", "acme/ops,acme/dev", {"Alice", "bob"}),
+        ("team", "acme/none", set()),
+    ],
+)
+def test_those_are_let_in_whom_the_method_says(
+    team: Team,
+    hub: GitHubServer,
+    tmp_path: Path,
+    method: str,
+    members: str,
+    let_in: set[str],
+    own: bool,  # noqa: FBT001
+) -> None:
+    """By the caller's own token, or by one of the daemon's that sees all members."""
+    more = ""
+    if own:
+        hub.own = ("robot", "ghp_robot0000000000")
+        (tmp_path / "password").write_text(hub.own[1])
+        more = f'auth-username = "robot"\nauth-password-file = "{tmp_path}/password"\n'
+    daemon = team(method, members, more)
+    for token, login in hub.users.items():
+        answer = asked(daemon, token)
+        if login in let_in:
+            assert answer.json()["user"] == login
+            task = daemon.request("POST", "/site/p?action=x", headers=bearer(token)).json()
+            shown = asked(daemon, token, f"/task/{task['id']}").json()
+            assert shown["user"] == login
+        else:
+            problem(answer, 401)
+    assert hub.own is None or hub.own[1] not in daemon.log.read_text()
+
+
+def test_an_invitation_that_is_not_accepted_is_no_membership(
+    team: Team, hub: GitHubServer
+) -> None:
+    """GitHub shows it as pending."""
+    hub.members.discard(("acme/ops", "Alice"))
+    hub.pending.add(("acme/ops", "Alice"))
+    problem(asked(team("team", "acme/ops"), ALICE), 401)
+
+
+def test_the_ways_to_show_a_token(team: Team) -> None:
+    """Also those of release 0.6, and of git; a name that is shown must be the right one."""
+    daemon = team("user", "alice")
+    for headers in (
+        bearer(ALICE),
+        {"Authorization": f"bearer  {ALICE} "},
+        basic(ALICE, "x-oauth-basic"),
+        basic(ALICE, ""),
+        basic("alice", ALICE),
+    ):
+        assert daemon.get("/login/me", **headers).json()["user"] == "Alice"
+    for number, header in enumerate(
+        [
+            basic("bob", ALICE)["Authorization"],
+            basic("alice", "x-oauth-basic")["Authorization"],
+            f"Bearer {ALICE}x",
+            f"Token {ALICE}",
+            "Bearer",
+            "Basic !!!",
+            f"Basic {base64.b64encode(b'no colon').decode()}",
+            f"Basic {base64.b64encode(bytes([255, 58, 255])).decode()}",
+            "Bearer " + "x" * 5000,
+            "x",
+        ]
+    ):
+        answer = daemon.request(
+            "GET", "/tasks", None, {"Authorization": header}, f"127.2.0.{number + 1}"
+        )
+        problem(answer, 401)
+
+
+def test_a_team_has_the_rights_that_its_rules_say(team: Team) -> None:
+    """An organisation may read, one of its teams may run, a user may kill."""
+    daemon = team(
+        "org",
+        "acme",
+        '[[rights]]\nwho = ["org:ACME"]\nmay = ["read"]\n'
+        '[[rights]]\nwho = "team:acme/ops"\nmay = ["run"]\non = ["site/p*"]\n'
+        '[[rights]]\nwho = ["user:Bob"]\nmay = ["kill"]\non = ["site"]\n',
+    )
+    for token, path, status in (
+        (ALICE, "/site/production", 200),
+        (ALICE, "/site/staging", 403),
+        (BOB, "/site/production", 403),
+    ):
+        answer = daemon.request("POST", f"{path}?action=x", headers=bearer(token))
+        assert answer.status == status, (token, path)
+    for token, path, status in (
+        (ALICE, "/task/1", 200),
+        (BOB, "/task/1", 200),
+        (ALICE, "/task/1/kill", 403),
+        (BOB, "/task/1/kill", 200),
+    ):
+        assert asked(daemon, token, path).status == status, (token, path)
+
+
+# -- GitHub is away, slow, or somebody else
+
+
+NONSENSE: list[tuple[int, bytes, dict[str, str]]] = [
+    (500, b"{}", {}),
+    (502, b"<html>Unicorn", {}),
+    (503, b"", {}),
+    (200, b"", {}),
+    (200, b"<html>welcome", {}),
+    (200, b"[]", {}),
+    (200, b'{"login": null}', {}),
+    (200, b'{"login": "../../user"}', {}),
+    (200, b'{"login": "' + b"x" * (2 << 20) + b'"}', {}),
+    (200, b"[" * 100_000, {}),
+    (200, b'{"log', {"Content-Length": "100"}),
+    (301, b"", {"Location": "https://evil.example/user"}),
+    (404, b'{"message": "Not Found"}', {}),
+    (403, b"blocked", {}),
+]
+
+
+@pytest.mark.parametrize(
+    "answer", NONSENSE, ids=[f"{a[0]}-{a[1][:12]!r}" for a in NONSENSE]
+)
+def test_nonsense_is_no_yes(
+    team: Team, hub: GitHubServer, answer: tuple[int, bytes, dict[str, str]]
+) -> None:
+    """503 in time, and as soon as GitHub is itself again, so are we."""
+    daemon = team("user", "alice")
+    hub.answer = answer
+    began = time.monotonic()
+    found = problem(asked(daemon, ALICE), 503)
+    assert found["type"].endswith(":provider-unavailable")
+    print(f"503 after {time.monotonic() - began:.3f} s")
+    hub.answer = None
+    assert asked(daemon, ALICE).status == 200
+    assert "Traceback" not in daemon.log.read_text()
+
+
+def test_nobody_waits_for_a_slow_github(team: Team, hub: GitHubServer) -> None:
+    """503 well within the 30 s that it takes; who is known goes on, others get in."""
+    daemon = team("user", "alice,bob,eve")
+    assert asked(daemon, ALICE).status == 200
+    hub.slow = {EVE: 30.0}
+    answers: list[tuple[float, Answer]] = []
+
+    def ask() -> None:
+        began = time.monotonic()
+        answer = asked(daemon, EVE)
+        answers.append((time.monotonic() - began, answer))
+
+    waiting = threading.Thread(target=ask)
+    waiting.start()
+    wait_for(lambda: ("GET", "/user") in hub.asked[1:], "the question about eve")
+    assert asked(daemon, BOB).status == 200
+    assert asked(daemon, ALICE).status == 200
+    assert not answers
+    waiting.join()
+    seconds, answer = answers[0]
+    problem(answer, 503)
+    print(f"503 after {seconds:.2f} s")
+    assert seconds < 25
+    assert answer.headers["Retry-After"].isdigit()
+
+
+def test_without_github_who_is_known_goes_on(start: Start, tmp_path: Path) -> None:
+    """All others are told to come again."""
+    config = tmp_path / "config.toml"
+    with github() as hub:
+        hub.users = {ALICE: "Alice", BOB: "bob"}
+        config.write_text(
+            f'github-api-url = "{hub.url}"\nauth-members = ["alice", "bob"]\n'
+        )
+        daemon = start("--config", str(config), "--command", "echo hi")
+        assert asked(daemon, ALICE).status == 200
+    problem(asked(daemon, BOB), 503)
+    assert asked(daemon, ALICE).status == 200
+
+
+def test_its_rate_limit_is_honoured(team: Team, hub: GitHubServer) -> None:
+    """For that token nothing is asked until GitHub allows it; others are not concerned."""
+    daemon = team("user", "alice,bob,eve")
+    reset = str(int(time.time()) + 600)
+    hub.limited = {
+        EVE: {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": reset},
+        BOB: {"Retry-After": "30"},
+    }
+    first = asked(daemon, EVE)
+    problem(first, 503)
+    assert 590 <= int(first.headers["Retry-After"]) <= 600
+    before = len(hub.asked)
+    problem(asked(daemon, EVE), 503)
+    assert len(hub.asked) == before
+    assert 0 < int(asked(daemon, BOB).headers["Retry-After"]) <= 30
+    assert asked(daemon, ALICE).status == 200
+
+
+def test_an_answer_counts_for_a_while(team: Team, hub: GitHubServer) -> None:
+    """A hundred requests are one question to GitHub, a wrong token as well."""
+    daemon = team("user", "alice")
+    for _ in range(50):
+        assert asked(daemon, ALICE).status == 200
+    assert hub.asked.count(("GET", "/user")) == 1
+    problem(asked(daemon, BOB), 401)
+    problem(asked(daemon, BOB), 401)
+    assert hub.asked.count(("GET", "/user")) == 2
+
+
+def test_many_at_once_are_one_question(team: Team, hub: GitHubServer) -> None:
+    """All wait for the same answer, and who goes away takes it from nobody."""
+    daemon = team("user", "alice")
+    hub.slow = {"": 0.5}
+    polls = []
+    for _ in range(20):
+        connection = daemon.connect()
+        connection.request("GET", "/login/me", headers=bearer(ALICE))
+        polls.append(connection)
+    wait_for(lambda: hub.asked, "the question")
+    polls.pop(0).close()
+    assert {c.getresponse().status for c in polls} == {200}
+    for connection in polls:
+        connection.close()
+    assert hub.asked.count(("GET", "/user")) == 1
+
+
+def test_a_password_is_never_sent_to_github(team: Team, hub: GitHubServer) -> None:
+    """What does not look like a token, and what is a token of ours, stays here."""
+    daemon = team("user", "alice")
+    for secret in ("hunter2!", "correct horse battery staple", "pulsar_" + "x" * 43):
+        problem(daemon.get("/login/me", **basic("alice", secret)), 401)
+    assert hub.asked == []
+
+
+# -- in a browser, by OAuth
+
+
+def redirected(answer: Answer) -> str:
+    """Return where an answer leads to."""
+    assert answer.status in {302, 303}, answer.body
+    location: str = answer.headers["Location"]
+    return location
+
+
+def cookies(answer: Answer) -> dict[str, str]:
+    """Return the cookies that an answer sets."""
+    lines = answer.headers.get_all("Set-Cookie") or []
+    return dict(line.partition(";")[0].split("=", 1) for line in lines)
+
+
+def from_hub(url: str) -> str:
+    """Return where GitHub sends the browser back to: path and query."""
+    parts = urlsplit(url)
+    connection = HTTPConnection(parts.netloc)
+    connection.request("GET", f"{parts.path}?{parts.query}")
+    back = urlsplit(connection.getresponse().headers["Location"])
+    connection.close()
+    return f"{back.path}?{back.query}"
+
+
+def signing_in(daemon: Daemon, hub: GitHubServer, target: str = "") -> tuple[str, str]:
+    """Begin to sign in; return the browser's cookie, and where GitHub sends it back to."""
+    begun = daemon.get(f"/login/github?next={target}")
+    url = redirected(begun)
+    assert url.startswith(f"{hub.url}/login/oauth/authorize?")
+    return cookies(begun)["pulsar-login"], from_hub(url)
+
+
+def test_a_browser_signs_in(team: Team, hub: GitHubServer) -> None:
+    """With state and PKCE; what is secret is never in a URL."""
+    daemon = team("team", "acme/ops")
+    hub.signed_in = ALICE
+    assert redirected(daemon.get("/web/")).startswith("/login?next=")
+    begun = redirected(daemon.get("/login/github"))
+    assert dict(parse_qsl(urlsplit(begun).query))["scope"] == "read:org"
+    browser, back = signing_in(daemon, hub, "/web/job/1")
+    answer = daemon.get(back, Cookie=f"pulsar-login={browser}")
+    assert redirected(answer) == "/web/job/1"
+    session = cookies(answer)["pulsar"]
+    me = daemon.get("/login/me", Cookie=f"pulsar={session}").json()
+    assert (me["user"], me["means"]) == ("Alice", "github session")
+    for url in hub.urls:
+        assert CLIENT_SECRET not in url
+        assert ALICE not in url
+    # A code, and a state, is good for once.
+    again = daemon.get(back, Cookie=f"pulsar-login={browser}")
+    assert again.status == 403
+    assert "pulsar" not in cookies(again)
+
+
+def test_a_sign_in_that_another_browser_began_is_none(
+    team: Team, hub: GitHubServer
+) -> None:
+    """Else somebody could be signed in as an attacker without noticing."""
+    daemon = team("user", "alice")
+    hub.signed_in = ALICE
+    browser, back = signing_in(daemon, hub)
+    other, _ = signing_in(daemon, hub)
+    assert browser != other
+    for cookie in ({"Cookie": f"pulsar-login={other}"}, {}):
+        answer = daemon.get(back, **cookie)
+        assert answer.status == 403
+        assert "pulsar" not in cookies(answer)
+    state = dict(parse_qsl(urlsplit(back).query))["state"]
+    forged = daemon.get(
+        f"/login/callback?code=x&state={state}x", Cookie=f"pulsar-login={other}"
+    )
+    assert forged.status == 403
+
+
+def test_who_is_no_member_gets_no_session(team: Team, hub: GitHubServer) -> None:
+    """Nor who says no at GitHub; while GitHub is ill it is 503."""
+    daemon = team("team", "acme/ops")
+    for signed_in, ill, status in (
+        (BOB, None, 403),
+        (None, None, 403),
+        (ALICE, (500, b"", {}), 503),
+    ):
+        hub.signed_in = signed_in
+        browser, back = signing_in(daemon, hub)
+        hub.answer = ill
+        answer = daemon.get(back, Cookie=f"pulsar-login={browser}")
+        assert answer.status == status
+        assert "pulsar" not in cookies(answer)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "https://evil.example",
+        "//evil.example",
+        "/\\evil.example",
+        "\\\\evil.example",
+        "/%09/evil.example",
+        "javascript:alert(1)",
+        "/web\r\nX: y",
+        "",
+        "x",
+    ],
+)
+def test_nobody_is_sent_to_another_site(team: Team, hub: GitHubServer, target: str) -> None:
+    """Whatever stands behind next=."""
+    daemon = team("user", "alice")
+    hub.signed_in = ALICE
+    browser, back = signing_in(daemon, hub, quote(target, safe=""))
+    answer = daemon.get(back, Cookie=f"pulsar-login={browser}")
+    assert redirected(answer) in {"/web/", "/%09/evil.example"}
+    assert answer.headers["X"] is None
