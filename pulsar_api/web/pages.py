@@ -9,12 +9,13 @@ from klein import Klein
 from twisted.web.resource import IResource, Resource
 from twisted.web.server import Request
 
+from pulsar_api.web.headers import PAGE_POLICY
 from pulsar_api.web.reply import handle_errors, problem, reply
 from pulsar_api.web.tasks import RESERVED
 
 _RESERVED = frozenset(name.encode() for name in RESERVED)
 _HTML = "text/html; charset=utf-8"
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+_UI = files("pulsar_api") / "ui"
 
 
 def _new_app() -> Klein:
@@ -29,7 +30,8 @@ class Pages:
     """What a browser shows."""
 
     app: ClassVar[Klein] = _new_app()
-    page: bytes = (files("pulsar_api") / "ui" / "index.html").read_bytes()
+    page: bytes = (_UI / "index.html").read_bytes()
+    style: bytes = (_UI / "style.css").read_bytes()
 
     @app.route("/", methods=["GET"])
     def root(self, request: Request) -> bytes:
@@ -41,9 +43,12 @@ class Pages:
     @app.route("/pulsar", methods=["GET"])
     @app.route("/pulsar/index.html", methods=["GET"])
     def index(self, request: Request, number: str = "") -> bytes:
-        request.setHeader("Content-Security-Policy", _POLICY)
-        request.setHeader("Referrer-Policy", "no-referrer")
+        request.setHeader("Content-Security-Policy", PAGE_POLICY)
         return reply(request, self.page, kind=_HTML)
+
+    @app.route("/pulsar/style.css", methods=["GET"])
+    def stylesheet(self, request: Request) -> bytes:
+        return reply(request, self.style, kind="text/css; charset=utf-8")
 
 
 class Root(Resource):

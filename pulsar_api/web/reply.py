@@ -40,7 +40,6 @@ def reply(request: Request, body: bytes, code: int = 200, kind: str = JSON) -> b
     request.setResponseCode(code)
     request.setHeader("Content-Type", kind)
     request.setHeader("Cache-Control", "no-store")
-    request.setHeader("X-Content-Type-Options", "nosniff")
     request.setHeader("Content-Length", str(len(body)))
     return body
 
@@ -63,7 +62,6 @@ async def stream(request: Request, pieces: Iterator[bytes]) -> bytes:
     request.setResponseCode(200)
     request.setHeader("Content-Type", JSON)
     request.setHeader("Cache-Control", "no-store")
-    request.setHeader("X-Content-Type-Options", "nosniff")
     if request.method != b"HEAD":
         await _Pump(request, pieces).run()
     return b""
