@@ -57,7 +57,7 @@ def files(server: Server) -> int:
 
 def measure(here: Place, options: argparse.Namespace) -> None:
     """Print what an honest client measures before, during and after."""
-    here.action("much", "head", "-c", str(SIZE), "/dev/zero")
+    here.action("much", "sh", "-c", f"yes 0123456789abcde | head -c {SIZE}")
     here.action("sleep", "sleep", "3600")
     server = served(here.daemon())
     connection = here.connect(server)
