@@ -11,7 +11,16 @@ from twisted.internet.testing import StringTransport
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
-from pulsar_api.web.site import BURST, IDLE, LINGER, STALL, YIELD, BoundedSite, Most
+from pulsar_api.web.site import (
+    BURST,
+    IDLE,
+    LINGER,
+    PENALTY,
+    STALL,
+    YIELD,
+    BoundedSite,
+    Most,
+)
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 WAIT = b"GET /wait HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -122,24 +131,39 @@ def test_a_share_can_be_smaller_than_a_quarter_or_everything() -> None:
 
 
 def test_who_asks_too_often_is_told_how_long_to_wait() -> None:
-    """The connection stays, others are served, and so is the same one later."""
+    """Not at once; the connection stays, others are served, and so is the same later."""
     house = House(Most(8, requests_of_address=2))
-    client = house.connect("192.0.2.1")
+    client, head = house.connect("192.0.2.1"), house.connect("192.0.2.1")
     for _ in range(2 * BURST):
         assert b"good" in client.ask(GET)
-    said = client.ask(GET)
-    assert client.status == b"429"
-    assert b"\r\nRetry-After: 1\r\n" in said
-    body = json.loads(said.partition(b"\r\n\r\n")[2])
-    assert body["type"] == "urn:pulsar-api:problem:too-many-requests"
-    assert client.ask(GET.replace(b"GET", b"HEAD")).endswith(b"\r\n\r\n")
-    assert not client.cut
+    assert client.ask(GET + GET) == b""
+    assert head.ask(GET.replace(b"GET", b"HEAD")) == b""
     assert b"good" in house.connect("192.0.2.2").ask(GET)
-    for _ in range(10 * BURST):
-        assert b"good" in house.connect("127.0.0.1").ask(GET)
-        house.site.connections -= 1
-    house.clock.advance(1)
+    own = house.connect("127.0.0.1")
+    assert all(b"good" in own.ask(GET) for _ in range(10 * BURST))
+    house.clock.advance(PENALTY)
+    said = client.transport.value()
+    refusal, good, _ = said.partition(b"HTTP/1.1 200 OK")
+    assert refusal.startswith(b"HTTP/1.1 429 ")
+    assert b"\r\nRetry-After: 1\r\n" in refusal
+    body = json.loads(refusal.partition(b"\r\n\r\n")[2])
+    assert body["type"] == "urn:pulsar-api:problem:too-many-requests"
+    assert good  # the one behind it has waited long enough
+    assert head.status == b"429"
+    assert head.transport.value().endswith(b"\r\n\r\n")
+    assert not client.cut
     assert b"good" in client.ask(GET)
+
+
+def test_who_does_not_wait_to_be_refused_leaves_nothing() -> None:
+    """Neither a place nor a clock."""
+    house = House(Most(8, requests_of_address=1))
+    client = house.connect("192.0.2.1")
+    for _ in range(BURST + 1):
+        client.ask(GET)
+    client.transport.abortConnection()
+    assert house.site.connections == house.site.serving == 0
+    assert house.clock.getDelayedCalls() == []
 
 
 def test_any_number_of_requests_if_the_operator_says_so() -> None:

@@ -13,7 +13,7 @@ from twisted.web.http import Request as HTTPRequest
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IRequest
 from twisted.web.resource import IResource, Resource
-from twisted.web.server import Request, Site
+from twisted.web.server import NOT_DONE_YET, Request, Site
 
 from pulsar_api import wire
 from pulsar_api.web import limits
@@ -35,6 +35,8 @@ YIELD = 10.0
 """Seconds after which a connection that does nothing gives way when all are taken."""
 BURST = 5
 """Seconds' worth of requests that an address may send at once."""
+PENALTY = 1.0
+"""Seconds after which who asks too often is told so."""
 LINGER = 2.0
 """Seconds in which a refused client can read why, before the connection is cut."""
 MAX_BODY = 1 << 20
@@ -295,20 +297,31 @@ class _Full(Protocol):
 
 
 class _TooManyRequests(Resource):
-    """Says when an address may ask again."""
+    """Says when an address may ask again, and takes its time to say so.
+
+    At once it would cost others: one address got 17,000 such answers in a second, and a
+    processor with them. Nothing is read from the connection meanwhile.
+    """
 
     isLeaf = True
 
-    def __init__(self, wait: float) -> None:
+    def __init__(self, clock: IReactorTime, wait: float) -> None:
         super().__init__()
+        self._clock = clock
         self._wait = max(1, math.ceil(wait))
 
-    def render(self, request: Request) -> bytes:
+    def render(self, request: Request) -> int:
+        later = self._clock.callLater(PENALTY, self._answer, request)
+        request.notifyFinish().addErrback(lambda _: later.cancel())
+        return NOT_DONE_YET
+
+    def _answer(self, request: Request) -> None:
         request.setHeader("Retry-After", str(self._wait))
         detail = f"Your address asks too often; wait {self._wait} s, then ask again."
         title = "Too many requests"
         body = problem(request, 429, "too-many-requests", title, detail)
-        return b"" if request.method == b"HEAD" else body
+        request.write(b"" if request.method == b"HEAD" else body)
+        request.finish()
 
 
 @frozen
@@ -378,7 +391,9 @@ class BoundedSite(Site):
     def getResourceFor(self, request: BoundedRequest) -> Any:
         """Return who answers: before any routing, whether the address asks too often."""
         wait = self._rate.wait(request.channel.source)
-        return _TooManyRequests(wait) if wait else super().getResourceFor(request)
+        if wait:
+            return _TooManyRequests(self.reactor, wait)
+        return super().getResourceFor(request)
 
     def startFactory(self) -> None:
         """Keep no access log: a line per poll costs a quarter and says nothing."""
