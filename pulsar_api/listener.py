@@ -24,6 +24,7 @@ from twisted.internet.interfaces import (
 )
 from twisted.internet.protocol import Factory
 from twisted.internet.ssl import CertificateOptions
+from twisted.internet.tcp import Port
 from twisted.python.failure import Failure
 
 from pulsar_api.errors import CannotListen
@@ -31,6 +32,11 @@ from pulsar_api.settings import Settings, is_loopback
 
 BACKLOG = 4096
 """Connections that may wait to be accepted; Twisted's 50 make 5,000 clients need 24 s."""
+
+KEEPALIVE_IDLE = 60
+"""Seconds of silence after which a client is asked whether it is there."""
+KEEPALIVE_INTERVAL = 15
+KEEPALIVE_PROBES = 4
 
 
 def endpoints(
@@ -144,6 +150,18 @@ def _now(name: str, listening: Deferred[Any]) -> Any:
     return ports[0]
 
 
+def _keep_alive(found: socket.socket) -> None:
+    """Let the kernel find out which clients have vanished, without a word to us.
+
+    What is accepted inherits it. There is no TCP_USER_TIMEOUT: it would also cut who is
+    there and has stopped reading for a while.
+    """
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+    found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+    found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+
+
 @define(eq=False)
 class Listener(Service):
     """Listens as long as the daemon runs; if it cannot, the daemon does not start."""
@@ -160,6 +178,8 @@ class Listener(Service):
         host = self.port.getHost()
         if isinstance(host, IPv4Address | IPv6Address):
             check_address(host.host, self.only_loopback)
+            if isinstance(self.port, Port):
+                _keep_alive(self.port.socket)
 
     def url(self, scheme: str) -> str:
         """Return where it listens, as far as it can be said as a URL."""

@@ -234,6 +234,12 @@ class Settings:
         _number(0, 10000), "tasks of one app and env that run at the same time, 0: any", 0
     )
     max_queued: int = _option(_number(0, 100_000), "tasks that may wait", 1000)
+    max_connections_per_address: int = _option(
+        _number(0, 100_000), "connections of one address at a time, 0: any", 1000
+    )
+    max_requests_per_address: int = _option(
+        _number(0, 100_000), "requests of one address in a second, 0: any", 100
+    )
     kill_grace: float = _option(_seconds(0, 3600), "seconds from TERM to KILL", 10.0)
     task_timeout: float = _option(
         _seconds(0), "seconds after which a task is ended, 0: never", 0.0

@@ -47,7 +47,7 @@ from pulsar_api.web.origin import Origins
 from pulsar_api.web.pages import Pages, Root
 from pulsar_api.web.reply import problem
 from pulsar_api.web.signin import SignIn
-from pulsar_api.web.site import BoundedSite
+from pulsar_api.web.site import BoundedSite, Most
 from pulsar_api.web.sockjs import SockJS
 from pulsar_api.web.tasks import TaskAPI
 
@@ -278,7 +278,10 @@ class Daemon(MultiService):
         options = None if identity is None else identity.options()
         self._files = process.raise_file_limit()
         most = max(16, self._files[1] - _RESERVE)
-        self.site = BoundedSite(_Starting(), reactor, most)
+        bounds = Most(
+            most, settings.max_connections_per_address, settings.max_requests_per_address
+        )
+        self.site = BoundedSite(_Starting(), reactor, bounds)
         self.listeners = [
             listener.Listener(name, endpoint, self.site, only_loopback)
             for name, endpoint in listener.endpoints(settings, reactor, options)

@@ -18,7 +18,8 @@ OPTIONS = (
     "config-repo config-branch port log-dir ssl-key ssl-cert ssl-pfx ssl-passphrase "
     "auth-username auth-password auth-provider auth-method dev interface listen public-url "
     "allow-anonymous state-dir command poll-timeout max-running max-running-per-target "
-    "max-queued kill-grace task-timeout silence-timeout drain-timeout "
+    "max-queued max-connections-per-address max-requests-per-address kill-grace "
+    "task-timeout silence-timeout drain-timeout "
     "keep-tasks keep-days max-state-size max-output-size"
 ).split()
 FILE_ONLY = (
@@ -30,6 +31,8 @@ NUMBERS = {
     "max-running": (1, 10000),
     "max-running-per-target": (0, 10000),
     "max-queued": (0, 100_000),
+    "max-connections-per-address": (0, 100_000),
+    "max-requests-per-address": (0, 100_000),
     "keep-tasks": (0, 10_000_000),
 }
 MONTH = 31 * 86400.0
@@ -79,6 +82,8 @@ class TestDefaults:
             "max_running": 16,
             "max_running_per_target": 0,
             "max_queued": 1000,
+            "max_connections_per_address": 1000,
+            "max_requests_per_address": 100,
             "kill_grace": 10.0,
             "task_timeout": 0.0,
             "silence_timeout": 0.0,

@@ -68,7 +68,6 @@ class FollowAPI:
         start = min(start, size)
         request.setHeader("Content-Type", _LOG)
         request.setHeader("Cache-Control", "no-cache")
-        request.setHeader("X-Content-Type-Options", "nosniff")
         if not (follow or times or stream or output.cut() != (0, 0)):
             return await self._whole(request, output, start, size)
         if "tail" in query:
@@ -222,7 +221,6 @@ def _cursor(request: Request, query: dict[str, str]) -> tuple[int, ...] | None:
 def _begin_events(request: Request) -> None:
     request.setHeader("Content-Type", _EVENTS)
     request.setHeader("Cache-Control", "no-store")
-    request.setHeader("X-Content-Type-Options", "nosniff")
     request.setHeader("X-Accel-Buffering", "no")
 
 

@@ -18,6 +18,7 @@ from pulsar_api.web.tasks import RESERVED
 
 _RESERVED = frozenset(name.encode() for name in RESERVED)
 _HTML = "text/html; charset=utf-8"
+_UI = files("pulsar_api") / "ui"
 
 
 def _new_app() -> Klein:
@@ -33,7 +34,8 @@ class Pages:
 
     app: ClassVar[Klein] = _new_app()
     access: Access
-    page: str = (files("pulsar_api") / "ui" / "index.html").read_text("utf-8")
+    page: str = (_UI / "index.html").read_text("utf-8")
+    style: bytes = (_UI / "style.css").read_bytes()
 
     @app.route("/", methods=["GET"])
     def root(self, request: Request) -> bytes:
@@ -57,6 +59,10 @@ class Pages:
         if caller.name is not None:
             account = _ACCOUNT.format(user=escape(caller.name))
         return page(request, self.page, {"account": account})
+
+    @app.route("/pulsar/style.css", methods=["GET"])
+    def stylesheet(self, request: Request) -> bytes:
+        return reply(request, self.style, kind="text/css; charset=utf-8")
 
 
 _ACCOUNT = """<form method="post" action="/logout" class="account">

@@ -14,13 +14,13 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from zope.interface import implementer
 
 from pulsar_api import errors, wire
+from pulsar_api.web.headers import PAGE_POLICY
 from pulsar_api.web.origin import ForeignOrigin
 
 _log = Logger()
 
 JSON = "application/json"
 _HTML = "text/html; charset=utf-8"
-_POLICY = "default-src 'none'; style-src 'self'; form-action 'self'; frame-ancestors 'none'"
 
 # For each error: status, type, title, seconds for Retry-After.
 _PROBLEMS: dict[type[errors.PulsarError], tuple[int, str, str, int | None]] = {
@@ -50,7 +50,6 @@ def reply(request: Request, body: bytes, code: int = 200, kind: str = JSON) -> b
     request.setResponseCode(code)
     request.setHeader("Content-Type", kind)
     request.setHeader("Cache-Control", "no-store")
-    request.setHeader("X-Content-Type-Options", "nosniff")
     request.setHeader("Content-Length", str(len(body)))
     return body
 
@@ -73,7 +72,6 @@ async def stream(request: Request, pieces: Iterator[bytes]) -> bytes:
     request.setResponseCode(200)
     request.setHeader("Content-Type", JSON)
     request.setHeader("Cache-Control", "no-store")
-    request.setHeader("X-Content-Type-Options", "nosniff")
     if request.method != b"HEAD":
         await _Pump(request, pieces).run()
     return b""
@@ -185,8 +183,7 @@ def challenge(request: Request) -> None:
 
 def page(request: Request, text: str, places: dict[str, str], status: int = 200) -> bytes:
     """Answer with a page in which ``{name}`` is replaced; values have to be escaped."""
-    request.setHeader("Content-Security-Policy", _POLICY)
-    request.setHeader("Referrer-Policy", "no-referrer")
+    request.setHeader("Content-Security-Policy", PAGE_POLICY)
     text = re.sub(r"\{(\w+)\}", lambda found: places[found[1]], text)
     return reply(request, text.encode(), status, _HTML)
 

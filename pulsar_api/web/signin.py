@@ -205,7 +205,7 @@ class SignIn:
             "next": escape(target),
             "next_query": quote(target, safe=""),
             "message": escape(message),
-            "github": "" if by_github else "hidden",
+            "github": "" if by_github else " hidden",
         }
         return page(request, self._page, places, status)
 

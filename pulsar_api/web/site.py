@@ -1,17 +1,24 @@
 """The bounds that ``twisted.web`` lacks: deadlines, sizes, numbers; and no access log."""
 
-from typing import Any
+import math
+from collections import OrderedDict
+from typing import Any, cast
 
+from attrs import frozen
 from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
 from twisted.web.http import Request as HTTPRequest
+from twisted.web.http_headers import Headers
 from twisted.web.iweb import IRequest
-from twisted.web.resource import IResource
-from twisted.web.server import Request, Site
+from twisted.web.resource import IResource, Resource
+from twisted.web.server import NOT_DONE_YET, Request, Site
 
 from pulsar_api import wire
+from pulsar_api.web import limits
+from pulsar_api.web.headers import ALWAYS
+from pulsar_api.web.reply import problem
 
 HEAD_DEADLINE = 10.0
 """Seconds from a request's first byte to the end of its head, however it trickles."""
@@ -19,6 +26,17 @@ BODY_DEADLINE = 30.0
 """Seconds for the whole body."""
 IDLE = 60.0
 """Seconds that a connection may stay open between two requests."""
+STALL = 3600.0
+"""Seconds in which a client must take what fills its buffer, 64 KiB at least.
+
+So long because a person may page through what ``curl`` gets, and have lunch meanwhile.
+"""
+YIELD = 10.0
+"""Seconds after which a connection that does nothing gives way when all are taken."""
+BURST = 5
+"""Seconds' worth of requests that an address may send at once."""
+PENALTY = 1.0
+"""Seconds after which who asks too often is told so."""
 LINGER = 2.0
 """Seconds in which a refused client can read why, before the connection is cut."""
 MAX_BODY = 1 << 20
@@ -29,6 +47,7 @@ def _raw_problem(
     status: int, reason: str, type_: str, detail: str, more: str = ""
 ) -> bytes:
     body = wire.problem(status, type_, reason, detail)
+    more += "".join(f"{name}: {value}\r\n" for name, value in ALWAYS)
     head = (
         f"HTTP/1.1 {status} {reason}\r\nContent-Type: {wire.PROBLEM}\r\n{more}"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -62,6 +81,14 @@ _TOO_MANY = _raw_problem(
     "The daemon has as many connections as it can serve; try again in a moment.",
     "Retry-After: 5\r\n",
 )
+_TOO_MANY_FROM_ADDRESS = _raw_problem(
+    429,
+    "Too Many Requests",
+    "too-many-from-address",
+    "Your address has as many connections open as one may have; close some, or try again "
+    "in a moment.",
+    "Retry-After: 5\r\n",
+)
 
 
 class BoundedRequest(Request):
@@ -93,15 +120,20 @@ class BoundedChannel(HTTPChannel):
     """HTTP/1.1 with a deadline for the head, for the body, and for the refused."""
 
     site: "BoundedSite"
+    source: str | None
+    """Whom it counts for, see `limits.source`."""
     transport: Any  # TCP or TLS round it; both can abort
     _deadline: IDelayedCall | None = None
+    _stalled: IDelayedCall | None = None
     _serving = False
     _refused = False
+    _gone = False
 
     def connectionMade(self) -> None:
         """Start the clock: whoever connects has to say something."""
         super().connectionMade()
         self._expect(HEAD_DEADLINE)
+        self._note()
 
     def dataReceived(self, data: bytes) -> None:
         """Take bytes, unless the request they belong to has been refused."""
@@ -138,12 +170,47 @@ class BoundedChannel(HTTPChannel):
         self._serve(False)
         super().requestDone(request)
 
+    def writeHeaders(
+        self, version: bytes, code: bytes, reason: bytes, headers: Headers
+    ) -> None:
+        """Send the head of an answer, whoever made it; which version of what is secret."""
+        headers.removeHeader("Server")
+        for name, value in ALWAYS:
+            if not headers.hasHeader(name):
+                headers.setRawHeaders(name, [value])
+        super().writeHeaders(version, code, reason, headers)
+
+    def pauseProducing(self) -> None:
+        """The client reads more slowly than we write; it may, but not for ever."""
+        if self._stalled is None:
+            self._stalled = self.callLater(STALL, self._stuck)
+        self._note()
+        super().pauseProducing()
+
+    def resumeProducing(self) -> None:
+        """It has read what there was."""
+        self._flows()
+        self._note()
+        super().resumeProducing()
+
+    def timeoutConnection(self) -> None:
+        """Hang up on who asks nothing any more, without a word in the log."""
+        self._refused = True
+        self._expect(LINGER)
+        self.loseConnection()
+
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Stop all clocks."""
         self._expect(None)
+        self._flows()
         self._serve(False)
-        self.site.connections -= 1
+        self._leave()
         super().connectionLost(reason)
+
+    def give_way(self) -> None:
+        """Hang up at once: somebody else needs the place."""
+        self._leave()
+        self.transport.abortConnection()
 
     def refuse(self, answer: bytes) -> None:
         """Answer now, read no more, and cut when the client had time to read it."""
@@ -155,6 +222,28 @@ class BoundedChannel(HTTPChannel):
     def _serve(self, serving: bool) -> None:  # noqa: FBT001
         self.site.serving += serving - self._serving
         self._serving = serving
+        self._note()
+
+    def _note(self) -> None:
+        """Keep the site's list of connections that do nothing true."""
+        if self._gone or (self._serving and self._stalled is None):
+            self.site.resting.pop(self, None)
+        else:
+            self.site.resting.setdefault(self, self.site.reactor.seconds())
+
+    def _leave(self) -> None:
+        if not self._gone:
+            self._gone = True
+            self._note()
+            self.site.left(self)
+
+    def _flows(self) -> None:
+        if self._stalled is not None and self._stalled.active():
+            self._stalled.cancel()
+        self._stalled = None
+
+    def _stuck(self) -> None:
+        self.transport.abortConnection()
 
     def _respondToBadRequestAndDisconnect(self) -> None:
         # Twisted's own answer has no body. If this hook went away, that would come back.
@@ -185,8 +274,9 @@ class _Full(Protocol):
     transport: Any
     _cut: IDelayedCall | None = None
 
-    def __init__(self, site: "BoundedSite") -> None:
+    def __init__(self, site: "BoundedSite", why: bytes) -> None:
         self._site = site
+        self._why = why
 
     def connectionMade(self) -> None:
         self._site.refused += 1
@@ -194,7 +284,7 @@ class _Full(Protocol):
             # They take files too: hang up without a word.
             self.transport.abortConnection()
             return
-        self.transport.write(_TOO_MANY)
+        self.transport.write(self._why)
         self.transport.loseConnection()
         # Over TLS who says nothing would stay until the handshake, which is for ever.
         clock = self._site.reactor
@@ -206,29 +296,104 @@ class _Full(Protocol):
             self._cut.cancel()
 
 
+class _TooManyRequests(Resource):
+    """Says when an address may ask again, and takes its time to say so.
+
+    At once it would cost others: one address got 17,000 such answers in a second, and a
+    processor with them. Nothing is read from the connection meanwhile.
+    """
+
+    isLeaf = True
+
+    def __init__(self, clock: IReactorTime, wait: float) -> None:
+        super().__init__()
+        self._clock = clock
+        self._wait = max(1, math.ceil(wait))
+
+    def render(self, request: Request) -> int:
+        later = self._clock.callLater(PENALTY, self._answer, request)
+        request.notifyFinish().addErrback(lambda _: later.cancel())
+        return NOT_DONE_YET
+
+    def _answer(self, request: Request) -> None:
+        request.setHeader("Retry-After", str(self._wait))
+        detail = f"Your address asks too often; wait {self._wait} s, then ask again."
+        title = "Too many requests"
+        body = problem(request, 429, "too-many-requests", title, detail)
+        request.write(b"" if request.method == b"HEAD" else body)
+        request.finish()
+
+
+@frozen
+class Most:
+    """How much the daemon serves. 0 of what is for one address is any number."""
+
+    connections: int
+    """At a time, of all."""
+    connections_of_address: int = 1000
+    """At a time; in any case no more than a quarter of all."""
+    requests_of_address: int = 100
+    """In a second; `BURST` times as many at once after a silence."""
+
+
 class BoundedSite(Site):
-    """Serves a resource to at most ``most`` connections at a time."""
+    """Serves a resource to a bounded number of connections."""
 
     # One protocol class rather than Twisted's chooser: no HTTP/2 to bound as well.
     protocol: Any = BoundedChannel
     requestFactory = BoundedRequest
 
-    def __init__(self, resource: IResource, clock: IReactorTime, most: int) -> None:
+    def __init__(self, resource: IResource, clock: IReactorTime, most: Most) -> None:
         super().__init__(
             resource, timeout=IDLE, reactor=clock, parsePOSTFormSubmission=False
         )
-        self.most = most
+        self.most = most.connections
         self.connections = 0
         self.refused = 0
         self.serving = 0
         """How many requests are being answered."""
+        self.resting: OrderedDict[BoundedChannel, float] = OrderedDict()
+        """Connections that wait for the client, since when; the longest first."""
+        share = self.most + 1  # nobody meets it
+        if most.connections_of_address:
+            share = min(most.connections_of_address, self.most // 4)
+        self._places = limits.Places(share)
+        per_second = most.requests_of_address or 10**9
+        self._rate = limits.Rate(clock, per_second, BURST * per_second)
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """Return a channel, or something that says that there are too many."""
-        if self.connections >= self.most:
-            return _Full(self)
+        source = limits.source(addr)
+        if not self._places.take(source):
+            return _Full(self, _TOO_MANY_FROM_ADDRESS)
+        if self.connections >= self.most and not self._make_room():
+            self._places.give_back(source)
+            return _Full(self, _TOO_MANY)
         self.connections += 1
-        return super().buildProtocol(addr)
+        channel = cast("BoundedChannel", super().buildProtocol(addr))
+        channel.source = source
+        return channel
+
+    def _make_room(self) -> bool:
+        """Hang up on who has done nothing for longest, be that long enough."""
+        for channel, since in self.resting.items():
+            if self.reactor.seconds() - since < YIELD:
+                break
+            channel.give_way()
+            return True
+        return False
+
+    def left(self, channel: BoundedChannel) -> None:
+        """Give the place of a connection back."""
+        self.connections -= 1
+        self._places.give_back(channel.source)
+
+    def getResourceFor(self, request: BoundedRequest) -> Any:
+        """Return who answers: before any routing, whether the address asks too often."""
+        wait = self._rate.wait(request.channel.source)
+        if wait:
+            return _TooManyRequests(self.reactor, wait)
+        return super().getResourceFor(request)
 
     def startFactory(self) -> None:
         """Keep no access log: a line per poll costs a quarter and says nothing."""

@@ -1,0 +1,169 @@
+"""``python -m benchmarks.attack PORT PATH``: clients that mean harm, in one process.
+
+Says ``ready`` when all are connected, goes on until its standard input ends, and then
+says as JSON what was answered.
+"""
+
+import argparse
+import heapq
+import json
+import random
+import select
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+
+from attrs import define, field
+
+PAUSE = 2.0
+"""Seconds between two bytes, in either direction."""
+GUESSERS = 20
+_HEAD = b"GET /tasks HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
+_BODY = b"POST /bench/here HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n"
+
+
+@define(eq=False)
+class Client:
+    """One connection that is made anew whenever the daemon cuts it."""
+
+    port: int
+    answers: Counter[str]
+    sock: socket.socket = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.connect()
+
+    def connect(self) -> None:
+        """Connect."""
+        self.sock = socket.socket()
+        self.prepare()
+        self.sock.connect(("127.0.0.1", self.port))
+        self.sock.setblocking(False)
+
+    def prepare(self) -> None:
+        """Set what has to be set before connecting."""
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def again(self) -> None:
+        """Count one that was cut, and come back."""
+        self.answers["cut"] += 1
+        self.sock.close()
+        self.connect()
+
+    def take(self, most: int) -> bytes:
+        """Read at most so many bytes; come back if the daemon has hung up."""
+        with suppress(BlockingIOError):
+            try:
+                data = self.sock.recv(most)
+            except ConnectionError:
+                data = b""
+            if not data:
+                self.again()
+            return data
+        return b""
+
+    def give(self, data: bytes) -> None:
+        """Send; come back if the daemon has hung up."""
+        with suppress(BlockingIOError):
+            try:
+                self.sock.send(data)
+            except ConnectionError:
+                self.again()
+
+
+class Sender(Client):
+    """Sends a head or a body that never ends, a byte at a time."""
+
+    def connect(self) -> None:
+        """Begin a request."""
+        super().connect()
+        self.give(random.choice([_HEAD, _BODY]))
+
+    def act(self) -> None:
+        """Send a byte."""
+        self.give(b"x")
+        if b"HTTP/1.1 408 " in self.take(4096):
+            self.answers["408"] += 1
+            self.again()
+
+
+@define(eq=False)
+class Reader(Client):
+    """Asks for much and reads it a byte at a time."""
+
+    path: bytes = field(kw_only=True)
+
+    def prepare(self) -> None:
+        """Have as little room for answers as there can be."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+
+    def connect(self) -> None:
+        """Ask."""
+        super().connect()
+        self.give(b"GET " + self.path + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+
+    def act(self) -> None:
+        """Read a byte."""
+        self.answers["bytes read"] += len(self.take(1))
+
+
+class Guesser(Client):
+    """Tries one token after the other."""
+
+    def act(self) -> None:
+        """Look at the last answer and ask again."""
+        data = self.take(65536)
+        for piece in data.split(b"HTTP/1.1 ")[1:]:
+            self.answers[f"guesses: {piece[:3].decode()}"] += 1
+        self.give(
+            b"GET /tasks?limit=1&output=none HTTP/1.1\r\nHost: localhost\r\n"
+            b"Authorization: Bearer wrong-%d\r\n\r\n" % random.getrandbits(32)
+        )
+
+
+def attack(clients: list[tuple[Callable[[], None], float]]) -> None:
+    """Let each act at its pace until the standard input ends."""
+    now = time.monotonic()
+    due = [
+        (now + pause * n / len(clients), n, act, pause)
+        for n, (act, pause) in enumerate(clients)
+    ]
+    random.shuffle(due)
+    heapq.heapify(due)
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        time.sleep(0.001)
+        now = time.monotonic()
+        while due[0][0] <= now:
+            at, n, act, pause = due[0]
+            act()
+            heapq.heapreplace(due, (at + pause, n, act, pause))
+
+
+def main() -> None:
+    """Attack."""
+    parser = argparse.ArgumentParser("python -m benchmarks.attack", description=__doc__)
+    parser.add_argument("port", type=int)
+    parser.add_argument("path", help="something large, for the readers")
+    parser.add_argument("--senders", type=int, default=2000)
+    parser.add_argument("--readers", type=int, default=200)
+    parser.add_argument("--guesses", type=int, default=500, help="in a second")
+    options = parser.parse_args()
+    port, path = options.port, options.path.encode()
+    answers: Counter[str] = Counter()
+    slow: list[Sender | Reader] = [Sender(port, answers) for _ in range(options.senders)]
+    slow += [Reader(port, answers, path=path) for _ in range(options.readers)]
+    clients = [(client.act, PAUSE) for client in slow]
+    if options.guesses:
+        pause = GUESSERS / options.guesses
+        guessers = [Guesser(port, answers) for _ in range(GUESSERS)]
+        clients += [(guesser.act, pause) for guesser in guessers]
+    print("ready", flush=True)
+    attack(clients)
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""``python -m benchmarks.hostile``: what others notice of an attack, and what is left."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median, quantiles
+
+from benchmarks.client import Connection, request
+from benchmarks.place import HERE, Place, Server, create, finished, place, served
+
+SIZE = 64 << 20
+"""Bytes of the output that nobody reads to its end."""
+CALM = 10.0
+"""Seconds of measuring before and after."""
+
+
+def honest(port: int, path: str, seconds: float) -> None:
+    """Ask on one connection for so long, and print the milliseconds as JSON."""
+    connection = Connection(port)
+    times = []
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        began = time.perf_counter()
+        connection.ask(request("GET", path))
+        times.append((time.perf_counter() - began) * 1e3)
+        time.sleep(0.002)
+    connection.close()
+    print(json.dumps(times))
+
+
+def report(server: Server, path: str, seconds: float, when: str) -> None:
+    """Print what an honest client, a process of its own, measures meanwhile."""
+    command = [sys.executable, "-m", "benchmarks.hostile", "--honest", path]
+    command += ["--port", str(server.port), "--seconds", str(seconds)]
+    began, used = time.monotonic(), server.cpu()
+    said = subprocess.run(command, cwd=HERE.parent, check=True, capture_output=True).stdout
+    share = (server.cpu() - used) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - began)
+    times = json.loads(said)
+    print(
+        f"{when}: {len(times)} GETs, p50 {median(times):.2f} ms, "
+        f"p99 {quantiles(times, n=100)[98]:.2f} ms, max {max(times):.1f} ms; "
+        f"{files(server)} descriptors, {server.memory() / 2**20:.1f} MiB, "
+        f"{share:.0%} of a processor",
+        flush=True,
+    )
+
+
+def files(server: Server) -> int:
+    """Return how many files the daemon has open."""
+    return len(os.listdir(f"/proc/{server.pid}/fd"))
+
+
+def measure(here: Place, options: argparse.Namespace) -> None:
+    """Print what an honest client measures before, during and after."""
+    here.action("much", "sh", "-c", f"yes 0123456789abcde | head -c {SIZE}")
+    here.action("sleep", "sleep", "3600")
+    server = served(here.daemon())
+    connection = here.connect(server)
+    large = create(connection, "much")
+    finished(connection, large)
+    path = f"/task/{create(connection, 'sleep')}?output=none"
+    connection.close()
+    server.rest()
+    report(server, path, CALM, "before")
+    usual = files(server)
+    command = [sys.executable, "-m", "benchmarks.attack", str(server.port)]
+    command += [f"/task/{large}", "--senders", str(options.senders)]
+    command += ["--readers", str(options.readers), "--guesses", str(options.guesses)]
+    with subprocess.Popen(
+        command, cwd=HERE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as attack:
+        assert attack.stdout is not None
+        assert attack.stdout.readline() == b"ready\n"
+        report(server, path, options.seconds, "during")
+        answers, _ = attack.communicate()
+    ended = time.monotonic()
+    while files(server) > usual:
+        time.sleep(0.01)
+    print(f"all is closed {time.monotonic() - ended:.2f} s after the attack")
+    report(server, path, CALM, "after")
+    print(f"the attackers saw: {answers.decode().strip()}")
+
+
+def main() -> None:
+    """Measure once."""
+    parser = argparse.ArgumentParser("python -m benchmarks.hostile", description=__doc__)
+    parser.add_argument(
+        "--senders", type=int, default=2000, help="who send a byte every 2 s [2000]"
+    )
+    parser.add_argument(
+        "--readers", type=int, default=200, help="who read a byte every 2 s [200]"
+    )
+    parser.add_argument(
+        "--guesses", type=int, default=500, help="wrong tokens in a second [500]"
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long [60]")
+    parser.add_argument("--honest", metavar="PATH", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.honest:
+        honest(options.port, options.honest, options.seconds)
+        return
+    with place(Path(tempfile.gettempdir())) as here:
+        measure(here, options)
+
+
+if __name__ == "__main__":
+    main()

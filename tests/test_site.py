@@ -1,0 +1,248 @@
+"""Who is hung up on and when, by a clock that stands still between two steps."""
+
+import json
+from typing import Any
+
+import pytest
+from attrs import define, field
+from twisted.internet.address import IPv4Address
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET, Request
+
+from pulsar_api.web.site import (
+    BURST,
+    IDLE,
+    LINGER,
+    PENALTY,
+    STALL,
+    YIELD,
+    BoundedSite,
+    Most,
+)
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+WAIT = b"GET /wait HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+class Leaf(Resource):
+    """Answers at once, or never."""
+
+    isLeaf = True
+
+    def render(self, request: Request) -> bytes | int:
+        """Answer, or not."""
+        return NOT_DONE_YET if request.path == b"/wait" else b"good"
+
+
+LEAF: Any = Leaf
+
+
+class Transport(StringTransport):
+    """A connection that tells its protocol when it is cut."""
+
+    protocol: Any
+
+    def abortConnection(self) -> None:
+        """Cut it at once."""
+        self.disconnected = True
+        self.protocol.connectionLost()
+
+
+@define
+class Client:
+    """A connection to a site."""
+
+    channel: Any
+    transport: Any = field(factory=Transport)
+
+    def __attrs_post_init__(self) -> None:
+        self.transport.protocol = self.channel
+        self.channel.makeConnection(self.transport)
+
+    def ask(self, request: bytes) -> bytes:
+        """Send a request and return what was said at once."""
+        self.transport.clear()
+        self.channel.dataReceived(request)
+        said: bytes = self.transport.value()
+        return said
+
+    @property
+    def status(self) -> bytes:
+        """The status of the last answer."""
+        said: bytes = self.transport.value()
+        return said[9:12]
+
+    @property
+    def cut(self) -> bool:
+        """Whether the daemon has hung up."""
+        return bool(self.transport.disconnected)
+
+
+@define
+class House:
+    """A site with few places, and its clock."""
+
+    most: Most
+    clock: Clock = field(factory=Clock)
+    site: BoundedSite = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.site = BoundedSite(LEAF(), self.clock, self.most)
+
+    def connect(self, host: str = "127.0.0.1") -> Client:
+        """Connect from an address."""
+        return Client(self.site.buildProtocol(IPv4Address("TCP", host, 40000)))
+
+
+@pytest.fixture
+def house() -> House:
+    """Return a site with eight places, two for an address."""
+    return House(Most(8))
+
+
+def test_an_address_has_a_quarter_of_the_places(house: House) -> None:
+    """Others have room, and what is given back can be taken again."""
+    held = [house.connect("192.0.2.1") for _ in range(2)]
+    refused = house.connect("192.0.2.1")
+    assert refused.status == b"429"
+    assert b"\r\nRetry-After: 5\r\n" in refused.transport.value()
+    assert refused.transport.disconnecting
+    assert b"good" in house.connect("192.0.2.2").ask(GET)
+    assert house.site.connections == 3
+    held[0].transport.abortConnection()
+    assert b"good" in house.connect("192.0.2.1").ask(GET)
+
+
+def test_this_machine_has_all_places(house: House) -> None:
+    """A proxy on it speaks for everybody."""
+    held = [house.connect() for _ in range(8)]
+    assert all(b"good" in client.ask(GET) for client in held)
+    assert house.connect().status == b"503"
+
+
+def test_a_share_can_be_smaller_than_a_quarter_or_everything() -> None:
+    """As the operator has said."""
+    small, large = House(Most(8, 1)), House(Most(8, 0))
+    small.connect("192.0.2.1")
+    assert small.connect("192.0.2.1").status == b"429"
+    assert [large.connect("192.0.2.1").status for _ in range(9)][7:] == [b"", b"503"]
+
+
+def test_who_asks_too_often_is_told_how_long_to_wait() -> None:
+    """Not at once; the connection stays, others are served, and so is the same later."""
+    house = House(Most(8, requests_of_address=2))
+    client, head = house.connect("192.0.2.1"), house.connect("192.0.2.1")
+    for _ in range(2 * BURST):
+        assert b"good" in client.ask(GET)
+    assert client.ask(GET + GET) == b""
+    assert head.ask(GET.replace(b"GET", b"HEAD")) == b""
+    assert b"good" in house.connect("192.0.2.2").ask(GET)
+    own = house.connect("127.0.0.1")
+    assert all(b"good" in own.ask(GET) for _ in range(10 * BURST))
+    house.clock.advance(PENALTY)
+    said = client.transport.value()
+    refusal, good, _ = said.partition(b"HTTP/1.1 200 OK")
+    assert refusal.startswith(b"HTTP/1.1 429 ")
+    assert b"\r\nRetry-After: 1\r\n" in refusal
+    body = json.loads(refusal.partition(b"\r\n\r\n")[2])
+    assert body["type"] == "urn:pulsar-api:problem:too-many-requests"
+    assert good  # the one behind it has waited long enough
+    assert head.status == b"429"
+    assert head.transport.value().endswith(b"\r\n\r\n")
+    assert not client.cut
+    assert b"good" in client.ask(GET)
+
+
+def test_who_does_not_wait_to_be_refused_leaves_nothing() -> None:
+    """Neither a place nor a clock."""
+    house = House(Most(8, requests_of_address=1))
+    client = house.connect("192.0.2.1")
+    for _ in range(BURST + 1):
+        client.ask(GET)
+    client.transport.abortConnection()
+    assert house.site.connections == house.site.serving == 0
+    assert house.clock.getDelayedCalls() == []
+
+
+def test_any_number_of_requests_if_the_operator_says_so() -> None:
+    """0 is no limit."""
+    client = House(Most(8, requests_of_address=0)).connect("192.0.2.1")
+    assert all(b"good" in client.ask(GET) for _ in range(1000))
+
+
+def test_the_longest_idle_gives_way_to_a_new_one(house: House) -> None:
+    """Not who has just been served, and never who waits for an answer."""
+    waiting = house.connect()
+    waiting.ask(WAIT)
+    idle = [house.connect() for _ in range(7)]
+    for client in idle:
+        house.clock.advance(1)
+        client.ask(GET)
+    house.clock.advance(1)
+    idle[0].ask(GET)
+    assert house.connect().status == b"503"
+    house.clock.advance(YIELD - 1)
+    assert b"good" in house.connect().ask(GET)
+    assert [client.cut for client in idle] == [False, True] + [False] * 5
+    assert not waiting.cut
+    assert house.site.connections == 8
+
+
+def test_who_does_not_read_gives_way_too(house: House) -> None:
+    """And not, as soon as it has read."""
+    clients = [house.connect() for _ in range(8)]
+    for client in clients:
+        client.ask(WAIT)
+    clients[2].channel.pauseProducing()
+    clients[3].channel.pauseProducing()
+    house.clock.advance(YIELD)
+    clients[2].channel.resumeProducing()
+    assert b"good" in house.connect().ask(GET)
+    assert [client.cut for client in clients] == [n == 3 for n in range(8)]
+
+
+def test_who_never_reads_is_cut_in_the_end(house: House) -> None:
+    """Who reads now and then is not."""
+    stuck, slow = house.connect(), house.connect()
+    for client in (stuck, slow):
+        client.ask(WAIT)
+        client.channel.pauseProducing()
+    house.clock.advance(STALL - 1)
+    slow.channel.resumeProducing()
+    slow.channel.pauseProducing()
+    assert not stuck.cut
+    house.clock.advance(1)
+    assert stuck.cut
+    house.clock.advance(STALL - 2)
+    assert not slow.cut
+    assert house.site.connections == 1
+    assert house.site.serving == 1
+
+
+def test_who_asks_nothing_for_long_is_hung_up_on(house: House) -> None:
+    """Politely at first; who does not hang up too is cut."""
+    client = house.connect()
+    client.ask(GET)
+    house.clock.advance(IDLE - 1)
+    assert not client.transport.disconnecting
+    house.clock.advance(1)
+    assert client.transport.disconnecting
+    assert not client.cut
+    house.clock.advance(LINGER)
+    assert client.cut
+    assert house.site.connections == 0
+
+
+def test_nothing_is_left_of_connections_that_are_gone(house: House) -> None:
+    """Neither places, nor clocks, nor a line in the list of the idle."""
+    for request in (b"", b"G", GET, WAIT):
+        client = house.connect("192.0.2.1")
+        client.ask(request)
+        client.channel.pauseProducing()
+        client.transport.abortConnection()
+    assert house.site.connections == house.site.serving == 0
+    assert not house.site.resting
+    assert house.clock.getDelayedCalls() == []
+    assert house.connect("192.0.2.1").status == b""
