@@ -123,15 +123,15 @@ class Options(usage.Options):
         given = {k: v for k, v in self.items() if v not in (None, 0)}
         if self._listen:
             given["listen"] = self._listen
-        if "auth-password" in given:
-            text = "everybody on this machine can see --auth-password; use a file"
-            print(f"pulsar-api: warning: {text}: --auth-password-file", file=sys.stderr)
         twistd: Mapping[str, Any] = self.parent or {}
         try:
             self.settings = settings.load(given, os.environ)
             check(self.settings, own_files=twistd.get("uid") is None)
         except (SettingsError, CannotListen, StoreUnavailable) as e:
             fail(str(e))
+        if "auth-password" in given:
+            text = "everybody on this machine can see --auth-password; use a file"
+            print(f"pulsar-api: warning: {text}: --auth-password-file", file=sys.stderr)
         if self.settings.log_dir and self.parent is not None:
             self.parent["logfile"] = str(Path(self.settings.log_dir) / LOG)
 

@@ -16,15 +16,18 @@ from pulsar_api.settings import Settings, load
 
 OPTIONS = (
     "config-repo config-branch port log-dir ssl-key ssl-cert ssl-pfx ssl-passphrase "
-    "auth-username auth-password auth-provider auth-method dev interface listen public-url "
+    "auth-username auth-password auth-password-file auth-provider auth-method "
+    "auth-members dev interface listen public-url "
     "allow-anonymous state-dir command poll-timeout max-running max-running-per-target "
     "max-queued max-connections-per-address max-requests-per-address kill-grace "
     "task-timeout silence-timeout drain-timeout "
     "keep-tasks keep-days max-state-size max-output-size"
 ).split()
 FILE_ONLY = (
-    "app-pattern env-pattern action-pattern variable-pattern forbidden-actions".split()
-)
+    "app-pattern env-pattern action-pattern variable-pattern forbidden-actions hosts "
+    "proxies rights github-url github-api-url github-client-id github-client-secret "
+    "github-client-secret-file"
+).split()
 
 NUMBERS = {
     "port": (0, 65535),
@@ -93,6 +96,10 @@ class TestDefaults:
             "max_state_size": 0,
             "max_output_size": 1 << 30,
             "forbidden_actions": (),
+            "auth_members": (),
+            "hosts": (),
+            "proxies": (),
+            "github_url": "https://github.com",
         }
         assert {
             name: value for name, value in found.items() if value is not None
@@ -514,11 +521,100 @@ class TestFile:
 
 
 class TestTogether:
-    @pytest.mark.parametrize("name", ["username", "password", "provider", "method"])
-    def test_an_auth_option_is_refused_as_long_as_it_does_nothing(self, name: str) -> None:
-        """A daemon that takes a password and asks nobody would be a lie."""
-        text = refusal({f"auth-{name}": "x"})
-        assert text.startswith(f"--auth-{name}: this version cannot check who is calling")
+    @pytest.mark.parametrize(
+        ("given", "said"),
+        [
+            ({"auth-provider": "ldap"}, "--auth-provider: must be one of github, static"),
+            ({"auth-provider": "github"}, "--auth-provider github needs --auth-members"),
+            ({"auth-method": "org"}, "--auth-provider github needs --auth-members"),
+            ({"auth-method": "x"}, "--auth-method: must be one of user, org, team"),
+            ({"auth-members": "a,,b"}, "--auth-members: needs a text"),
+            ({"auth-method": "team", "auth-members": "acme"}, "--auth-method team wants"),
+            ({"auth-username": "x", "auth-members": "a"}, "--auth-username and its"),
+            ({"auth-password": "x", "auth-members": "a"}, "--auth-username and its"),
+            ({"auth-provider": "static"}, "--auth-provider static needs --auth-username"),
+            (
+                {"auth-provider": "tokens", "auth-members": "a"},
+                "auth-members is only for --auth-provider github",
+            ),
+            (
+                {"auth-provider": "tokens", "allow-anonymous": 1},
+                "--allow-anonymous and the --auth options exclude each other",
+            ),
+            ({"auth-password-file": "/nothing"}, "auth-password-file: cannot read /noth"),
+            ({"auth-password-file": "/dev/null"}, "auth-password-file: /dev/null is empty"),
+            (
+                {"auth-password-file": "/dev/null", "auth-password": "x"},
+                "auth-password-file and auth-password exclude each other",
+            ),
+        ],
+        ids=str,
+    )
+    def test_what_does_not_go_together_lets_nobody_in(
+        self, given: dict[str, object], said: str
+    ) -> None:
+        """Nor everybody."""
+        assert refusal(given).startswith(said)
+
+    def test_any_auth_option_means_github(self) -> None:
+        """As the document has it; and without one nobody is asked."""
+        assert load({"auth-members": "a, b"}, {}).auth_provider == "github"
+        assert load({"auth-members": "a, b"}, {}).auth_members == ("a", "b")
+        assert not load({}, {}).authenticated
+
+    def test_a_password_can_stand_in_a_file(self, tmp_path: Path) -> None:
+        """Also in one of systemd's credentials; and it is not shown with the settings."""
+        (tmp_path / "pw").write_text("se cret\n")
+        given = {"auth-username": "joe", "auth-provider": "static"}
+        for name, environ in (
+            (str(tmp_path / "pw"), {}),
+            ("pw", {"CREDENTIALS_DIRECTORY": str(tmp_path)}),
+        ):
+            found = load({**given, "auth-password-file": name}, environ)
+            assert found.auth_password == "se cret"
+            assert "se cret" not in repr(found)
+
+    @pytest.mark.parametrize(
+        ("url", "api"),
+        [
+            (None, "https://api.github.com"),
+            ("https://github.example.com/", "https://github.example.com/api/v3"),
+        ],
+    )
+    def test_the_api_of_github(self, config: Path, url: str | None, api: str) -> None:
+        """An Enterprise server has it below itself."""
+        config.write_text("" if url is None else f"github-url = '{url}'\n")
+        assert load({"config": str(config)}, {}).api_url == api
+
+    @pytest.mark.parametrize(
+        ("rights", "said"),
+        [
+            ("rights = 'all'", "is a list of tables"),
+            ("[[rights]]\nwho = ['*']", "each has who, may"),
+            ("[[rights]]\nwho = ['*']\nmay = ['fly']", "'fly' is no right"),
+            ("[[rights]]\nwho = ['joe']\nmay = ['read']", "'joe' must be *"),
+            ("[[rights]]\nwho = ['*']\nmay = [1]", "may must be a list of texts"),
+            ("[[rights]]\nwho = ['*']\nmay = []", "names no right"),
+            ("[[rights]]\nwho = ['*']\nmay = ['read']\nin = ['x']", "each has who"),
+            (
+                "[[rights]]\nwho = ['*']\nmay = ['read']\non = ['/x']",
+                "'/x' must be like",
+            ),
+        ],
+    )
+    def test_a_rule_that_cannot_be_understood_is_refused(
+        self, config: Path, rights: str, said: str
+    ) -> None:
+        """With the file, and what is wrong."""
+        config.write_text(f"auth-provider = 'tokens'\n{rights}\n")
+        text = refusal({"config": str(config)})
+        assert text.startswith(f"{config}: rights: ")
+        assert said in text
+
+    def test_rules_need_somebody_who_knows_the_users(self, config: Path) -> None:
+        """Else everybody could do everything in spite of them."""
+        config.write_text("[[rights]]\nwho = ['*']\nmay = ['read']\n")
+        assert refusal({"config": str(config)}).startswith("rights need --auth-provider")
 
     @pytest.mark.parametrize(("one", "other"), [("key", "cert"), ("cert", "key")])
     def test_key_and_certificate_go_together(self, one: str, other: str) -> None:

@@ -70,6 +70,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "pattern.toml": b"app-pattern = '('\n",
         "overflow.toml": b"app-pattern = 'a{4294967296}'\n",
         "auth.toml": b"auth-password = 'secret'\n",
+        "rights.toml": b"[[rights]]\nwho = ['*']\nmay = ['fly']\n",
         "wide.toml": b"interface = '0.0.0.0'\n",
     }
     weak = {
@@ -146,11 +147,14 @@ WIDE = [
     wrong(f"--interface 0.0.0.0 {' '.join(PEM)}", ANONYMOUS),
 ]
 AUTH = [
-    wrong("--auth-username joe", "--auth-username: this version cannot check"),
-    wrong("--auth-password secret", "--auth-password: this version cannot check"),
-    wrong("--auth-provider github", "--auth-provider: this version cannot check"),
-    wrong("--auth-method user", "--auth-method: this version cannot check"),
-    wrong("--config {files}/auth.toml", "auth-password: this version cannot check"),
+    wrong("--auth-username joe", "--auth-username and its password go together"),
+    wrong("--auth-provider ldap", "--auth-provider: must be one of github, static, tok"),
+    wrong("--auth-provider github", "--auth-provider github needs --auth-members"),
+    wrong("--auth-method user", "--auth-provider github needs --auth-members"),
+    wrong("--auth-password-file {files}/nothing", "auth-password-file: cannot read"),
+    wrong("--auth-password-file {files}/empty", "auth-password-file: {files}/empty is"),
+    wrong("--config {files}/auth.toml", "--auth-username and its password go together"),
+    wrong("--config {files}/rights.toml", "{files}/rights.toml: rights: 'fly' is no right"),
 ]
 CONFIG = [
     wrong(
