@@ -1,0 +1,224 @@
+"""Who is let in, for how long that counts, and what happens to those who guess."""
+
+import pytest
+from attrs import define, field
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent
+from twisted.trial.unittest import SynchronousTestCase
+
+from pulsar_api.auth.gate import ASKED, FAILURES, Brake, Credentials, Gate
+from pulsar_api.auth.rights import Identity
+from pulsar_api.errors import NotAuthenticated, ProviderUnavailable, TooManyFailures
+
+CASE = SynchronousTestCase()
+HERE, THERE = "192.0.2.1", "192.0.2.2"
+ALICE = Credentials("", "alice's token")
+
+
+@define(eq=False)
+class FakeProvider:
+    """Knows who has the tokens that a test gives it; answers when it is told to."""
+
+    known: dict[str, str] = field(factory=dict)
+    asked: list[str] = field(factory=list)
+    waiting: list[Deferred[None]] = field(factory=list)
+    slow: bool = False
+    broken: Exception | None = None
+    good: float = 60.0
+    bad: float = 10.0
+
+    def takes(self, credentials: Credentials) -> bool:
+        """Take all but those of nobody."""
+        return credentials.user != "nobody"
+
+    async def identify(self, credentials: Credentials) -> Identity | None:
+        """Answer."""
+        self.asked.append(credentials.secret)
+        if self.slow:
+            self.waiting.append(Deferred())
+            await self.waiting[-1]
+        if self.broken is not None:
+            raise self.broken
+        name = self.known.get(credentials.secret)
+        return None if name is None else Identity(name, "fake")
+
+
+@define(eq=False)
+class World:
+    """A gate before one provider; time stands still."""
+
+    clock: Clock = field(factory=Clock)
+    provider: FakeProvider = field(factory=FakeProvider)
+    gate: Gate = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.provider.known[ALICE.secret] = "alice"
+        self.gate = Gate([self.provider], self.clock)
+
+    def begin(self, shown: Credentials, address: str = HERE) -> Deferred[Identity]:
+        """Ask."""
+        return Deferred.fromCoroutine(self.gate.identify(shown, address))
+
+    def ask(self, shown: Credentials, address: str = HERE) -> str:
+        """Return who it is."""
+        return CASE.successResultOf(self.begin(shown, address)).name
+
+    def refused(self, shown: Credentials, address: str = HERE) -> BaseException:
+        """Return why nobody is let in."""
+        error: BaseException = CASE.failureResultOf(self.begin(shown, address)).value
+        return error
+
+    def guess(self, number: int, address: str = HERE) -> BaseException:
+        """Try one of many wrong tokens."""
+        return self.refused(Credentials("", f"guess {number}"), address)
+
+
+@pytest.fixture
+def world() -> World:
+    """Return a new one."""
+    return World()
+
+
+def test_a_yes_counts_for_a_while_and_no_longer(world: World) -> None:
+    """Who is taken off the list is out after that time, to the second."""
+    assert world.ask(ALICE) == "alice"
+    world.provider.known.clear()
+    world.clock.advance(59.9)
+    assert world.ask(ALICE) == "alice"
+    assert len(world.provider.asked) == 1
+    world.clock.advance(0.1)
+    assert isinstance(world.refused(ALICE), NotAuthenticated)
+
+
+def test_a_no_counts_for_a_shorter_while(world: World) -> None:
+    """Somebody may have been put on the list meanwhile."""
+    bob = Credentials("", "bob's token")
+    assert isinstance(world.refused(bob), NotAuthenticated)
+    world.provider.known["bob's token"] = "bob"
+    world.clock.advance(9.9)
+    assert isinstance(world.refused(bob), NotAuthenticated)
+    world.clock.advance(0.1)
+    assert world.ask(bob) == "bob"
+
+
+def test_an_illness_of_the_provider_is_not_remembered(world: World) -> None:
+    """Nor is it a failure of who asks; who is known goes on until their time."""
+    assert world.ask(ALICE) == "alice"
+    world.provider.broken = ProviderUnavailable("GitHub", "ill")
+    for number in range(3 * FAILURES):
+        assert isinstance(world.guess(number), ProviderUnavailable)
+    assert world.ask(ALICE) == "alice"
+    world.clock.advance(60)
+    assert isinstance(world.refused(ALICE), ProviderUnavailable)
+    world.provider.broken = None
+    assert world.ask(ALICE) == "alice"
+
+
+def test_a_fault_of_ours_lets_nobody_in(
+    world: World, logged_failures: list[LogEvent]
+) -> None:
+    """And is in the log."""
+    world.provider.broken = ZeroDivisionError()
+    assert isinstance(world.refused(ALICE), ZeroDivisionError)
+    assert len(logged_failures) == 1
+    logged_failures.clear()
+
+
+def test_whom_no_provider_takes_is_nobody(world: World) -> None:
+    """It is a failure like any other."""
+    for number in range(FAILURES):
+        shown = Credentials("nobody", f"{number}")
+        assert isinstance(world.refused(shown), NotAuthenticated)
+    assert isinstance(world.refused(Credentials("nobody", "x")), TooManyFailures)
+
+
+def test_who_guesses_is_not_heard_any_more(world: World) -> None:
+    """From that address, until a minute after the tenth last guess."""
+    for number in range(FAILURES):
+        world.clock.advance(1)
+        assert isinstance(world.guess(number), NotAuthenticated)
+    error = world.guess(FAILURES)
+    assert isinstance(error, TooManyFailures)
+    assert error.retry_after == 60 - FAILURES + 1
+    assert len(world.provider.asked) == FAILURES
+    assert isinstance(world.refused(ALICE), TooManyFailures)
+    assert world.ask(ALICE, THERE) == "alice"
+    # Who has proved once who they are goes on, also from there.
+    assert world.ask(ALICE) == "alice"
+    world.clock.advance(61)
+    assert isinstance(world.guess(0), NotAuthenticated)
+
+
+def test_the_same_wrong_token_again_and_again_is_guessing_too(world: World) -> None:
+    """A script with an old token is told so, and asks the provider nothing."""
+    shown = Credentials("", "old")
+    for _ in range(FAILURES):
+        assert isinstance(world.refused(shown), NotAuthenticated)
+    assert isinstance(world.refused(shown), TooManyFailures)
+    assert world.provider.asked == ["old"]
+
+
+def test_many_guesses_at_the_same_time_are_braked_as_well(world: World) -> None:
+    """Before the first of them is answered; others are not held up."""
+    world.provider.slow = True
+    guesses = [world.begin(Credentials("", f"guess {n}")) for n in range(ASKED)]
+    assert isinstance(world.guess(ASKED), TooManyFailures)
+    elsewhere = world.begin(ALICE, THERE)
+    for waiting in world.provider.waiting:
+        waiting.callback(None)
+    assert CASE.successResultOf(elsewhere).name == "alice"
+    for guess in guesses:
+        CASE.failureResultOf(guess, NotAuthenticated)
+
+
+def test_those_who_ask_the_same_share_one_answer(world: World) -> None:
+    """Also when the first of them goes away."""
+    world.provider.slow = True
+    asking = [world.begin(ALICE) for _ in range(3 * ASKED)]
+    first = asking.pop(0)
+    first.cancel()
+    CASE.failureResultOf(first)
+    world.provider.waiting[0].callback(None)
+    assert {CASE.successResultOf(one).name for one in asking} == {"alice"}
+    assert len(world.provider.asked) == 1
+
+
+@given(st.lists(st.tuples(st.floats(0, 30), st.integers(0, 3)), max_size=60))
+def test_a_brake_counts_each_minute(steps: list[tuple[float, int]]) -> None:
+    """Whatever the order: heard if and only if fewer than ten failed in 60 seconds."""
+    clock = Clock()
+    brake = Brake(clock)
+    times: dict[str, list[float]] = {}
+    for seconds, number in steps:
+        clock.advance(seconds)
+        address = f"192.0.2.{number}"
+        mine = times.setdefault(address, [])
+        recent = [at for at in mine if at > clock.seconds() - 60]
+        if len(recent) < FAILURES:
+            brake.check(address)
+        else:
+            with pytest.raises(TooManyFailures):
+                brake.check(address)
+        brake.failed(address)
+        mine.append(clock.seconds())
+
+
+def test_a_network_of_ipv6_is_one_address() -> None:
+    """Who has one has 2**64 of them."""
+    brake = Brake(Clock())
+    for number in range(FAILURES):
+        brake.failed(f"2001:db8:0:1::{number:x}")
+    with pytest.raises(TooManyFailures):
+        brake.check("2001:db8:0:1:ffff::1")
+    brake.check("2001:db8:0:2::1")
+    brake.check("::ffff:192.0.2.1")
+    brake.check("a local user")
+
+
+def test_credentials_do_not_show_their_secret() -> None:
+    """Not in a log, not in a traceback."""
+    assert "hunter2" not in repr(Credentials("joe", "hunter2"))
+    assert Credentials("a", "b").key != Credentials("ab", "").key

@@ -1,0 +1,109 @@
+"""Rights: what a pattern means, what a rule gives, and to whom."""
+
+from fnmatch import fnmatchcase
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pulsar_api.auth.rights import (
+    ALL,
+    Caller,
+    Grant,
+    Identity,
+    Policy,
+    Right,
+    Rule,
+    Target,
+)
+
+NAME = st.text("ab.*?", min_size=1, max_size=6)
+
+
+def rule(who: str, may: str, on: str = "*") -> Rule:
+    """Return a rule."""
+    return Rule.parse({"who": [who], "may": may.split(), "on": [on]})
+
+
+@given(NAME, st.text("ab.", max_size=6))
+def test_a_star_and_a_question_mark_are_wild_and_nothing_else(glob: str, name: str) -> None:
+    """As in a shell, which knows no other difference for these characters."""
+    target = Target.parse(glob)
+    assert target.matches(name, "any", "thing") == fnmatchcase(name, glob)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "meant"),
+    [
+        ("shop", ("shop", "production", "deploy"), True),
+        ("shop", ("shopping", "production", "deploy"), False),
+        ("shop/staging", ("shop", "staging", "deploy"), True),
+        ("shop/staging", ("shop", "production", "deploy"), False),
+        ("*/staging/deploy*", ("blog", "staging", "deploy:web"), True),
+        ("*/staging/deploy*", ("blog", "staging", "undeploy"), False),
+        ("shop/*/a/b", ("shop", "x", "a/b"), True),
+        ("shop/*/deploy", ("shop", "x", None), True),
+        ("shop/s*/deploy", ("shop", "x", None), False),
+    ],
+)
+def test_what_a_target_means(
+    text: str, place: tuple[str, str, str | None], *, meant: bool
+) -> None:
+    """App, env and action, of which the last ones may be left out."""
+    assert Target.parse(text).matches(*place) == meant
+
+
+@pytest.mark.parametrize("text", ["", "/", "a//b", "/a", "a/", "a b", "[a]", "a/b/", "a\n"])
+def test_what_is_no_target_is_refused(text: str) -> None:
+    """A rule that means nothing must not look as if it did."""
+    with pytest.raises(ValueError, match="must be like"):
+        Target.parse(text)
+
+
+@pytest.mark.parametrize("right", list(Right))
+def test_a_right_implies_reading_and_admin_all(right: Right) -> None:
+    """Run and kill do not imply each other."""
+    grant = Grant.parse([right], ["*"])
+    expected = set(Right) if right is Right.ADMIN else {Right.READ, right}
+    assert {r for r in Right if grant.allows(r, "a", "b", "c")} == expected
+
+
+def test_rules_add_up() -> None:
+    """Each names whom it is for; nobody else has anything of it."""
+    policy = Policy(
+        [
+            rule("org:Acme", "read"),
+            rule("team:acme/ops", "run", "shop"),
+            rule("user:Alice", "kill", "shop/staging"),
+            rule("token:ci", "run", "blog"),
+            rule("*", "read", "public"),
+        ]
+    )
+    alice = Identity("Alice", "github", frozenset({"user:alice", "org:acme"}))
+    caller = Caller("Alice", "127.0.0.1", "github", policy.grants(alice))
+    assert caller.may(Right.READ, "shop", "production", "x")
+    assert not caller.may(Right.RUN, "shop", "production", "x")
+    assert caller.may(Right.KILL, "shop", "staging", "x")
+    assert not caller.may(Right.KILL, "shop", "production", "x")
+    assert policy.groups() == {"org:acme", "team:acme/ops"}
+    eve = policy.grants(Identity("eve", "github", frozenset({"user:eve"})))
+    assert Caller("eve", "", "", eve).where(Right.READ) == (Target("public"),)
+    own = (Grant.parse(["kill"], ["x"]),)
+    token = Identity("token:ci", "token", frozenset({"token:ci"}), own)
+    found = Caller("token:ci", "", "", policy.grants(token))
+    assert found.where(Right.RUN) == (Target("blog"),)
+    assert found.where(Right.KILL) == (Target("x"),)
+
+
+def test_without_rules_whoever_is_let_in_may_everything() -> None:
+    """But a token only what it was made with, which may be nothing."""
+    alice = Identity("alice", "github", frozenset({"user:alice"}))
+    assert Policy().grants(alice) == (ALL,)
+    assert Caller("alice", "", "", (ALL,)).where(Right.KILL) is None
+    token = Identity("token:ci", "token", frozenset({"token:ci"}))
+    assert Policy().grants(token) == ()
+
+
+def test_an_empty_list_of_rules_lets_nobody_do_anything() -> None:
+    """It is a list, and nobody is in it."""
+    assert Policy([]).grants(Identity("alice", "github")) == ()
