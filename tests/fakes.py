@@ -174,7 +174,10 @@ class MemoryStore:
 def _is_within(row: TaskSnapshot, within: Within) -> bool:
     place = (row.spec.app, row.spec.env, row.spec.action)
     return within is None or any(
-        all(fnmatchcase(text, glob) for text, glob in zip(place, globs, strict=True))
+        all(
+            fnmatchcase(text, glob.replace("[", "[[]"))
+            for text, glob in zip(place, globs, strict=True)
+        )
         for globs in within
     )
 

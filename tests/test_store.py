@@ -17,7 +17,7 @@ from twisted.internet.defer import gatherResults
 from pulsar_api.errors import StoreUnavailable, UnknownTask
 from pulsar_api.ports import Keep, TaskStore
 from pulsar_api.store import _SCHEMA, SQLiteStore, prepare
-from pulsar_api.task import Status, TaskQuery, TaskSpec
+from pulsar_api.task import Status, TaskQuery, TaskSpec, Within
 from tests.fakes import MemoryStore
 
 reactor: Any = global_reactor  # its type knows no threads
@@ -361,3 +361,29 @@ async def test_a_row_that_makes_no_sense_is_an_error_of_its_own(
     with pytest.raises(StoreUnavailable):
         await sqlite.create(evolve(SPEC, action="\ud800"), 3.0)
     assert (await sqlite.create(SPEC, 4.0)).id == 3
+
+
+@pytest.mark.parametrize(
+    ("within", "apps"),
+    [
+        (None, ["shop", "blog", "shop"]),
+        ((), []),
+        ((("shop", "*", "*"),), ["shop", "shop"]),
+        ((("shop", "prod*", "*"),), ["shop"]),
+        ((("b?og", "*", "deploy"), ("shop", "staging", "*")), ["shop", "blog"]),
+        ((("SHOP", "*", "*"),), []),
+        ((("[sb]*", "*", "*"),), []),
+    ],
+)
+async def test_only_what_counts_is_listed(
+    store: TaskStore, within: Within, apps: list[str]
+) -> None:
+    """Page by page, and as the next one."""
+    for app, env in (("shop", "production"), ("blog", "production"), ("shop", "staging")):
+        await store.create(TaskSpec(app, env, "deploy"), 1.0)
+    found = await store.select(TaskQuery(within=within))
+    assert [task.spec.app for task in found] == apps
+    page = await store.select(TaskQuery(within=within, limit=1, offset=1))
+    assert page == found[1:2]
+    first = await store.after(0, within)
+    assert first == (found[-1] if found else None)

@@ -1,0 +1,94 @@
+"""Whether the time of an answer tells a wrong secret from a right one, or how near it is.
+
+``python -m benchmarks.timing``: Welch's t of many checks in random order. Above 4.5 two
+kinds can be told apart (the bar of leakage tests of cryptographic devices, ISO 17825).
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import react
+
+from pulsar_api.auth.gate import Credentials
+from pulsar_api.auth.own import OwnTokens, Static
+from pulsar_api.auth.records import FILE, PREFIX, Records, Token, add_token, opened
+
+SECRET = PREFIX + "s" * 43
+KINDS = {
+    "right": SECRET,
+    "last character wrong": SECRET[:-1] + "x",
+    "first character wrong": PREFIX + "x" + SECRET[len(PREFIX) + 1 :],
+    "all wrong": PREFIX + "x" * 43,
+}
+TRIM = 0.1
+"""The slowest part is left out: what the machine did meanwhile says nothing about us."""
+
+Check = Callable[[str], Coroutine[Deferred[Any], Any, object]]
+
+
+def welch(one: list[float], other: list[float]) -> float:
+    """Return Welch's t of two samples."""
+    variance = statistics.variance(one) / len(one) + statistics.variance(other) / len(other)
+    return float((statistics.fmean(one) - statistics.fmean(other)) / variance**0.5)
+
+
+def trimmed(samples: list[float]) -> list[float]:
+    """Return the samples without the slowest."""
+    return sorted(samples)[: int(len(samples) * (1 - TRIM))]
+
+
+async def measure(name: str, check: Check, rounds: int) -> None:
+    """Time each kind of secret, in random order, and print what can be told."""
+    samples: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for _ in range(rounds):
+        for kind in random.sample(list(KINDS), len(KINDS)):
+            began = time.perf_counter_ns()
+            await check(KINDS[kind])
+            samples[kind].append(float(time.perf_counter_ns() - began))
+    right = trimmed(samples["right"])
+    print(f"{name}: right {statistics.fmean(right) / 1000:.2f} us")
+    for kind, found in samples.items():
+        if kind != "right":
+            mean = statistics.fmean(trimmed(found)) / 1000
+            print(f"  {kind:22} {mean:8.2f} us   t = {welch(right, trimmed(found)):+.2f}")
+    near, far = (trimmed(samples[k]) for k in ("last character wrong", "all wrong"))
+    print(f"  near against far                     t = {welch(near, far):+.2f}")
+
+
+async def _main(reactor: Any, rounds: int) -> None:
+    static = Static("joe", SECRET)
+    await measure(
+        "static password", lambda s: static.identify(Credentials("joe", s)), rounds
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / FILE
+        now = time.time()
+        with opened(path) as db:
+            # Used a moment ago, so that the right one writes nothing either.
+            add_token(db, Token("ci", ("read",), ("*",), now), SECRET)
+            db.execute("UPDATE token SET used_at = ?", (now + 3600,))
+        records = Records(path, reactor.callFromThread)
+        tokens = OwnTokens(records, time.time)
+        await measure(
+            "own token", lambda s: tokens.identify(Credentials("", s)), rounds // 4
+        )
+        await records.close()
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser("python -m benchmarks.timing", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20_000, help="of each kind [20000]")
+    given = parser.parse_args()
+    react(lambda reactor: Deferred.fromCoroutine(_main(reactor, given.rounds)))
+
+
+if __name__ == "__main__":
+    main()
