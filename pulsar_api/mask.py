@@ -159,3 +159,11 @@ class Masker:
         self.held = data[keep:]
         pieces.append(data[end:keep])
         return b"".join(pieces)
+
+
+def masked(data: bytes, texts: tuple[bytes, ...]) -> bytes:
+    """Return the data with the texts masked."""
+    if not texts:
+        return data
+    masker = Masker(list(texts))
+    return masker.feed(data) + masker.close()

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from attrs import field, fields, frozen
 
 from pulsar_api.errors import SettingsError
+from pulsar_api.masking import PATTERNS
 
 CLI = "the command line"
 
@@ -207,6 +208,9 @@ class Settings:
     )
     forbidden_actions: tuple[str, ...] = _option(
         _texts, "actions that nobody may run", (), file_only=True
+    )
+    secret_variables: tuple[str, ...] = _option(
+        _texts, "which variables are secret, by name", PATTERNS, file_only=True
     )
 
     @property

@@ -185,7 +185,7 @@ def test_names_that_could_mean_something_else_are_refused(
 ) -> None:
     """By every preset, and the error names the field."""
     with pytest.raises(InvalidInput) as raised:
-        commands(name).command(evolve(SPEC, variables={}, **{field: bad}), 1)
+        commands(name).command(evolve(SPEC, variables={}, **{field: bad}), 1)  # type: ignore[arg-type]
     assert raised.value.field == field
 
 

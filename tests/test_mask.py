@@ -1,5 +1,7 @@
 """Tests of the masker: whatever the pieces, it gives what a simple one gives at once."""
 
+from itertools import pairwise
+
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -38,7 +40,7 @@ def in_pieces(texts: list[bytes], pieces: list[bytes]) -> bytes:
 def split(data: bytes, places: list[int]) -> list[bytes]:
     """Cut data at some places."""
     edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in pairwise(edges)]
 
 
 # Few letters: so texts overlap, hold each other, and repeat themselves.

@@ -752,7 +752,7 @@ def test_any_number_of_pieces_may_wait_to_be_written(
     monkeypatch.chdir(tmp_path)
     here = os.open(".", os.O_RDONLY)
     watcher = shim.Shim(
-        shim.Spec(b"5\x000\x000\x000\x0018\x000\x001\x00/\x00true\x00"), -1, here
+        shim.Spec(b"5\x000\x000\x000\x0018\x000\x001\x000\x00/\x00true\x00"), -1, here
     )
     watcher.daemon = -1
     watcher.backlog = [(shim.STDOUT + n % 2, b"%d\n" % n) for n in range(5000)]

@@ -88,6 +88,7 @@ class TestDefaults:
             "max_state_size": 0,
             "max_output_size": 1 << 30,
             "forbidden_actions": (),
+            "secret_variables": ("*password*", "*token*", "*secret*", "*key*"),
         }
         assert {
             name: value for name, value in found.items() if value is not None

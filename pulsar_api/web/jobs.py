@@ -12,7 +12,7 @@ from twisted.internet.defer import DeferredSemaphore
 from twisted.web.server import Request
 
 from pulsar_api import wire
-from pulsar_api.errors import NotRestartable
+from pulsar_api.errors import NotRestartable, SecretsGone
 from pulsar_api.output import Output
 from pulsar_api.service import TaskService
 from pulsar_api.task import Command, Status, TaskQuery
@@ -95,6 +95,8 @@ class JobAPI:
         old = (await find(self.service, number)).snapshot
         if old.status not in {Status.FAILED, Status.KILLED, Status.LOST}:
             raise NotRestartable(old.id, old.status)
+        if old.spec.secret_names:
+            raise SecretsGone(old.id)
         new = (await self.service.create(old.spec)).snapshot
         self.feed.hold(new.id, request)
         request.setHeader("Location", f"/task/{new.id}")

@@ -14,7 +14,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.web.server import Request
 from werkzeug.routing import BaseConverter
 
-from pulsar_api import wire
+from pulsar_api import masking, wire
 from pulsar_api.errors import UnknownTask
 from pulsar_api.output import Output
 from pulsar_api.service import MAX_ID, TaskService
@@ -112,7 +112,8 @@ class TaskAPI:
         body = request.content.read() if request.content is not None else b""
         kind = header(request, "content-type")
         asked = wire.parse_new_task(kind, body, query_of(request))
-        spec = TaskSpec(app, env, asked.action, asked.variables)
+        variables, secret = asked.variables, asked.secret
+        spec = TaskSpec(app, env, asked.action, variables, secret_names=secret)
         key = wire.parse_key(request.requestHeaders.getRawHeaders("idempotency-key"))
         task = await self.service.create(spec, key)
         number = task.snapshot.id
@@ -120,7 +121,11 @@ class TaskAPI:
             self.feed.hold(number, request)
         request.setHeader("Location", f"/task/{number}")
         url = wire.task_url(self.origins.base(request), number)
-        answer = wire.encode({"taskId": number, "id": number, "url": url})
+        fields: dict[str, object] = {"taskId": number, "id": number, "url": url}
+        hidden = task.snapshot.spec.secret_names
+        if notes := masking.notes({name: variables[name] for name in hidden}):
+            fields["notes"] = notes
+        answer = wire.encode(fields)
         if not asked.wait:
             return reply(request, answer)
         if not task.snapshot.status.ended:
