@@ -206,6 +206,8 @@ class FakeExecutor:
     folders: set[int] = field(factory=set)
     full: bool = False
     kept_secrets: dict[int, Mapping[str, str]] = field(factory=dict)
+    forgetful: bool = False
+    """While set, no secrets can be kept."""
 
     def check(self) -> None:
         if self.full:
@@ -218,8 +220,8 @@ class FakeExecutor:
         return self._keep(FakeRun(self.clock, task_id, sink, None, None, True))
 
     def keep_secrets(self, task_id: int, secrets: Mapping[str, str]) -> Deferred[None]:
-        if self.full:
-            return fail(StoreUnavailable("the fake is full", full=True))
+        if self.forgetful:
+            return fail(StoreUnavailable("the fake is forgetful"))
         self.kept_secrets[task_id] = secrets
         return succeed(None)
 
