@@ -7,8 +7,11 @@ from pathlib import Path
 
 from attrs import evolve, frozen
 
+from pulsar_api import masking
 from pulsar_api.errors import InvalidInput, NoListing, SettingsError
-from pulsar_api.task import Command, TaskSpec
+from pulsar_api.task import MASK, Command, TaskSpec
+
+NOTHING: Mapping[str, str] = {}
 
 MAX_NAME = 100
 MAX_ACTION = 200
@@ -42,6 +45,8 @@ class Names:
     action: re.Pattern[str] = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_:.-]*")
     variable: re.Pattern[str] = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
     forbidden_actions: frozenset[str] = frozenset()
+    secret_variables: tuple[str, ...] = masking.PATTERNS
+    """Which variables are secret, as `fnmatch` has it."""
 
 
 @frozen
@@ -63,6 +68,8 @@ class Template:
     """Whether ``action[one,two]`` can be carried."""
     into_environment: bool = False
     """Whether variables are set in the environment under their own names."""
+    secrets_in_arguments: bool = False
+    """Whether secrets go the way of the other variables: there is no other way."""
     word_keys: bool = False
     """Whether a key may only be a word, as Rake wants it."""
     ruby: bool = False
@@ -84,6 +91,7 @@ PRESETS: Mapping[str, Template] = {
             *("{config_branch}", "{app}", "{env}", "-v", "--tasks"),
         ),
         variable=("-s", "{key}={value}"),
+        secrets_in_arguments=True,
         ruby=True,
     ),
     "pulsar-1": Template(
@@ -165,6 +173,21 @@ class Commands:
     config_branch: str = "master"
     names: Names = Names()
 
+    def split(self, asked: TaskSpec) -> tuple[TaskSpec, Mapping[str, str]]:
+        """Return what was asked for without its secrets, and those.
+
+        Secret is what its name says, and what the asker says.
+        """
+        patterns = self.names.secret_variables
+        secrets = {
+            name: value
+            for name, value in asked.variables.items()
+            if name in asked.secret_names or masking.is_secret(name, patterns)
+        }
+        variables = {**asked.variables, **dict.fromkeys(secrets, MASK)}
+        names = frozenset(secrets)
+        return evolve(asked, variables=variables, secret_names=names), secrets
+
     def check(self, spec: TaskSpec) -> None:
         """Raise `InvalidInput` for the first thing that this template cannot carry."""
         _check_name("app", spec.app, self.names.app, MAX_NAME)
@@ -207,10 +230,17 @@ class Commands:
             detail = f"together at most {MAX_VARIABLES_BYTES} bytes are allowed"
             raise InvalidInput("variables", detail)
 
-    def command(self, spec: TaskSpec, task_id: int) -> Command:
-        """Return what to run; `InvalidInput` if it would not be what was asked for."""
+    def command(
+        self, spec: TaskSpec, task_id: int, secrets: Mapping[str, str] = NOTHING
+    ) -> Command:
+        """Return what to run; `InvalidInput` if it would not be what was asked for.
+
+        Without the secrets: what can be shown of it.
+        """
+        spec = evolve(spec, variables={**spec.variables, **secrets})
         self.check(spec)
-        return self._made(self.template.arguments, spec, task_id)
+        made = self._made(self.template.arguments, spec, task_id)
+        return evolve(made, secrets=masking.forms(secrets.values()))
 
     def listing(self, app: str, env: str) -> Command:
         """Return what prints the actions of an app; `InvalidInput` or `NoListing`."""
@@ -233,7 +263,7 @@ class Commands:
         arguments: list[str] = []
         for argument in template:
             if argument == "{variables}":
-                arguments += self._variables(spec.variables)
+                arguments += self._variables(spec)
             elif "{config_repo}" in argument and self.config_repo is None:
                 if arguments[-1].startswith("-"):
                     del arguments[-1]
@@ -247,10 +277,13 @@ class Commands:
             last_line=used.last_line and _fill(used.last_line, places),
         )
 
-    def _variables(self, variables: Mapping[str, str]) -> list[str]:
+    def _variables(self, spec: TaskSpec) -> list[str]:
+        # Everybody on the machine can read the arguments of a process.
+        left_out = spec.secret_names if not self.template.secrets_in_arguments else ()
         return [
             part.format(key=key, value=value) if "{" in part else part
-            for key, value in variables.items()
+            for key, value in spec.variables.items()
+            if key not in left_out
             for part in self.template.variable
         ]
 
@@ -264,6 +297,8 @@ class Commands:
             result["RUBYLIB"] = ":".join(filter(None, folders))
         if self.template.into_environment:
             result.update(spec.variables)
+        elif self.template.word_keys:  # Rake takes an argument key=value just so
+            result.update({key: spec.variables[key] for key in spec.secret_names})
         result.update({f"PULSAR_VAR_{k}": v for k, v in spec.variables.items()})
         result["PULSAR_APP"] = spec.app
         result["PULSAR_ENV"] = spec.env

@@ -82,6 +82,19 @@ class NotRestartable(PulsarError):
         )
 
 
+@frozen
+class SecretsGone(PulsarError):
+    """A task is not started again: its secret values were not kept."""
+
+    task_id: int
+
+    def __str__(self) -> str:
+        return (
+            f"Task {self.task_id} had secret variables, whose values are not kept after "
+            "its start; create a new one and give them again."
+        )
+
+
 class NoListing(PulsarError):
     """The command of this daemon cannot say which actions there are."""
 

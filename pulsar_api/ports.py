@@ -1,6 +1,6 @@
 """What the core asks of the world: something that runs commands, something that keeps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from attrs import frozen
@@ -66,6 +66,21 @@ class Executor(Protocol):
 
     def adopt(self, task_id: int, sink: Sink) -> Run:
         """Follow a run that another daemon started, or say how it ended."""
+
+    def keep_secrets(self, task_id: int, secrets: Mapping[str, str]) -> Deferred[None]:
+        """Keep the secrets of a task that waits; fires when they are safe on disk.
+
+        They are gone as soon as the run has them. Fails with `StoreUnavailable`.
+        """
+
+    def secrets(self, task_id: int) -> Deferred[Mapping[str, str] | None]:
+        """Fire with the secrets that are kept, None if there are none (any more).
+
+        Fails with `StoreUnavailable` if nobody can know now.
+        """
+
+    def forget_secrets(self, task_id: int) -> None:
+        """Remove the secrets of a task that will not start any more."""
 
     def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
         """Remove what is kept of ended runs."""

@@ -1,13 +1,14 @@
 """Runs commands, each below a shim of its own, and follows those of an earlier daemon."""
 
 import fcntl
+import json
 import os
 import py_compile
 import resource
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from pulsar_api import shim, strays
+from pulsar_api import mask, shim, strays
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.output import Output, Record
 from pulsar_api.ports import Bounds, Run, Sink
@@ -81,6 +82,7 @@ def compiled(folder: Path) -> Sequence[str]:
     """
     copy = folder / "shim.pyc"
     try:
+        py_compile.compile(mask.__file__, str(folder / "mask.pyc"), doraise=True)
         py_compile.compile(shim.__file__, str(copy), doraise=True)
     except OSError as e:
         _log.error("Cannot write {copy}: {e}", copy=copy, e=e)
@@ -215,16 +217,55 @@ class ShimExecutor:
 
         return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), look)
 
+    def keep_secrets(self, task_id: int, secrets: Mapping[str, str]) -> Deferred[None]:
+        """Keep the secrets of a task that waits, in a thread: it syncs."""
+        folder = self._tasks / str(task_id)
+
+        def write() -> None:
+            try:
+                folder.mkdir(mode=0o700, exist_ok=True)
+                _write_synced(folder / "secrets", json.dumps(dict(secrets)).encode())
+                _sync(self._tasks)
+            except OSError as e:
+                full = e.errno in shim.NO_SPACE
+                raise StoreUnavailable(f"{folder}: {e.strerror}", full=full) from None
+
+        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), write)
+
+    def secrets(self, task_id: int) -> Deferred[Mapping[str, str] | None]:
+        """Fire with the secrets that are kept, or None."""
+        path = self._tasks / str(task_id) / "secrets"
+
+        def read() -> Mapping[str, str] | None:
+            try:
+                found: Mapping[str, str] = json.loads(path.read_bytes())
+            except FileNotFoundError:
+                return None
+            except OSError as e:
+                raise StoreUnavailable(f"{path}: {e.strerror}") from None
+            return found
+
+        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), read)
+
+    def forget_secrets(self, task_id: int) -> None:
+        """Remove what holds the secrets of a task that will not start any more."""
+        for name in ("secrets", "secrets.tmp", "spec", "spec.tmp"):
+            with suppress(OSError):
+                (self._tasks / str(task_id) / name).unlink()
+
     def _write_spec(self, folder: Path, command: Command, bounds: Bounds) -> None:
         if command.last_line is not None:
             # For whoever reads the result, perhaps a later daemon with other settings.
-            (folder / "promise").write_text(command.last_line, "utf-8")
+            # A secret may be in it, and then the output does not have it.
+            line = command.last_line.encode()
+            (folder / "promise").write_bytes(mask.masked(line, command.secrets))
         fields = [
             *(f"{n:.3f}" for n in (bounds.grace, bounds.total, bounds.silence)),
             *(str(n) for n in (bounds.max_output, self._umask, self._files)),
-            str(len(command.arguments)),
+            *(str(len(texts)) for texts in (command.arguments, command.secrets)),
             command.directory or "/",
             *command.arguments,
+            *(text.decode() for text in command.secrets),
             *(f"{key}={value}" for key, value in command.environment.items()),
             f"{strays.MARK}={folder}",
         ]
@@ -236,6 +277,26 @@ class ShimExecutor:
             file.write(data)
         # A shim that comes late, from before a restart, must not read half of it.
         os.rename(folder / "spec.tmp", folder / "spec")
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    """Write a file that only its owner can read: all or nothing, and on disk."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(os.open(temporary, flags, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 @define(eq=False)

@@ -1,6 +1,6 @@
 """What can be done with tasks: create, find, list, kill; the queue; start and end."""
 
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from attrs import define, evolve, field, frozen
@@ -199,44 +199,63 @@ class TaskService:
         """
         return await shielded(self._create_once(spec, key))
 
-    async def _create_once(self, spec: TaskSpec, key: str | None) -> Task:
+    async def _create_once(self, asked: TaskSpec, key: str | None) -> Task:
+        # From here on the secrets go a way of their own: no record and no answer has them.
+        spec, secrets = (await self._commands()).split(asked)
         if key is None:
-            return await self._create(spec, None)
+            return await self._create(spec, secrets, None)
         if key in self._keys:
             raise KeyInFlight(key)
         self._keys.add(key)
         try:
             known = await self._store.by_key(key, self._now() - KEY_LIFE)
             if known is None:
-                return await self._create(spec, key)
+                return await self._create(spec, secrets, key)
             if known.spec != spec:
                 raise KeyReused(key)
             return await self.find(known.id)
         finally:
             self._keys.discard(key)
 
-    async def _create(self, spec: TaskSpec, key: str | None) -> Task:
+    async def _create(
+        self, spec: TaskSpec, secrets: Mapping[str, str], key: str | None
+    ) -> Task:
         commands = await self._commands()
-        commands.check(spec)
+        commands.check(evolve(spec, variables={**spec.variables, **secrets}))
         if self._stopping:
             raise ShuttingDown
         self._executor.check()
         if not self._room_for(spec.target):
             raise QueueFull(self._limits.queued)
         self._creating.append(spec.target)
+        why = None
         try:
             snapshot = await self._store.create(spec, self._now(), key)
+            if secrets:
+                why = await self._keep_secrets(snapshot.id, secrets)
         finally:
             self._creating.remove(spec.target)
         command = commands.command(spec, snapshot.id)
         snapshot = evolve(snapshot, command=shown(command))
         live = _Live(self, Task(self._clock, snapshot), snapshot)
-        self._waiting[snapshot.id] = live
         self.changed.advance(self.changed.version + 1)
         _log.info("Task {id} created: {it}", id=snapshot.id, it=snapshot.command)
-        self._schedule()
+        if why is None:
+            self._waiting[snapshot.id] = live
+            self._schedule()
+        else:
+            self._running[snapshot.id] = live
+            _own(self._finish(live, status=Status.FAILED, reason=why))
         self.created.advance(max(snapshot.id, self.created.version))
         return live.task
+
+    async def _keep_secrets(self, task_id: int, secrets: Mapping[str, str]) -> str | None:
+        """Keep them until the task starts; return why it cannot, or None."""
+        try:
+            await self._executor.keep_secrets(task_id, secrets)
+        except StoreUnavailable as e:
+            return f"Cannot start: its secret variables could not be kept: {e.detail}"
+        return None
 
     def _room_for(self, target: str) -> bool:
         """Return whether a task may be created: it can start, or there is room to wait."""
@@ -349,14 +368,20 @@ class TaskService:
         await self._room(live)
         try:
             commands = await self._commands()
-            command = commands.command(live.newest.spec, live.newest.id)
+            secrets = await self._secrets(live)
+            if secrets is None:
+                reason = "Cannot start: the values of its secret variables are gone."
+                await self._finish(live, status=Status.FAILED, reason=reason)
+                return
+            to_show = commands.command(live.newest.spec, live.newest.id)
+            command = commands.command(live.newest.spec, live.newest.id, secrets)
         except InvalidInput as e:
             await self._finish(live, status=Status.FAILED, reason=f"Cannot start: {e}")
             return
         # The record that it starts is on disk before the process exists.
         live.newest = live.changed(
             status=Status.RUNNING,
-            command=shown(command),
+            command=shown(to_show),
             waiting_for=None,
             started_at=self._now(),
         )
@@ -373,6 +398,18 @@ class TaskService:
             bounds = self._limits.bounds
             live.run = self._executor.start(live.newest.id, command, bounds, live)
         self._moved.advance(self._moved.version + 1)
+
+    async def _secrets(self, live: _Live) -> Mapping[str, str] | None:
+        """Return the values of a task's secret variables; None: they are gone."""
+        while live.newest.spec.secret_names and not (live.kill or self._stopping):
+            try:
+                found = await self._executor.secrets(live.newest.id)
+            except StoreUnavailable as e:
+                _log.error("Task {id} has to wait: {e}", id=live.newest.id, e=e)
+                await self._pause()
+            else:
+                return found
+        return {}
 
     async def _room(self, live: _Live) -> None:
         """Wait until what a task prints can be kept, or it is not to start any more."""
@@ -426,6 +463,8 @@ class TaskService:
         await self._finish(live, status=Status.KILLED, reason=reason, started_at=None)
 
     async def _finish(self, live: _Live, **new: object) -> None:
+        if live.newest.spec.secret_names:
+            self._executor.forget_secrets(live.newest.id)
         end = {"ended_at": self._now(), "waiting_for": None, **new}
         await self._record(live, **end)
         task_id = live.newest.id

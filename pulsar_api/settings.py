@@ -13,6 +13,7 @@ from attrs import field, fields, frozen
 
 from pulsar_api.auth.rights import Rule
 from pulsar_api.errors import SettingsError
+from pulsar_api.masking import PATTERNS
 
 CLI = "the command line"
 PROVIDERS = ("github", "static", "tokens")
@@ -276,6 +277,9 @@ class Settings:
     )
     forbidden_actions: tuple[str, ...] = _option(
         _texts, "actions that nobody may run", (), file_only=True
+    )
+    secret_variables: tuple[str, ...] = _option(
+        _texts, "which variables are secret, by name", PATTERNS, file_only=True
     )
 
     @property

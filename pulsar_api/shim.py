@@ -31,6 +31,8 @@ KILL_PATIENCE = 5.0  # seconds after KILL; a process in the kernel cannot be end
 ROUNDS = 20  # in which TERM goes to those that were born in the round before
 RETRY = 0.25  # seconds until the next try when the disk is full
 PR_SET_CHILD_SUBREAPER = 36
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MEMORY = 1 << 23  # bytes that may be kept for later use
 PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 BLOCK = 4096
 ELSEWHERE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES)
@@ -43,11 +45,13 @@ class Spec:
     def __init__(self, data: bytes) -> None:
         fields = data.split(b"\0")
         self.grace, self.total, self.silence = (float(field) for field in fields[:3])
-        numbers = [int(field) for field in fields[3:7]]
-        self.limit, self.umask, self.files, count = numbers
-        self.directory = fields[7]
-        self.arguments = fields[8 : 8 + count]
-        self.environment = dict(pair.split(b"=", 1) for pair in fields[8 + count :] if pair)
+        numbers = [int(field) for field in fields[3:8]]
+        self.limit, self.umask, self.files, count, secrets = numbers
+        self.directory = fields[8]
+        self.arguments = fields[9 : 9 + count]
+        self.secrets = fields[9 + count : 9 + count + secrets]
+        pairs = fields[9 + count + secrets :]
+        self.environment = dict(pair.split(b"=", 1) for pair in pairs if pair)
 
 
 class CannotStart(Exception):
@@ -146,11 +150,40 @@ def punch(fd: int, start: int, end: int) -> bool:
     return c_function("fallocate64", fd, PUNCH_HOLE, LongLong(start), length) == 0
 
 
+class Clear:
+    """What a stream goes through if there is nothing to mask (see ``mask.py``)."""
+
+    def feed(self, data: bytes) -> bytes:
+        """Return it as it is."""
+        return data
+
+    def close(self) -> bytes:
+        """Return nothing: nothing is held back."""
+        return b""
+
+
+def masker(secrets: list[bytes]) -> Clear:
+    """Return what masks some texts in one stream."""
+    if not secrets:
+        return Clear()
+    # A piece is copied twice: without this each copy is memory that the kernel has to give
+    # anew, which halves the throughput.
+    c_function("mallopt", M_MMAP_THRESHOLD, MEMORY)
+    c_function("mallopt", M_TRIM_THRESHOLD, MEMORY)
+    # It lies beside this file. An isolated interpreter does not look there by itself.
+    sys.path.insert(0, __file__.rpartition("/")[0])
+    found: Clear = __import__("mask").Masker(secrets)
+    del sys.path[0]
+    return found
+
+
 class Stream:
     """One of the command's two pipes."""
 
-    def __init__(self, code: int) -> None:
+    def __init__(self, code: int, mask: Clear) -> None:
         self.code = code
+        self.mask = mask
+        self.taken = 0  # bytes that were read, as they came
         self.fd, self.write_end = posix.pipe2(posix.O_CLOEXEC)
         self.held = b""
         try:
@@ -163,7 +196,7 @@ class Stream:
         """Return what can be kept now; at the end of the stream close it.
 
         A character that is not complete yet is held back, so that the two streams never
-        cut into each other's characters.
+        cut into each other's characters; so is what may be the begin of a secret.
         """
         try:
             data = posix.read(self.fd, READ_SIZE)
@@ -171,7 +204,8 @@ class Stream:
             return b""
         if not data:
             return self.close()
-        data = self.held + data
+        self.taken += len(data)
+        data = self.held + self.mask.feed(data)
         keep = len(data) - incomplete(data)
         self.held = data[keep:]
         return data[:keep]
@@ -181,7 +215,7 @@ class Stream:
         if self.fd >= 0:
             posix.close(self.fd)
         self.fd = -1
-        held, self.held = self.held, b""
+        held, self.held = self.held + self.mask.close(), b""
         return held
 
 
@@ -205,7 +239,8 @@ class Shim:
         self.records = b""  # for output.idx, not written yet
         self.news = b""  # a record that the daemon's pipe had no room for
         self.daemon = 1
-        self.streams = [Stream(STDOUT), Stream(STDERR)]
+        codes = (STDOUT, STDERR)
+        self.streams = [Stream(code, masker(spec.secrets)) for code in codes]
         self.pid = 0
         self.status: int | None = None
         self.ended_at = 0.0  # seconds since the epoch
@@ -450,13 +485,12 @@ class Shim:
         for stream in self.streams:
             # What is in the pipe now was printed before the end; a background child that
             # goes on printing must not keep us.
-            room = PIPE_SIZE
-            while stream.fd >= 0 and room > 0:
+            until, before = stream.taken + PIPE_SIZE, -1
+            while stream.fd >= 0 and before < stream.taken < until:
+                before = stream.taken
                 data = stream.read()
-                if not data:
-                    break
-                room -= len(data)
-                self.backlog.append((stream.code, data))
+                if data:
+                    self.backlog.append((stream.code, data))
             self.keep(stream.code, stream.close())
         while not self.over(time.monotonic()):
             self.wait(self.wait_for(time.monotonic()))
@@ -565,8 +599,12 @@ def main(folder: str) -> int:
     shim = Shim(Spec(read_file("spec")), wakeup, here)
     # From here on a TERM is understood.
     shim.tell(bytes(8) + READY.to_bytes(8, "little"))
-    # It may hold secrets, and it is not needed twice.
+    # It may hold secrets, and it is not needed twice; nor are those of who waits.
     posix.unlink("spec")
+    try:
+        posix.unlink("secrets")
+    except FileNotFoundError:
+        pass
     try:
         shim.start()
     except CannotStart as e:

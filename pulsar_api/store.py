@@ -61,6 +61,7 @@ _SCHEMA = [
     CREATE TABLE counter (change INTEGER NOT NULL) STRICT;
     INSERT INTO counter VALUES (0);
     """,
+    "ALTER TABLE task ADD COLUMN secret_names TEXT NOT NULL DEFAULT '[]'",
 ]
 
 _COLUMNS = (
@@ -75,7 +76,8 @@ _UPDATE = (
 
 def _snapshot(row: sqlite3.Row) -> TaskSnapshot:
     variables = json.loads(row["variables"])
-    spec = TaskSpec(row["app"], row["env"], row["action"], variables, row["user"])
+    secret = frozenset(json.loads(row["secret_names"]))
+    spec = TaskSpec(row["app"], row["env"], row["action"], variables, row["user"], secret)
     rest = {name: row[name] for name in _COLUMNS if name != "status"}
     return TaskSnapshot(
         id=row["id"],
@@ -151,8 +153,8 @@ class SQLiteStore:
         def job(db: sqlite3.Connection) -> TaskSnapshot:
             cursor = db.execute(
                 "INSERT INTO task (revision, status, app, env, action, variables, user,"
-                " command, created_at, output_size, idempotency_key, change)"
-                " VALUES (1, ?, ?, ?, ?, ?, ?, '', ?, 0, ?, ?)",
+                " secret_names, command, created_at, output_size, idempotency_key, change)"
+                " VALUES (1, ?, ?, ?, ?, ?, ?, ?, '', ?, 0, ?, ?)",
                 (
                     Status.CREATED,
                     spec.app,
@@ -160,6 +162,7 @@ class SQLiteStore:
                     spec.action,
                     json.dumps(dict(spec.variables)),
                     spec.user,
+                    json.dumps(sorted(spec.secret_names)),
                     created_at,
                     key,
                     _count(db),

@@ -212,6 +212,7 @@ def _commands(settings: Settings, environment: Mapping[str, str]) -> Commands:
         settings.action_pattern or usual.action,
         settings.variable_pattern or usual.variable,
         frozenset(settings.forbidden_actions),
+        settings.secret_variables,
     )
     return Commands(template, environment, repo, settings.config_branch, names)
 

@@ -8,6 +8,9 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 from pulsar_api.changes import Changes
 
+MASK = "***"
+"""What is shown in place of a secret."""
+
 KEY_LIFE = 24 * 3600.0
 """Seconds for which an idempotency key counts."""
 
@@ -39,7 +42,10 @@ class TaskSpec:
     env: str
     action: str
     variables: Mapping[str, str] = field(factory=dict)
+    """Of one that is secret `MASK` stands here; its value goes another way."""
     user: str | None = None
+    secret_names: frozenset[str] = frozenset()
+    """Which of the variables are secret. Of a task that is asked for, some of them."""
 
     @property
     def target(self) -> str:
@@ -52,10 +58,12 @@ class Command:
     """What a task runs: a list of arguments, never a line for a shell."""
 
     arguments: tuple[str, ...]
-    environment: Mapping[str, str]
+    environment: Mapping[str, str] = field(repr=False)
     directory: str | None = None
     last_line: str | None = None
     """If set, exit code 0 is good only if stdout's last line is exactly this."""
+    secrets: tuple[bytes, ...] = field(default=(), repr=False)
+    """What must not be seen in its output, in each form."""
 
 
 class Cause(StrEnum):

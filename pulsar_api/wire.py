@@ -66,6 +66,8 @@ class NewTask:
 
     action: str
     variables: Mapping[str, str]
+    secret: frozenset[str] = frozenset()
+    """Which of the variables are secret, beside those whose name says so."""
     wait: bool = False
     """Whether the answer shall come with the end of the task (release 0.6)."""
 
@@ -99,11 +101,9 @@ def parse_new_task(content_type: str, body: bytes, query: Mapping[str, str]) -> 
         isinstance(wait, bool)
     ):
         raise InvalidInput("wait", "must be true or false")
-    return NewTask(
-        action,
-        _variables(variables, fields.get(variables, {})),
-        wait in (True, "true"),
-    )
+    given = _variables(variables, fields.get(variables, {}))
+    secret = _secret(fields.get("secret", []), given)
+    return NewTask(action, given, secret, wait in (True, "true"))
 
 
 def parse_form(content_type: str, body: bytes) -> dict[str, str]:
@@ -170,6 +170,16 @@ def _variables(name: str, value: object) -> dict[str, str]:
         except ValueError:
             raise InvalidInput(f"{name}.{key[:100]}", "has too many digits") from None
     return result
+
+
+def _secret(names: object, variables: Mapping[str, str]) -> frozenset[str]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InvalidInput("secret", "must be a list of names of variables")
+    for name in names:
+        if name not in variables:
+            # A typing error must not make a password public.
+            raise InvalidInput("secret", f"there is no variable {name[:100]!r}")
+    return frozenset(names)
 
 
 def parse_number(query: Mapping[str, str], name: str, default: int, most: int) -> int:

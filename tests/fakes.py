@@ -1,6 +1,6 @@
 """Verified fakes: the contract tests hold them to what the real ones do."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from attrs import define, field
@@ -223,6 +223,9 @@ class FakeExecutor:
     runs: list[FakeRun] = field(factory=list)
     folders: set[int] = field(factory=set)
     full: bool = False
+    kept_secrets: dict[int, Mapping[str, str]] = field(factory=dict)
+    forgetful: bool = False
+    """While set, no secrets can be kept."""
 
     def check(self) -> None:
         if self.full:
@@ -233,6 +236,20 @@ class FakeExecutor:
 
     def adopt(self, task_id: int, sink: Sink) -> FakeRun:
         return self._keep(FakeRun(self.clock, task_id, sink, None, None, True))
+
+    def keep_secrets(self, task_id: int, secrets: Mapping[str, str]) -> Deferred[None]:
+        if self.forgetful:
+            return fail(StoreUnavailable("the fake is forgetful"))
+        self.kept_secrets[task_id] = secrets
+        return succeed(None)
+
+    def secrets(self, task_id: int) -> Deferred[Mapping[str, str] | None]:
+        if self.full:
+            return fail(StoreUnavailable("the fake is full", full=True))
+        return succeed(self.kept_secrets.get(task_id))
+
+    def forget_secrets(self, task_id: int) -> None:
+        self.kept_secrets.pop(task_id, None)
 
     def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
         self.folders -= set(task_ids)

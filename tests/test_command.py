@@ -185,7 +185,7 @@ def test_names_that_could_mean_something_else_are_refused(
 ) -> None:
     """By every preset, and the error names the field."""
     with pytest.raises(InvalidInput) as raised:
-        commands(name).command(evolve(SPEC, variables={}, **{field: bad}), 1)
+        commands(name).command(evolve(SPEC, variables={}, **{field: bad}), 1)  # type: ignore[arg-type]
     assert raised.value.field == field
 
 
@@ -302,3 +302,21 @@ def test_a_command_is_shown_as_one_line() -> None:
     """Quoted for reading."""
     command = Commands(Template(("a", "b c", "$d")), {}).command(SPEC, 1)
     assert shown(command) == "a 'b c' '$d'"
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_secrets_are_arguments_only_where_there_is_no_other_way(name: str) -> None:
+    """The environment has them, and what can be shown has a mask."""
+    asked = evolve(SPEC, variables={"DB_TOKEN": "abc d", "stage": "x"})
+    spec, secrets = commands(name).split(asked)
+    assert spec.variables == {"DB_TOKEN": "***", "stage": "x"}
+    assert spec.secret_names == {"DB_TOKEN"}
+    assert secrets == {"DB_TOKEN": "abc d"}
+    made = commands(name).command(spec, 1, secrets)
+    assert made.environment["PULSAR_VAR_DB_TOKEN"] == "abc d"
+    own_name = made.environment.get("DB_TOKEN") == "abc d"
+    assert own_name is (name in {"pulsar-1", "capistrano"})
+    assert ("abc d" in shown(made)) is (name == "pulsar-0.3")
+    assert b"abc d" in made.secrets
+    assert "abc d" not in repr(made) or name == "pulsar-0.3"
+    assert "abc d" not in shown(commands(name).command(spec, 1))

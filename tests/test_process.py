@@ -21,6 +21,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
 from pulsar_api import process, shim
+from pulsar_api.errors import StoreUnavailable
 from pulsar_api.output import Output, Record
 from pulsar_api.ports import Bounds, Run
 from pulsar_api.process import USUAL, ShimExecutor
@@ -752,7 +753,7 @@ def test_any_number_of_pieces_may_wait_to_be_written(
     monkeypatch.chdir(tmp_path)
     here = os.open(".", os.O_RDONLY)
     watcher = shim.Shim(
-        shim.Spec(b"5\x000\x000\x000\x0018\x000\x001\x00/\x00true\x00"), -1, here
+        shim.Spec(b"5\x000\x000\x000\x0018\x000\x001\x000\x00/\x00true\x00"), -1, here
     )
     watcher.daemon = -1
     watcher.backlog = [(shim.STDOUT + n % 2, b"%d\n" % n) for n in range(5000)]
@@ -1458,3 +1459,70 @@ def test_the_limit_of_open_files_is_raised_as_far_as_allowed(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout == f"({soft}, {wanted}) ({wanted}, {hard})\n"
+
+
+# -- secrets
+
+
+async def test_secrets_are_masked_before_they_are_on_disk(runner: Runner) -> None:
+    """In both streams, over pieces, at the very end; the records are of what is kept."""
+    code = (
+        "import os, time\n"
+        "for piece in (b'is s3c', b'ret and ', b'pass', b'word\\nlast: s3cre', b't'):\n"
+        "    os.write(1, piece); os.write(2, piece); time.sleep(0.01)\n"
+    )
+    secrets = (b"password", b"s3cret", b"word")
+    command = Command((*PYTHON, code), runner.environment, secrets=secrets)
+    story = Story()
+    runner.runs.append(runner.executor.start(1, command, Bounds(5), story))
+    exit = await story.end()
+    started = Started(runner.runs[0], story, runner.tasks / "1")
+    for code_of_stream in (shim.STDOUT, shim.STDERR):
+        assert started.stream(code_of_stream) == b"is *** and ***\nlast: ***"
+    assert exit.output_size == len(started.output) == started.records[-1].number
+
+
+async def test_what_is_held_back_is_not_lost_with_a_child_in_the_background(
+    runner: Runner,
+) -> None:
+    """What may be the begin of a secret is written when the patience is over."""
+    command = Command(
+        ("/bin/sh", "-c", "printf 'it is s3cr'; sleep 60 & exit 3"),
+        runner.environment,
+        secrets=(b"s3cret",),
+    )
+    story = Story()
+    runner.runs.append(runner.executor.start(1, command, Bounds(5), story))
+    exit = await story.end()
+    assert exit.code == 3
+    assert (runner.tasks / "1" / "output").read_bytes() == b"it is s3cr"
+
+
+async def test_a_promised_line_with_a_secret_in_it_is_kept(runner: Runner) -> None:
+    """It is compared as it was printed: with the mask."""
+    line = "Executed task deploy for site on production!"
+    arguments = ("/bin/sh", "-c", f"echo '{line}'")
+    secrets = (b"production",)
+    command = Command(arguments, runner.environment, last_line=line, secrets=secrets)
+    story = Story()
+    runner.runs.append(runner.executor.start(1, command, Bounds(5), story))
+    exit = await story.end()
+    assert (exit.code, exit.good) == (0, True)
+    assert b"production" not in (runner.tasks / "1" / "output").read_bytes()
+
+
+async def test_kept_secrets_are_read_again_and_removed(runner: Runner) -> None:
+    """Only their owner can read the file."""
+    executor = runner.executor
+    assert await executor.secrets(7) is None
+    await executor.keep_secrets(7, {"password": "pässword\n"})
+    path = runner.tasks / "7" / "secrets"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert await executor.secrets(7) == {"password": "pässword\n"}
+    executor.forget_secrets(7)
+    assert await executor.secrets(7) is None
+    (runner.tasks / "8").write_text("in the way")
+    with pytest.raises(StoreUnavailable):
+        await executor.keep_secrets(8, {"password": "abcd"})
+    with pytest.raises(StoreUnavailable):
+        await executor.secrets(8)

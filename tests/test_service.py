@@ -844,3 +844,70 @@ def test_who_is_faster_than_the_answer_gets_the_living_task(world: World) -> Non
     world.store.finish()
     world.store.finish()
     assert CASE.successResultOf(found) is CASE.successResultOf(made)
+
+
+HIDDEN = evolve(SPEC, variables={"password": "s3cret", "branch": "main"})
+
+
+def test_secrets_go_a_way_of_their_own(world: World) -> None:
+    """The record has a mask; the command has the value; in the end nobody has it."""
+    task = world.create(HIDDEN)
+    assert task.snapshot.spec.variables == {"password": "***", "branch": "main"}
+    assert "s3cret" not in repr(world.store.rows[1])
+    command = world.executor.run(1).command
+    assert command is not None
+    assert command.environment["PULSAR_VAR_password"] == "s3cret"
+    assert b"s3cret" in command.secrets
+    world.executor.run(1).end(0)
+    assert world.executor.kept_secrets == {}
+
+
+def test_a_task_that_waits_gets_its_secrets_after_a_restart() -> None:
+    """They are kept as long as it waits; if they are gone it fails, and says so."""
+    world = limited(running=1)
+    for spec in (SPEC, HIDDEN, HIDDEN):
+        world.create(spec)
+    kept = {2: {"password": "s3cret"}}
+    assert world.executor.kept_secrets == {**kept, 3: kept[2]}
+    world.restart()
+    world.executor.kept_secrets = dict(kept)
+    world.executor.run(1).end(0)
+    command = world.executor.run(2).command
+    assert command is not None
+    assert command.environment["PULSAR_VAR_password"] == "s3cret"
+    world.executor.run(2).end(0)
+    found = world.find(3)
+    assert (found.status, found.started_at) == (Status.FAILED, None)
+    assert found.reason == "Cannot start: the values of its secret variables are gone."
+
+
+def test_secrets_of_one_that_is_killed_while_it_waits_are_removed() -> None:
+    """Those of others stay."""
+    world = limited(running=1)
+    for spec in (SPEC, HIDDEN, HIDDEN):
+        world.create(spec)
+    world.kill(2)
+    assert world.executor.kept_secrets == {3: {"password": "s3cret"}}
+
+
+def test_secrets_that_cannot_be_read_now_are_waited_for() -> None:
+    """As a task waits for room on the disk."""
+    world = limited(running=1)
+    for spec in (SPEC, HIDDEN):
+        world.create(spec)
+    world.executor.full = True
+    world.executor.run(1).end(0)
+    assert [run.task_id for run in world.executor.runs] == [1]
+    world.executor.full = False
+    world.clock.advance(RETRY)
+    assert [run.task_id for run in world.executor.runs] == [1, 2]
+
+
+def test_a_task_whose_secrets_cannot_be_kept_fails(world: World) -> None:
+    """It has a number by then; nothing is started."""
+    world.executor.forgetful = True
+    found = world.create(HIDDEN).snapshot
+    assert found.status is Status.FAILED
+    assert found.reason is not None
+    assert "could not be kept" in found.reason
+    assert world.executor.runs == []

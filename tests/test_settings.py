@@ -100,6 +100,7 @@ class TestDefaults:
             "hosts": (),
             "proxies": (),
             "github_url": "https://github.com",
+            "secret_variables": ("*password*", "*token*", "*secret*", "*key*"),
         }
         assert {
             name: value for name, value in found.items() if value is not None

@@ -49,6 +49,14 @@ async def test_a_new_task_is_what_was_asked_for(store: TaskStore) -> None:
     assert await store.load(created.id) == created
 
 
+async def test_which_variables_are_secret_is_kept(store: TaskStore) -> None:
+    """Their names, not their values."""
+    variables = {"password": "***", "branch": "main"}
+    spec = evolve(SPEC, variables=variables, secret_names=frozenset({"password"}))
+    created = await store.create(spec, 1.0)
+    assert (await store.load(created.id)).spec == spec
+
+
 async def test_numbers_count_up(store: TaskStore) -> None:
     """Also when many are created at once."""
     found = await gatherResults([store.create(SPEC, 0.0) for _ in range(50)])

@@ -7,7 +7,7 @@ from attrs import evolve, frozen
 from pulsar_api.auth.audit import AuditLog
 from pulsar_api.auth.rights import Caller, Right
 from pulsar_api.changes import Changes
-from pulsar_api.errors import NotAllowed, NotRestartable
+from pulsar_api.errors import NotAllowed, NotRestartable, SecretsGone
 from pulsar_api.service import TaskService, shielded
 from pulsar_api.task import Command, News, Status, Task, TaskQuery, TaskSnapshot, TaskSpec
 
@@ -42,11 +42,12 @@ class Guard:
         env: str,
         action: str,
         variables: Mapping[str, str],
+        secret: frozenset[str] = frozenset(),
         key: str | None = None,
     ) -> Task:
         """Create a task in the caller's name, as `TaskService.create`."""
         self._check(app, env, action)
-        spec = TaskSpec(app, env, action, variables, self.caller.name)
+        spec = TaskSpec(app, env, action, variables, self.caller.name, secret)
         return await self._created(spec, key)
 
     async def restart(self, number: int) -> Task:
@@ -54,6 +55,8 @@ class Guard:
         old = (await self.find(number)).snapshot
         if old.status not in _RESTARTABLE:
             raise NotRestartable(old.id, old.status)
+        if old.spec.secret_names:
+            raise SecretsGone(old.id)
         return await self._created(evolve(old.spec, user=self.caller.name), None)
 
     async def _created(self, spec: TaskSpec, key: str | None) -> Task:

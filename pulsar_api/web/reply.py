@@ -38,6 +38,7 @@ _PROBLEMS: dict[type[errors.PulsarError], tuple[int, str, str, int | None]] = {
     errors.KeyReused: (422, "key-reused", "Idempotency key reused", None),
     errors.NoListing: (404, "no-listing", "No list of actions", None),
     errors.NotRestartable: (409, "not-restartable", "Not restartable", None),
+    errors.SecretsGone: (409, "secrets-gone", "Secrets are gone", None),
     errors.KeyInFlight: (409, "key-in-flight", "First request is under way", 1),
     errors.QueueFull: (503, "queue-full", "Queue full", 10),
     errors.ShuttingDown: (503, "stopping", "Daemon is stopping", 5),

@@ -14,7 +14,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.web.server import Request
 from werkzeug.routing import BaseConverter
 
-from pulsar_api import wire
+from pulsar_api import masking, wire
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
 from pulsar_api.errors import UnknownTask
@@ -120,14 +120,19 @@ class TaskAPI:
         body = request.content.read() if request.content is not None else b""
         kind = header(request, "content-type")
         asked = wire.parse_new_task(kind, body, query_of(request))
+        variables, secret = asked.variables, asked.secret
         key = wire.parse_key(request.requestHeaders.getRawHeaders("idempotency-key"))
-        task = await tasks.create(app, env, asked.action, asked.variables, key)
+        task = await tasks.create(app, env, asked.action, variables, secret, key)
         number = task.snapshot.id
         if self.feed is not None:
             self.feed.hold(number, request)
         request.setHeader("Location", f"/task/{number}")
         url = wire.task_url(self._base(request), number)
-        answer = wire.encode({"taskId": number, "id": number, "url": url})
+        fields: dict[str, object] = {"taskId": number, "id": number, "url": url}
+        hidden = task.snapshot.spec.secret_names
+        if notes := masking.notes({name: variables[name] for name in hidden}):
+            fields["notes"] = notes
+        answer = wire.encode(fields)
         if not asked.wait:
             return reply(request, answer)
         if not task.snapshot.status.ended:

@@ -1,0 +1,91 @@
+"""What masking costs: ``python -m benchmarks.mask``.
+
+A flood to its end (see ``flood``) with secrets against the same without, by turns.
+"""
+
+import argparse
+import base64
+import json
+import random
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from benchmarks.client import Connection, request
+from benchmarks.measure import Line, Measure, compare, in_turn, table
+from benchmarks.place import JSON, PYTHON, Place, finished, place, served
+
+MEGABYTES = 128
+_BLOCK = 1 << 20
+
+_PRINT = "import os, sys; b = open(sys.argv[1], 'rb').read()\nfor _ in range({n}):\n"
+_PRINT += " left = b\n while left: left = left[os.write(1, left):]"
+
+
+def _blocks(rng: random.Random) -> dict[str, bytes]:
+    lines = (
+        f"{rng.getrandbits(32):08x} copying file {rng.getrandbits(20)} to "
+        f"/srv/site/releases/{rng.getrandbits(40)}\n".encode()
+        for _ in range(_BLOCK // 50)
+    )
+    return {
+        "lines": b"".join(lines)[:_BLOCK],
+        "base64": base64.b64encode(rng.randbytes(_BLOCK))[:_BLOCK],
+        "zeros": bytes(_BLOCK),
+    }
+
+
+def _token(rng: random.Random) -> str:
+    return "ghp_" + rng.randbytes(18).hex()
+
+
+def run(here: Place, rounds: int) -> list[Line]:
+    """Compare floods of three kinds with 1 secret and with 10 against none."""
+    rng = random.Random(1)
+    blocks = _blocks(rng)
+    for name, block in blocks.items():
+        path = here.folder / name
+        path.write_bytes(block)
+        here.action(name, *PYTHON, "-c", _PRINT.format(n=MEGABYTES), str(path))
+    tokens = {f"token{n}": _token(rng) for n in range(10)}
+    daemon = here.daemon()
+    client = here.connect(served(daemon))
+    some: list[Mapping[str, str]] = [{}, {"token0": tokens["token0"]}, tokens]
+    lines = []
+    for name in blocks:
+        measures: list[Measure] = [
+            partial(_flood, client, daemon.state, name, secrets) for secrets in some
+        ]
+        none, *others = in_turn(rounds, *measures)
+        for count, found in zip((1, 10), others, strict=True):
+            lines.append(compare(f"{name}, {count} / no secret", "MB/s", found, none))
+    return lines
+
+
+def _flood(client: Connection, state: Path, name: str, secrets: Mapping[str, str]) -> float:
+    body = json.dumps({"action": name, "variables": dict(secrets)}).encode()
+    begin = time.perf_counter()
+    number = json.loads(client.ask(request("POST", "/bench/here", body, JSON)))["id"]
+    finished(client, number)
+    took = time.perf_counter() - begin
+    output = state / "tasks" / str(number) / "output"
+    assert output.stat().st_size == MEGABYTES * _BLOCK
+    output.unlink()
+    return MEGABYTES / took
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser("python -m benchmarks.mask", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9, help="of each pair [9]")
+    parser.add_argument("--folder", type=Path, help="where the state is kept meanwhile")
+    options = parser.parse_args()
+    print("mask ...", file=sys.stderr)
+    with place(options.folder) as here:
+        print(table(run(here, options.rounds)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Tests of the masker: whatever the pieces, it gives what a simple one gives at once."""
+
+from itertools import pairwise
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pulsar_api.mask import MASK, Masker
+
+
+def simply(texts: list[bytes], data: bytes) -> bytes:
+    """Return the data with the union of all occurrences masked; slow, and easy to read."""
+    hidden = [False] * len(data)
+    begins = set()
+    last = 0
+    for at in range(len(data)):
+        ends = [at + len(text) for text in texts if data.startswith(text, at)]
+        if ends:
+            if at >= last:
+                begins.add(at)
+            last = max(last, *ends)
+            hidden[at:last] = [True] * (last - at)
+    return b"".join(
+        (MASK if at in begins else b"") if hidden[at] else data[at : at + 1]
+        for at in range(len(data))
+    )
+
+
+def in_pieces(texts: list[bytes], pieces: list[bytes]) -> bytes:
+    """Return what a masker makes of a stream that comes in pieces."""
+    masker = Masker(texts)
+    longest = max(map(len, texts))
+    result = b""
+    for piece in pieces:
+        result += masker.feed(piece)
+        assert len(masker.held) < longest
+    return result + masker.close()
+
+
+def split(data: bytes, places: list[int]) -> list[bytes]:
+    """Cut data at some places."""
+    edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
+    return [data[a:b] for a, b in pairwise(edges)]
+
+
+# Few letters: so texts overlap, hold each other, and repeat themselves.
+TEXT = st.text("ab", min_size=1, max_size=9).map(str.encode)
+LONG = st.builds(lambda text, n: text * n, TEXT, st.integers(1, 30))
+
+
+@given(
+    st.lists(TEXT | LONG, min_size=1, max_size=6),
+    st.lists(TEXT | LONG | st.just(b"c\n"), max_size=12).map(b"".join),
+    st.lists(st.integers(0, 400), max_size=8),
+)
+@settings(max_examples=1000)
+@example([b"aaaa"], b"aaaaaaa", [3])
+@example([b"abab", b"baba"], b"ababababa", [1, 2, 3])
+@example([b"ab", b"abc", b"bcd"], b"abcd", [2])
+@example([b"a"], b"aba", [1])
+def test_any_split_gives_what_a_simple_masker_gives_of_the_whole(
+    texts: list[bytes], data: bytes, places: list[int]
+) -> None:
+    """Overlaps, prefixes, repetitions and single bytes; nothing else is changed."""
+    assert in_pieces(texts, split(data, places)) == simply(texts, data)
+
+
+@given(st.lists(TEXT, min_size=1, max_size=4), st.text("abc", max_size=80))
+def test_byte_by_byte_is_the_same(texts: list[bytes], text: str) -> None:
+    """The smallest pieces that there are."""
+    data = text.encode()
+    pieces = [data[at : at + 1] for at in range(len(data))]
+    assert in_pieces(texts, pieces) == simply(texts, data)
+
+
+def test_only_what_may_become_a_secret_is_held_back() -> None:
+    """What cannot be the begin of one goes out at once; the begin of one, at the end."""
+    masker = Masker([b"secret"])
+    assert masker.feed(b"line\nse") == b"line\n"
+    assert masker.feed(b"nd\n") == b"send\n"
+    assert masker.feed(b"my secre") == b"my "
+    assert masker.feed(b"t.\nsec") == b"***.\n"
+    assert masker.close() == b"sec"
+
+
+def test_a_secret_at_the_very_end_is_masked() -> None:
+    """Also one without an end of line, and one that is the begin of another."""
+    masker = Masker([b"secret", b"secretly"])
+    assert masker.feed(b"it is secret") == b"it is "
+    assert masker.close() == b"***"
+
+
+def test_what_is_nearly_a_secret_again_and_again_costs_no_square() -> None:
+    """The begin of a long one, repeated, is held back and given out, all of it."""
+    secret = b"a" * 60_000 + b"b"
+    data = b"a" * 59_000 + b"c" + b"a" * 59_999
+    assert in_pieces([secret], [data] * 3) == data * 3
+    assert in_pieces([secret], [data, b"ab"]) == data[:-59_999] + b"***"
+
+
+def test_one_that_repeats_itself_is_found_as_fast_as_another() -> None:
+    """A thousand overlapping occurrences become one mask."""
+    text = b"ab" * 20_000
+    assert in_pieces([text], [text, text, b"a!"]) == b"***a!"

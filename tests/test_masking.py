@@ -1,0 +1,162 @@
+"""Tests of the forms of secrets, as other programs write them; and of what is a secret."""
+
+import base64
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from urllib.parse import quote, quote_plus, urlencode
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from pulsar_api.mask import Masker
+from pulsar_api.masking import PATTERNS, forms, is_secret, notes
+from tests.test_mask import in_pieces, simply, split
+
+
+def _lower(found: re.Match[str]) -> str:
+    return found[0].lower()
+
+
+ENCODINGS: dict[str, Callable[[str], bytes]] = {
+    "as it is": lambda value: value.encode(),
+    "base64": lambda value: base64.b64encode(value.encode()),
+    "base64, URL-safe": lambda value: base64.urlsafe_b64encode(value.encode()),
+    "base64 of a line": lambda value: base64.b64encode(value.encode() + b"\n"),
+    "MIME": lambda value: base64.encodebytes(value.encode()).rstrip(),
+    "percent": lambda value: quote(value, "").encode(),
+    "path": lambda value: quote(value).encode(),
+    "form": lambda value: quote_plus(value).encode(),
+    "query": lambda value: urlencode({"k": value}).encode(),
+    "percent, lower": lambda value: re.sub("%..", _lower, quote(value, "")).encode(),
+    "JSON": lambda value: json.dumps(value).encode(),
+    "JSON in UTF-8": lambda value: json.dumps(value, ensure_ascii=False).encode(),
+    "JSON of PHP": lambda value: json.dumps(value).replace("/", "\\/").encode(),
+    "lines": lambda value: value.replace("\n", "\r\n").encode(),
+}
+
+# No "*", which is in every mask; at the edges nothing that programs take away.
+INNER = st.characters(exclude_categories=["Cs"], exclude_characters="*\0\r")
+VALUE = st.builds(
+    lambda a, b, c: a + b + c,
+    st.sampled_from("aZ0+/%é日"),
+    st.text(INNER, min_size=2, max_size=40),
+    st.sampled_from("bY9-_&'\"😀"),
+)
+FILLER = st.binary(max_size=30)
+
+
+@given(
+    st.lists(VALUE, min_size=1, max_size=4),
+    st.lists(st.tuples(FILLER, st.integers(0), st.sampled_from(sorted(ENCODINGS)))),
+    FILLER,
+    st.lists(st.integers(0, 2000), max_size=6),
+)
+@settings(max_examples=1000)
+def test_no_form_of_a_secret_is_seen_and_all_else_is_unchanged(
+    values: list[str],
+    said: list[tuple[bytes, int, str]],
+    last: bytes,
+    places: list[int],
+) -> None:
+    """Several secrets in any encoding between any bytes, in any pieces."""
+    texts = list(forms(values))
+    printed = [(gap, ENCODINGS[how](values[n % len(values)])) for gap, n, how in said]
+    whole = b"".join(gap + text for gap, text in printed) + last
+    seen = in_pieces(texts, split(whole, places))
+    assert seen == simply(texts, whole)
+    assume(not any(b"*" in text for text in texts))
+    for value in values:
+        for text in (value.encode(), base64.b64encode(value.encode()).rstrip(b"=")):
+            assert text not in seen.replace(b"***", b"\0")
+
+
+@pytest.mark.parametrize("how", ENCODINGS)
+def test_it_is_masked_wherever_it_is_cut(how: str) -> None:
+    """In two pieces at every byte, at the very end, with another secret in it."""
+    value = "p\"s/w+ör&d 'x' " + "0123456789" * 9
+    text = ENCODINGS[how](value)
+    texts = list(forms([value, "0123456789"]))
+    for place in range(len(text) + 1):
+        masker = Masker(texts)
+        seen = masker.feed(b"is: " + text[:place]) + masker.feed(text[place:])
+        seen += masker.close()
+        clean = seen.replace(b'"', b"").replace(b"k=", b"")
+        # Of the last three bytes that are encoded together with others, a bit may be left.
+        assert clean.removeprefix(b"is: ***").rstrip(b"=") in {b"", b"o", b"K", b"g"}, how
+
+
+@pytest.mark.parametrize("user", ["", "a", "ab", "abc", "x-token-auth", "ü"])
+@pytest.mark.parametrize("more", ["", ":", ":x", ":xy", ":x-oauth-basic"])
+def test_a_basic_header_is_masked(user: str, more: str) -> None:
+    """Whatever stands before the secret and behind it: at most its edges are left."""
+    value = "hunter22-and-more"
+    header = base64.b64encode(f"{user}:{value}{more}".encode())
+    seen = in_pieces(list(forms([value])), [header])
+    before, mask, behind = seen.partition(b"***")
+    assert mask
+    left = base64.b64decode(before + b"A" * (-len(before) % 4))
+    assert value[:2].encode() not in left
+    known = len(f"{user}:") * 8 // 6
+    assert len(before) <= known + 2
+    assert len(behind.rstrip(b"=")) <= len(more) * 8 // 6 + 2
+
+
+@pytest.mark.parametrize("command", [["base64"], ["base64", "-w64"], ["base64", "-w0"]])
+def test_a_file_with_the_secret_in_base64_is_masked(command: list[str]) -> None:
+    """Broken into lines, as programs do."""
+    value = base64.b85encode(os.urandom(200)).decode()
+    coded = subprocess.run(command, input=value.encode(), capture_output=True, check=True)
+    seen = in_pieces(list(forms([value])), [coded.stdout])
+    assert len(seen) < 8
+    assert seen.startswith(b"***")
+
+
+def test_each_line_of_a_key_is_masked() -> None:
+    """Also by itself, indented, with other ends; lines that are too short stay."""
+    value = "-----BEGIN KEY-----\nabcdEFGH\n12\n-----END KEY-----\n"
+    texts = list(forms([value]))
+    assert in_pieces(texts, [value.encode()]) in {b"***", b"***\n"}
+    assert in_pieces(texts, [value.replace("\n", "\r\n").encode()]) in {b"***", b"***\r\n"}
+    assert in_pieces(texts, [b"> abcdEFGH\n> 12\n"]) == b"> ***\n> 12\n"
+
+
+def test_what_a_traced_shell_prints_is_masked() -> None:
+    """``set -x`` quotes."""
+    value = "it's a secret"
+    traced = subprocess.run(
+        ["bash", "-xc", 'true "$V"'], env={"V": value}, capture_output=True, check=True
+    )
+    assert b"secret" in traced.stderr
+    assert b"secret" not in in_pieces(list(forms([value])), [traced.stderr])
+
+
+@pytest.mark.parametrize("value", ["", "a", "ab", "abc", "日本語"])
+def test_short_ones_are_not_masked_and_it_is_said(value: str) -> None:
+    """They would be masked in the middle of other words."""
+    assert forms([value]) == ()
+    (note,) = notes({"pin": value, "password": "abcd"})
+    assert note == notes({"pin": "x"})[0]
+    assert note.startswith("variables.pin: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("password", True),
+        ("DB_PASSWORD", True),
+        ("githubToken", True),
+        ("client.Secret", True),
+        ("ssh-key", True),
+        ("branch", False),
+        ("pass", False),
+    ],
+)
+def test_what_is_secret_by_its_name(name: str, *, secret: bool) -> None:
+    """In capitals or not, anywhere in the name."""
+    assert is_secret(name, PATTERNS) is secret
+    assert is_secret(name, ()) is False
+    assert is_secret(name, ("*",)) is True
