@@ -20,12 +20,12 @@ from pulsar_api.auth.gate import Credentials
 from pulsar_api.auth.own import OwnTokens, Static
 from pulsar_api.auth.records import FILE, PREFIX, Records, Token, add_token, opened
 
-SECRET = PREFIX + "s" * 43
+SECRET = PREFIX + "Zx3hQ0mWf5T-uR9bL1yKcA7vE_nD2gPjS8oXiN4tBqU"
 KINDS = {
     "right": SECRET,
     "last character wrong": SECRET[:-1] + "x",
     "first character wrong": PREFIX + "x" + SECRET[len(PREFIX) + 1 :],
-    "all wrong": PREFIX + "x" * 43,
+    "all wrong": PREFIX + "abcdefghijklmnopqrstuvwxyz_0123456789-ABCDEF",
 }
 TRIM = 0.1
 """The slowest part is left out: what the machine did meanwhile says nothing about us."""
@@ -49,8 +49,9 @@ async def measure(name: str, check: Check, rounds: int) -> None:
     samples: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(rounds):
         for kind in random.sample(list(KINDS), len(KINDS)):
+            secret = "".join(KINDS[kind])  # at another place in memory each time
             began = time.perf_counter_ns()
-            await check(KINDS[kind])
+            await check(secret)
             samples[kind].append(float(time.perf_counter_ns() - began))
     right = trimmed(samples["right"])
     print(f"{name}: right {statistics.fmean(right) / 1000:.2f} us")
@@ -71,11 +72,12 @@ async def _main(reactor: Any, rounds: int) -> None:
         path = Path(folder) / FILE
         now = time.time()
         with opened(path) as db:
-            # Used a moment ago, so that the right one writes nothing either.
             add_token(db, Token("ci", ("read",), ("*",), now), SECRET)
-            db.execute("UPDATE token SET used_at = ?", (now + 3600,))
         records = Records(path, reactor.callFromThread)
-        tokens = OwnTokens(records, time.time)
+        tokens = OwnTokens(
+            records, lambda: now
+        )  # the first use, which is noted, is not timed
+        await tokens.identify(Credentials("", SECRET))
         await measure(
             "own token", lambda s: tokens.identify(Credentials("", s)), rounds // 4
         )

@@ -7,15 +7,19 @@ from collections.abc import Callable
 from attrs import field, frozen
 
 from pulsar_api.auth.gate import Credentials
-from pulsar_api.auth.records import PREFIX, Records
+from pulsar_api.auth.records import PREFIX, Records, Token
 from pulsar_api.auth.rights import Identity
+
+_NOBODY = Token("nobody", (), (), 0.0)
+_STEP = 60.0  # seconds: how exactly is known when a token was last used
 
 
 @frozen
 class OwnTokens:
     """Knows the tokens that ``pulsar-api token`` has made.
 
-    They are looked up by their hash, so how long that takes says nothing about them.
+    They are looked up by their hash, and a wrong one takes the way of a right one, so that
+    the time says nothing about either.
     """
 
     _records: Records
@@ -23,6 +27,7 @@ class OwnTokens:
     """The seconds since the epoch."""
     good: float = 5.0
     bad: float = 5.0
+    _used: dict[str, float] = field(factory=dict)
 
     def takes(self, credentials: Credentials) -> bool:
         """Return whether it looks like one of ours."""
@@ -30,11 +35,17 @@ class OwnTokens:
 
     async def identify(self, credentials: Credentials) -> Identity | None:
         """Return whose it is: the token's own name."""
-        found = await self._records.token(credentials.secret, self._now())
-        if found is None:
-            return None
+        token = await self._records.token(credentials.secret)
+        found = token or _NOBODY
         name = f"token:{found.name}"
-        return Identity(name, "token", frozenset({name}), found.grants)
+        identity = Identity(name, "token", frozenset({name}), found.grants)
+        now = self._now()
+        if token is None or (token.expires_at is not None and token.expires_at <= now):
+            return None
+        if self._used.get(token.name, 0.0) <= now - _STEP:
+            self._used[token.name] = now
+            await self._records.use_token(token.name, now)
+        return identity
 
 
 def _hashed(text: str) -> bytes:
@@ -49,6 +60,11 @@ class Static:
     _password: str = field(repr=False)
     good: float = 60.0
     bad: float = 10.0
+    _identity: Identity = field(init=False)
+
+    @_identity.default
+    def _known(self) -> Identity:
+        return Identity(self._user, "static", frozenset({f"user:{self._user.casefold()}"}))
 
     def takes(self, credentials: Credentials) -> bool:
         """Return whether there is a name to look at."""
@@ -58,6 +74,4 @@ class Static:
         """Return the user; a wrong password takes as long as a right one."""
         user = hmac.compare_digest(_hashed(credentials.user), _hashed(self._user))
         right = hmac.compare_digest(_hashed(credentials.secret), _hashed(self._password))
-        if not (user and right):
-            return None
-        return Identity(self._user, "static", frozenset({f"user:{self._user.casefold()}"}))
+        return (None, self._identity)[user & right]

@@ -64,9 +64,11 @@ class Token:
     expires_at: float | None = None
     used_at: float | None = None
 
-    @property
-    def grants(self) -> tuple[Grant, ...]:
-        """Return what it may beside all rules."""
+    grants: tuple[Grant, ...] = field(init=False)
+    """What it may beside all rules."""
+
+    @grants.default
+    def _granted(self) -> tuple[Grant, ...]:
         return (Grant.parse(self.rights, self.targets),) if self.rights else ()
 
 
@@ -149,6 +151,9 @@ class Records:
     _path: Path
     _from_thread: Callable[..., object]
     _thread: database.DatabaseThread = field(init=False)
+    _tokens: dict[str, Token] = field(factory=dict, init=False)
+    """By digest, as they were when somebody else last changed the database."""
+    _seen: tuple[int, int] = field(default=(0, 0), init=False)
 
     def __attrs_post_init__(self) -> None:
         prepare(self._path)
@@ -158,20 +163,24 @@ class Records:
         """Fire when all is written and the thread has ended."""
         return self._thread.close()
 
-    def token(self, secret: str, now: float) -> Deferred[Token | None]:
-        """Fire with the token that this is, and note that it was used."""
+    def token(self, secret: str) -> Deferred[Token | None]:
+        """Fire with the token that this is; of a wrong one after the same time."""
         key = digest(secret)
 
         def job(db: sqlite3.Connection) -> Token | None:
-            text = "SELECT * FROM token WHERE digest = ?"
-            row = db.execute(text, (key,)).fetchone()
-            if row is None or (row["expires_at"] is not None and row["expires_at"] <= now):
-                return None
-            if row["used_at"] is None or row["used_at"] < now - 60:
-                db.execute("UPDATE token SET used_at = ? WHERE digest = ?", (now, key))
-            return _token(row)
+            # It changes with what other connections write: with the command line.
+            seen = id(db), db.execute("PRAGMA data_version").fetchone()[0]
+            if seen != self._seen:
+                rows = db.execute("SELECT * FROM token")
+                self._tokens = {row["digest"]: _token(row) for row in rows}
+                self._seen = seen
+            return self._tokens.get(key)
 
         return self._thread.do(job)
+
+    def use_token(self, name: str, now: float) -> Deferred[None]:
+        """Note that a token was used."""
+        return self._run("UPDATE token SET used_at = ? WHERE name = ?", (now, name))
 
     def add_session(self, key: str, session: SessionRecord) -> Deferred[None]:
         """Keep a new session under the digest of its id."""
