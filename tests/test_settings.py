@@ -15,11 +15,11 @@ from pulsar_api.errors import SettingsError
 from pulsar_api.settings import Settings, load
 
 OPTIONS = (
-    "config-repo config-branch port log-dir ssl-key ssl-cert ssl-pfx ssl-passphrase ssl- "
-    "client-ca auth-username auth-password auth-provider auth-method dev interface listen "
-    "public-url allow-anonymous state-dir command poll-timeout max-running max-running- "
-    "per-target max-queued kill-grace task-timeout silence-timeout drain-timeout keep- "
-    "tasks keep-days max-state-size max-output-size"
+    "config-repo config-branch port log-dir ssl-key ssl-cert ssl-pfx ssl-passphrase "
+    "ssl-client-ca auth-username auth-password auth-provider auth-method dev interface "
+    "listen public-url allow-anonymous state-dir command poll-timeout max-running "
+    "max-running-per-target max-queued kill-grace task-timeout silence-timeout drain-timeout "
+    "keep-tasks keep-days max-state-size max-output-size"
 ).split()
 FILE_ONLY = (
     "app-pattern env-pattern action-pattern variable-pattern forbidden-actions hsts".split()
