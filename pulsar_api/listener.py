@@ -19,11 +19,11 @@ from twisted.internet.endpoints import (
 )
 from twisted.internet.interfaces import (
     IListeningPort,
+    IOpenSSLServerConnectionCreator,
     IProtocolFactory,
     IStreamServerEndpoint,
 )
 from twisted.internet.protocol import Factory
-from twisted.internet.ssl import CertificateOptions
 from twisted.internet.tcp import Port
 from twisted.python.failure import Failure
 
@@ -40,7 +40,7 @@ KEEPALIVE_PROBES = 4
 
 
 def endpoints(
-    settings: Settings, reactor: Any, tls: CertificateOptions | None
+    settings: Settings, reactor: Any, tls: IOpenSSLServerConnectionCreator | None
 ) -> list[tuple[str, IStreamServerEndpoint]]:
     """Return what to listen on, each with its name; `CannotListen` if one is no endpoint.
 

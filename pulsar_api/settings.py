@@ -164,6 +164,15 @@ class Settings:
         _text, "PKCS #12 file with key and certificate; overrides the two above"
     )
     ssl_passphrase: str | None = _option(_text, "file that holds the passphrase")
+    ssl_client_ca: str | None = _option(
+        _text, "file of CAs (PEM); only who has a certificate of one of them may connect"
+    )
+    hsts: int = _option(
+        _number(0, 10 * 366 * 86400),
+        "seconds for which browsers come back by TLS only, 0: not said",
+        0,
+        file_only=True,
+    )
     auth_username: str | None = _option(
         _text, "static: who is let in; github: the daemon's own user there"
     )
@@ -349,7 +358,7 @@ def load(given: Mapping[str, object], environ: Mapping[str, str]) -> Settings:
                 raise SettingsError(f"{where}: {e}") from None
     _read_secrets(values, environ)
     _fill_in(values, environ)
-    for name in ("ssl_key", "ssl_cert", "ssl_pfx", "ssl_passphrase"):
+    for name in ("ssl_key", "ssl_cert", "ssl_pfx", "ssl_passphrase", "ssl_client_ca"):
         if name in values:
             values[name] = _credential(values[name], environ)
     for name in ("state_dir", "log_dir"):
@@ -396,10 +405,26 @@ def _check_together(settings: Settings, given: Mapping[str, object]) -> None:
         raise SettingsError(f"--ssl-key and --ssl-cert go together; {missing} is missing")
     if settings.ssl_passphrase and not (settings.ssl_pfx or any(pem)):
         raise SettingsError("--ssl-passphrase needs --ssl-key and --ssl-cert, or --ssl-pfx")
+    if settings.ssl_client_ca:
+        _check_client_ca(settings)
     if settings.dev and (settings.ssl_pfx or any(pem)):
         raise SettingsError("--dev brings its own certificate; leave the --ssl options out")
     if settings.listen and "port" in given:
         raise SettingsError("--listen replaces --port; give one of them")
+
+
+def _check_client_ca(settings: Settings) -> None:
+    if not settings.secure:
+        raise SettingsError(
+            "--ssl-client-ca needs TLS: --ssl-key and --ssl-cert, or --ssl-pfx"
+        )
+    # A door beside the one that is locked.
+    for endpoint in settings.listen:
+        if endpoint.startswith(("tls:", "ssl:")):
+            raise SettingsError(
+                f"--ssl-client-ca does not hold for --listen {endpoint}, which has TLS of "
+                "its own; use tcp:"
+            )
 
 
 def _check_authentication(s: Settings) -> None:

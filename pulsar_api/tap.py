@@ -35,6 +35,7 @@ from pulsar_api.command import Commands, Names
 from pulsar_api.errors import CannotListen, SettingsError, StoreUnavailable
 from pulsar_api.ports import Bounds, Keep
 from pulsar_api.process import ShimExecutor
+from pulsar_api.renewal import Renewal
 from pulsar_api.service import Limits, TaskService
 from pulsar_api.settings import Settings
 from pulsar_api.store import SQLiteStore
@@ -272,20 +273,22 @@ class Daemon(MultiService):
         os.umask(self._umask)
         environ = {"HOME": os.path.expanduser("~"), "PATH": os.defpath, **environ}
         self._commands = _commands(settings, environ)
-        identity = tls.load(settings)
+        self._renewal: Renewal | None = None
+        if settings.secure:
+            self._renewal = Renewal(settings, reactor, time.time)
+            self.addService(self._renewal)
+        identity = None if self._renewal is None else self._renewal.identity
         self._shared_key = identity is not None and tls.is_development(identity)
         only_loopback = _only_loopback(settings, identity)
-        self._secure = identity is not None
-        options = None if identity is None else identity.options()
         self._files = process.raise_file_limit()
         most = max(16, self._files[1] - _RESERVE)
         bounds = Most(
             most, settings.max_connections_per_address, settings.max_requests_per_address
         )
-        self.site = BoundedSite(_Starting(), reactor, bounds)
+        self.site = BoundedSite(_Starting(), reactor, bounds, settings.hsts)
         self.listeners = [
             listener.Listener(name, endpoint, self.site, only_loopback)
-            for name, endpoint in listener.endpoints(settings, reactor, options)
+            for name, endpoint in listener.endpoints(settings, reactor, self._renewal)
         ]
         for service in self.listeners:
             self.addService(service)
@@ -306,7 +309,7 @@ class Daemon(MultiService):
             _log.info(
                 "pulsar-api {version} listens on {url}",
                 version=__version__,
-                url=service.url("https" if self._secure else "http"),
+                url=service.url("http" if self._renewal is None else "https"),
             )
         if self._shared_key:
             _log.warn("DEVELOPMENT CERTIFICATE: everybody has its key, it protects nothing")
@@ -362,9 +365,10 @@ class Daemon(MultiService):
     def _make_access(self, service: TaskService, state: Path) -> Access:
         s = self._settings
         log = audit.AuditLog(state / audit.FILE, time.time)
-        own = {socket.gethostname().lower(), *(name.lower() for name in s.hosts)}
-        names = frozenset({"*.pulsar.local"} if s.dev else set()) | own
-        origins = Origins(s.public_url, names, frozenset(s.proxies))
+        names = {socket.gethostname().lower(), *(name.lower() for name in s.hosts)}
+        if self._renewal is not None:
+            names |= self._renewal.identity.names()
+        origins = Origins(s.public_url, frozenset(names), frozenset(s.proxies))
         if not s.authenticated:
             return Access(service, log, origins, self._reactor)
         policy = Policy(s.rights)
@@ -413,6 +417,22 @@ class Daemon(MultiService):
         # threads, deaf to signals; a traced thread of CPython 3.11 spins for as long as
         # one is not taken.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # Nor is there anything left to read again; and SIG_DFL would end it by the signal.
+        if signal.getsignal(signal.SIGHUP) == self.hang_up:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def hang_up(self, *_: object) -> None:
+        """Read the certificate files again, as soon as the reactor has time.
+
+        A handler for SIGHUP, which may come at any moment.
+        """
+        self._reactor.callFromThread(self._renew)
+
+    def _renew(self) -> None:
+        if self._renewal is None:
+            _log.info("SIGHUP: there is no certificate that could be read again")
+        else:
+            self._renewal.renew()
 
     def stopService(self) -> Deferred[None]:
         """Take no new tasks, answer who waits, leave running commands running."""
@@ -455,4 +475,7 @@ def makeService(options: Options) -> Service:
     from twisted.internet import reactor
 
     steady(reactor)
-    return Daemon(reactor, options.settings, os.environ)
+    daemon = Daemon(reactor, options.settings, os.environ)
+    # A function and not SIG_IGN, which the tasks would inherit.
+    signal.signal(signal.SIGHUP, daemon.hang_up)
+    return daemon

@@ -1,16 +1,17 @@
 """Makes TLS options of certificate files."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import pkcs12
-from OpenSSL import SSL
-from twisted.internet.ssl import CertificateOptions, TLSVersion
+from OpenSSL import SSL, crypto
+from twisted.internet.ssl import AcceptableCiphers, CertificateOptions, TLSVersion
 
 from pulsar_api.errors import SettingsError
 from pulsar_api.settings import Settings
@@ -21,6 +22,10 @@ _USABLE = (
     ed25519.Ed25519PrivateKey,
     ed448.Ed448PrivateKey,
 )
+# What is recorded today must not be readable with a key that is stolen tomorrow, and what
+# is changed on the way must be noticed: keys agreed on for each connection, and AEAD. The
+# suites of TLS 1.3 are all of that kind. No DHE: its clients know ECDHE as well.
+_CIPHERS = AcceptableCiphers.fromOpenSSLCipherString("ECDHE+AESGCM:ECDHE+CHACHA20:!aNULL")
 _Format = serialization.PublicFormat.SubjectPublicKeyInfo
 _DER = serialization.Encoding.DER
 
@@ -32,9 +37,26 @@ class Identity:
     key: Any  # one of cryptography's many private key types
     certificate: x509.Certificate
     chain: tuple[x509.Certificate, ...] = ()
+    client_authorities: tuple[x509.Certificate, ...] = ()
+    """Who connects needs a certificate of one of them; if there are none, nobody does."""
+
+    def names(self) -> frozenset[str]:
+        """Return the host names that it is for, ``*.example.com`` among them."""
+        try:
+            found = self.certificate.extensions.get_extension_for_class(
+                x509.SubjectAlternativeName
+            )
+        except x509.ExtensionNotFound:
+            return frozenset()
+        names = found.value.get_values_for_type(x509.DNSName)
+        return frozenset(name.lower() for name in names)
 
     def options(self) -> CertificateOptions:
-        """Return options for a server: TLS 1.2 and 1.3, nothing older."""
+        """Return options for a server: TLS 1.2 and 1.3, nothing older, forward secrecy.
+
+        No session is resumed, so a key or an authority that was taken away has no
+        afterlife in a ticket.
+        """
         # Twisted takes cryptography's objects at run time, its annotations do not know.
         any_: Any = CertificateOptions
         options: CertificateOptions = any_(
@@ -42,7 +64,19 @@ class Identity:
             certificate=self.certificate,
             extraCertChain=list(self.chain),
             raiseMinimumTo=TLSVersion.TLSv1_2,
+            acceptableCiphers=_CIPHERS,
+            verify=bool(self.client_authorities),
+            requireCertificate=bool(self.client_authorities),
+            caCerts=[crypto.X509.from_cryptography(c) for c in self.client_authorities],
         )
+        if self.client_authorities:
+            context = options.getContext()
+            for authority in self.client_authorities:
+                context.add_client_ca(authority)  # browsers choose by these names
+            store = context.get_cert_store()
+            assert store is not None
+            # An authority that another one has signed is enough by itself.
+            store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
         return options
 
 
@@ -58,10 +92,31 @@ def development_files() -> tuple[Path, Path]:
     raise SettingsError("--dev: the certificate of *.pulsar.local is not installed")
 
 
+def files(settings: Settings) -> tuple[Path, ...]:
+    """Return the files of which an identity is made."""
+    if settings.dev:
+        names: tuple[str | Path | None, ...] = development_files()
+    elif settings.ssl_pfx:
+        names = (settings.ssl_pfx, settings.ssl_passphrase)
+    else:
+        names = (settings.ssl_key, settings.ssl_cert, settings.ssl_passphrase)
+    return tuple(Path(name) for name in (*names, settings.ssl_client_ca) if name)
+
+
 def load(settings: Settings) -> Identity | None:
     """Return what the settings name, None for plain HTTP; or raise `SettingsError`."""
     if not settings.secure:
         return None
+    identity = _load_own(settings)
+    if settings.ssl_client_ca:
+        path = Path(settings.ssl_client_ca)
+        found = tuple(_certificates("--ssl-client-ca", path))
+        identity = evolve(identity, client_authorities=found)
+        _accepted(identity, f"--ssl-client-ca: {path}")
+    return identity
+
+
+def _load_own(settings: Settings) -> Identity:
     phrase = None
     if settings.ssl_passphrase:
         data = _read("--ssl-passphrase", Path(settings.ssl_passphrase))
@@ -101,7 +156,6 @@ def _public(key: Any) -> bytes:
 
 def _from_pem(key_path: Path, cert_path: Path, phrase: bytes | None) -> Identity:
     key_data = _read("--ssl-key", key_path)
-    cert_data = _read("--ssl-cert", cert_path)
     encrypted = b"ENCRYPTED" in key_data
     if encrypted and phrase is None:
         raise SettingsError(
@@ -113,13 +167,21 @@ def _from_pem(key_path: Path, cert_path: Path, phrase: bytes | None) -> Identity
     except (ValueError, TypeError, UnsupportedAlgorithm):
         why = "the passphrase is wrong" if encrypted else "it is no private key in PEM form"
         raise SettingsError(f"--ssl-key: cannot use {key_path}: {why}") from None
-    try:
-        first, *chain = x509.load_pem_x509_certificates(cert_data)
-    except ValueError:
-        raise SettingsError(
-            f"--ssl-cert: {cert_path} holds no certificate in PEM form"
-        ) from None
+    first, *chain = _certificates("--ssl-cert", cert_path)
     return _fitting(Identity(key, first, tuple(chain)), f"--ssl-cert: {cert_path}")
+
+
+def _certificates(option: str, path: Path) -> list[x509.Certificate]:
+    """Return the certificates of a PEM file, at least one."""
+    data = _read(option, path)
+    try:
+        found = x509.load_pem_x509_certificates(data)
+    except ValueError:
+        raise SettingsError(f"{option}: {path} holds no certificate in PEM form") from None
+    # One that is cut off at the end of the file is passed over in silence.
+    if len(found) != len(re.findall(rb"-----BEGIN [A-Z0-9 ]*CERTIFICATE-----", data)):
+        raise SettingsError(f"{option}: {path} holds a certificate that is not whole")
+    return found
 
 
 def _from_pfx(path: Path, phrase: bytes | None) -> Identity:
@@ -141,10 +203,14 @@ def _fitting(identity: Identity, where: str) -> Identity:
         raise SettingsError(f"{where}: the key must be RSA, EC, Ed25519 or Ed448")
     if _public(identity.key.public_key()) != _public(identity.certificate.public_key()):
         raise SettingsError(f"{where}: the key does not belong to the certificate")
+    _accepted(identity, where)
+    return identity
+
+
+def _accepted(identity: Identity, where: str) -> None:
     try:
         identity.options().getContext()
-    except SSL.Error as e:
+    except (SSL.Error, crypto.Error) as e:
         # For example a key that is too short: every connection would fail.
         why = e.args[0][0][2] if e.args and e.args[0] else "no reason given"
         raise SettingsError(f"{where}: TLS does not take it: {why}") from None
-    return identity

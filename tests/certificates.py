@@ -62,7 +62,13 @@ class Issued:
 
 
 def _certificate(
-    name: str, public: Any, issuer: str, issuer_key: Any, *, authority: bool
+    name: str,
+    public: Any,
+    issuer: str,
+    issuer_key: Any,
+    *,
+    authority: bool,
+    left: dt.timedelta = _DAY,
 ) -> x509.Certificate:
     now = dt.datetime.now(dt.UTC)
     builder = (
@@ -72,7 +78,7 @@ def _certificate(
         .public_key(public)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _DAY)
-        .not_valid_after(now + _DAY)
+        .not_valid_after(now + left)
         .add_extension(x509.BasicConstraints(authority, None), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
         .add_extension(
@@ -127,8 +133,11 @@ class Authority:
         )
         self._between = Issued(between_key, between)
 
-    def issue(self, public: Any = None) -> Issued:
-        """Return a new key and its certificate; ``public``: for this public key instead."""
+    def issue(self, public: Any = None, left: dt.timedelta = _DAY) -> Issued:
+        """Return a new key and its certificate, which is good until ``left`` from now.
+
+        ``public``: for this public key instead.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = _certificate(
             "localhost",
@@ -136,5 +145,6 @@ class Authority:
             f"{self.name} 2",
             self._between.key,
             authority=False,
+            left=left,
         )
         return Issued(key, certificate, (self._between.certificate,))

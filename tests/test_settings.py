@@ -16,8 +16,8 @@ from pulsar_api.settings import Settings, load
 
 OPTIONS = (
     "config-repo config-branch port log-dir ssl-key ssl-cert ssl-pfx ssl-passphrase "
-    "auth-username auth-password auth-password-file auth-provider auth-method "
-    "auth-members dev interface listen public-url "
+    "ssl-client-ca auth-username auth-password auth-password-file auth-provider "
+    "auth-method auth-members dev interface listen public-url "
     "allow-anonymous state-dir command poll-timeout max-running max-running-per-target "
     "max-queued max-connections-per-address max-requests-per-address kill-grace "
     "task-timeout silence-timeout drain-timeout "
@@ -25,7 +25,7 @@ OPTIONS = (
 ).split()
 FILE_ONLY = (
     "app-pattern env-pattern action-pattern variable-pattern forbidden-actions hosts "
-    "proxies rights github-url github-api-url github-client-id github-client-secret "
+    "hsts proxies rights github-url github-api-url github-client-id github-client-secret "
     "github-client-secret-file"
 ).split()
 
@@ -101,6 +101,7 @@ class TestDefaults:
             "proxies": (),
             "github_url": "https://github.com",
             "secret_variables": ("*password*", "*token*", "*secret*", "*key*"),
+            "hsts": 0,
         }
         assert {
             name: value for name, value in found.items() if value is not None
@@ -633,6 +634,36 @@ class TestTogether:
         """Alone it is a mistake: plain HTTP was hardly meant."""
         assert refusal({"ssl-passphrase": "/x"}).startswith("--ssl-passphrase needs --ssl-")
 
+    def test_client_certificates_need_tls(self) -> None:
+        """Without it nobody would be asked for one."""
+        assert refusal({"ssl-client-ca": "/x"}).startswith("--ssl-client-ca needs TLS")
+
+    @pytest.mark.parametrize("given", [{"dev": 1}, {"ssl-pfx": "/x"}], ids=["dev", "pfx"])
+    def test_client_certificates_go_with_every_kind_of_tls(
+        self, given: dict[str, object]
+    ) -> None:
+        """Also with that of the development."""
+        assert load({**given, "ssl-client-ca": "/y"}, {}).ssl_client_ca == "/y"
+
+    @pytest.mark.parametrize("endpoint", ["tls:/etc/keys:port=1", "ssl:1:privateKey=/k"])
+    def test_no_door_is_left_beside_the_one_for_client_certificates(
+        self, endpoint: str
+    ) -> None:
+        """An endpoint with TLS of its own would let everybody in."""
+        listen = ["tcp:1:interface=127.0.0.1", endpoint]
+        text = refusal({"ssl-pfx": "/x", "ssl-client-ca": "/y", "listen": listen})
+        assert text.startswith(f"--ssl-client-ca does not hold for --listen {endpoint}, ")
+
+    def test_hsts_is_off_unless_a_file_says_how_long(self, config: Path) -> None:
+        """Browsers remember it for that long, so nobody gets it by accident."""
+        assert load({}, {}).hsts == 0
+        config.write_text("hsts = 31536000\n")
+        assert load({"config": str(config)}, {}).hsts == 31536000
+        config.write_text("hsts = -1\n")
+        assert refusal({"config": str(config)}).startswith(
+            f"{config}: hsts: must be from 0"
+        )
+
     @pytest.mark.parametrize(
         "more", [{"ssl-pfx": "/x"}, {"ssl-key": "/x", "ssl-cert": "/y"}], ids=["pfx", "pem"]
     )
@@ -676,7 +707,9 @@ class TestCredentials:
     def _elsewhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
 
-    @pytest.mark.parametrize("name", ["ssl-key", "ssl-cert", "ssl-pfx", "ssl-passphrase"])
+    @pytest.mark.parametrize(
+        "name", ["ssl-key", "ssl-cert", "ssl-pfx", "ssl-passphrase", "ssl-client-ca"]
+    )
     def test_a_bare_name_is_one_of_systemds_credentials(self, name: str) -> None:
         """A unit says LoadCredential= and the name, whatever folder systemd makes."""
         given = {"ssl-pfx": "/x", name: "tls.secret"}

@@ -23,6 +23,7 @@ from tests.certificates import (
 )
 
 PHRASE = b"open sesame"
+REFUSED = r"no shared cipher|handshake failure"
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +75,9 @@ def refusal(settings: Settings) -> str:
     return str(caught.value)
 
 
-def talk(server: SSL.Context) -> SSL.Connection:
+def talk(server: SSL.Context, client: SSL.Context | None = None) -> SSL.Connection:
     """Return a client's end after a handshake in memory; it trusts everybody."""
-    here = SSL.Connection(SSL.Context(SSL.TLS_CLIENT_METHOD), None)
+    here = SSL.Connection(client or SSL.Context(SSL.TLS_CLIENT_METHOD), None)
     here.set_connect_state()
     there = SSL.Connection(server, None)
     there.set_accept_state()
@@ -219,6 +220,15 @@ class TestPEM:
             text = refusal(of(folder, **{**names, option: name}))
             assert text == f"--ssl-{option}: cannot read {folder / name}: {why}"
 
+    @pytest.mark.parametrize("left", [-5, -200])
+    def test_a_chain_that_is_cut_off_is_refused(self, folder: Path, left: int) -> None:
+        """Half a file that is being written is not a certificate without its chain."""
+        data = (folder / "cert").read_bytes()
+        (folder / "cert").write_bytes(data[:left])
+        text = refusal(of(folder, key="key", cert="cert"))
+        path = folder / "cert"
+        assert text == f"--ssl-cert: {path} holds a certificate that is not whole"
+
 
 class TestPKCS12:
     def test_a_pfx_holds_everything(self, folder: Path, issued: Issued) -> None:
@@ -323,6 +333,82 @@ class TestKeys:
         (tmp_path / "key").write_bytes(key_pem(key))
         (tmp_path / "cert").write_bytes(one.cert_pem())
         assert refusal(of(tmp_path, key="key", cert="cert")).startswith("--ssl-")
+
+
+class TestCiphers:
+    @pytest.mark.parametrize(
+        "suite",
+        ["ECDHE-ECDSA-AES128-SHA256", "ECDHE-ECDSA-AES256-SHA", "ECDHE-ECDSA-AES128-CCM"],
+    )
+    def test_a_suite_that_is_not_of_the_best_is_refused(
+        self, folder: Path, suite: str
+    ) -> None:
+        """A client of TLS 1.2 that knows nothing else has no common word with us."""
+        client = SSL.Context(SSL.TLS_CLIENT_METHOD)
+        client.set_max_proto_version(SSL.TLS1_2_VERSION)
+        client.set_cipher_list(suite.encode())
+        options = identity(of(folder, key="key", cert="cert")).options()
+        with pytest.raises(SSL.Error, match=REFUSED):
+            talk(options.getContext(), client)
+
+    def test_a_key_of_rsa_is_never_used_to_send_a_secret(self, tmp_path: Path) -> None:
+        """That is what has no forward secrecy; with agreed keys the same key serves."""
+        one = self_signed(rsa.generate_private_key(65537, 2048))
+        (tmp_path / "pfx").write_bytes(one.pfx())
+        context = identity(of(tmp_path, pfx="pfx")).options().getContext()
+        client = SSL.Context(SSL.TLS_CLIENT_METHOD)
+        client.set_max_proto_version(SSL.TLS1_2_VERSION)
+        assert talk(context, client).get_cipher_name() == "ECDHE-RSA-AES256-GCM-SHA384"
+        client = SSL.Context(SSL.TLS_CLIENT_METHOD)
+        client.set_max_proto_version(SSL.TLS1_2_VERSION)
+        client.set_cipher_list(b"AES256-GCM-SHA384")
+        with pytest.raises(SSL.Error, match=REFUSED):
+            talk(context, client)
+
+
+class TestClientAuthorities:
+    def test_they_are_read_from_one_file(self, folder: Path, issued: Issued) -> None:
+        """As many as there are; with none named, nobody is asked for a certificate."""
+        other = Authority("other").root
+        (folder / "cas").write_bytes(certificates_pem(*issued.between, other))
+        found = identity(of(folder, pfx="pfx", **{"client-ca": "cas"}))
+        assert found.client_authorities == (*issued.between, other)
+        assert identity(of(folder, pfx="pfx")).client_authorities == ()
+
+    @pytest.mark.parametrize("name", ["key", "public", "garbage", "nothing", "pfx"])
+    def test_what_is_no_certificate_is_refused(self, folder: Path, name: str) -> None:
+        """And named."""
+        text = refusal(of(folder, pfx="pfx", **{"client-ca": name}))
+        path = folder / name
+        assert text == f"--ssl-client-ca: {path} holds no certificate in PEM form"
+
+    def test_a_client_is_told_whose_certificates_are_taken(
+        self, folder: Path, issued: Issued
+    ) -> None:
+        """So that a browser offers the right ones."""
+        (folder / "cas").write_bytes(certificates_pem(*issued.between))
+        context = identity(of(folder, pfx="pfx", **{"client-ca": "cas"})).options()
+        client = SSL.Context(SSL.TLS_CLIENT_METHOD)
+        client.set_max_proto_version(SSL.TLS1_2_VERSION)
+        client.use_certificate(issued.certificate)
+        client.use_privatekey(issued.key)
+        (name,) = talk(context.getContext(), client).get_client_ca_list()
+        assert name.CN == "root 2"
+
+
+class TestFiles:
+    def test_a_passphrase_and_the_authorities_belong_to_them(self, folder: Path) -> None:
+        """Whatever is read, and nothing else: what is overridden is not looked at."""
+        more = {"passphrase": "phrase", "client-ca": "cert"}
+        pem = of(folder, key="locked", cert="cert", **more)
+        wanted = ["locked", "cert", "phrase", "cert"]
+        assert tls.files(pem) == tuple(folder / name for name in wanted)
+        pfx = of(folder, pfx="pfx", key="key", cert="cert")
+        assert tls.files(pfx) == (folder / "pfx",)
+
+    def test_those_of_the_development_too(self) -> None:
+        """They are files as any."""
+        assert tls.files(load({"dev": 1}, {})) == tls.development_files()
 
 
 class TestDevelopment:

@@ -5,7 +5,12 @@ from collections import OrderedDict
 from typing import Any, cast
 
 from attrs import frozen
-from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
+from twisted.internet.interfaces import (
+    IAddress,
+    IDelayedCall,
+    IReactorTime,
+    ISSLTransport,
+)
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
@@ -110,6 +115,13 @@ class BoundedRequest(Request):
             self.channel.refuse(_TOO_LARGE)
         else:
             super().handleContentChunk(data)
+
+    def process(self) -> None:
+        """Begin the answer with what every answer has."""
+        site = self.channel.site
+        if site.hsts and self.isSecure():
+            self.setHeader("Strict-Transport-Security", f"max-age={site.hsts}")
+        super().process()
 
     def getRequestHostname(self) -> bytes:
         """Return a constant: whatever the Host header says decides no route of ours."""
@@ -216,7 +228,7 @@ class BoundedChannel(HTTPChannel):
         """Answer now, read no more, and cut when the client had time to read it."""
         if not self._refused:
             self._refused = True
-            self.transport.write(answer)
+            self.transport.write(self.site.strict(answer, self.transport))
             self._expect(LINGER)
 
     def _serve(self, serving: bool) -> None:  # noqa: FBT001
@@ -284,7 +296,7 @@ class _Full(Protocol):
             # They take files too: hang up without a word.
             self.transport.abortConnection()
             return
-        self.transport.write(self._why)
+        self.transport.write(self._site.strict(self._why, self.transport))
         self.transport.loseConnection()
         # Over TLS who says nothing would stay until the handshake, which is for ever.
         clock = self._site.reactor
@@ -337,17 +349,23 @@ class Most:
 
 
 class BoundedSite(Site):
-    """Serves a resource to a bounded number of connections."""
+    """Serves a resource to a bounded number of connections.
+
+    ``hsts``: seconds for which a browser shall come back by TLS only, 0 for not said.
+    """
 
     # One protocol class rather than Twisted's chooser: no HTTP/2 to bound as well.
     protocol: Any = BoundedChannel
     requestFactory = BoundedRequest
 
-    def __init__(self, resource: IResource, clock: IReactorTime, most: Most) -> None:
+    def __init__(
+        self, resource: IResource, clock: IReactorTime, most: Most, hsts: int = 0
+    ) -> None:
         super().__init__(
             resource, timeout=IDLE, reactor=clock, parsePOSTFormSubmission=False
         )
         self.most = most.connections
+        self.hsts = hsts
         self.connections = 0
         self.refused = 0
         self.serving = 0
@@ -394,6 +412,13 @@ class BoundedSite(Site):
         if wait:
             return _TooManyRequests(self.reactor, wait)
         return super().getResourceFor(request)
+
+    def strict(self, answer: bytes, transport: object) -> bytes:
+        """Return an answer that was made beforehand, with HSTS if it goes over TLS."""
+        if not self.hsts or not ISSLTransport.providedBy(transport):
+            return answer
+        line = f"\r\nStrict-Transport-Security: max-age={self.hsts}\r\n"
+        return answer.replace(b"\r\n", line.encode(), 1)
 
     def startFactory(self) -> None:
         """Keep no access log: a line per poll costs a quarter and says nothing."""

@@ -77,12 +77,14 @@ class Daemon:
         environ: Mapping[str, str] | None = None,
         program: Sequence[str] = (sys.executable, "-m", "pulsar_api"),
         trust: Path = CERTIFICATE,
+        identity: Path | None = None,  # key and certificate of the clients, if any
         umask: int = -1,
     ) -> None:
         self.folder = folder
         self.headers: dict[str, str] = {}
         """What each request shows: who it is from."""
         self.trust = trust
+        self.identity = identity
         self.umask = umask
         self.state = folder / "state"
         self.log = folder / "daemon.log"
@@ -142,6 +144,8 @@ class Daemon:
                 self.host, self.port, timeout=timeout, source_address=here
             )
         context = ssl.create_default_context(cafile=self.trust)
+        if self.identity is not None:
+            context.load_cert_chain(self.identity)
         return HTTPSConnection("localhost", self.port, timeout=timeout, context=context)
 
     def request(

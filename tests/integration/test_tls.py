@@ -1,22 +1,27 @@
 """TLS as clients see it: who the daemon is, which versions it speaks, and where it may."""
 
+import datetime as dt
 import os
 import re
 import shutil
 import socket
 import ssl
 import struct
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 import pulsar_api
 from tests.certificates import Authority, Issued, certificates_pem, key_pem, self_signed
 from tests.integration.conftest import Start
-from tests.integration.daemon import CERTIFICATE, PATIENCE, Daemon
+from tests.integration.daemon import CERTIFICATE, PATIENCE, Daemon, next_answer
 from tests.integration.refused import refusal
 
 PHRASE = b"open sesame"
@@ -24,6 +29,7 @@ DEV_KEY = CERTIFICATE.with_suffix(".key")
 NEVER = "everybody has the key of the development certificate; take your own"
 
 TLS10, TLS11, TLS12 = 0x0301, 0x0302, 0x0303
+VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
 HANDSHAKE, ALERT = 22, 21
 PROTOCOL_VERSION = 70  # RFC 8446, section 6
 
@@ -225,6 +231,170 @@ class TestVersions:
         context.set_alpn_protocols(["h2", "http/1.1"])
         with seen(daemon, context) as sock:
             assert sock.selected_alpn_protocol() == "http/1.1"
+
+
+class TestScan:
+    """What `sslscan` finds, a program that knows nothing of ours."""
+
+    @pytest.mark.parametrize("kind", ["ec", "rsa"])
+    def test_forward_secrecy_and_nothing_old(
+        self, start: Start, tmp_path: Path, kind: str
+    ) -> None:
+        """Keys agreed on for each connection, AEAD, no compression, no renegotiation."""
+        program = shutil.which("sslscan")
+        assert program is not None, (
+            "sslscan is missing, which looks at TLS from outside; on Debian and Ubuntu: "
+            "apt-get install sslscan"
+        )
+        key: Any = ec.generate_private_key(ec.SECP256R1())
+        if kind == "rsa":
+            key = rsa.generate_private_key(65537, 2048)
+        one = self_signed(key)
+        (tmp_path / "pfx").write_bytes(one.pfx())
+        (tmp_path / "cert").write_bytes(one.cert_pem())
+        daemon = start(f"--ssl-pfx={tmp_path / 'pfx'}", trust=tmp_path / "cert")
+        text = subprocess.run(
+            [program, "--xml=-", f"{daemon.host}:{daemon.port}"],
+            capture_output=True,
+            check=True,
+            timeout=PATIENCE,
+        ).stdout
+        scan = ET.fromstring(text).find("ssltest")
+        assert scan is not None, text
+        protocols = {
+            f"{p.get('type')}{p.get('version')}": p.get("enabled") == "1"
+            for p in scan.iter("protocol")
+        }
+        assert {p for p, enabled in protocols.items() if enabled} == {"tls1.2", "tls1.3"}
+        assert {"ssl2", "ssl3", "tls1.0", "tls1.1"} < set(protocols)
+        suites = [
+            (c.get("sslversion", ""), c.get("cipher", "")) for c in scan.iter("cipher")
+        ]
+        assert {version for version, _ in suites} == {"TLSv1.2", "TLSv1.3"}
+        for version, name in suites:
+            assert version == "TLSv1.3" or name.startswith("ECDHE-"), name
+            assert "GCM" in name or name.endswith(("POLY1305", "POLY1305_SHA256")), name
+        for name in ("compression", "renegotiation"):
+            assert [e.get("supported") for e in scan.iter(name)] in ([], ["0"]), name
+        weak = [e.get("vulnerable") for e in scan.iter("heartbleed")]
+        assert weak
+        assert set(weak) == {"0"}
+
+    def test_nothing_is_compressed_and_no_session_is_resumed(
+        self, serve: Serve, files: Path
+    ) -> None:
+        """A ticket would be a key to old connections that lies about for long."""
+        daemon = serve(key="key", cert="cert")
+        for version in VERSIONS:
+            context = trusting(files / "root")
+            context.minimum_version = context.maximum_version = version
+            with seen(daemon, context) as sock:
+                sock.sendall(b"GET /tasks HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert next_answer(sock).status == 200
+                assert sock.compression() is None
+                session = sock.session
+            assert session is None or not session.has_ticket
+            with context.wrap_socket(
+                daemon.open_socket(), server_hostname="localhost", session=session
+            ) as sock:
+                assert not sock.session_reused
+
+
+class TestClientCertificates:
+    @pytest.fixture
+    def locked(self, files: Path, start: Start, authority: Authority) -> Daemon:
+        """Return a daemon that lets in who has a certificate of the authority."""
+        for name, one in (
+            ("right", authority.issue()),
+            ("wrong", Authority(authority.name).issue()),
+            ("old", authority.issue(left=dt.timedelta(hours=-1))),
+        ):
+            (files / name).write_bytes(key_pem(one.key) + one.cert_pem())
+        return start(
+            f"--ssl-pfx={files / 'pfx'}",
+            f"--ssl-client-ca={files / 'root'}",
+            trust=files / "root",
+            identity=files / "right",
+        )
+
+    @pytest.mark.parametrize("version", list(VERSIONS), ids=["1.2", "1.3"])
+    @pytest.mark.parametrize("who", ["right", "wrong", "old", None])
+    def test_only_who_has_a_certificate_gets_in(
+        self, locked: Daemon, files: Path, who: str | None, version: ssl.TLSVersion
+    ) -> None:
+        """Everybody else is refused in the handshake, before a word of HTTP is read."""
+        context = trusting(files / "root")
+        context.minimum_version = context.maximum_version = version
+        if who is not None:
+            context.load_cert_chain(files / who)
+        # With TLS 1.3 the client is done first, and hears of it when it reads.
+        got = b""
+        refused = None
+        try:
+            with seen(locked, context) as sock:
+                sock.sendall(b"GET /tasks HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                got = sock.recv(12)
+        except OSError as e:
+            refused = e
+        if who == "right":
+            assert got == b"HTTP/1.1 200"
+        else:
+            assert got == b""
+            assert isinstance(refused, ssl.SSLError)
+            assert "alert" in str(refused).lower()
+        assert locked.get("/tasks").status == 200
+        assert "Traceback" not in locked.log.read_text()
+
+    def test_one_that_signs_is_enough(
+        self, files: Path, start: Start, authority: Authority
+    ) -> None:
+        """The file may hold an authority without the root above it."""
+        mine = authority.issue()
+        (files / "between").write_bytes(certificates_pem(*mine.between))
+        alone = key_pem(mine.key) + certificates_pem(mine.certificate)
+        (files / "mine").write_bytes(alone)
+        daemon = start(
+            *(f"--ssl-key={files / 'key'}", f"--ssl-cert={files / 'cert'}"),
+            f"--ssl-client-ca={files / 'between'}",
+            trust=files / "root",
+            identity=files / "mine",
+        )
+        assert daemon.get("/tasks").status == 200
+
+
+class TestHSTS:
+    NAME = "Strict-Transport-Security"
+
+    @pytest.fixture
+    def config(self, tmp_path: Path) -> str:
+        """Return a file of settings that says for how long."""
+        (tmp_path / "hsts.toml").write_text("hsts = 31536000\n")
+        return str(tmp_path / "hsts.toml")
+
+    def test_every_answer_over_tls_has_it(self, start: Start, config: str) -> None:
+        """Good ones, errors, and those that are made before a request is one."""
+        daemon = start("--dev", "--config", config)
+        answers = [
+            daemon.get("/tasks"),
+            daemon.get("/task/9"),
+            daemon.get("/nowhere/at/all"),
+            daemon.get("/pulsar/index.html"),
+            daemon.request("POST", "/site/production", b"", {"Content-Length": "2000000"}),
+            daemon.request("GET", "/" + "x" * 20000),
+        ]
+        assert [a.status for a in answers] == [200, 404, 404, 200, 413, 400]
+        for answer in answers:
+            assert answer.headers.get_all(self.NAME) == ["max-age=31536000"]
+
+    def test_none_without_tls(self, start: Start, config: str) -> None:
+        """Browsers would not believe it, and a proxy says what it wants to."""
+        daemon = start("--config", config)
+        for path in ("/tasks", "/" + "x" * 20000):
+            assert self.NAME not in daemon.get(path).headers
+
+    def test_none_unless_it_is_asked_for(self, start: Start) -> None:
+        """A browser that heard it once cannot be told otherwise."""
+        assert self.NAME not in start("--dev").get("/tasks").headers
 
 
 class TestDevelopment:

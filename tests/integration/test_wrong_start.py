@@ -53,6 +53,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "other": key_pem(other),
         "public": public_pem(one.key),
         "cert": one.cert_pem(),
+        "half": one.cert_pem()[:-100],
         "pfx": one.pfx(),
         "locked-pfx": one.pfx(PHRASE),
         "no-key": only_certificates,
@@ -227,6 +228,31 @@ TLS = [
         "--ssl-pfx {files}/locked-pfx --ssl-passphrase {files}/nul", "is wrong or missing"
     ),
     wrong("--ssl-pfx {files}/no-key", "--ssl-pfx: {files}/no-key must hold a key"),
+    wrong("--ssl-client-ca {files}/cert", "--ssl-client-ca needs TLS"),
+    wrong(
+        "--ssl-pfx {files}/pfx --ssl-client-ca /nonexistent",
+        "--ssl-client-ca: cannot read /nonexistent: No such file or directory",
+    ),
+    wrong(
+        "--ssl-pfx {files}/pfx --ssl-client-ca {files}/text",
+        "--ssl-client-ca: {files}/text holds no certificate in PEM form",
+    ),
+    wrong(
+        "--ssl-pfx {files}/pfx --ssl-client-ca {files}/half",
+        "--ssl-client-ca: {files}/half holds a certificate that is not whole",
+    ),
+    wrong(
+        "--ssl-key {files}/key --ssl-cert {files}/half",
+        "--ssl-cert: {files}/half holds a certificate that is not whole",
+    ),
+    wrong(
+        "--ssl-pfx {files}/pfx --ssl-client-ca {files}/cert --interface 0.0.0.0",
+        f"will not listen on 0.0.0.0: {ANONYMOUS}",
+    ),
+    wrong(
+        "--ssl-pfx {files}/pfx --ssl-client-ca {files}/cert --listen tls:/etc/keys:port=1",
+        "--ssl-client-ca does not hold for --listen tls:/etc/keys:port=1",
+    ),
 ]
 FOLDERS = [
     wrong("--state-dir {files}/text", "--state-dir: cannot make {files}/text: File exists"),
@@ -265,12 +291,17 @@ def test_what_is_wrong_is_said_in_one_line(
             "--ssl-passphrase: cannot read {files}/wrong: Permission denied",
         ),
         (
+            (*PEM, "--ssl-client-ca", "{files}/half"),
+            "half",
+            "--ssl-client-ca: cannot read {files}/half: Permission denied",
+        ),
+        (
             ("--config", "{files}/key.toml"),
             "key.toml",
             "--config: cannot read {files}/key.t",
         ),
     ],
-    ids=["key", "cert", "pfx", "passphrase", "config"],
+    ids=["key", "cert", "pfx", "passphrase", "client ca", "config"],
 )
 def test_a_file_that_is_not_for_the_daemon_is_named(
     options: tuple[str, ...], locked: str, says: str, files: Path, tmp_path: Path
