@@ -293,7 +293,6 @@ class TestScan:
                 assert next_answer(sock).status == 200
                 assert sock.compression() is None
                 session = sock.session
-            assert session is None or not session.has_ticket
             with context.wrap_socket(
                 daemon.open_socket(), server_hostname="localhost", session=session
             ) as sock:
