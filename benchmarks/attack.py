@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import count
 
 from attrs import define, field
 
@@ -95,6 +96,7 @@ class Reader(Client):
     """Asks for much and reads it a byte at a time."""
 
     path: bytes = field(kw_only=True)
+    authorization: bytes = field(kw_only=True, default=b"")
 
     def prepare(self) -> None:
         """Have as little room for answers as there can be."""
@@ -103,7 +105,8 @@ class Reader(Client):
     def connect(self) -> None:
         """Ask."""
         super().connect()
-        self.give(b"GET " + self.path + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        head = b" HTTP/1.1\r\nHost: localhost\r\n" + self.authorization
+        self.give(b"GET " + self.path + head + b"\r\n")
 
     def act(self) -> None:
         """Read a byte."""
@@ -111,16 +114,29 @@ class Reader(Client):
 
 
 class Guesser(Client):
-    """Tries one token after the other."""
+    """Tries one token after the other, each from an address that nobody knows yet.
+
+    From one address all but ten in a minute would be refused unseen, which costs less.
+    """
+
+    numbers = count()
+
+    def prepare(self) -> None:
+        """Take the next address."""
+        super().prepare()
+        number = next(self.numbers)
+        self.sock.bind((f"127.{32 + (number >> 16)}.{number >> 8 & 255}.{number & 255}", 0))
 
     def act(self) -> None:
-        """Look at the last answer and ask again."""
+        """Look at the last answer, come back and ask again."""
         data = self.take(65536)
         for piece in data.split(b"HTTP/1.1 ")[1:]:
             self.answers[f"guesses: {piece[:3].decode()}"] += 1
+        self.sock.close()
+        self.connect()
         self.give(
             b"GET /tasks?limit=1&output=none HTTP/1.1\r\nHost: localhost\r\n"
-            b"Authorization: Bearer wrong-%d\r\n\r\n" % random.getrandbits(32)
+            b"Authorization: Bearer pulsar_%d\r\n\r\n" % random.getrandbits(256)
         )
 
 
@@ -147,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.attack", description=__doc__)
     parser.add_argument("port", type=int)
     parser.add_argument("path", help="something large, for the readers")
+    parser.add_argument("--authorization", default="", help="a header, for the readers")
     parser.add_argument("--senders", type=int, default=2000)
     parser.add_argument("--readers", type=int, default=200)
     parser.add_argument("--guesses", type=int, default=500, help="in a second")
@@ -154,7 +171,11 @@ def main() -> None:
     port, path = options.port, options.path.encode()
     answers: Counter[str] = Counter()
     slow: list[Sender | Reader] = [Sender(port, answers) for _ in range(options.senders)]
-    slow += [Reader(port, answers, path=path) for _ in range(options.readers)]
+    shown = f"{options.authorization}\r\n".encode() if options.authorization else b""
+    slow += [
+        Reader(port, answers, path=path, authorization=shown)
+        for _ in range(options.readers)
+    ]
     clients = [(client.act, PAUSE) for client in slow]
     if options.guesses:
         pause = GUESSERS / options.guesses

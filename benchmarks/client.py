@@ -43,13 +43,17 @@ def body_of(data: bytes) -> bytes | None:
 class Connection:
     """One connection that is kept, with one request at a time."""
 
+    authorization = b""
+    """What each request shows: a header's line."""
+
     def __init__(self, port: int) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), PATIENCE)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, data: bytes) -> None:
         """Send a request."""
-        self.socket.sendall(data)
+        line, _, rest = data.partition(b"\r\n")
+        self.socket.sendall(line + b"\r\n" + self.authorization + rest)
 
     def receive(self) -> bytes:
         """Wait for the answer and return its body."""

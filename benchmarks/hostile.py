@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from base64 import b64encode
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -15,6 +16,7 @@ from benchmarks.place import HERE, Place, Server, create, finished, place, serve
 
 SIZE = 64 << 20
 """Bytes of the output that nobody reads to its end."""
+SHOWN = f"Authorization: Basic {b64encode(b'bench:bench').decode()}"
 CALM = 10.0
 """Seconds of measuring before and after."""
 
@@ -22,6 +24,7 @@ CALM = 10.0
 def honest(port: int, path: str, seconds: float) -> None:
     """Ask on one connection for so long, and print the milliseconds as JSON."""
     connection = Connection(port)
+    connection.authorization = f"{SHOWN}\r\n".encode()
     times = []
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -59,8 +62,16 @@ def measure(here: Place, options: argparse.Namespace) -> None:
     """Print what an honest client measures before, during and after."""
     here.action("much", "sh", "-c", f"yes 0123456789abcde | head -c {SIZE}")
     here.action("sleep", "sleep", "3600")
-    server = served(here.daemon())
+    secret = here.folder / "password"
+    secret.write_text("bench")
+    server = served(
+        here.daemon(
+            *("--auth-provider", "static", "--auth-username", "bench"),
+            *("--auth-password-file", str(secret)),
+        )
+    )
     connection = here.connect(server)
+    connection.authorization = f"{SHOWN}\r\n".encode()
     large = create(connection, "much")
     finished(connection, large)
     path = f"/task/{create(connection, 'sleep')}?output=none"
@@ -69,7 +80,8 @@ def measure(here: Place, options: argparse.Namespace) -> None:
     report(server, path, CALM, "before")
     usual = files(server)
     command = [sys.executable, "-m", "benchmarks.attack", str(server.port)]
-    command += [f"/task/{large}", "--senders", str(options.senders)]
+    command += [f"/task/{large}", "--authorization", SHOWN]
+    command += ["--senders", str(options.senders)]
     command += ["--readers", str(options.readers), "--guesses", str(options.guesses)]
     with subprocess.Popen(
         command, cwd=HERE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE

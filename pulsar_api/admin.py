@@ -233,7 +233,7 @@ def _line(entry: dict[str, Any]) -> str:
         yield str(entry.get("what"))
         place = [entry[name] for name in ("app", "env", "action") if entry.get(name)]
         yield "/".join(map(str, place))
-        for name in ("task", "user", "token"):
+        for name in ("task", "user", "token", "times"):
             if entry.get(name) is not None:
                 yield f"{name} {entry[name]}"
 

@@ -28,6 +28,9 @@ _log = Logger()
 
 RECHECK = 5.0
 """Seconds between two looks whether who is being answered still may."""
+REFUSALS = 100
+"""Wrong credentials in a minute that are written down each; else a flood of them would
+push everything else out of the audit log."""
 IS_TOKEN = "x-oauth-basic"  # noqa: S105
 """The password that says that the user name is a token (release 0.6, GitHub)."""
 _MOST = 4096  # characters of credentials
@@ -100,6 +103,9 @@ class Access:
     policy: Policy = field(factory=Policy)
     _held: dict[_Held, None] = field(factory=dict, init=False)
     _next: IDelayedCall | None = field(default=None, init=False)
+    _minute: float = field(default=0.0, init=False)
+    _refusals: int = field(default=0, init=False)
+    """Wrong credentials since then."""
 
     async def enter(self, request: Request, right: Right) -> Guard:
         """Return the tasks as whoever sends this may see them by this right.
@@ -153,11 +159,25 @@ class Access:
         return Caller(identity.name, address, identity.means + means, grants)
 
     def _refused(self, credentials: Credentials, address: str) -> None:
+        now = self.clock.seconds()
+        if now >= self._minute + 60:
+            self._sum_up()
+            self._minute, self._refusals = now, 0
+        self._refusals += 1
+        if self._refusals > REFUSALS:
+            return
         # A name that might be a token is not written down.
         known = _LOGIN.fullmatch(credentials.user) is not None
         caller = Caller(None, address, "unknown", ())
         more = {"user": credentials.user} if known else {}
         self.audit.write(caller, "sign-in", allowed=False, **more)
+
+    def _sum_up(self) -> None:
+        """Say how many refusals were not written down one by one."""
+        if self._refusals > REFUSALS:
+            caller = Caller(None, "many addresses", "unknown", ())
+            more = self._refusals - REFUSALS
+            self.audit.write(caller, "sign-in", allowed=False, times=more)
 
     # -- who is let in now need not be in a minute
 
@@ -179,6 +199,7 @@ class Access:
 
     def release(self) -> None:
         """Look no more."""
+        self._sum_up()
         if self._next is not None and self._next.active():
             self._next.cancel()
         self._held.clear()
