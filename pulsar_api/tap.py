@@ -380,6 +380,7 @@ class Daemon(MultiService):
             providers.append(Static(s.auth_username, s.auth_password))
         if s.auth_provider == "github":
             pool = HTTPConnectionPool(self._reactor, persistent=True)
+            pool._factory.noisy = False  # noqa: SLF001 - two lines for each connection
             self._github = github(s, policy, self._reactor, pool)
             providers.append(self._github)
             self._pool = pool

@@ -154,6 +154,7 @@ class GitHub:
         groups = {g for g, member in zip(wanted, found, strict=True) if member}
         groups.add(f"user:{login.casefold()}")
         if not groups & self.members.groups():
+            _log.info("{login} of {name} is not let in", login=login, name=NAME)
             return None
         return Identity(login, "github", frozenset(groups))
 
