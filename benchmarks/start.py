@@ -14,7 +14,8 @@ from zope.interface import implementer
 from benchmarks.measure import Line, compare, in_turn
 from benchmarks.place import PYTHON, Place
 from pulsar_api.ports import Bounds
-from pulsar_api.process import ShimExecutor, read_exit
+from pulsar_api.process import ShimExecutor
+from pulsar_api.runs import read_exit
 from pulsar_api.task import Command, Exit
 
 TRUE = "/bin/true"

@@ -238,13 +238,13 @@ class TaskService:
         command = commands.command(spec, snapshot.id)
         snapshot = evolve(snapshot, command=shown(command))
         live = _Live(self, Task(self._clock, snapshot), snapshot)
+        # Before anybody hears of it: whoever looks for it finds this one.
+        (self._waiting if why is None else self._running)[snapshot.id] = live
         self.changed.advance(self.changed.version + 1)
         _log.info("Task {id} created: {it}", id=snapshot.id, it=snapshot.command)
         if why is None:
-            self._waiting[snapshot.id] = live
             self._schedule()
         else:
-            self._running[snapshot.id] = live
             _own(self._finish(live, status=Status.FAILED, reason=why))
         self.created.advance(max(snapshot.id, self.created.version))
         return live.task

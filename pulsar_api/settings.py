@@ -7,10 +7,10 @@ import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from attrs import field, fields, frozen
 
+from pulsar_api import parse
 from pulsar_api.auth.rights import Rule
 from pulsar_api.errors import SettingsError
 from pulsar_api.masking import PATTERNS
@@ -19,128 +19,15 @@ CLI = "the command line"
 PROVIDERS = ("github", "static", "tokens")
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise ValueError("needs a text that is not empty")
-    return value
-
-
-def _flag(value: object) -> bool:
-    # On the command line a flag is 0 or 1.
-    if not isinstance(value, bool) and value not in (0, 1):
-        raise ValueError("is true or false")
-    return bool(value)
-
-
-def _number(least: int, most: int) -> Callable[[object], int]:
-    def parse(value: object) -> int:
-        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError("needs a whole number")  # noqa: TRY004
-        if not least <= value <= most:
-            raise ValueError(f"must be from {least} to {most}")
-        return value
-
-    return parse
-
-
-def _seconds(least: float, most: float = 31 * 86400) -> Callable[[object], float]:
-    def parse(value: object) -> float:
-        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,8}(\.[0-9]{1,6})?", value):
-            value = float(value)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ValueError("needs a number of seconds")  # noqa: TRY004
-        if not least <= value <= most:
-            raise ValueError(f"must be from {least:g} to {most:g} seconds")
-        return float(value)
-
-    return parse
-
-
-def _days(value: object) -> float:
-    seconds = _seconds(0, 36500)
-    try:
-        return seconds(value)
-    except ValueError:
-        raise ValueError("needs a number of days from 0 to 36500") from None
-
-
-def _bytes(value: object) -> int:
-    found = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", str(value), re.ASCII)
-    if found is None or isinstance(value, bool):
-        raise ValueError("needs a number of bytes, or one with K, M, G or T behind it")
-    return int(found[1]) << 10 * " KMGT".index(found[2] or " ")
-
-
-def _address(value: object) -> str:
-    try:
-        return str(ipaddress.ip_address(_text(value)))
-    except ValueError:
-        raise ValueError(
-            f"{value!r} is no IP address; for a host name give its address"
-        ) from None
-
-
-def _url(value: object) -> str:
-    parts = urlsplit(_text(value))
-    # Looking at the port raises ValueError if it is none.
-    if (
-        parts.port == 0
-        or parts.scheme not in {"http", "https"}
-        or not parts.hostname
-        or parts.query
-    ):
-        raise ValueError("needs a URL like https://deploy.example.com")
-    return parts._replace(fragment="").geturl().rstrip("/")
-
-
-def _texts(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple):
-        raise ValueError("needs a list of texts")  # noqa: TRY004
-    return tuple(_text(item) for item in value)
-
-
-def _words(value: object) -> tuple[str, ...]:
-    items = value.split(",") if isinstance(value, str) else value
-    return tuple(item.strip() for item in _texts(items))
-
-
-def _addresses(value: object) -> tuple[str, ...]:
-    return tuple(_address(item) for item in _texts(value))
-
-
-def _one_of(*words: str) -> Callable[[object], str]:
-    def parse(value: object) -> str:
-        if value not in words:
-            raise ValueError(f"must be one of {', '.join(words)}")
-        return str(value)
-
-    return parse
-
-
-def _rules(value: object) -> tuple[Rule, ...]:
-    if not isinstance(value, list):
-        raise ValueError("is a list of tables: [[rights]]")  # noqa: TRY004
-    return tuple(Rule.parse(table) for table in value)
-
-
-def _pattern(value: object) -> re.Pattern[str]:
-    try:
-        return re.compile(_text(value))
-    except (re.error, OverflowError) as e:
-        raise ValueError(f"is no regular expression: {e}") from None
-
-
 def _option(
-    parse: Callable[[object], Any],
+    parser: Callable[[object], Any],
     help: str,
     default: Any = None,
     *,
     file_only: bool = False,
     secret: bool = False,
 ) -> Any:
-    metadata = {"parse": parse, "help": help, "file_only": file_only}
+    metadata = {"parse": parser, "help": help, "file_only": file_only}
     return field(default=default, metadata=metadata, repr=not secret)
 
 
@@ -148,147 +35,168 @@ def _option(
 class Settings:
     """Everything that can be set. Times are seconds; None and 0 mean "none"."""
 
-    config_repo: str | None = _option(_text, "configuration repository for the command")
-    config_branch: str = _option(_text, "its branch", "master")
+    config_repo: str | None = _option(
+        parse.text, "configuration repository for the command"
+    )
+    config_branch: str = _option(parse.text, "its branch", "master")
     port: int = _option(
-        _number(0, 65535), "TCP port, 0 for any free one [8081; 8001 with --dev]"
+        parse.number(0, 65535), "TCP port, 0 for any free one [8081; 8001 with --dev]"
     )
     log_dir: str | None = _option(
-        _text, "folder for pulsar-api.log, made if missing [standard output]"
+        parse.text, "folder for pulsar-api.log, made if missing [standard output]"
     )
-    ssl_key: str | None = _option(_text, "private key file (PEM)")
+    ssl_key: str | None = _option(parse.text, "private key file (PEM)")
     ssl_cert: str | None = _option(
-        _text, "certificate file (PEM), the CA chain appended in it"
+        parse.text, "certificate file (PEM), the CA chain appended in it"
     )
     ssl_pfx: str | None = _option(
-        _text, "PKCS #12 file with key and certificate; overrides the two above"
+        parse.text, "PKCS #12 file with key and certificate; overrides the two above"
     )
-    ssl_passphrase: str | None = _option(_text, "file that holds the passphrase")
+    ssl_passphrase: str | None = _option(parse.text, "file that holds the passphrase")
     ssl_client_ca: str | None = _option(
-        _text, "file of CAs (PEM); only who has a certificate of one of them may connect"
+        parse.text,
+        "file of CAs (PEM); only who has a certificate of one of them may connect",
     )
     hsts: int = _option(
-        _number(0, 10 * 366 * 86400),
+        parse.number(0, 10 * 366 * 86400),
         "seconds for which browsers come back by TLS only, 0: not said",
         0,
         file_only=True,
     )
     auth_username: str | None = _option(
-        _text, "static: who is let in; github: the daemon's own user there"
+        parse.text, "static: who is let in; github: the daemon's own user there"
     )
     auth_password: str | None = _option(
-        _text,
+        parse.text,
         "the password, or token, of that; others on this machine see it, so rather:",
         secret=True,
     )
-    auth_password_file: str | None = _option(_text, "file that holds it")
+    auth_password_file: str | None = _option(parse.text, "file that holds it")
     auth_provider: str | None = _option(
-        _one_of(*PROVIDERS), "who knows the users: github, static or tokens [github]"
+        parse.one_of(*PROVIDERS), "who knows the users: github, static or tokens [github]"
     )
     auth_method: str | None = _option(
-        _one_of("user", "org", "team"), "github: what has to be in --auth-members [user]"
+        parse.one_of("user", "org", "team"),
+        "github: what has to be in --auth-members [user]",
     )
     auth_members: tuple[str, ...] = _option(
-        _words, "github: who is let in, by commas: logins, organisations or org/team", ()
+        parse.words,
+        "github: who is let in, by commas: logins, organisations or org/team",
+        (),
     )
     dev: bool = _option(
-        _flag, "development: port 8001, TLS for *.pulsar.local, log to the terminal", False
+        parse.flag,
+        "development: port 8001, TLS for *.pulsar.local, log to the terminal",
+        False,
     )
-    interface: str = _option(_address, "address to listen on", "127.0.0.1")
+    interface: str = _option(parse.address, "address to listen on", "127.0.0.1")
     listen: tuple[str, ...] = _option(
-        _texts, "Twisted endpoint to listen on instead of --port; may be repeated", ()
+        parse.texts, "Twisted endpoint to listen on instead of --port; may be repeated", ()
     )
     public_url: str | None = _option(
-        _url, "the address under which people reach this daemon, for links"
+        parse.url, "the address under which people reach this daemon, for links"
     )
     allow_anonymous: bool = _option(
-        _flag, "listen on other addresses than loopback without authentication", False
+        parse.flag, "listen on other addresses than loopback without authentication", False
     )
     hosts: tuple[str, ...] = _option(
-        _texts, "host names of this daemon, *.example for all below", (), file_only=True
+        parse.texts,
+        "host names of this daemon, *.example for all below",
+        (),
+        file_only=True,
     )
     proxies: tuple[str, ...] = _option(
-        _addresses, "proxies whose X-Forwarded-For is believed", (), file_only=True
+        parse.addresses, "proxies whose X-Forwarded-For is believed", (), file_only=True
     )
-    rights: tuple[Rule, ...] | None = _option(_rules, "who may do what", file_only=True)
+    rights: tuple[Rule, ...] | None = _option(
+        parse.rules, "who may do what", file_only=True
+    )
     github_url: str = _option(
-        _url, "where people sign in", "https://github.com", file_only=True
+        parse.url, "where people sign in", "https://github.com", file_only=True
     )
     github_api_url: str | None = _option(
-        _url, "its API; of an Enterprise server the URL with /api/v3", file_only=True
+        parse.url, "its API; of an Enterprise server the URL with /api/v3", file_only=True
     )
     github_client_id: str | None = _option(
-        _text, "of the OAuth app, to sign in with a browser", file_only=True
+        parse.text, "of the OAuth app, to sign in with a browser", file_only=True
     )
     github_client_secret: str | None = _option(
-        _text, "of the same", file_only=True, secret=True
+        parse.text, "of the same", file_only=True, secret=True
     )
     github_client_secret_file: str | None = _option(
-        _text, "file that holds that", file_only=True
+        parse.text, "file that holds that", file_only=True
     )
     state_dir: str = _option(
-        _text,
+        parse.text,
         "folder of database and output [$STATE_DIRECTORY or ~/.local/state/pulsar-api]",
     )
     command: str = _option(
-        _text,
+        parse.text,
         "what a task runs: pulsar, pulsar-0.3, pulsar-1, capistrano, scripts, "
         "or a line like 'deploy {app} {env} {action}'",
         "pulsar",
     )
     poll_timeout: float = _option(
-        _seconds(1, 3600), "seconds that a long-poll waits at most", 30.0
+        parse.seconds(1, 3600), "seconds that a long-poll waits at most", 30.0
     )
-    max_running: int = _option(_number(1, 10000), "tasks that run at the same time", 16)
+    max_running: int = _option(
+        parse.number(1, 10000), "tasks that run at the same time", 16
+    )
     max_running_per_target: int = _option(
-        _number(0, 10000), "tasks of one app and env that run at the same time, 0: any", 0
+        parse.number(0, 10000),
+        "tasks of one app and env that run at the same time, 0: any",
+        0,
     )
-    max_queued: int = _option(_number(0, 100_000), "tasks that may wait", 1000)
+    max_queued: int = _option(parse.number(0, 100_000), "tasks that may wait", 1000)
     max_connections_per_address: int = _option(
-        _number(0, 100_000), "connections of one address at a time, 0: any", 1000
+        parse.number(0, 100_000), "connections of one address at a time, 0: any", 1000
     )
     max_requests_per_address: int = _option(
-        _number(0, 100_000), "requests of one address in a second, 0: any", 100
+        parse.number(0, 100_000), "requests of one address in a second, 0: any", 100
     )
-    kill_grace: float = _option(_seconds(0, 3600), "seconds from TERM to KILL", 10.0)
+    kill_grace: float = _option(parse.seconds(0, 3600), "seconds from TERM to KILL", 10.0)
     task_timeout: float = _option(
-        _seconds(0), "seconds after which a task is ended, 0: never", 0.0
+        parse.seconds(0), "seconds after which a task is ended, 0: never", 0.0
     )
     silence_timeout: float = _option(
-        _seconds(0), "seconds without output after which a task is ended, 0: never", 0.0
+        parse.seconds(0),
+        "seconds without output after which a task is ended, 0: never",
+        0.0,
     )
     drain_timeout: float = _option(
-        _seconds(0), "seconds that a stopping daemon waits for running tasks", 0.0
+        parse.seconds(0), "seconds that a stopping daemon waits for running tasks", 0.0
     )
     keep_tasks: int = _option(
-        _number(0, 10_000_000), "ended tasks that are kept, 0: all", 10_000
+        parse.number(0, 10_000_000), "ended tasks that are kept, 0: all", 10_000
     )
     keep_days: float = _option(
-        _days, "days for which an ended task is kept, 0: for ever", 365.0
+        parse.days, "days for which an ended task is kept, 0: for ever", 365.0
     )
     max_state_size: int = _option(
-        _bytes, "bytes of output of ended tasks that are kept, 0: all", 0
+        parse.size, "bytes of output of ended tasks that are kept, 0: all", 0
     )
     max_output_size: int = _option(
-        _bytes, "bytes of output of one task; of more the middle is cut, 0: never", 1 << 30
+        parse.size,
+        "bytes of output of one task; of more the middle is cut, 0: never",
+        1 << 30,
     )
     app_pattern: re.Pattern[str] | None = _option(
-        _pattern, "which app names are allowed", file_only=True
+        parse.pattern, "which app names are allowed", file_only=True
     )
     env_pattern: re.Pattern[str] | None = _option(
-        _pattern, "which env names are allowed", file_only=True
+        parse.pattern, "which env names are allowed", file_only=True
     )
     action_pattern: re.Pattern[str] | None = _option(
-        _pattern, "which actions are allowed", file_only=True
+        parse.pattern, "which actions are allowed", file_only=True
     )
     variable_pattern: re.Pattern[str] | None = _option(
-        _pattern, "which keys of variables are allowed", file_only=True
+        parse.pattern, "which keys of variables are allowed", file_only=True
     )
     forbidden_actions: tuple[str, ...] = _option(
-        _texts, "actions that nobody may run", (), file_only=True
+        parse.texts, "actions that nobody may run", (), file_only=True
     )
     secret_variables: tuple[str, ...] = _option(
-        _texts, "which variables are secret, by name", PATTERNS, file_only=True
+        parse.texts, "which variables are secret, by name", PATTERNS, file_only=True
     )
 
     @property
@@ -318,7 +226,7 @@ def options() -> list[tuple[str, str, object, bool]]:
             attribute.name.replace("_", "-"),
             attribute.metadata["help"],
             attribute.default,
-            attribute.metadata["parse"] is _flag,
+            attribute.metadata["parse"] is parse.flag,
         )
         for attribute in fields(Settings)
         if not attribute.metadata["file_only"]

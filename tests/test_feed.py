@@ -15,7 +15,7 @@ from pulsar_api.ports import Bounds
 from pulsar_api.service import Limits, TaskService
 from pulsar_api.task import TaskSpec
 from pulsar_api.web.feed import EVERY, HELD, Closed, Feed, Subscription
-from pulsar_api.web.sockjs import HEARTBEAT, _frame
+from pulsar_api.web.visit import HEARTBEAT, next_frame
 from tests.fakes import FakeExecutor, FakeRun, MemoryStore
 
 CASE = SynchronousTestCase()
@@ -182,7 +182,7 @@ def test_the_end_of_the_daemon_ends_every_subscription(world: World) -> None:
     waiting = Deferred.fromCoroutine(subscription.next())
     world.feed.end()
     assert CASE.failureResultOf(waiting).check(Closed)
-    frame = Deferred.fromCoroutine(_frame(subscription, world.clock))
+    frame = Deferred.fromCoroutine(next_frame(subscription, world.clock))
     assert CASE.successResultOf(frame) == 'c[3000,"Go away!"]'
     subscription.close()
 
@@ -190,11 +190,11 @@ def test_the_end_of_the_daemon_ends_every_subscription(world: World) -> None:
 def test_silence_is_broken_by_a_heartbeat(world: World) -> None:
     """So that nobody between takes the connection for dead; nothing is lost by it."""
     subscription = world.feed.subscribe(lambda _: True)
-    frame = Deferred.fromCoroutine(_frame(subscription, world.clock))
+    frame = Deferred.fromCoroutine(next_frame(subscription, world.clock))
     world.clock.advance(HEARTBEAT)
     assert CASE.successResultOf(frame) == "h"
     world.create()
-    frame = Deferred.fromCoroutine(_frame(subscription, world.clock))
+    frame = Deferred.fromCoroutine(next_frame(subscription, world.clock))
     assert CASE.successResultOf(frame).startswith('a["{')
     subscription.close()
 

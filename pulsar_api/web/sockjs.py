@@ -2,8 +2,7 @@
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from attrs import define, field, frozen
@@ -17,37 +16,25 @@ from twisted.web.server import Request
 from twisted.web.websocket import WebSocketResource, WebSocketTransport
 from wsproto.utilities import RemoteProtocolError
 
-from pulsar_api.auth.gate import Credentials
-from pulsar_api.auth.rights import Right
-from pulsar_api.changes import Changes
-from pulsar_api.errors import NotAuthenticated, PulsarError
-from pulsar_api.web.access import Access, session_id
-from pulsar_api.web.feed import Closed, Feed, Subscription
+from pulsar_api.errors import PulsarError
+from pulsar_api.web.access import Access
+from pulsar_api.web.feed import Feed
 from pulsar_api.web.follow import Outlet, Valve
 from pulsar_api.web.reply import new_app, problem, reply
+from pulsar_api.web.visit import HEARTBEAT, LAST, Visit
 
 _log = Logger()
 
-HEARTBEAT = 25.0
-"""Seconds of silence after which a heartbeat is sent."""
 AWAY = 5.0
 """Seconds for which a session by HTTP waits for its client to come back."""
 STREAMED = 128 * 1024
 """Bytes after which a stream ends, and the client opens another."""
 MAX_MESSAGE = 64 * 1024
 """Bytes of a message of a client; it has nothing to say but who it is."""
-MAX_ID = 200
-"""Characters of the id of a session of the page."""
-ANSWER = 10.0
-"""Seconds for a client to say who it is, where its request did not."""
 MAX_SESSIONS = 1000
 """Sessions by HTTP."""
 
 _OPEN = "o"
-_BEAT = "h"
-_GO_AWAY = 'c[3000,"Go away!"]'
-_DENIED = 'c[403,"Access denied"]'
-_LAST = frozenset({_GO_AWAY, _DENIED})
 _BUSY = 'c[2010,"Another connection still open"]'
 _PRELUDE = "h" * 2048
 _SCRIPT = "application/javascript; charset=UTF-8"
@@ -55,131 +42,11 @@ _TEXT = "text/plain; charset=UTF-8"
 _NO_CACHE = "no-store, no-cache, no-transform, must-revalidate, max-age=0"
 
 
-def _framed(message: str) -> str:
-    return f"a[{json.dumps(message)}]"
-
-
-async def _frame(subscription: Subscription, clock: IReactorTime) -> str:
-    """Return the next frame: a message, after a silence a heartbeat, or the end."""
-    waiting = Deferred.fromCoroutine(subscription.next())
-    try:
-        message = await waiting.addTimeout(HEARTBEAT, clock, lambda *_: "")
-    except Closed:
-        return _GO_AWAY
-    return _framed(message) if message else _BEAT
-
-
-@define(eq=False)
-class _Visit:
-    """A client, whatever it came by: who it is, once that is known, and what it is told."""
-
-    _sockjs: "SockJS"
-    address: str
-    _decided: Changes = field(init=False)
-    """Its version is 1 when it is known who it is."""
-    _heard: Deferred[str] = field(factory=Deferred, init=False)
-    _subscription: Subscription | None = field(default=None, init=False)
-    _forget: Callable[[], None] = field(default=lambda: None, init=False)
-    _deciding: Deferred[None] | None = field(default=None, init=False)
-    _over: str = field(default="", init=False)
-    """The last frame, if there is nothing more to tell."""
-
-    def __attrs_post_init__(self) -> None:
-        self._decided = Changes(self._sockjs.clock)
-
-    def begin(self, shown: Credentials | str | None) -> None:
-        """Find out who it is: by its request, or by the first thing that it says."""
-        self._deciding = Deferred.fromCoroutine(self._decide(shown))
-        self._deciding.addErrback(_ended)
-
-    async def _decide(self, shown: Credentials | str | None) -> None:
-        access = self._sockjs.access
-        caller = None
-        try:
-            if shown is not None or access.gate is None:
-                with suppress(NotAuthenticated):  # it may yet say something better
-                    caller = await access.caller(shown, self.address)
-            if caller is None:
-                clock = self._sockjs.clock
-                said = await self._heard.addTimeout(ANSWER, clock, lambda *_: "")
-                shown = _shown(said)
-                caller = await access.caller(shown, self.address)
-        except PulsarError:
-            self.deny()
-            return
-        if self._over:
-            return
-        if shown is not None:
-            self._forget = access.hold(shown, caller, self.deny)
-        sees = access.guard(caller, Right.READ).sees
-        self._subscription = self._sockjs.feed.subscribe(sees)
-        self._decided.advance(1)
-
-    def hear(self, messages: Sequence[str]) -> None:
-        """Take what the client says; only the first message counts."""
-        if messages and not self._heard.called:
-            self._heard.callback(messages[0])
-
-    def deny(self) -> None:
-        """Let it hear that it may not, and nothing more."""
-        self._over = self._over or _DENIED
-        if self._subscription is not None:
-            self._subscription.end()
-        self._decided.advance(1)
-
-    def end(self) -> None:
-        """Let it hear that the daemon stops, if it was never told who it is."""
-        if self._subscription is None:
-            self._over = self._over or _GO_AWAY
-            self._decided.advance(1)
-
-    def close(self) -> None:
-        """Forget it."""
-        self._forget()
-        self._over = self._over or _GO_AWAY
-        if self._deciding is not None:
-            self._deciding.cancel()
-        if self._subscription is not None:
-            self._subscription.close()
-
-    async def frame(self) -> str:
-        """Return the next frame: a message, after a silence a heartbeat, or the end."""
-        clock = self._sockjs.clock
-        if not self._decided.version:
-            decided = self._decided.after(0)
-            await decided.addTimeout(HEARTBEAT, clock, lambda *_: 0)
-        if self._over or self._subscription is None:
-            return self._over or _BEAT
-        frame = await _frame(self._subscription, clock)
-        return self._over or frame
-
-
-def _shown(text: str) -> Credentials | str | None:
-    """Return what ``{"token": …}`` or ``{"cookie": …}`` shows."""
-    try:
-        said = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    token, cookie = (
-        said.get(name) if isinstance(said, dict) else None for name in ("token", "cookie")
-    )
-    if isinstance(token, str):
-        return Credentials("", token)
-    if isinstance(cookie, str):
-        return session_id(cookie) or cookie[:MAX_ID]
-    return None
-
-
-def _ended(failure: Failure) -> None:
-    if not failure.check(CancelledError):
-        _log.failure("A visit has failed", failure)
-
-
 @define(eq=False)
 class _Session:
     """A client by HTTP, between two of its requests as well."""
 
-    visit: _Visit
+    visit: Visit
     busy: bool = False
     gone: IDelayedCall | None = None
 
@@ -259,7 +126,7 @@ class SockJS:
                 data = f"{frame}\n".encode()
                 sent += len(data)
                 await outlet.write(data)
-                if frame in _LAST:
+                if frame in LAST:
                     break
         finally:
             self._give_back(name, session)
@@ -282,9 +149,11 @@ class SockJS:
         request.setHeader("Content-Type", _TEXT)
         return b""
 
-    def visit(self, request: Request) -> _Visit:
+    def visit(self, request: Request) -> Visit:
         """Return a visit, whose visitor may not be known yet."""
-        visit = _Visit(self, self.access.origins.address(request))
+        visit = Visit(
+            self.access, self.feed, self.clock, self.access.origins.address(request)
+        )
         visit.begin(self.access.shown(request))
         return visit
 
@@ -399,7 +268,7 @@ class _Factory:
 class _Socket(Valve):
     """Sends frames on a WebSocket, no faster than they are read."""
 
-    _visit: _Visit
+    _visit: Visit
     _clock: IReactorTime
     _channel: Any
     """The HTTP channel below, whose methods Twisted has replaced by its own."""
@@ -468,7 +337,7 @@ class _Socket(Valve):
         while True:
             frame = await self._visit.frame()
             self._transport.sendTextMessage(frame)
-            if frame in _LAST:
+            if frame in LAST:
                 self._transport.detachProducer()
                 self._transport.loseConnection()
                 return
