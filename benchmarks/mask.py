@@ -18,7 +18,7 @@ from benchmarks.measure import Line, Measure, compare, in_turn, table
 from benchmarks.place import JSON, PYTHON, Place, finished, place, served
 
 MEGABYTES = 128
-_BLOCK = 1 << 20
+_BLOCK = (1 << 20) - 4099
 
 _PRINT = "import os, sys; b = open(sys.argv[1], 'rb').read()\nfor _ in range({n}):\n"
 _PRINT += " left = b\n while left: left = left[os.write(1, left):]"

@@ -10,6 +10,7 @@ MASK = b"***"
 _HEAD = 48  # bytes that are searched for; of longer ones the search is slower
 _SHARED = 24  # bytes with which two texts must begin to be searched for together
 _TRIES = 64  # see `_begun`
+_PERIODS = 64  # see `_period`; it has to be quick with long texts
 _LARGE = 4096  # bytes from which on a call of C is worth its price
 
 
@@ -43,13 +44,10 @@ def _holds(data: bytes, text: bytes) -> bool:
 
 
 def _period(text: bytes) -> int:
-    """Return by how much a text can be moved to lie on itself, if at most by its half."""
-    half = text[: (len(text) + 1) // 2]
-    step = text.find(half, 1)
-    while 0 < step <= len(text) // 2:
+    """Return by how few bytes a text can be moved to lie on itself; 0 if by none."""
+    for step in range(1, min(len(text) // 2, _PERIODS) + 1):
         if text.startswith(text[step:]):
             return step
-        step = text.find(half, step + 1)
     return 0
 
 

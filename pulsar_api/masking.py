@@ -13,8 +13,9 @@ PATTERNS = ("*password*", "*token*", "*secret*", "*key*")
 SHORTEST = 4
 """Characters; what is shorter would be masked in the middle of every other word."""
 
-# What programs leave as it is: most of them, Python's quote, encodeURIComponent, encodeURI.
-_SAFE = ("", "/", "!'()*", "!'()*;,/?:@&=+$#")
+# What programs leave as it is: most of them, Python's quote, encodeURIComponent, encodeURI,
+# Go in the user of a URL and in its path.
+_SAFE = ("", "/", "!'()*", "!'()*;,/?:@&=+$#", "$&+,;=", "$&+=:@")
 
 # Where base64 is broken: Ruby, PEM, MIME.
 _WIDTHS = (60, 64, 76)
@@ -27,12 +28,18 @@ def is_secret(name: str, patterns: Iterable[str]) -> bool:
 
 def notes(values: Mapping[str, str]) -> list[str]:
     """Return a sentence for each secret that is too short to be masked."""
-    return [
-        f"variables.{name}: shorter than {SHORTEST} characters, so it is not masked in "
-        "the output."
-        for name, value in sorted(values.items())
-        if len(value) < SHORTEST
-    ]
+    found = []
+    for name, value in sorted(values.items()):
+        text = value.strip()
+        what = "" if len(text) < SHORTEST else None
+        if any(0 < len(line.strip()) < SHORTEST for line in text.split("\n")) and text:
+            what = "a line of it is " if what is None else what
+        if what is not None:
+            found.append(
+                f"variables.{name}: {what}shorter than {SHORTEST} characters, so it is not "
+                "masked in the output."
+            )
+    return found
 
 
 def forms(values: Collection[str]) -> tuple[bytes, ...]:
@@ -43,10 +50,11 @@ def forms(values: Collection[str]) -> tuple[bytes, ...]:
     """
     found: set[bytes] = set()
     for value in values:
-        # Many programs take a line's end away, or add one.
-        for text in {value, value.strip()}:
-            if len(text) >= SHORTEST:
-                found.update(_forms(text))
+        # The white space around it is no secret, and many programs take it away. Masked
+        # with it, a line's end would be missing.
+        text = value.strip()
+        if len(text) >= SHORTEST:
+            found.update(_forms(text))
     return tuple(sorted(found))
 
 
@@ -59,7 +67,7 @@ def _forms(text: str) -> Iterator[bytes]:
     if len(lines) > 1:
         for end in ("\n", "\r\n"):
             yield from (form.encode() for form in _as_text(end.join(lines)))
-        for line in lines:
+        for line in map(str.strip, lines):
             if len(line) >= SHORTEST:
                 yield from (form.encode() for form in _as_text(line))
 
@@ -67,18 +75,31 @@ def _forms(text: str) -> Iterator[bytes]:
 def _as_text(text: str) -> Iterator[str]:
     """Yield a text as it is, as JSON writes it, and as a shell does that is traced."""
     yield text
-    yield text.replace("'", "'\\''")
+    for quote_in_quotes in ("'\\''", "'\"'\"'"):
+        yield text.replace("'", quote_in_quotes)
+    yield re.sub(r"(\W)", r"\\\1", text)
     plain, ascii_only = (json.dumps(text, ensure_ascii=a)[1:-1] for a in (False, True))
     for form in (plain, ascii_only):
         yield form
         yield form.replace("/", "\\/")
         # As for a page: Ruby on Rails, Go.
         yield re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", form)
+        # Gson, .NET, which write a quote in this way as well.
+        bare = form.replace('\\"', '"')
+        for signs in ("[<>&='\"]", "[<>&'\"+]"):
+            more = re.sub(signs, lambda found: f"\\u{ord(found[0]):04x}", bare)
+            yield more
+            yield re.sub(
+                r"\\u[0-9a-f]{4}", lambda found: "\\u" + found[0][2:].upper(), more
+            )
     yield re.sub(r"\\u[0-9a-f]{4}", lambda found: "\\u" + found[0][2:].upper(), ascii_only)
 
 
 def _percent(text: str) -> Iterator[str]:
-    for form in (*(quote(text, safe) for safe in _SAFE), quote_plus(text)):
+    # URLSearchParams, and Java.
+    form_data = quote(text, "*").replace("%20", "+").replace("~", "%7E")
+    written = (*(quote(text, safe) for safe in _SAFE), quote_plus(text), form_data)
+    for form in written:
         yield form
         yield re.sub("%..", lambda found: found[0].lower(), form)
 
@@ -92,8 +113,9 @@ def _base64(data: bytes) -> Iterator[bytes]:
         for form in (coded[begin:end], coded[begin:]):
             yield form
             yield form.replace(b"+", b"-").replace(b"/", b"_")
-    coded = b64encode(data)
+    # Without the last letter if that depends on what is behind, too.
+    coded = b64encode(data)[: len(data) * 8 // 6]
     for width in _WIDTHS:
         lines = [coded[at : at + width] for at in range(0, len(coded), width)]
-        yield b"\n".join(lines).rstrip(b"=")
-        yield b"\r\n".join(lines).rstrip(b"=")
+        yield b"\n".join(lines)
+        yield b"\r\n".join(lines)

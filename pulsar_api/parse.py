@@ -96,7 +96,7 @@ def words(value: object) -> tuple[str, ...]:
 
 
 def addresses(value: object) -> tuple[str, ...]:
-    return tuple(address(item) for item in texts(value))
+    return tuple(item if item == "unix" else address(item) for item in texts(value))
 
 
 def one_of(*words: str) -> Callable[[object], str]:

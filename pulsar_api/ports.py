@@ -100,8 +100,10 @@ class TaskStore(Protocol):
     ) -> Deferred[TaskSnapshot]:
         """Record a new task; its number is higher than any before, for ever."""
 
-    def by_key(self, key: str, since: float) -> Deferred[TaskSnapshot | None]:
-        """Fire with the newest task that has this key and was created since, or None."""
+    def by_key(
+        self, key: str, user: str | None, since: float
+    ) -> Deferred[TaskSnapshot | None]:
+        """Fire with the newest task with this key of a user that was created since."""
 
     def reserve(self, number: int) -> Deferred[None]:
         """Give no task this number or a lower one any more."""

@@ -171,7 +171,7 @@ class ShimExecutor:
         def read() -> Mapping[str, str] | None:
             try:
                 found: Mapping[str, str] = json.loads(path.read_bytes())
-            except FileNotFoundError:
+            except (FileNotFoundError, ValueError):
                 return None
             except OSError as e:
                 raise StoreUnavailable(f"{path}: {e.strerror}") from None

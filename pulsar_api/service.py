@@ -114,7 +114,7 @@ class TaskService:
     _waiting: dict[int, _Live] = field(factory=dict, init=False)
     _running: dict[int, _Live] = field(factory=dict, init=False)
     _creating: list[str] = field(factory=list, init=False)
-    _keys: set[str] = field(factory=set, init=False)
+    _keys: set[tuple[str | None, str]] = field(factory=set, init=False)
     _tidying: IDelayedCall | None = field(default=None, init=False)
     _stopping: bool = field(default=False, init=False)
     _moved: Changes = field(init=False)
@@ -204,18 +204,22 @@ class TaskService:
         spec, secrets = (await self._commands()).split(asked)
         if key is None:
             return await self._create(spec, secrets, None)
-        if key in self._keys:
+        # A key is its user's: nobody can use up another's.
+        owned = (spec.user, key)
+        if owned in self._keys:
             raise KeyInFlight(key)
-        self._keys.add(key)
+        self._keys.add(owned)
         try:
-            known = await self._store.by_key(key, self._now() - KEY_LIFE)
+            known = await self._store.by_key(key, spec.user, self._now() - KEY_LIFE)
+            if known is not None and _never_could(known):
+                known = None
             if known is None:
                 return await self._create(spec, secrets, key)
             if known.spec != spec:
                 raise KeyReused(key)
             return await self.find(known.id)
         finally:
-            self._keys.discard(key)
+            self._keys.discard(owned)
 
     async def _create(
         self, spec: TaskSpec, secrets: Mapping[str, str], key: str | None
@@ -537,6 +541,12 @@ class TaskService:
             if orphans:
                 _log.info("Removing what was left of tasks {ids}", ids=orphans)
                 await self._executor.forget(orphans)
+
+
+def _never_could(task: TaskSnapshot) -> bool:
+    """Return whether a task never started for want of its secrets: a retry has them."""
+    failed = task.status is Status.FAILED and task.started_at is None
+    return failed and bool(task.spec.secret_names)
 
 
 def _judge(exit: Exit, killed_by: str | None) -> tuple[Status, str | None]:

@@ -25,7 +25,7 @@ RECORD = 16
 TAKEN = 75  # the exit status of a shim that finds another one at its task
 
 PIPE_SIZE = 1 << 20
-READ_SIZE = 1 << 18
+READ_SIZE = 1 << 19
 PATIENCE = 1.0  # seconds that background children may hold the pipes after the end
 KILL_PATIENCE = 5.0  # seconds after KILL; a process in the kernel cannot be ended
 ROUNDS = 20  # in which TERM goes to those that were born in the round before

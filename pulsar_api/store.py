@@ -98,10 +98,14 @@ def _within(targets: Within) -> tuple[str, list[str]]:
     """Return a condition, and the values for it."""
     if targets is None:
         return "1", []
-    one = "(app GLOB ? AND env GLOB ? AND action GLOB ?)"
     # A bracket would begin a set of characters.
-    globs = [glob.replace("[", "[[]") for target in targets for glob in target]
-    return f"({' OR '.join([one] * len(targets)) or '0'})", globs
+    globs = [[glob.replace("[", "[[]") for glob in target] for target in targets]
+    one = " AND ".join(
+        f"{name} GLOB json_extract(target.value, '$[{number}]')"
+        for number, name in enumerate(("app", "env", "action"))
+    )
+    text = f"EXISTS (SELECT 1 FROM json_each(?) AS target WHERE {one})"  # noqa: S608
+    return text, [json.dumps(globs)]
 
 
 def _count(db: sqlite3.Connection) -> int:
@@ -173,14 +177,16 @@ class SQLiteStore:
 
         return self._writer.do(job)
 
-    def by_key(self, key: str, since: float) -> Deferred[TaskSnapshot | None]:
-        """Fire with the newest task that has this key and was created since, or None."""
+    def by_key(
+        self, key: str, user: str | None, since: float
+    ) -> Deferred[TaskSnapshot | None]:
+        """Fire with the newest task with this key of a user that was created since."""
         text = (
-            "SELECT * FROM task WHERE idempotency_key = ? AND created_at > ?"
+            "SELECT * FROM task WHERE idempotency_key = ? AND user IS ? AND created_at > ?"
             " ORDER BY id DESC LIMIT 1"
         )
         # By the writer: it has all that was answered, in order.
-        return self._writer.do(lambda db: _first(db.execute(text, (key, since))))
+        return self._writer.do(lambda db: _first(db.execute(text, (key, user, since))))
 
     def reserve(self, number: int) -> Deferred[None]:
         """Give no task this number or a lower one any more."""

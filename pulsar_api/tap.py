@@ -8,8 +8,9 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, NoReturn, TypeGuard, cast
 
 from attrs import define, evolve, field
 from treq.client import HTTPClient
@@ -362,13 +363,16 @@ class Daemon(MultiService):
             access.origins,
         )
 
+    def _names(self) -> frozenset[str]:
+        """Return the names in the certificate of now."""
+        found = self._renewal
+        return frozenset() if found is None else found.identity.names()
+
     def _make_access(self, service: TaskService, state: Path) -> Access:
         s = self._settings
         log = audit.AuditLog(state / audit.FILE, time.time)
         names = {socket.gethostname().lower(), *(name.lower() for name in s.hosts)}
-        if self._renewal is not None:
-            names |= self._renewal.identity.names()
-        origins = Origins(s.public_url, frozenset(names), frozenset(s.proxies))
+        origins = Origins(s.public_url, frozenset(names), frozenset(s.proxies), self._names)
         if not s.authenticated:
             return Access(service, log, origins, self._reactor)
         policy = Policy(s.rights)
@@ -450,7 +454,11 @@ def github(s: Settings, policy: Policy, reactor: Any, pool: HTTPConnectionPool) 
         own = s.auth_username, s.auth_password
     names = frozenset(name.casefold() for name in s.auth_members)
     return GitHub(
-        HTTPClient(Agent(reactor, connectTimeout=DEADLINE, pool=pool)),
+        # No cookies: one user's must not go with the next one's token.
+        HTTPClient(
+            Agent(reactor, connectTimeout=DEADLINE, pool=pool),
+            cast("Any", CookieJar(DefaultCookiePolicy(allowed_domains=[]))),
+        ),
         reactor,
         time.time,
         s.api_url,

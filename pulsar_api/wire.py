@@ -102,6 +102,10 @@ def parse_new_task(content_type: str, body: bytes, query: Mapping[str, str]) -> 
     ):
         raise InvalidInput("wait", "must be true or false")
     given = _variables(variables, fields.get(variables, {}))
+    for field in fields:
+        if field.startswith("secret") and field != "secret":
+            # A typing error must not make a password public.
+            raise InvalidInput(field[:100], "is unknown; secret is a list of names")
     secret = _secret(fields.get("secret", []), given)
     return NewTask(action, given, secret, wait in (True, "true"))
 
@@ -133,6 +137,10 @@ def _form(body: bytes) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in _fields("body", body).items():
         found = re.fullmatch(r"(variables|taskVariables)\[(.*)\]", name, re.DOTALL)
+        if name in {"secret", "secret[]"}:
+            names = [part.strip() for part in value.split(",")]
+            fields.setdefault("secret", []).extend(names)
+            continue
         if name in {"variables", "taskVariables"}:
             raise InvalidInput(name, f"in a form write {name}[key]=value")
         if found is None:

@@ -34,7 +34,7 @@ class MemoryStore:
     """While set, records are done only when `finish` is called."""
     _pending: list[Deferred[None]] = field(factory=list)
 
-    keys: dict[str, int] = field(factory=dict)
+    keys: dict[tuple[str | None, str], int] = field(factory=dict)
     changes: dict[int, int] = field(factory=dict)
     """The number of each task's last change."""
     count: int = 0
@@ -46,14 +46,16 @@ class MemoryStore:
             return fail(StoreUnavailable("the fake is broken"))
         self.last += 1
         if key is not None:
-            self.keys[key] = self.last
+            self.keys[spec.user, key] = self.last
         snapshot = TaskSnapshot(self.last, spec, created_at)
         self.rows[self.last] = snapshot
         self._count(self.last)
         return self._written().addCallback(lambda _: snapshot)
 
-    def by_key(self, key: str, since: float) -> Deferred[TaskSnapshot | None]:
-        found = self.rows.get(self.keys.get(key, 0))
+    def by_key(
+        self, key: str, user: str | None, since: float
+    ) -> Deferred[TaskSnapshot | None]:
+        found = self.rows.get(self.keys.get((user, key), 0))
         fits = found is not None and found.created_at > since
         return succeed(found if fits else None)
 

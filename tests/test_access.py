@@ -11,16 +11,11 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from pulsar_api.auth.audit import AuditLog
+from pulsar_api.auth.audit import REFUSALS, AuditLog
 from pulsar_api.auth.gate import Credentials, Gate
 from pulsar_api.errors import NotAuthenticated
-from pulsar_api.web.access import (
-    REFUSALS,
-    Access,
-    parse_authorization,
-    session_id,
-)
-from pulsar_api.web.origin import Origins
+from pulsar_api.web.access import Access, cookies, parse_authorization
+from pulsar_api.web.origin import Origins, _address
 from pulsar_api.web.signin import START, local
 
 CASE = SynchronousTestCase()
@@ -48,24 +43,29 @@ def test_whatever_is_sent_is_credentials_or_nothing(text: str) -> None:
     """Never an error."""
     found = parse_authorization(text)
     assert found is None or isinstance(found, Credentials)
-    id = session_id(text)
-    assert id is None or isinstance(id, str)
+    assert all(isinstance(value, str) for value in cookies(text).values())
 
 
 @pytest.mark.parametrize(
-    ("cookie", "id"),
+    "others",
     [
-        ("pulsar=abc", "abc"),
-        ("a=b; pulsar=abc; c=d", "abc"),
-        ("__Host-pulsar=abc; pulsar=other", "abc"),
-        ("xpulsar=abc", None),
-        ("pulsar", None),
-        ("", None),
+        "",
+        "a=b; ",
+        "foo[bar]=1; ",
+        "a b=1; ",
+        'x={"j": "v, w"}; ',
+        "flag; ",
+        'y="un; ',
+        "path=/x; expires=never; ",
+        "big=" + "x" * 5000 + "; ",
+        "=; ;; ",
+        "xpulsar=other; ",
     ],
 )
-def test_the_cookie_of_a_session(cookie: str, id: str | None) -> None:
-    """Among others; over HTTPS the one that only this host can have set."""
-    assert session_id(cookie) == id
+def test_no_cookie_hides_another(others: str) -> None:
+    """On a host with many programs there are many, and some are odd."""
+    assert cookies(f"{others}pulsar=abc; z=1")["pulsar"] == "abc"
+    assert cookies(f"pulsar=abc; {others}")["pulsar"] == "abc"
 
 
 @given(st.text(max_size=20).map(lambda text: f"/{text}") | st.text(max_size=20))
@@ -107,3 +107,26 @@ def test_a_flood_of_wrong_credentials_does_not_fill_the_audit_log(tmp_path: Path
     assert "times" not in entries[-1]
     access.release()
     assert len(list(log.read())) == REFUSALS + 2
+
+
+def test_a_proxy_may_write_ports_and_ipv6() -> None:
+    """And addresses of IPv4 as IPv6 has them."""
+    for said, heard in (
+        ("192.0.2.1:5000", "192.0.2.1"),
+        ("[2001:db8::1]:5000", "2001:db8::1"),
+        ("2001:DB8::1", "2001:db8::1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("nonsense", "unix"),
+    ):
+        assert (_address(said) or "unix") == heard
+
+
+def test_the_names_of_a_certificate_may_change() -> None:
+    """After a renewal the new ones are known, and wild ones at any depth."""
+    names = {"old.example"}
+    origins = Origins(more_names=lambda: frozenset(names))
+    assert not origins._is_ours("new.example")
+    names.update(["new.example", "*.wild.example"])
+    for host in ("old.example", "new.example:8443", "a.b.wild.example"):
+        assert origins._is_ours(host)
+    assert not origins._is_ours("wild.example.evil")

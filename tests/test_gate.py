@@ -222,3 +222,27 @@ def test_credentials_do_not_show_their_secret() -> None:
     """Not in a log, not in a traceback."""
     assert "hunter2" not in repr(Credentials("joe", "hunter2"))
     assert Credentials("a", "b").key != Credentials("ab", "").key
+
+
+def test_one_who_hangs_up_has_guessed_all_the_same(world: World) -> None:
+    """Else the brake, and the audit log, could be passed by not waiting."""
+    heard: list[str] = []
+    world.gate.refused = lambda shown, address: heard.append(f"{shown.secret} {address}")
+    world.provider.slow = True
+    for number in range(FAILURES):
+        asked = world.begin(Credentials("", f"guess {number}"))
+        asked.cancel()
+        CASE.failureResultOf(asked)
+        world.provider.waiting[-1].callback(None)
+    assert isinstance(world.guess(FAILURES), TooManyFailures)
+    assert len(heard) == FAILURES
+    assert heard[0] == f"guess 0 {HERE}"
+
+
+def test_what_was_proved_once_is_no_guess(world: World) -> None:
+    """An old session in an open tab locks nobody out."""
+    for number in range(2 * FAILURES):
+        shown = Credentials("", f"revoked {number}")
+        asked = Deferred.fromCoroutine(world.gate.identify(shown, HERE, guess=False))
+        CASE.failureResultOf(asked, NotAuthenticated)
+    assert world.ask(ALICE) == "alice"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pulsar_api.mask import Masker
+from pulsar_api.mask import Masker, masked
 from pulsar_api.masking import PATTERNS, forms, is_secret, notes
 from tests.test_mask import in_pieces, simply, split
 
@@ -160,3 +160,54 @@ def test_what_is_secret_by_its_name(name: str, *, secret: bool) -> None:
     assert is_secret(name, PATTERNS) is secret
     assert is_secret(name, ()) is False
     assert is_secret(name, ("*",)) is True
+
+
+WRITTEN = [
+    ("p*ss word~1", "p*ss+word%7E1"),
+    ("pa$$word&1@x", "pa$$word&1%40x"),
+    ("YWJjZGVmZ2g9==", "YWJjZGVmZ2g9\\u003d\\u003d"),
+    ("ab+cd<ef'gh", "ab\\u002Bcd\\u003Cef\\u0027gh"),
+    ("it's my secret", "it'\"'\"'s my secret"),
+    ("p$s w&rd1", "p\\$s\\ w\\&rd1"),
+    ("hunter22\n", "hunter22"),
+    ("  hunter22", "hunter22"),
+]
+
+
+@pytest.mark.parametrize(("value", "text"), WRITTEN)
+def test_the_ways_in_which_common_programs_write_it(value: str, text: str) -> None:
+    """URLSearchParams, Go, Gson, .NET, shlex, printf %q: all of it is masked."""
+    assert masked(f"a {text} b".encode(), forms([value])) == b"a *** b"
+
+
+def test_white_space_round_a_secret_stays() -> None:
+    """A line's end swallowed would join two lines, and hide the last one of pulsar."""
+    texts = forms(["\nhunter22\n"])
+    assert masked(b"hunter22\nnext\n", texts) == b"***\nnext\n"
+    assert masked(b"    a\n", forms(["    "])) == b"    a\n"
+
+
+def test_lines_are_masked_however_they_are_indented() -> None:
+    """Tools that print a file of keys write it in their own way."""
+    secret = "users:\n- user:\n    password: hunter2hunter2\n"
+    text = b"  users:\n- user:\npassword: hunter2hunter2\n"
+    assert b"hunter2" not in masked(text, forms([secret]))
+
+
+@pytest.mark.parametrize("size", [82, 83, 84])
+def test_base64_in_lines_is_masked_whatever_comes_behind(size: int) -> None:
+    """As base64(1) writes it."""
+    secret = "".join(chr(ord("a") + n % 26) for n in range(size))
+    for behind in ("", "\n", ":x-oauth-basic\n"):
+        text = base64.encodebytes((secret + behind).encode())
+        letters = masked(text, forms([secret])).replace(b"***", b"").replace(b"\n", b"")
+        assert len(letters) <= 24  # what is behind, and what it shares a letter with
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [("abc", True), ("ab  \n", True), ("abcd", False), ("a\nbcde", True), ("", True)],
+)
+def test_what_is_too_short_is_told(value: str, *, told: bool) -> None:
+    """Also of one line of several."""
+    assert len(notes({"key": value})) == told

@@ -107,3 +107,10 @@ def test_without_rules_whoever_is_let_in_may_everything() -> None:
 def test_an_empty_list_of_rules_lets_nobody_do_anything() -> None:
     """It is a list, and nobody is in it."""
     assert Policy([]).grants(Identity("alice", "github")) == ()
+
+
+def test_many_stars_cost_no_more_than_the_text_is_long() -> None:
+    """A pattern is matched with what anybody sends: it must not take for ever."""
+    target = Target.parse("*-a" * 15 + "/x")
+    assert not target.matches("-a" * 5000 + "b", "x", "y")
+    assert target.matches("-a" * 5000, "x", "y")

@@ -154,9 +154,10 @@ async def test_a_key_finds_its_task_for_a_time(store: TaskStore) -> None:
     """By who asks for it since when."""
     created = await store.create(SPEC, 100.0, "key")
     await store.create(SPEC, 100.0)
-    assert await store.by_key("key", 99.0) == created
-    assert await store.by_key("key", 100.0) is None
-    assert await store.by_key("other", 0.0) is None
+    assert await store.by_key("key", "alice", 99.0) == created
+    assert await store.by_key("key", "alice", 100.0) is None
+    assert await store.by_key("other", "alice", 0.0) is None
+    assert await store.by_key("key", "bob", 0.0) is None
 
 
 @pytest.mark.parametrize(
@@ -348,7 +349,7 @@ async def test_a_database_of_an_older_version_is_brought_up(tmp_path: Path) -> N
     store = SQLiteStore(path, reactor.callFromThread)
     assert (await store.load(1)).spec == TaskSpec("a", "b", "c", {}, None)
     assert (await store.create(SPEC, 10.0, "key")).id == 2
-    found = await store.by_key("key", 0)
+    found = await store.by_key("key", "alice", 0)
     assert found is not None
     assert found.id == 2
     await store.close()
@@ -393,5 +394,8 @@ async def test_only_what_counts_is_listed(
     assert [task.spec.app for task in found] == apps
     page = await store.select(TaskQuery(within=within, limit=1, offset=1))
     assert page == found[1:2]
+    many = [*(within or ()), *[(f"none{n}", "*", "*") for n in range(1500)]]
+    if within is not None:
+        assert await store.select(TaskQuery(within=many)) == found
     first = await store.after(0, within)
     assert first == (found[-1] if found else None)

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ipaddress import IPv6Address, ip_address
 from typing import Protocol
 
@@ -117,6 +117,8 @@ class Gate:
     _providers: Sequence[Provider]
     _clock: IReactorTime
     brake: Brake = field(init=False)
+    refused: Callable[[Credentials, str], object] = lambda *_: None
+    """Is told of each wrong guess, and where it came from."""
     _answers: OrderedDict[bytes, tuple[float, Identity | None]] = field(factory=OrderedDict)
     """Until when an answer counts."""
     _waiting: dict[bytes, list[Deferred[Identity | None]]] = field(factory=dict)
@@ -126,48 +128,59 @@ class Gate:
     def __attrs_post_init__(self) -> None:
         self.brake = Brake(self._clock)
 
-    async def identify(self, credentials: Credentials, address: str) -> Identity:
+    async def identify(
+        self, credentials: Credentials, address: str, *, guess: bool = True
+    ) -> Identity:
         """Return who it is.
 
-        Raises `NotAuthenticated`, `TooManyFailures` or `ProviderUnavailable`.
+        Raises `NotAuthenticated`, `TooManyFailures` or `ProviderUnavailable`. ``guess``:
+        whether a no counts as one; what has been proved once does not.
         """
         key, now = credentials.key, self._clock.seconds()
         until, identity = self._answers.get(key, (0.0, None))
         if key in self._waiting:
-            identity = await self._ask(key, credentials)
+            identity = await self._ask(key)
         elif until <= now:
-            if self._proved.get(key, -_PROVED) <= now - _PROVED:
+            if guess and self._proved.get(key, -_PROVED) <= now - _PROVED:
                 self.brake.check(address)
+            # It goes on if who asked does not wait any more: others may, and one who hangs
+            # up has guessed all the same.
+            self._waiting[key] = []
+            answer = self._ask(key)
             self.brake.begin(address)
-            try:
-                identity = await self._ask(key, credentials)
-            finally:
-                self.brake.end(address)
-        elif identity is None:
+            looking = Deferred.fromCoroutine(self._look(key, credentials))
+            looking.addBoth(self._tell, credentials, address, guess)
+            identity = await answer
+        elif identity is None and guess:
             self.brake.check(address)
+            self._failed(credentials, address)
         if identity is None:
-            self.brake.failed(address)
             raise NotAuthenticated
         return identity
 
-    def forget(self, credentials: Credentials) -> None:
-        """Ask again at the next request."""
-        self._answers.pop(credentials.key, None)
+    def _failed(self, credentials: Credentials, address: str) -> None:
+        self.brake.failed(address)
+        self.refused(credentials, address)
 
-    def _ask(self, key: bytes, credentials: Credentials) -> Deferred[Identity | None]:
+    def _ask(self, key: bytes) -> Deferred[Identity | None]:
         answer: Deferred[Identity | None] = Deferred()
-        waiting = self._waiting.setdefault(key, [])
-        waiting.append(answer)
-        if len(waiting) == 1:
-            # It goes on if who asked first does not wait any more: others may.
-            asking = Deferred.fromCoroutine(self._look(key, credentials))
-            asking.addBoth(self._tell, key)
+        self._waiting[key].append(answer)
         return answer
 
-    def _tell(self, result: Identity | Failure | None, key: bytes) -> None:
-        if isinstance(result, Failure) and not result.check(PulsarError):
-            _log.failure("A provider has failed", result)
-        for answer in self._waiting.pop(key):
+    def _tell(
+        self,
+        result: Identity | Failure | None,
+        credentials: Credentials,
+        address: str,
+        guess: bool,  # noqa: FBT001
+    ) -> None:
+        self.brake.end(address)
+        if isinstance(result, Failure):
+            if not result.check(PulsarError):
+                _log.failure("A provider has failed", result)
+        elif result is None and guess:
+            self._failed(credentials, address)
+        for answer in self._waiting.pop(credentials.key):
             if not answer.called:
                 answer.callback(result)  # a Failure is an errback
 

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -20,6 +20,7 @@ from twisted.internet.defer import (
     CancelledError,
     Deferred,
     DeferredSemaphore,
+    FirstError,
     gatherResults,
 )
 from twisted.internet.interfaces import IReactorTime
@@ -41,6 +42,9 @@ DEADLINE = 4.0
 """Seconds for all that has to be asked to let one user in."""
 MOST = 100
 """Users that are asked for at the same time."""
+KNOWN = 10.0
+"""Seconds for which the groups of a user are known, whichever token they show: the
+daemon's own questions are counted by GitHub, 5,000 in an hour."""
 _MAX_ANSWER = 1 << 20
 _MAX_WAIT = 3600
 _REMEMBERED = 1000
@@ -100,8 +104,12 @@ class GitHub:
     own: tuple[str, str] | None = field(default=None, repr=False)
     """User and token of the daemon, to see members by; else by the caller's token."""
     oauth: OAuth | None = None
-    good: float = 60.0
+    good: float = 60.0 - KNOWN
     bad: float = 10.0
+    _known: OrderedDict[str, tuple[float, frozenset[str] | None]] = field(
+        factory=OrderedDict
+    )
+    """The groups of a user, by the daemon's own questions."""
     _asking: DeferredSemaphore = field(factory=lambda: DeferredSemaphore(MOST))
     _silent: OrderedDict[bytes, float] = field(factory=OrderedDict)
     """Until when GitHub wants to hear nothing from somebody: seconds since the epoch."""
@@ -109,7 +117,8 @@ class GitHub:
     @property
     def scope(self) -> str:
         """What a token of OAuth has to be good for."""
-        return "read:org" if self._wanted() and self.own is None else ""
+        asked = self._asked(self.groups | self.members.groups())
+        return "read:org" if asked and self.own is None else ""
 
     def takes(self, credentials: Credentials) -> bool:
         """Return whether it may be a token of GitHub; a password never is one."""
@@ -148,19 +157,44 @@ class GitHub:
             raise ProviderUnavailable(NAME, f"it answers {status} and no user")
         if credentials.user.casefold() not in {"", login.casefold()}:
             return None
-        wanted = sorted(self._wanted())
-        asked = [Deferred.fromCoroutine(self._is_in(g, login, auth)) for g in wanted]
-        found = await gatherResults(asked, consumeErrors=True)
-        groups = {g for g, member in zip(wanted, found, strict=True) if member}
-        groups.add(f"user:{login.casefold()}")
-        if not groups & self.members.groups():
+        groups = await self._groups(login, auth)
+        if groups is None:
             _log.info("{login} of {name} is not let in", login=login, name=NAME)
             return None
-        return Identity(login, "github", frozenset(groups))
+        return Identity(login, "github", groups)
 
-    def _wanted(self) -> frozenset[str]:
-        named = self.groups | self.members.groups()
-        return frozenset(name for name in named if not name.startswith("user:"))
+    async def _groups(self, login: str, auth: str) -> frozenset[str] | None:
+        """Return the groups of a user; None if none of them is let in."""
+        until, found = self._known.get(login, (0.0, None))
+        if self.own is not None and until > self._clock.seconds():
+            return found
+        groups = {f"user:{login.casefold()}"}
+        # Strangers cost no more questions than it takes to know that.
+        members = self.members.groups()
+        groups |= await self._those_with(login, auth, self._asked(members))
+        found = None
+        if groups & members:
+            more = self._asked(self.groups - members)
+            found = frozenset(groups | await self._those_with(login, auth, more))
+        if self.own is not None:
+            self._known[login] = (self._clock.seconds() + KNOWN, found)
+            while len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+        return found
+
+    @staticmethod
+    def _asked(groups: frozenset[str]) -> list[str]:
+        return sorted(name for name in groups if not name.startswith("user:"))
+
+    async def _those_with(self, login: str, auth: str, names: Sequence[str]) -> set[str]:
+        asked = [Deferred.fromCoroutine(self._is_in(n, login, auth)) for n in names]
+        try:
+            found = await gatherResults(asked, consumeErrors=True)
+        except FirstError as e:
+            for one in asked:
+                one.cancel()
+            e.subFailure.raiseException()
+        return {name for name, member in zip(names, found, strict=True) if member}
 
     async def _is_in(self, group: str, login: str, auth: str) -> bool:
         kind, _, name = group.partition(":")
@@ -265,7 +299,8 @@ class _Body(Protocol):
 
     def dataReceived(self, data: bytes) -> None:
         """Take a piece."""
-        self._data += data
+        if len(self._data) <= _MAX_ANSWER:
+            self._data += data
         if len(self._data) > _MAX_ANSWER:
             self._stop()
 

@@ -7,7 +7,8 @@ from attrs import evolve, frozen
 from pulsar_api.auth.audit import AuditLog
 from pulsar_api.auth.rights import Caller, Right
 from pulsar_api.changes import Changes
-from pulsar_api.errors import NotAllowed, NotRestartable, SecretsGone
+from pulsar_api.command import MAX_ACTION, MAX_NAME
+from pulsar_api.errors import InvalidInput, NotAllowed, NotRestartable, SecretsGone
 from pulsar_api.service import TaskService, shielded
 from pulsar_api.task import Command, News, Status, Task, TaskQuery, TaskSnapshot, TaskSpec
 
@@ -46,6 +47,8 @@ class Guard:
         key: str | None = None,
     ) -> Task:
         """Create a task in the caller's name, as `TaskService.create`."""
+        _bounded(app=app, env=env)
+        _bounded(MAX_ACTION, action=action)
         self._check(app, env, action)
         spec = TaskSpec(app, env, action, variables, self.caller.name, secret)
         return await self._created(spec, key)
@@ -94,6 +97,7 @@ class Guard:
 
     async def listing(self, app: str, env: str) -> Command:
         """Return what lists the actions of an app, of which one may be run."""
+        _bounded(app=app, env=env)
         self._check(app, env, None)
         return await self._service.listing(app, env)
 
@@ -122,7 +126,9 @@ class Guard:
         if not self.caller.may(self.right, app, env, action):
             self._note(app, env, action, allowed=False, **more)
             where = "/".join(part for part in (app, env, action) if part is not None)
-            raise NotAllowed(self.caller.who, self.right, where[:300])
+            if "task" in more and not self.caller.may(Right.READ, app, env, action):
+                where = f"task {more['task']}"  # what it is, is not for them to know
+            raise NotAllowed(self.caller.who, self.right, where)
 
     def _note(
         self,
@@ -135,3 +141,10 @@ class Guard:
     ) -> None:
         place = {"app": app, "env": env, "action": action}
         self._audit.write(self.caller, self.right, allowed=allowed, **place, **more)
+
+
+def _bounded(most: int = MAX_NAME, **names: str) -> None:
+    """Raise `InvalidInput` for a name that is too long, before it is compared or logged."""
+    for field, name in names.items():
+        if len(name) > most:
+            raise InvalidInput(field, f"at most {most} characters are allowed")

@@ -5,10 +5,14 @@ import hmac
 from collections.abc import Callable
 
 from attrs import field, frozen
+from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from pulsar_api.auth.gate import Credentials
 from pulsar_api.auth.records import PREFIX, Records, Token
 from pulsar_api.auth.rights import Identity
+
+_log = Logger()
 
 _NOBODY = Token("nobody", (), (), 0.0)
 _STEP = 60.0  # seconds: how exactly is known when a token was last used
@@ -44,8 +48,13 @@ class OwnTokens:
             return None
         if self._used.get(token.name, 0.0) <= now - _STEP:
             self._used[token.name] = now
-            await self._records.use_token(token.name, now)
+            # Nobody has to wait for that, nor fail with it.
+            self._records.use_token(token.name, now).addErrback(_not_noted)
         return identity
+
+
+def _not_noted(failure: Failure) -> None:
+    _log.error("Cannot note that a token was used: {e}", e=failure.value)
 
 
 def _hashed(text: str) -> bytes:

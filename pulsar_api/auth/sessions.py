@@ -7,9 +7,13 @@ from collections.abc import Callable
 from attrs import define
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from pulsar_api.auth.gate import Credentials
 from pulsar_api.auth.records import Records, SessionRecord, digest, new_secret
+
+_log = Logger()
 
 IDLE = 12 * 3600.0
 """Seconds without a request after which a session ends."""
@@ -47,8 +51,11 @@ class Sessions:
         await self._records.add_session(digest(id), SessionRecord(user, sealed, now, now))
         return id
 
-    async def find(self, id: str) -> Credentials | None:
-        """Return what a session began with; None if there is no such session any more."""
+    async def find(self, id: str, *, used: bool = True) -> Credentials | None:
+        """Return what a session began with; None if there is no such session any more.
+
+        ``used``: whether this is a sign that somebody is there.
+        """
         now = self._now()
         found = await self._records.session(digest(id))
         if found is None:
@@ -56,8 +63,9 @@ class Sessions:
         if found.created_at <= now - TOTAL or found.seen_at <= now - IDLE:
             await self._records.end_session(digest(id))
             return None
-        if found.seen_at <= now - _STEP:
-            await self._records.see_session(digest(id), now)
+        if used and found.seen_at <= now - _STEP:
+            # Nobody has to wait for that, nor fail with it.
+            self._records.see_session(digest(id), now).addErrback(_not_noted)
         try:
             user, secret = json.loads(AESGCM(_key(id)).decrypt(_NONCE, found.sealed, None))
         except InvalidTag:
@@ -68,6 +76,15 @@ class Sessions:
         """End a session."""
         await self._records.end_session(digest(id))
 
+    async def user(self, id: str) -> str | None:
+        """Return whose session it is, whatever that one may by now."""
+        found = await self._records.session(digest(id))
+        return None if found is None else found.user
+
     async def end_all(self, user: str) -> None:
         """End all sessions of somebody."""
         await self._records.end_sessions(user)
+
+
+def _not_noted(failure: Failure) -> None:
+    _log.error("Cannot note that a session is used: {e}", e=failure.value)

@@ -5,13 +5,13 @@ import binascii
 import re
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import wraps
-from http.cookies import CookieError, SimpleCookie
 from typing import Any, Concatenate, ParamSpec
 
 from attrs import define, field
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 from twisted.web.server import Request
 
 from pulsar_api.auth.audit import AuditLog
@@ -21,16 +21,15 @@ from pulsar_api.auth.rights import Caller, Policy, Right
 from pulsar_api.auth.sessions import TOTAL, Sessions
 from pulsar_api.errors import NotAuthenticated, PulsarError
 from pulsar_api.service import TaskService
-from pulsar_api.web.origin import Origins
+from pulsar_api.web.origin import ForeignOrigin, Origins
 from pulsar_api.web.reply import header
 
 _log = Logger()
 
 RECHECK = 5.0
 """Seconds between two looks whether who is being answered still may."""
-REFUSALS = 100
-"""Wrong credentials in a minute that are written down each; else a flood of them would
-push everything else out of the audit log."""
+GRACE = 300.0
+"""Seconds for which an open stream goes on while nobody can say who it is for."""
 IS_TOKEN = "x-oauth-basic"  # noqa: S105
 """The password that says that the user name is a token (release 0.6, GitHub)."""
 _MOST = 4096  # characters of credentials
@@ -62,16 +61,10 @@ def parse_authorization(text: str) -> Credentials | None:
     return Credentials(user, password)
 
 
-def session_id(cookie: str) -> str | None:
-    """Return the session's id of a Cookie header (RFC 6265), under either name."""
-    try:
-        found = SimpleCookie(cookie[:_MOST])
-    except CookieError:
-        return None
-    for name in (cookie_name(secure=True), cookie_name(secure=False)):
-        if name in found:
-            return found[name].value[:_MOST]
-    return None
+def cookies(text: str) -> dict[str, str]:
+    """Return the cookies of a header (RFC 6265); one that is odd hides no other."""
+    pairs = [part.partition("=") for part in text.split(";")]
+    return {name.strip(): value.strip() for name, equals, value in pairs if equals}
 
 
 def cookie_name(*, secure: bool) -> str:
@@ -85,7 +78,8 @@ class _Held:
 
     shown: Credentials | str
     caller: Caller
-    since: float
+    sure: float
+    """When it was last certain that they may."""
     end: Callable[[], object]
 
 
@@ -103,9 +97,10 @@ class Access:
     policy: Policy = field(factory=Policy)
     _held: dict[_Held, None] = field(factory=dict, init=False)
     _next: IDelayedCall | None = field(default=None, init=False)
-    _minute: float = field(default=0.0, init=False)
-    _refusals: int = field(default=0, init=False)
-    """Wrong credentials since then."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.gate is not None:
+            self.gate.refused = self._refused
 
     async def enter(self, request: Request, right: Right) -> Guard:
         """Return the tasks as whoever sends this may see them by this right.
@@ -113,8 +108,15 @@ class Access:
         Raises `NotAuthenticated`, `TooManyFailures`, `ProviderUnavailable`; and
         `ForeignOrigin` for what a browser sends for another site.
         """
-        self.origins.check(request, navigation=right is Right.READ)
         shown = self.shown(request)
+        try:
+            self.origins.check(request, navigation=right is Right.READ)
+            if right is Right.KILL and isinstance(shown, str) and request.method != b"POST":
+                raise ForeignOrigin  # noqa: TRY301 - a link may be from anywhere
+        except ForeignOrigin:
+            caller = Caller(None, self.origins.address(request), "another site", ())
+            self.audit.write(caller, right, allowed=False, path=_path(request))
+            raise
         caller = await self.caller(shown, self.origins.address(request))
         if shown is not None:
             transport: Any = request.transport
@@ -131,11 +133,22 @@ class Access:
         given = header(request, "authorization")
         if given:
             return parse_authorization(given) or Credentials("", "")
-        cookie = header(request, "cookie")
-        return session_id(cookie) if cookie else None
+        return self.session(request)
 
-    async def caller(self, shown: Credentials | str | None, address: str) -> Caller:
-        """Return who shows this; raises as `enter`."""
+    def session(self, request: Request) -> str | None:
+        """Return the id of the session that a request belongs to."""
+        found = cookies(header(request, "cookie"))
+        # Over HTTPS the name that no other host can have set, and no other.
+        return found.get(cookie_name(secure=self.secure(request)))
+
+    def secure(self, request: Request) -> bool:
+        """Return whether the browser is connected by HTTPS, be it to a proxy."""
+        return self.origins.base(request).startswith("https:")
+
+    async def caller(
+        self, shown: Credentials | str | None, address: str, *, used: bool = True
+    ) -> Caller:
+        """Return who shows this; raises as `enter`. ``used``: if a session is by that."""
         if self.gate is None:
             return Caller(None, address)
         if shown is None:
@@ -144,40 +157,28 @@ class Access:
         credentials: Credentials | None
         if isinstance(shown, str):
             assert self.sessions is not None
-            credentials = await self.sessions.find(shown)
+            credentials = await self.sessions.find(shown, used=used)
             means = " session"
             if credentials is None:
                 raise NotAuthenticated
         else:
             credentials = shown
         try:
-            identity = await self.gate.identify(credentials, address)
+            guess = not isinstance(shown, str)
+            identity = await self.gate.identify(credentials, address, guess=guess)
         except NotAuthenticated:
-            self._refused(credentials, address)
+            if isinstance(shown, str) and self.sessions is not None:
+                await self.sessions.end(shown)
             raise
         grants = self.policy.grants(identity)
         return Caller(identity.name, address, identity.means + means, grants)
 
     def _refused(self, credentials: Credentials, address: str) -> None:
-        now = self.clock.seconds()
-        if now >= self._minute + 60:
-            self._sum_up()
-            self._minute, self._refusals = now, 0
-        self._refusals += 1
-        if self._refusals > REFUSALS:
-            return
         # A name that might be a token is not written down.
         known = _LOGIN.fullmatch(credentials.user) is not None
         caller = Caller(None, address, "unknown", ())
         more = {"user": credentials.user} if known else {}
         self.audit.write(caller, "sign-in", allowed=False, **more)
-
-    def _sum_up(self) -> None:
-        """Say how many refusals were not written down one by one."""
-        if self._refusals > REFUSALS:
-            caller = Caller(None, "many addresses", "unknown", ())
-            more = self._refusals - REFUSALS
-            self.audit.write(caller, "sign-in", allowed=False, times=more)
 
     # -- who is let in now need not be in a minute
 
@@ -199,7 +200,7 @@ class Access:
 
     def release(self) -> None:
         """Look no more."""
-        self._sum_up()
+        self.audit.close()
         if self._next is not None and self._next.active():
             self._next.cancel()
         self._held.clear()
@@ -209,24 +210,37 @@ class Access:
         now = self.clock.seconds()
         callers: dict[tuple[Credentials | str, str], list[_Held]] = {}
         for held in self._held:
-            if held.since <= now - RECHECK:
+            if held.sure <= now - RECHECK:
                 callers.setdefault((held.shown, held.caller.address), []).append(held)
         for (shown, address), some in callers.items():
             looking = Deferred.fromCoroutine(self._look(shown, address, some))
-            looking.addErrback(lambda f: _log.failure("Cannot look who still may", f))
+            looking.addErrback(self._cannot_look, some)
         if self._held:
             self._next = self.clock.callLater(RECHECK, self._recheck)
+
+    def _cannot_look(self, failure: Failure, some: list[_Held]) -> None:
+        _log.failure("Cannot look who still may", failure)
+        for held in some:
+            self._held.pop(held, None)
+            held.end()
 
     async def _look(
         self, shown: Credentials | str, address: str, some: list[_Held]
     ) -> None:
+        now = self.clock.seconds()
         grants = None
+        unsure = False
         try:
-            grants = (await self.caller(shown, address)).grants
-        except PulsarError as e:
+            grants = (await self.caller(shown, address, used=False)).grants
+        except NotAuthenticated as e:
             _log.info("{who} is let in no more: {e}", who=some[0].caller.who, e=e)
+        except PulsarError as e:
+            _log.warn("Nobody knows whether {who} may: {e}", who=some[0].caller.who, e=e)
+            unsure = True
         for held in some:
-            if held.caller.grants != grants and held in self._held:
+            if held.caller.grants == grants:
+                held.sure = now
+            elif held in self._held and not (unsure and now < held.sure + GRACE):
                 del self._held[held]
                 held.end()
 
@@ -255,6 +269,11 @@ def needs(
         return found  # type: ignore[no-any-return]
 
     return decorate
+
+
+def _path(request: Request) -> str:
+    path: bytes = request.path
+    return path.decode("utf-8", "replace")
 
 
 def set_session(request: Request, id: str, *, secure: bool) -> None:

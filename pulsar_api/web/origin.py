@@ -1,6 +1,7 @@
 """Where a request comes from and where our links point; the Host header is not believed."""
 
 import re
+from collections.abc import Callable
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -12,7 +13,7 @@ from pulsar_api.errors import PulsarError
 from pulsar_api.settings import is_loopback
 
 _HOST = re.compile(r"(\[[0-9a-f:]+\]|[a-z0-9_.-]+)(:[0-9]{1,5})?")
-_ADDRESS = re.compile(r"[0-9a-fA-F:.]{2,45}")
+_PORT = re.compile(r"([0-9.]+):[0-9]+|\[([0-9a-fA-F:.]+)\](?::[0-9]+)?")
 
 
 class UnknownHost(PulsarError):
@@ -43,7 +44,9 @@ class Origins:
     names: frozenset[str] = field(default=frozenset())
     """Host names that are ours beside the loopback ones; ``*.example`` for all below."""
     proxies: frozenset[str] = field(default=frozenset())
-    """Addresses whose ``X-Forwarded-For`` is believed."""
+    """Addresses whose ``X-Forwarded-For`` is believed; ``unix`` for such sockets."""
+    more_names: Callable[[], frozenset[str]] = frozenset
+    """Names that may change: those of the certificate."""
 
     def base(self, request: Request) -> str:
         """Return the URL that links begin with, without a slash at the end."""
@@ -61,17 +64,19 @@ class Origins:
 
     def address(self, request: Request) -> str:
         """Return where a request comes from: an IP address, or "a local user"."""
-        peer = getattr(request.getClientAddress(), "host", None) or "a local user"
+        host = getattr(request.getClientAddress(), "host", None)
+        peer = "unix" if host is None else _address(host) or host
         if peer in self.proxies:
             said = ",".join(request.requestHeaders.getRawHeaders("x-forwarded-for", []))
             # From the right: what stands further left, anybody can have written.
-            for hop in reversed([text.strip() for text in said.split(",")]):
-                if not _ADDRESS.fullmatch(hop):
+            for hop in reversed(said.split(",")):
+                address = _address(hop.strip())
+                if address is None:
                     break
-                peer = hop
-                if hop not in self.proxies:
+                peer = address
+                if peer not in self.proxies:
                     break
-        return peer
+        return "a local user" if peer == "unix" else peer
 
     def check_host(self, request: Request) -> None:
         """Raise `UnknownHost` if the Host header names a host that is not known to be ours.
@@ -115,4 +120,19 @@ class Origins:
         name = found[1].strip("[]")
         if name == "localhost" or name.endswith(".localhost") or is_loopback(name):
             return True
-        return name in self.names or f"*.{name.partition('.')[2]}" in self.names
+        names = self.names | self.more_names()
+        return name in names or any(
+            name.endswith(known[1:]) for known in names if known.startswith("*.")
+        )
+
+
+def _address(text: str) -> str | None:
+    """Return an IP address as one text, without a port; None if it is none."""
+    found = _PORT.fullmatch(text)
+    if found is not None:
+        text = found[1] or found[2]
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return None
+    return str(getattr(address, "ipv4_mapped", None) or address)

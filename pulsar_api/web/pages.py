@@ -96,6 +96,10 @@ class Root(Resource):
 
     def render(self, request: Request) -> bytes | int:
         """Refuse a path that would be routed as something else than it says."""
+        headers = request.requestHeaders.getAllRawHeaders()
+        if not all(_is_text(value) for _, values in headers for value in values):
+            detail = "A header is not UTF-8."
+            return problem(request, 400, "malformed", "Bad Request", detail)
         try:
             self._origins.check_host(request)
         except UnknownHost as e:
@@ -135,3 +139,12 @@ class Root(Resource):
             return self._jobs
         of_task = segments[0] == b"task" and segments[2:3] in ([b"log"], [b"events"])
         return self._follow if of_task or segments[0] == b"events" else self._api
+
+
+def _is_text(value: bytes) -> bool:
+    if not value.isascii():
+        try:
+            value.decode()
+        except UnicodeDecodeError:
+            return False
+    return True

@@ -1,14 +1,18 @@
 """Signing in and out with a browser: a form, or GitHub's OAuth flow."""
 
+import base64
 import hmac
+import json
 import re
-from collections import OrderedDict
+import secrets
 from html import escape
 from importlib.resources import files
 from typing import ClassVar
 from urllib.parse import quote
 
-from attrs import define, field, frozen
+from attrs import define, field
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from klein import Klein
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.server import Request
@@ -16,10 +20,10 @@ from twisted.web.server import Request
 from pulsar_api import wire
 from pulsar_api.auth.gate import Credentials
 from pulsar_api.auth.github import GitHub
-from pulsar_api.auth.records import digest, new_secret
+from pulsar_api.auth.records import new_secret
 from pulsar_api.auth.rights import Caller
-from pulsar_api.errors import InvalidInput, NotAuthenticated, PulsarError
-from pulsar_api.web.access import IS_TOKEN, Access, set_session
+from pulsar_api.errors import InvalidInput, NotAuthenticated
+from pulsar_api.web.access import IS_TOKEN, Access, cookies, set_session
 from pulsar_api.web.reply import header, new_app, page, reply
 from pulsar_api.web.tasks import query_of
 
@@ -27,19 +31,9 @@ START = "/web/"
 """Where who has signed in is sent, unless they wanted to see something else."""
 PENDING = 600.0
 """Seconds for a sign-in at GitHub."""
-_MOST_PENDING = 10_000
-_COOKIE = "pulsar-login"
+_NONCE = 12  # bytes
 _LOCAL = re.compile(r"/(?![/\\])[!-\[\]-~]{0,2000}")
 _HTML = "text/html; charset=utf-8"
-
-
-@frozen
-class _Pending:
-    browser: str
-    """The digest of what the browser that began has in a cookie."""
-    verifier: str
-    next: str
-    until: float
 
 
 @define(eq=False, slots=False)
@@ -52,7 +46,8 @@ class SignIn:
     clock: IReactorTime
     github: GitHub | None = None
     """With an OAuth app, or None."""
-    _pending: OrderedDict[str, _Pending] = field(factory=OrderedDict, init=False)
+    _key: AESGCM = field(factory=lambda: AESGCM(AESGCM.generate_key(256)), init=False)
+    """Seals what a browser keeps for us while it is at GitHub."""
     _page: str = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -83,16 +78,12 @@ class SignIn:
         """Send the browser to GitHub."""
         github = self._github()
         assert github.oauth is not None
-        now = self.clock.seconds()
-        while self._pending and (
-            len(self._pending) >= _MOST_PENDING
-            or next(iter(self._pending.values())).until <= now
-        ):
-            self._pending.popitem(last=False)
-        state, verifier, browser = new_secret(), new_secret(), new_secret()
+        state, verifier = new_secret(), new_secret()
         target = local(query_of(request).get("next", ""))
-        self._pending[state] = _Pending(digest(browser), verifier, target, now + PENDING)
-        self._remember(request, browser)
+        begun = [state, verifier, target, self.clock.seconds() + PENDING]
+        nonce = secrets.token_bytes(_NONCE)
+        sealed = nonce + self._key.encrypt(nonce, json.dumps(begun).encode(), None)
+        self._remember(request, base64.urlsafe_b64encode(sealed).decode())
         callback = self._callback(request)
         url = github.oauth.authorize_url(state, verifier, callback, github.scope)
         return self._send_to(request, url)
@@ -102,28 +93,24 @@ class SignIn:
         """Take a browser back from GitHub, with a code that is good for a token."""
         github = self._github()
         query = query_of(request)
-        pending = self._pending.pop(query.get("state", ""), None)
-        browser = request.getCookie(_COOKIE.encode()) or b""
+        begun = self._begun(request, query.get("state", ""))
         self._remember(request, "")
-        if (
-            pending is None
-            or pending.until <= self.clock.seconds()
-            or not hmac.compare_digest(digest(browser.decode("latin-1")), pending.browser)
-        ):
+        if begun is None:
             detail = "This sign-in was not begun here, or too long ago. Try again."
             return self._form(request, START, detail, 403)
+        verifier, target = begun
         code = query.get("code", "")
         token = None
         if code:
             callback = self._callback(request)
-            token = await github.token_for(code, pending.verifier, callback)
+            token = await github.token_for(code, verifier, callback)
         try:
             # Without a token it is somebody whom no provider takes.
             await self._begin(request, Credentials("", token or ""))
         except NotAuthenticated:
             detail = "GitHub did not confirm it, or you are not let in here."
-            return self._form(request, pending.next, detail, 403)
-        return self._send_to(request, pending.next)
+            return self._form(request, target, detail, 403)
+        return self._send_to(request, target)
 
     @app.route("/login/me", methods=["GET"])
     async def me(self, request: Request) -> bytes:
@@ -141,21 +128,39 @@ class SignIn:
         """End this session; with ``everywhere=1`` all of the same user."""
         self.access.origins.check(request)
         everywhere = wire.parse_flag(query_of(request), "everywhere")
-        shown = self.access.shown(request)
+        id = self.access.session(request)
         sessions = self.access.sessions
-        if isinstance(shown, str) and sessions is not None:
-            try:
-                caller = await self._caller(request)
-            except PulsarError:
-                caller = Caller(None, self.access.origins.address(request))
-            self.access.audit.write(caller, "sign-out", allowed=True)
-            await sessions.end(shown)
-            if everywhere and caller.name is not None:
-                await sessions.end_all(caller.name)
-        set_session(request, "", secure=self._secure(request))
+        user = None if id is None or sessions is None else await sessions.user(id)
+        if sessions is not None and id is not None and user is not None:
+            address = self.access.origins.address(request)
+            caller = Caller(user, address, "session")
+            what = "sign-out everywhere" if everywhere else "sign-out"
+            self.access.audit.write(caller, what, allowed=True)
+            await sessions.end(id)
+            if everywhere:
+                await sessions.end_all(user)
+        set_session(request, "", secure=self.access.secure(request))
         return self._send_to(request, "/login")
 
     # -- what they share
+
+    def _begun(self, request: Request, state: str) -> tuple[str, str] | None:
+        """Return the verifier and the target of the sign-in that this browser began."""
+        text = cookies(header(request, "cookie")).get(self._login_cookie(request), "")
+        try:
+            sealed = base64.urlsafe_b64decode(text)
+            data = self._key.decrypt(sealed[:_NONCE], sealed[_NONCE:], None)
+        except (ValueError, InvalidTag):
+            return None
+        expected, verifier, target, until = json.loads(data)
+        if until <= self.clock.seconds() or not hmac.compare_digest(
+            expected.encode(), state.encode("utf-8", "replace")
+        ):
+            return None
+        return verifier, target
+
+    def _login_cookie(self, request: Request) -> str:
+        return "__Host-pulsar-login" if self.access.secure(request) else "pulsar-login"
 
     async def _caller(self, request: Request) -> Caller:
         address = self.access.origins.address(request)
@@ -169,11 +174,11 @@ class SignIn:
         address = self.access.origins.address(request)
         caller = await self.access.caller(credentials, address)
         assert caller.name is not None
-        old = self.access.shown(request)
-        if isinstance(old, str):
+        old = self.access.session(request)
+        if old is not None:
             await sessions.end(old)
         id = await sessions.begin(caller.name, credentials)
-        set_session(request, id, secure=self._secure(request))
+        set_session(request, id, secure=self.access.secure(request))
         self.access.audit.write(caller, "sign-in", allowed=True)
 
     def _github(self) -> GitHub:
@@ -184,14 +189,12 @@ class SignIn:
     def _callback(self, request: Request) -> str:
         return f"{self.access.origins.base(request)}/login/callback"
 
-    def _secure(self, request: Request) -> bool:
-        return self.access.origins.base(request).startswith("https:")
-
     def _remember(self, request: Request, value: str) -> None:
         age = int(PENDING) if value else 0
-        flags = "; Secure" if self._secure(request) else ""
+        flags = "; Secure" if self.access.secure(request) else ""
         text = (
-            f"{_COOKIE}={value}; Path=/login; Max-Age={age}; HttpOnly; SameSite=Lax{flags}"
+            f"{self._login_cookie(request)}={value}; Path=/; Max-Age={age}; HttpOnly; "
+            f"SameSite=Lax{flags}"
         )
         request.responseHeaders.addRawHeader("Set-Cookie", text)
 

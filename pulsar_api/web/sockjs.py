@@ -151,22 +151,42 @@ class SockJS:
 
     def visit(self, request: Request) -> Visit:
         """Return a visit, whose visitor may not be known yet."""
-        visit = Visit(
-            self.access, self.feed, self.clock, self.access.origins.address(request)
-        )
-        visit.begin(self.access.shown(request))
+        address = self.access.origins.address(request)
+        shown = self.access.shown(request)
+        visit = Visit(self.access, self.feed, self.clock, address, shown)
+        visit.begin()
         return visit
 
     def _is_theirs(self, request: Request, session: _Session) -> bool:
-        """Return whether it comes from where the session was opened: names are short."""
-        return session.visit.address == self.access.origins.address(request)
+        """Return whether it is who has opened the session, whose name is no secret."""
+        visit = session.visit
+        if visit.shown is not None and visit.shown != self.access.shown(request):
+            return False
+        return visit.address == self.access.origins.address(request)
 
     def _open(self, request: Request, name: str) -> _Session | None:
-        if len(self._sessions) >= MAX_SESSIONS:
+        if len(self._sessions) >= MAX_SESSIONS and not self._make_room():
             return None
         session = self._sessions[name] = _Session(self.visit(request))
         self._give_back(name, session)
         return session
+
+    def _make_room(self) -> bool:
+        """Forget who has opened a session and not said yet who it is; the oldest first."""
+        for name, session in self._sessions.items():
+            if not session.visit.decided:
+                session.visit.deny()
+                if session.gone is not None:
+                    session.gone.cancel()
+                self._forget(name, session)
+                return True
+        return False
+
+    def _forget(self, name: str, session: _Session) -> None:
+        if self._sessions.get(name) is session:
+            del self._sessions[name]
+        session.gone = None
+        session.visit.close()
 
     def _take(self, session: _Session) -> None:
         session.busy = True
@@ -175,13 +195,9 @@ class SockJS:
             session.gone = None
 
     def _give_back(self, name: str, session: _Session) -> None:
-        def end() -> None:
-            del self._sessions[name]
-            session.visit.close()
-
         session.busy = False
-        if session.gone is None:
-            session.gone = self.clock.callLater(AWAY, end)
+        if session.gone is None and self._sessions.get(name) is session:
+            session.gone = self.clock.callLater(AWAY, self._forget, name, session)
 
     def release(self) -> None:
         """Say goodbye to all, and forget who is between two requests."""

@@ -14,7 +14,7 @@ from pulsar_api.auth.gate import Credentials
 from pulsar_api.auth.rights import Right
 from pulsar_api.changes import Changes
 from pulsar_api.errors import NotAuthenticated, PulsarError
-from pulsar_api.web.access import Access, session_id
+from pulsar_api.web.access import Access, cookie_name, cookies
 from pulsar_api.web.feed import Closed, Feed, Subscription
 
 _log = Logger()
@@ -55,6 +55,8 @@ class Visit:
     _feed: Feed
     _clock: IReactorTime
     address: str
+    shown: Credentials | str | None
+    """What the request showed by which it came."""
     _decided: Changes = field(init=False)
     """Its version is 1 when it is known who it is."""
     _heard: Deferred[str] = field(factory=Deferred, init=False)
@@ -67,9 +69,14 @@ class Visit:
     def __attrs_post_init__(self) -> None:
         self._decided = Changes(self._clock)
 
-    def begin(self, shown: Credentials | str | None) -> None:
+    @property
+    def decided(self) -> bool:
+        """Whether it is known who it is, or that it is nobody."""
+        return self._decided.version > 0
+
+    def begin(self) -> None:
         """Find out who it is: by its request, or by the first thing that it says."""
-        self._deciding = Deferred.fromCoroutine(self._decide(shown))
+        self._deciding = Deferred.fromCoroutine(self._decide(self.shown))
         self._deciding.addErrback(_ended)
 
     async def _decide(self, shown: Credentials | str | None) -> None:
@@ -144,7 +151,9 @@ def _shown(text: str) -> Credentials | str | None:
     if isinstance(token, str):
         return Credentials("", token)
     if isinstance(cookie, str):
-        return session_id(cookie) or cookie[:MAX_ID]
+        found = cookies(cookie)
+        names = [cookie_name(secure=secure) for secure in (True, False)]
+        return next((found[n] for n in names if n in found), cookie[:MAX_ID])
     return None
 
 

@@ -48,6 +48,12 @@ class GitHubServer(ThreadingHTTPServer):
         self.signed_in: str | None = None
         """The token of who sits before the browser."""
 
+        self.broken_group = self.slow_group = ""
+        """Groups about which nothing is answered but 500, or nothing for long."""
+        self.cookie = ""
+        """What is set with each answer."""
+        self.cookies: list[str] = []
+        """What came back of it."""
         self.connections: list[socket.socket] = []
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -87,6 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub, parts = self.server, urlsplit(self.path)
         hub.asked.append((self.command, parts.path))
         hub.urls.append(self.path)
+        hub.cookies += self.headers.get_all("Cookie") or []
         token = self._token()
         time.sleep(hub.slow.get(token, hub.slow.get("", 0.0)))
         if hub.answer is not None:
@@ -133,6 +140,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _membership(self, group: str, login: str, *, may: bool) -> None:
         hub = self.server
+        if group == hub.slow_group:
+            time.sleep(30)
+        if group == hub.broken_group:
+            self._answer(500, b"")
+            return
         if not may or (group, login) not in hub.members | hub.pending:
             self._json(403 if not may else 404, {"message": "no"})
         else:
@@ -172,6 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
     ) -> None:
         try:
             self.send_response(status)
+            if self.server.cookie:
+                self.send_header("Set-Cookie", self.server.cookie)
             for name, text in (headers or {}).items():
                 self.send_header(name, text)
             if status != 204:

@@ -18,7 +18,7 @@ from pulsar_api.web.pages import Pages
 from pulsar_api.web.signin import SignIn
 from pulsar_api.web.sockjs import SockJS
 from pulsar_api.web.tasks import TaskAPI
-from tests.integration.daemon import PULSAR_API, Answer, Daemon, problem
+from tests.integration.daemon import PULSAR_API, Answer, Daemon, next_answer, problem
 from tests.integration.sockjs import SOCKJS, Transport
 
 PAGE = Path(__file__).parents[2] / "docs" / "access.rst"
@@ -198,13 +198,17 @@ def test_a_route_lets_in_whom_the_table_says(
     right = GUARDED[route]
     method, path = path_of(route, world.failed, "site")
     answer = world.head(method, path, world.shown(role, means))
-    if role in {"nobody", "wrong"}:
+    link = (method, right, means) == ("GET", "kill", "session") and role != "nobody"
+    if role in {"nobody", "wrong"} and not link:
         assert problem(answer, 401)["type"].endswith(":not-authenticated")
         assert "WWW-Authenticate" in answer.headers
     elif ":" not in route:
         # A list: everybody has one, of what they may see.
         assert answer.status == 200
         assert (b"of site" in answer.body) == (route in LISTS and role != "other")
+    elif link:
+        # A link may be from anywhere; a session has to POST.
+        assert problem(answer, 403)["type"].endswith(":foreign-origin")
     elif role == "other" or right not in HAS[role]:
         assert problem(answer, 403)["type"].endswith(":not-allowed")
         assert b"of site" not in answer.body
@@ -323,6 +327,65 @@ def test_a_rebound_name_reaches_nothing(world: World, route: str) -> None:
         headers = {"Host": host, **world.bearer("admin")}
         answer = world.daemon.request(method, quote(path, "/?="), headers=headers)
         assert problem(answer, 421)["type"].endswith(":unknown-host")
+
+
+def test_a_refusal_does_not_tell_what_a_task_is(world: World) -> None:
+    """Whoever may not see it; who may, is told what is missing."""
+    for path in ("", "/log", "/events", "/kill", "/output"):
+        answer = world.daemon.get(f"/task/{world.foreign}{path}", **world.bearer("kill"))
+        assert b"other" not in problem_text(answer)
+        assert f"task {world.foreign}".encode() in problem_text(answer)
+    answer = world.daemon.get(f"/task/{world.failed}/kill", **world.bearer("read"))
+    assert b"site/production/fail" in problem_text(answer)
+
+
+def problem_text(answer: Answer) -> bytes:
+    """Return what a refusal says."""
+    problem(answer, 403)
+    return answer.body
+
+
+def test_a_session_of_sockjs_is_only_for_who_has_opened_it(world: World) -> None:
+    """Its name stands in the URL, and in the log of every proxy."""
+    path = "/websocket/000/stolen/xhr"
+    assert world.daemon.request("POST", path, None, world.bearer("read")).body == b"o\n"
+    for headers in ({}, world.bearer("other")):
+        answer = world.daemon.request("POST", path, None, headers)
+        assert answer.body.startswith(b"c[2010")
+        send = path.replace("xhr", "xhr_send")
+        assert world.daemon.request("POST", send, "[]", headers).status == 404
+
+
+def test_a_key_is_its_users(world: World) -> None:
+    """Nobody can use up the Idempotency-Key of another."""
+    ids = set()
+    for role, app in (("other", "other"), ("admin", "site"), ("run", "site")):
+        headers = {**world.bearer(role), "Idempotency-Key": "release-1"}
+        path = f"/{app}/production?action=deploy"
+        for _ in range(2):
+            ids.add(world.daemon.request("POST", path, None, headers).json()["id"])
+    assert len(ids) == 3
+
+
+@pytest.mark.parametrize("name", ["Host", "Authorization", "Cookie", "Origin", "Accept"])
+def test_a_header_that_is_no_text_is_refused(world: World, name: str) -> None:
+    """By 400, from whoever it comes."""
+    with world.daemon.open_socket() as sock:
+        lines = b"GET /tasks HTTP/1.1\r\nHost: localhost\r\n"
+        if name == "Host":
+            lines = b"GET /tasks HTTP/1.1\r\n"
+        sock.sendall(lines + name.encode() + b": \xff\xfe\r\n\r\n")
+        assert problem(next_answer(sock), 400)["type"].endswith(":malformed")
+    assert "Traceback" not in world.daemon.log.read_text()
+
+
+def test_names_that_are_too_long_are_not_even_compared(world: World) -> None:
+    """Nor written down."""
+    for path in (f"/{'x' * 101}/p", f"/site/{'x' * 101}", "/site/p"):
+        body = json.dumps({"action": "deploy" if "x" in path else "d" * 100_000})
+        headers = {**world.bearer("other"), "Content-Type": "application/json"}
+        answer = world.daemon.request("POST", path, body, headers)
+        assert answer.status == 400
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A team on GitHub: who is let in, what happens while GitHub is away, and for how long."""
 
 import base64
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -420,3 +421,72 @@ def test_nobody_is_sent_to_another_site(team: Team, hub: GitHubServer, target: s
     answer = daemon.get(back, Cookie=f"pulsar-login={browser}")
     assert redirected(answer) in {"/web/", "/%09/evil.example"}
     assert answer.headers["X"] is None
+
+
+def test_signing_out_everywhere_works_while_github_is_ill(
+    team: Team, hub: GitHubServer
+) -> None:
+    """Who has lost a phone can end its session at any time."""
+    daemon = team("user", "alice")
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    sessions = [
+        cookies(daemon.request("POST", "/login", f"password={ALICE}", form))["pulsar"]
+        for _ in range(2)
+    ]
+    hub.answer = (500, b"", {})
+    daemon.process.terminate()
+    daemon.process.wait()
+    daemon.start()  # it remembers nobody
+    problem(daemon.get("/login/me", Cookie=f"pulsar={sessions[0]}"), 503)
+    path = "/logout?everywhere=1"
+    daemon.request("POST", path, None, {"Cookie": f"pulsar={sessions[0]}"})
+    hub.answer = None
+    for session in sessions:
+        problem(daemon.get("/login/me", Cookie=f"pulsar={session}"), 401)
+
+
+def test_strangers_cost_few_questions(
+    team: Team, hub: GitHubServer, tmp_path: Path
+) -> None:
+    """The daemon's own questions are counted: by login, not by what is shown."""
+    hub.own = ("robot", "ghp_robot0000000000")
+    (tmp_path / "password").write_text(hub.own[1])
+    rules = "".join(
+        f'[[rights]]\nwho = "team:acme/t{n}"\nmay = ["read"]\n' for n in range(10)
+    )
+    own = f'auth-username = "robot"\nauth-password-file = "{tmp_path}/password"\n'
+    daemon = team("org", "acme", own + rules)
+    for user in ("eve", "Eve", "eVe"):
+        problem(daemon.get("/login/me", **basic(user, EVE)), 401)
+    assert [path for _, path in hub.asked if path != "/user"] == ["/orgs/acme/members/eve"]
+
+
+def test_one_group_that_cannot_be_asked_ends_all_questions(
+    team: Team, hub: GitHubServer
+) -> None:
+    """None of them stays open behind the answer."""
+    daemon = team("team", "acme/ops,acme/dev", '[[rights]]\nwho = "*"\nmay = ["read"]\n')
+    hub.broken_group = "acme/ops"
+    hub.slow_group = "acme/dev"
+    problem(asked(daemon, ALICE), 503)
+    folder = Path(f"/proc/{daemon.process.pid}/fd")
+
+    def sockets() -> int:
+        return sum(
+            "socket" in os.readlink(fd) for fd in folder.iterdir() if fd.is_symlink()
+        )
+
+    few = sockets()
+    for number in range(5):
+        hub.users[f"ghp_more{number}0000000"] = "Alice"
+        problem(asked(daemon, f"ghp_more{number}0000000"), 503)
+    wait_for(lambda: sockets() <= few + 1, "the connections to end")
+
+
+def test_no_cookie_of_github_is_kept(team: Team, hub: GitHubServer) -> None:
+    """One user's must not go with the next one's token."""
+    daemon = team("user", "alice,bob")
+    hub.cookie = "session=alice"
+    assert asked(daemon, ALICE).status == 200
+    assert asked(daemon, BOB).status == 200
+    assert hub.cookies == []

@@ -157,7 +157,7 @@ def test_the_session_of_a_browser(start: Start, tmp_path: Path, tls: bool) -> No
         problem(daemon.get("/login/me", **one), 401)
     means = {(e["what"], e["means"], e["allowed"]) for e in audit(daemon, "--user", "joe")}
     assert ("sign-in", "static", True) in means
-    assert ("sign-out", "static session", True) in means
+    assert ("sign-out", "session", True) in means
 
 
 def test_a_session_is_never_one_that_the_browser_brought(static: Daemon) -> None:
