@@ -76,6 +76,12 @@ def measure(here: Place, options: argparse.Namespace) -> None:
     finished(connection, large)
     path = f"/task/{create(connection, 'sleep')}?output=none"
     connection.close()
+    # The first wrong token opens the database of tokens, which stays open.
+    guess = here.connect(server)
+    guess.authorization = b"Authorization: Bearer pulsar_wrong\r\n"
+    guess.send(request("GET", "/tasks"))
+    assert guess.socket.recv(65536).startswith(b"HTTP/1.1 401 ")
+    guess.close()
     server.rest()
     report(server, path, CALM, "before")
     usual = files(server)
