@@ -73,7 +73,16 @@ _BROKEN = (
 )
 _GATEWAY = frozenset({502, 503, 504})  # of a proxy, while the daemon is away
 _AGAIN = frozenset(
-    {"gateway", "key-in-flight", "starting", "stopping", "too-many-connections"}
+    {
+        "gateway",
+        "key-in-flight",
+        "provider-unavailable",
+        "starting",
+        "stopping",
+        "too-many-connections",
+        "too-many-from-address",
+        "too-many-requests",
+    }
 )
 
 

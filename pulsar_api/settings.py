@@ -68,10 +68,12 @@ class Settings:
     )
     auth_password: str | None = _option(
         parse.text,
-        "the password, or token, of that; others on this machine see it, so rather:",
+        "that user's password or token; others on this machine see it: rather a file",
         secret=True,
     )
-    auth_password_file: str | None = _option(parse.text, "file that holds it")
+    auth_password_file: str | None = _option(
+        parse.text, "file that holds that user's password or token"
+    )
     auth_provider: str | None = _option(
         parse.one_of(*PROVIDERS), "who knows the users: github, static or tokens [github]"
     )

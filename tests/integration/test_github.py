@@ -2,6 +2,7 @@
 
 import base64
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 import pytest
 
 from tests.integration.conftest import Start
-from tests.integration.daemon import Answer, Daemon, problem, wait_for
+from tests.integration.daemon import PATIENCE, PULSAR_API, Answer, Daemon, problem, wait_for
 from tests.integration.github import CLIENT_ID, CLIENT_SECRET, GitHubServer, github
 
 ALICE, BOB, EVE = "ghp_alice0000000000", "gho_bob000000000000", "ghp_eve0000000000000"
@@ -490,3 +491,17 @@ def test_no_cookie_of_github_is_kept(team: Team, hub: GitHubServer) -> None:
     assert asked(daemon, ALICE).status == 200
     assert asked(daemon, BOB).status == 200
     assert hub.cookies == []
+
+
+def test_the_command_line_waits_for_github(team: Team, hub: GitHubServer) -> None:
+    """It goes on when GitHub does, as over any other interruption."""
+    daemon = team("user", "alice")
+    hub.answer = (502, b"", {})
+    with subprocess.Popen(
+        [*PULSAR_API, "tasks", "--json", "--url", daemon.base],
+        env={**os.environ, "PULSAR_API_TOKEN": ALICE},
+        stdout=subprocess.PIPE,
+    ) as asking:
+        wait_for(lambda: hub.asked, "the question")
+        hub.answer = None
+        assert asking.wait(PATIENCE) == 0
