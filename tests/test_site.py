@@ -11,11 +11,11 @@ from twisted.internet.testing import StringTransport
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
+from pulsar_api.web.refusals import PENALTY
 from pulsar_api.web.site import (
     BURST,
     IDLE,
     LINGER,
-    PENALTY,
     STALL,
     YIELD,
     BoundedSite,

@@ -1,6 +1,5 @@
 """The bounds that ``twisted.web`` lacks: deadlines, sizes, numbers; and no access log."""
 
-import math
 from collections import OrderedDict
 from typing import Any, cast
 
@@ -17,18 +16,23 @@ from twisted.web.http import HTTPChannel
 from twisted.web.http import Request as HTTPRequest
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IRequest
-from twisted.web.resource import IResource, Resource
-from twisted.web.server import NOT_DONE_YET, Request, Site
+from twisted.web.resource import IResource
+from twisted.web.server import Request, Site
 
-from pulsar_api import wire
 from pulsar_api.web import limits
 from pulsar_api.web.headers import ALWAYS
-from pulsar_api.web.reply import problem
+from pulsar_api.web.refusals import (
+    BODY_DEADLINE,
+    HEAD_DEADLINE,
+    MALFORMED,
+    MAX_BODY,
+    TOO_LARGE,
+    TOO_MANY,
+    TOO_MANY_FROM_ADDRESS,
+    TOO_SLOW,
+    TooManyRequests,
+)
 
-HEAD_DEADLINE = 10.0
-"""Seconds from a request's first byte to the end of its head, however it trickles."""
-BODY_DEADLINE = 30.0
-"""Seconds for the whole body."""
 IDLE = 60.0
 """Seconds that a connection may stay open between two requests."""
 STALL = 3600.0
@@ -40,60 +44,9 @@ YIELD = 10.0
 """Seconds after which a connection that does nothing gives way when all are taken."""
 BURST = 5
 """Seconds' worth of requests that an address may send at once."""
-PENALTY = 1.0
-"""Seconds after which who asks too often is told so."""
 LINGER = 2.0
 """Seconds in which a refused client can read why, before the connection is cut."""
-MAX_BODY = 1 << 20
 _MAX_REFUSED = 64  # connections that are being told that there are too many
-
-
-def _raw_problem(
-    status: int, reason: str, type_: str, detail: str, more: str = ""
-) -> bytes:
-    body = wire.problem(status, type_, reason, detail)
-    more += "".join(f"{name}: {value}\r\n" for name, value in ALWAYS)
-    head = (
-        f"HTTP/1.1 {status} {reason}\r\nContent-Type: {wire.PROBLEM}\r\n{more}"
-        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    )
-    return head.encode() + body
-
-
-_TOO_LARGE = _raw_problem(
-    413,
-    "Content Too Large",
-    "body-too-large",
-    f"A body may have {MAX_BODY} bytes at most.",
-)
-_TOO_SLOW = _raw_problem(
-    408,
-    "Request Timeout",
-    "too-slow",
-    f"The head of a request must arrive within {HEAD_DEADLINE:g} seconds, its body "
-    f"within {BODY_DEADLINE:g} more.",
-)
-_MALFORMED = _raw_problem(
-    400,
-    "Bad Request",
-    "malformed",
-    "This is no HTTP/1.1 request whose head has 16 KiB at most.",
-)
-_TOO_MANY = _raw_problem(
-    503,
-    "Service Unavailable",
-    "too-many-connections",
-    "The daemon has as many connections as it can serve; try again in a moment.",
-    "Retry-After: 5\r\n",
-)
-_TOO_MANY_FROM_ADDRESS = _raw_problem(
-    429,
-    "Too Many Requests",
-    "too-many-from-address",
-    "Your address has as many connections open as one may have; close some, or try again "
-    "in a moment.",
-    "Retry-After: 5\r\n",
-)
 
 
 class BoundedRequest(Request):
@@ -106,13 +59,13 @@ class BoundedRequest(Request):
         """Refuse a body that announces itself as too large before it is sent."""
         super().gotLength(0)  # always in memory, never a temporary file
         if length is not None and length > MAX_BODY:
-            self.channel.refuse(_TOO_LARGE)
+            self.channel.refuse(TOO_LARGE)
 
     def handleContentChunk(self, data: bytes) -> None:
         """Count while it arrives: a chunked body announces nothing."""
         self._received += len(data)
         if self._received > MAX_BODY:
-            self.channel.refuse(_TOO_LARGE)
+            self.channel.refuse(TOO_LARGE)
         else:
             super().handleContentChunk(data)
 
@@ -162,7 +115,7 @@ class BoundedChannel(HTTPChannel):
 
     def lineLengthExceeded(self, line: bytes) -> None:
         """Say why, where Twisted would only hang up."""
-        self.refuse(_MALFORMED)
+        self.refuse(MALFORMED)
 
     def allHeadersReceived(self) -> None:
         """The head is there in time."""
@@ -259,7 +212,7 @@ class BoundedChannel(HTTPChannel):
 
     def _respondToBadRequestAndDisconnect(self) -> None:
         # Twisted's own answer has no body. If this hook went away, that would come back.
-        self.refuse(_MALFORMED)
+        self.refuse(MALFORMED)
 
     def _send100Continue(self) -> None:
         if not self._refused:
@@ -277,7 +230,7 @@ class BoundedChannel(HTTPChannel):
         if self._refused:
             self.transport.abortConnection()
         else:
-            self.refuse(_TOO_SLOW)
+            self.refuse(TOO_SLOW)
 
 
 class _Full(Protocol):
@@ -306,34 +259,6 @@ class _Full(Protocol):
         self._site.refused -= 1
         if self._cut is not None and self._cut.active():
             self._cut.cancel()
-
-
-class _TooManyRequests(Resource):
-    """Says when an address may ask again, and takes its time to say so.
-
-    At once it would cost others: one address got 17,000 such answers in a second, and a
-    processor with them. Nothing is read from the connection meanwhile.
-    """
-
-    isLeaf = True
-
-    def __init__(self, clock: IReactorTime, wait: float) -> None:
-        super().__init__()
-        self._clock = clock
-        self._wait = max(1, math.ceil(wait))
-
-    def render(self, request: Request) -> int:
-        later = self._clock.callLater(PENALTY, self._answer, request)
-        request.notifyFinish().addErrback(lambda _: later.cancel())
-        return NOT_DONE_YET
-
-    def _answer(self, request: Request) -> None:
-        request.setHeader("Retry-After", str(self._wait))
-        detail = f"Your address asks too often; wait {self._wait} s, then ask again."
-        title = "Too many requests"
-        body = problem(request, 429, "too-many-requests", title, detail)
-        request.write(b"" if request.method == b"HEAD" else body)
-        request.finish()
 
 
 @frozen
@@ -383,10 +308,10 @@ class BoundedSite(Site):
         """Return a channel, or something that says that there are too many."""
         source = limits.source(addr)
         if not self._places.take(source):
-            return _Full(self, _TOO_MANY_FROM_ADDRESS)
+            return _Full(self, TOO_MANY_FROM_ADDRESS)
         if self.connections >= self.most and not self._make_room():
             self._places.give_back(source)
-            return _Full(self, _TOO_MANY)
+            return _Full(self, TOO_MANY)
         self.connections += 1
         channel = cast("BoundedChannel", super().buildProtocol(addr))
         channel.source = source
@@ -410,7 +335,7 @@ class BoundedSite(Site):
         """Return who answers: before any routing, whether the address asks too often."""
         wait = self._rate.wait(request.channel.source)
         if wait:
-            return _TooManyRequests(self.reactor, wait)
+            return TooManyRequests(self.reactor, wait)
         return super().getResourceFor(request)
 
     def strict(self, answer: bytes, transport: object) -> bytes:
