@@ -64,10 +64,10 @@ def end_all(state: Path) -> list[int]:
     keeps the result for the next daemon.
     """
     folders = (state / "tasks").glob("[0-9]*")
-    alive = sorted(int(folder.name) for folder in folders if alive(folder) > 0)
-    for number in alive:
+    found = sorted(int(folder.name) for folder in folders if alive(folder) > 0)
+    for number in found:
         terminate(state / "tasks" / str(number))
-    return alive
+    return found
 
 
 @frozen
