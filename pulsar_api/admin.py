@@ -6,10 +6,9 @@ import json
 import os
 import re
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from pulsar_api.auth.records import (
 from pulsar_api.auth.rights import Caller, Grant, Right
 from pulsar_api.errors import StoreUnavailable
 
+_Now = Callable[[], float]
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
 
@@ -104,10 +104,13 @@ def add_to(commands: Any) -> None:
     audit.set_defaults(local=_audit)
 
 
-def run(given: argparse.Namespace) -> int:
-    """Run the command that was given; return its exit status."""
+def run(given: argparse.Namespace, now: Callable[[], float]) -> int:
+    """Run the command that was given; return its exit status.
+
+    ``now`` gives the seconds since the epoch.
+    """
     try:
-        given.local(given)
+        given.local(given, now)
     except (_Failed, StoreUnavailable) as e:
         print("pulsar-api:", e, file=sys.stderr)
         return 1
@@ -121,11 +124,11 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(","))
 
 
-def _date(text: str) -> float:
+def _date(text: str) -> datetime | timedelta:
     if re.fullmatch(r"[0-9]{1,5}", text):
-        return time.time() + int(text) * 86400
+        return timedelta(days=int(text))
     try:
-        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).timestamp()
+        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no date like 2027-01-31") from None
 
@@ -141,18 +144,18 @@ def _state(given: argparse.Namespace) -> Path:
     return state
 
 
-def _end_tasks(given: argparse.Namespace) -> None:
+def _end_tasks(given: argparse.Namespace, _: _Now) -> None:
     ended = process.end_all(Path(given.state_dir))
     names = ", ".join(map(str, ended)) or "none runs"
     print(f"{len(ended)} tasks are told to end: {names}")
 
 
-def _noted(state: Path, what: str, **more: object) -> None:
+def _noted(state: Path, now: _Now, what: str, **more: object) -> None:
     operator = Caller(getpass.getuser(), "this machine", "command line")
-    AuditLog(state / FILE, time.time).write(operator, what, allowed=True, **more)
+    AuditLog(state / FILE, now).write(operator, what, allowed=True, **more)
 
 
-def _create_token(given: argparse.Namespace) -> None:
+def _create_token(given: argparse.Namespace, now: _Now) -> None:
     if not _NAME.fullmatch(given.name):
         raise _Failed("a name is of a-z 0-9 _.- and has at most 64 characters")
     targets = tuple(given.on or ("*",))
@@ -163,18 +166,22 @@ def _create_token(given: argparse.Namespace) -> None:
             raise _Failed(str(e)) from None
     state = _state(given)
     secret = PREFIX + new_secret()
-    token = Token(given.name, given.may, targets, time.time(), given.expires)
+    at, expires = now(), given.expires
+    if isinstance(expires, timedelta):
+        expires = datetime.fromtimestamp(at, UTC) + expires
+    end = None if expires is None else expires.timestamp()
+    token = Token(given.name, given.may, targets, at, end)
     with opened(state / DATABASE) as db:
         try:
             add_token(db, token, secret)
         except KeyError:
             raise _Failed(f"there is a token {given.name}; revoke it first") from None
-    _noted(state, "token create", token=given.name, may=given.may, on=targets)
+    _noted(state, now, "token create", token=given.name, may=given.may, on=targets)
     print(secret)
     print("This is the only time that it is shown.", file=sys.stderr)
 
 
-def _list_tokens(given: argparse.Namespace) -> None:
+def _list_tokens(given: argparse.Namespace, _: _Now) -> None:
     with opened(_state(given) / DATABASE) as db:
         tokens = all_tokens(db)
     for token in tokens:
@@ -198,12 +205,12 @@ def _list_tokens(given: argparse.Namespace) -> None:
             )
 
 
-def _revoke_token(given: argparse.Namespace) -> None:
+def _revoke_token(given: argparse.Namespace, now: _Now) -> None:
     state = _state(given)
     with opened(state / DATABASE) as db:
         if not remove_token(db, given.name):
             raise _Failed(f"there is no token {given.name}")
-    _noted(state, "token revoke", token=given.name)
+    _noted(state, now, "token revoke", token=given.name)
     print(f"{given.name} is revoked; a daemon that runs lets nobody in by it after 10 s.")
 
 
@@ -213,10 +220,10 @@ def _day(at: float | None) -> str | None:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%MZ")
 
 
-def _audit(given: argparse.Namespace) -> None:
+def _audit(given: argparse.Namespace, now: _Now) -> None:
     wanted = (
         entry
-        for entry in AuditLog(Path(given.state_dir) / FILE, time.time).read()
+        for entry in AuditLog(Path(given.state_dir) / FILE, now).read()
         if (given.user is None or entry.get("who") == given.user)
         and not (given.refused and entry.get("allowed"))
     )

@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
@@ -398,7 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     argcomplete.autocomplete(understood)
     given = understood.parse_args(arguments)
     if "local" in given:
-        raise SystemExit(admin.run(given))
+        raise SystemExit(admin.run(given, time.time))
     if given.command == "demo":
         react(lambda reactor: demo.run(reactor, given.action, once=given.once))
     else:

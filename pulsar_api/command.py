@@ -307,10 +307,6 @@ class Commands:
         result["PULSAR_USER"] = spec.user or ""
         return result
 
-    def with_template(self, template: Template) -> "Commands":
-        """Return the same for another template."""
-        return evolve(self, template=template)
-
 
 def shown(command: Command) -> str:
     """Return a command as one line for reading; nobody runs it."""

@@ -111,7 +111,8 @@ class Access:
         shown = self.shown(request)
         try:
             self.origins.check(request, navigation=right is Right.READ)
-            if right is Right.KILL and isinstance(shown, str) and request.method != b"POST":
+            by_session = self.gate is not None and isinstance(shown, str)
+            if right is Right.KILL and by_session and request.method != b"POST":
                 raise ForeignOrigin  # noqa: TRY301 - a link may be from anywhere
         except ForeignOrigin:
             caller = Caller(None, self.origins.address(request), "another site", ())

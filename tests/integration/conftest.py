@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.daemon import Daemon
+from tests.integration.daemon import SHELL, Daemon
 
 Start = Callable[..., Daemon]
 
@@ -53,3 +53,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def daemon(start: Start, repo: Path) -> Daemon:
     """Return a daemon that runs the scripts of ``repo``."""
     return start("--command", "scripts", "--config-repo", str(repo), "--kill-grace", "2")
+
+
+@pytest.fixture
+def returning(start: Start) -> Iterator[Daemon]:
+    """Return a daemon that runs lines of shell, and comes back on the same port."""
+    daemon = start("--command", SHELL, "--kill-grace=1")
+    daemon.arguments[daemon.arguments.index("--port") + 1] = str(daemon.port)
+    yield daemon
+    assert "Traceback" not in daemon.log.read_text()

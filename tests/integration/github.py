@@ -6,7 +6,6 @@ import json
 import secrets
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -54,6 +53,8 @@ class GitHubServer(ThreadingHTTPServer):
         """What is set with each answer."""
         self.cookies: list[str] = []
         """What came back of it."""
+        self.over = threading.Event()
+        """Whether nobody has to be kept waiting any more."""
         self.connections: list[socket.socket] = []
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -64,6 +65,7 @@ class GitHubServer(ThreadingHTTPServer):
 
     def hang_up(self) -> None:
         """End what is open, as a machine that goes away."""
+        self.over.set()
         for sock in self.connections:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -95,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub.urls.append(self.path)
         hub.cookies += self.headers.get_all("Cookie") or []
         token = self._token()
-        time.sleep(hub.slow.get(token, hub.slow.get("", 0.0)))
+        hub.over.wait(hub.slow.get(token, hub.slow.get("", 0.0)))
         if hub.answer is not None:
             self._answer(*hub.answer)
         elif parts.path == "/login/oauth/authorize":
@@ -141,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _membership(self, group: str, login: str, *, may: bool) -> None:
         hub = self.server
         if group == hub.slow_group:
-            time.sleep(30)
+            hub.over.wait(30)
         if group == hub.broken_group:
             self._answer(500, b"")
             return

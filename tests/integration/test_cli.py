@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,9 @@ from tests.integration.daemon import (
 
 
 @pytest.fixture
-def daemon(start: Start) -> Iterator[Daemon]:
-    """Return a daemon that runs lines of shell, and comes back on the same port."""
-    daemon = start("--command", SHELL, "--kill-grace=1")
-    daemon.arguments[daemon.arguments.index("--port") + 1] = str(daemon.port)
-    yield daemon
-    assert "Traceback" not in daemon.log.read_text()
+def daemon(returning: Daemon) -> Daemon:
+    """Return the daemon of these tests."""
+    return returning
 
 
 def environ_of(daemon: Daemon, **more: str) -> dict[str, str]:

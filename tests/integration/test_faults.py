@@ -245,6 +245,11 @@ def limit(daemon: Daemon, which: int, soft: int) -> int:
     return before
 
 
+def taken(folder: Path, few: int) -> None:
+    """Wait until a process has more descriptors than that."""
+    wait_for(lambda: len(os.listdir(folder)) > few, "another descriptor")
+
+
 def test_no_more_open_files(daemon: Daemon, tmp_path: Path) -> None:
     """The task says so, whichever file it was; nothing leaks; later all goes on."""
     number, go = waiter(daemon, tmp_path, "echo more; exit 3")
@@ -263,7 +268,7 @@ def test_no_more_open_files(daemon: Daemon, tmp_path: Path) -> None:
         clients = stack.enter_context(ExitStack())
         while len(used := {int(path.name) for path in folder.iterdir()}) <= max(used):
             clients.enter_context(daemon.open_socket())
-            time.sleep(0.01)
+            taken(folder, len(used))
         free = max(used) + 1
         usual = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)[0]
         reasons = set()
