@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 from collections.abc import Callable
+from math import inf
 
 from attrs import field, frozen
 from twisted.logger import Logger
@@ -14,7 +15,7 @@ from pulsar_api.auth.rights import Identity
 
 _log = Logger()
 
-_NOBODY = Token("nobody", (), (), 0.0)
+_NOBODY = Token("nobody", (), (), 0.0, expires_at=0.0)
 _STEP = 60.0  # seconds: how exactly is known when a token was last used
 
 
@@ -44,13 +45,12 @@ class OwnTokens:
         name = f"token:{found.name}"
         identity = Identity(name, "token", frozenset({name}), found.grants)
         now = self._now()
-        if token is None or (token.expires_at is not None and token.expires_at <= now):
-            return None
-        if self._used.get(token.name, 0.0) <= now - _STEP:
-            self._used[token.name] = now
+        good = now < (inf if found.expires_at is None else found.expires_at)
+        if good & (self._used.get(found.name, 0.0) <= now - _STEP):
+            self._used[found.name] = now
             # Nobody has to wait for that, nor fail with it.
-            self._records.use_token(token.name, now).addErrback(_not_noted)
-        return identity
+            self._records.use_token(found.name, now).addErrback(_not_noted)
+        return (None, identity)[good]
 
 
 def _not_noted(failure: Failure) -> None:
