@@ -45,7 +45,7 @@ def _token(rng: random.Random) -> str:
 
 
 def run(here: Place, rounds: int) -> list[Line]:
-    """Compare floods with 1 secret and with 10 against none.
+    """Compare floods with a token, with ten, and with a key of 38 lines against none.
 
     Of three kinds as fast as memory can be copied, and one of a program that makes what it
     prints.
@@ -60,15 +60,21 @@ def run(here: Place, rounds: int) -> list[Line]:
     tokens = {f"token{n}": _token(rng) for n in range(10)}
     daemon = here.daemon()
     client = here.connect(served(daemon))
-    some: list[Mapping[str, str]] = [{}, {"token0": tokens["token0"]}, tokens]
+    key = "\n".join(base64.b64encode(rng.randbytes(48)).decode() for _ in range(38))
+    some: dict[str, Mapping[str, str]] = {
+        "a token": {"token0": tokens["token0"]},
+        "10 tokens": tokens,
+        "a long key": {"key": key},
+    }
     lines = []
     for name in (*blocks, PROGRAM):
         measures: list[Measure] = [
-            partial(_flood, client, daemon.state, name, secrets) for secrets in some
+            partial(_flood, client, daemon.state, name, secrets)
+            for secrets in ({}, *some.values())
         ]
         none, *others = in_turn(rounds, *measures)
-        for count, found in zip((1, 10), others, strict=True):
-            lines.append(compare(f"{name}, {count} / no secret", "MB/s", found, none))
+        for what, found in zip(some, others, strict=True):
+            lines.append(compare(f"{name}, {what} / none", "MB/s", found, none))
     return lines
 
 

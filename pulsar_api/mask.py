@@ -3,118 +3,36 @@
 Part of the shim, but only the shim of a task with secrets imports it.
 """
 
-import _ctypes
+from bisect import bisect
+
+from ahocorasick_rs import BytesAhoCorasick, Implementation, MatchKind
 
 MASK = b"***"
 
-_HEAD = 48  # bytes that are searched for; of longer ones the search is slower
-_SHARED = 24  # bytes with which two texts must begin to be searched for together
+_HEAD = 16  # bytes of a text that are searched for first
+_TOGETHER = 28  # heads that are searched for at once, see `_quick`
+_START = 4  # bytes by which the begin of a text at the end of the data is found
 _TRIES = 64  # see `_begun`
-_PERIODS = 64  # see `_period`; it has to be quick with long texts
-_LARGE = 4096  # bytes from which on a call of C is worth its price
+_BLOCK = 1 << 16  # bytes that are looked at closely at a time
 
 
-class _Size(_ctypes._SimpleCData):  # type: ignore[type-arg]
-    _type_ = "L"
+def _search(texts: list[bytes], kind: MatchKind) -> BytesAhoCorasick:
+    # Not what the library would choose: for long texts a table takes minutes to make.
+    return BytesAhoCorasick(
+        texts, matchkind=kind, implementation=Implementation.ContiguousNFA
+    )
 
 
-class _Bytes(_ctypes._SimpleCData):  # type: ignore[type-arg]
-    _type_ = "z"
+def _quick(heads: list[bytes]) -> BytesAhoCorasick:
+    """Return a search for a few short texts that is as fast as memory.
 
-
-class _Address(_ctypes._SimpleCData):  # type: ignore[type-arg]
-    _type_ = "P"
-
-
-class _Function(_ctypes.CFuncPtr):
-    _flags_ = _ctypes.FUNCFLAG_CDECL
-    _argtypes_ = (_Bytes, _Size, _Bytes, _Size)
-    _restype_ = _Address
-
-
-# memmem(3), two to four times as fast as `bytes.find`.
-_memmem = _Function(_ctypes.dlsym(_ctypes.dlopen(None, 0), "memmem"))  # type: ignore[arg-type]
-
-
-def _holds(data: bytes, text: bytes) -> bool:
-    """Return whether a text is somewhere in the data; perhaps not, if that is small."""
-    if len(data) < _LARGE:
-        return True
-    return _memmem(data, len(data), text, len(text)) is not None
-
-
-def _period(text: bytes) -> int:
-    """Return by how few bytes a text can be moved to lie on itself; 0 if by none."""
-    for step in range(1, min(len(text) // 2, _PERIODS) + 1):
-        if text.startswith(text[step:]):
-            return step
-    return 0
-
-
-def _begun(text: bytes, data: bytes) -> int:
-    """Return how many bytes at the end of the data may be the begin of a text.
-
-    Rarely more than are: if nearly the begin of it comes again and again, it is not looked
-    for longer than `_TRIES` times, as that would take the square of its length.
+    It looks at 32 bytes at once for 32 texts at most ("Teddy"). If they begin with less
+    than four different bytes, or have such in common, the library searches for those
+    bytes by themselves, which in base64 are everywhere; so there are four texts more,
+    that no stream of text has.
     """
-    size = len(data)
-    at = data.find(text[:4], max(0, size - len(text) + 1))
-    for _ in range(_TRIES):
-        if at < 0:
-            break
-        if text.startswith(data[at:]):
-            return size - at
-        at = data.find(text[:4], at + 1)
-    if at >= 0:
-        return size - at
-    for length in range(min(3, len(text) - 1), 0, -1):
-        if data.endswith(text[:length]):
-            return length
-    return 0
-
-
-class _Family:
-    """Texts that begin alike: one search finds them all."""
-
-    def __init__(self, text: bytes) -> None:
-        self.period = _period(text)
-        self.head = text if self.period else text[:_HEAD]
-        self.members = [text]
-
-    def take(self, text: bytes) -> bool:
-        """Take a text that comes after the others in order, if it begins as they do."""
-        if self.period or _period(text):
-            return False
-        same = len(self.head)
-        while not text.startswith(self.head[:same]):
-            same -= 1
-        if same < min(_SHARED, len(self.members[0])):
-            return False
-        self.head = self.head[:same]
-        self.members.append(text)
-        return True
-
-    def spans(self, data: bytes) -> list[tuple[int, int]]:
-        """Return where in the data members begin and end."""
-        found: list[tuple[int, int]] = []
-        if not _holds(data, self.head):
-            return found
-        at = data.find(self.head)
-        while at >= 0:
-            again = at + 1
-            if self.period:
-                # "aaaa" in a thousand "a": one span, not a thousand.
-                end = at + len(self.head)
-                while data.startswith(self.head[-self.period :], end):
-                    end += self.period
-                again = end - len(self.head) + 1
-                found.append((at, end))
-            else:
-                fit = [len(one) for one in self.members if data.startswith(one, at)]
-                if fit:
-                    found.append((at, at + max(fit)))
-            at = data.find(self.head, again)
-        return found
+    never = [bytes((0xF8 + n, 0xFC + n)) * 8 for n in range(4)]
+    return _search([*heads, *never], MatchKind.LeftmostFirst)
 
 
 class Masker:
@@ -126,28 +44,57 @@ class Masker:
 
     def __init__(self, texts: list[bytes]) -> None:
         self.texts = sorted(set(texts))
-        self.families: list[_Family] = []
+        self.longest = max(map(len, self.texts))
+        heads: list[bytes] = []
+        for text in self.texts:
+            if not heads or not text.startswith(heads[-1]):
+                heads.append(text[:_HEAD])
+        self.quick = [
+            _quick(heads[at : at + _TOGETHER]) for at in range(0, len(heads), _TOGETHER)
+        ]
+        self.exact: BytesAhoCorasick | None = None  # made when something is found
+        starts = {text[:_START] for text in self.texts if len(text) > _START}
+        self.start = _search(sorted(starts), MatchKind.Standard)
+        self.shorter = {
+            text[:n] for text in self.texts for n in range(1, min(_START, len(text)))
+        }
         self.held = b""
         self.covered = 0  # how many bytes of that are behind a mask already
-        for text in self.texts:
-            if not self.families or not self.families[-1].take(text):
-                self.families.append(_Family(text))
 
     def feed(self, data: bytes) -> bytes:
         """Return what is certain by now, with the masks in it."""
         data = self.held + data
-        return self._mask(data, len(data) - max(_begun(text, data) for text in self.texts))
+        return self._mask(data, len(data) - self._begun(data))
 
     def close(self) -> bytes:
         """Return what was held back: nothing comes any more."""
         return self._mask(self.held, len(self.held))
 
+    def _begun(self, data: bytes) -> int:
+        """Return how many bytes at the end of the data may be the begin of a text.
+
+        Rarely more than are: if nearly the begin of one comes again and again, it is not
+        looked for more than `_TRIES` times, as that would take the square of its length.
+        """
+        tail = data[max(0, len(data) - self.longest + 1) :]
+        matches = self.start.find_matches_as_indexes(tail, overlapping=True)
+        for count, (_, at, _) in enumerate(matches):
+            begun = tail[at:]
+            # If any begins with it, the next one in order does.
+            place = bisect(self.texts, begun)
+            near = self.texts[place : place + 1]
+            if count == _TRIES or (near and near[0].startswith(begun)):
+                return len(begun)
+        for length in range(min(_START - 1, len(tail)), 0, -1):
+            if tail[-length:] in self.shorter:
+                return length
+        return 0
+
     def _mask(self, data: bytes, keep: int) -> bytes:
         """Return the first bytes of the data as they can be shown, and hold the others."""
         end = self.covered
         pieces = []
-        spans = [span for family in self.families for span in family.spans(data)]
-        for start, stop in sorted(spans):
+        for start, stop in self._spans(data):
             if start >= keep:
                 break
             if start >= end:
@@ -157,6 +104,41 @@ class Masker:
         self.held = data[keep:]
         pieces.append(data[end:keep])
         return b"".join(pieces)
+
+    def _spans(self, data: bytes) -> list[tuple[int, int]]:
+        """Return where in the data texts begin and end, in order."""
+        heads = [
+            (start, end)
+            for quick in self.quick
+            for _, start, end in quick.find_matches_as_indexes(data)
+        ]
+        if not heads:
+            return []
+        if self.exact is None:
+            self.exact = _search(self.texts, MatchKind.Standard)
+        found: list[tuple[int, int]] = []
+        for first, last in self._regions(sorted(heads)):
+            for at in range(first, last, max(_BLOCK, self.longest)):
+                stop = min(at + max(_BLOCK, self.longest), last)
+                block = data[at : stop - 1 + self.longest]
+                matches = self.exact.find_matches_as_indexes(block, overlapping=True)
+                spans = [(at + a, at + b) for _, a, b in matches if at + a < stop]
+                found += sorted(spans)
+        return found
+
+    def _regions(self, heads: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return where all texts begin that are in the data, from some byte to another.
+
+        A search for heads finds none that overlaps with the one before. So a text begins
+        with a head that was found, or inside of one.
+        """
+        regions: list[tuple[int, int]] = []
+        for start, end in heads:
+            if regions and start <= regions[-1][1] + self.longest:
+                regions[-1] = (regions[-1][0], max(end, regions[-1][1]))
+            else:
+                regions.append((start, end))
+        return regions
 
 
 def masked(data: bytes, texts: tuple[bytes, ...]) -> bytes:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import ahocorasick_rs
 from attrs import frozen
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessExitedAlready
@@ -36,6 +37,9 @@ ROOM = 1 << 20
 
 MOST_ANSWER = 256 * 1024
 """Bytes of what a command answers, see `ask`."""
+
+_LIBRARY = str(Path(ahocorasick_rs.__file__).parents[1])
+"""Where the shim finds what it masks secrets with."""
 
 USUAL = (sys.executable, "-I", "-S", shim.__file__)
 """How a shim is started."""
@@ -195,6 +199,7 @@ class ShimExecutor:
             *(f"{n:.3f}" for n in (bounds.grace, bounds.total, bounds.silence)),
             *(str(n) for n in (bounds.max_output, self._umask, self._files)),
             *(str(len(texts)) for texts in (command.arguments, command.secrets)),
+            _LIBRARY,
             command.directory or "/",
             *command.arguments,
             *(text.decode() for text in command.secrets),

@@ -47,10 +47,10 @@ class Spec:
         self.grace, self.total, self.silence = (float(field) for field in fields[:3])
         numbers = [int(field) for field in fields[3:8]]
         self.limit, self.umask, self.files, count, secrets = numbers
-        self.directory = fields[8]
-        self.arguments = fields[9 : 9 + count]
-        self.secrets = fields[9 + count : 9 + count + secrets]
-        pairs = fields[9 + count + secrets :]
+        self.library, self.directory = fields[8:10]
+        self.arguments = fields[10 : 10 + count]
+        self.secrets = fields[10 + count : 10 + count + secrets]
+        pairs = fields[10 + count + secrets :]
         self.environment = dict(pair.split(b"=", 1) for pair in pairs if pair)
 
 
@@ -162,18 +162,15 @@ class Clear:
         return b""
 
 
-def masker(secrets: list[bytes]) -> Clear:
+def masker(secrets: list[bytes], library: bytes) -> Clear:
     """Return what masks some texts in one stream."""
     if not secrets:
         return Clear()
-    # A piece is copied twice: without this each copy is memory that the kernel has to give
-    # anew, which halves the throughput.
-    c_function("mallopt", M_MMAP_THRESHOLD, MEMORY)
-    c_function("mallopt", M_TRIM_THRESHOLD, MEMORY)
-    # It lies beside this file. An isolated interpreter does not look there by itself.
-    sys.path.insert(0, __file__.rpartition("/")[0])
+    # It lies beside this file. An isolated interpreter does not look there by itself, nor
+    # where the library is that it needs.
+    sys.path[:0] = [__file__.rpartition("/")[0], library.decode("utf-8", "surrogateescape")]
     found: Clear = __import__("mask").Masker(secrets)
-    del sys.path[0]
+    del sys.path[:2]
     return found
 
 
@@ -239,8 +236,9 @@ class Shim:
         self.records = b""  # for output.idx, not written yet
         self.news = b""  # a record that the daemon's pipe had no room for
         self.daemon = 1
-        codes = (STDOUT, STDERR)
-        self.streams = [Stream(code, masker(spec.secrets)) for code in codes]
+        self.streams = [
+            Stream(code, masker(spec.secrets, spec.library)) for code in (STDOUT, STDERR)
+        ]
         self.pid = 0
         self.status: int | None = None
         self.ended_at = 0.0  # seconds since the epoch
@@ -570,6 +568,15 @@ def become_subreaper() -> None:
     c_function("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+def keep_memory() -> None:
+    """Reuse the memory of pieces that were read, rather than give it back (mallopt(3)).
+
+    Else the kernel makes it anew for each, which halves the throughput.
+    """
+    c_function("mallopt", M_MMAP_THRESHOLD, MEMORY)
+    c_function("mallopt", M_TRIM_THRESHOLD, MEMORY)
+
+
 def main(folder: str) -> int:
     """Run the task of a folder, once: a second start finds the lock and does nothing."""
     posix.setsid()
@@ -595,6 +602,7 @@ def main(folder: str) -> int:
         posix.unlink(name)
     posix.set_blocking(1, False)
     become_subreaper()
+    keep_memory()
     here = posix.open(".", posix.O_RDONLY | posix.O_CLOEXEC)
     shim = Shim(Spec(read_file("spec")), wakeup, here)
     # From here on a TERM is understood.

@@ -1,7 +1,8 @@
 """Tests of the masker: whatever the pieces, it gives what a simple one gives at once."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -102,3 +103,34 @@ def test_one_that_repeats_itself_is_found_as_fast_as_another() -> None:
     """A thousand overlapping occurrences become one mask."""
     text = b"ab" * 20_000
     assert in_pieces([text], [text, text, b"a!"]) == b"***a!"
+
+
+MANY = [bytes(letters) + b"x" for letters in product(b"ab", repeat=7)]
+
+
+@given(st.text("ab", max_size=200), st.lists(st.integers(0, 200), max_size=3))
+def test_many_texts_are_found_as_few_are(text: str, places: list[int]) -> None:
+    """More than are searched for at once."""
+    data = text.replace("abba", "abbax").encode()
+    assert in_pieces(MANY, split(data, places)) == simply(MANY, data)
+
+
+def test_a_large_piece_full_of_them_is_masked_all_over() -> None:
+    """More than is looked at closely at a time; some begin like a secret and are none."""
+    texts = [b"secret" * 3, b"crets" * 2, b"0123456789abcdef-x"]
+    line = b"secretsecretsecret 0123456789abcdef-x 0123456789abcdef-y\n"
+    masked = b"*** *** 0123456789abcdef-y\n"
+    assert in_pieces(texts, [line * 5000]) == masked * 5000
+    assert in_pieces(texts, [line * 2000 + line[:30], line[30:] + line]) == masked * 2002
+
+
+def test_one_within_another_does_not_hide_its_begin() -> None:
+    """Also where the longer one is only partly in what is looked at closely at a time."""
+    outer = b"0123456789abcdefghijklmnopqrstuv"
+    assert in_pieces([outer, outer[5:20]], [outer * 4096]) == MASK * 4096
+
+
+@pytest.mark.parametrize("data", [bytes(range(256)), b"\xf8\xfc" * 999, b"\xff" * 999])
+def test_bytes_that_are_no_text_stay_as_they_are(data: bytes) -> None:
+    """Whatever is searched for beside the texts."""
+    assert in_pieces([b"secret"], [data, data]) == data * 2
