@@ -1,4 +1,4 @@
-"""What the measured tasks run: ``python -I -S programs.py line|flood ...``."""
+"""What the measured tasks run: ``python -I -S programs.py line|flood|clock|rows ...``."""
 
 import os
 import sys
@@ -25,8 +25,28 @@ def flood(size: str, seconds: str) -> None:
         file.write(str(took))
 
 
+def clock(count: str) -> None:
+    """Print the time of day in nanoseconds, some times, after pauses of some length."""
+    for number in range(int(count)):
+        time.sleep(0.06 + number * 37 % 100 / 1000)
+        os.write(1, b"%d\n" % time.time_ns())
+
+
+def rows(count: str) -> None:
+    """Print many lines as a program of some use would, some of them coloured."""
+    for number in range(1, int(count) + 1):
+        colour = "\x1b[32mdone\x1b[0m" if number % 10 == 0 else "done"
+        print(
+            f"row {number:>8}: copied, checksum {number * 2654435761 % 2**32:08x}, {colour}"
+        )
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "line":
         line(sys.argv[2])
+    elif sys.argv[1] == "clock":
+        clock(sys.argv[2])
+    elif sys.argv[1] == "rows":
+        rows(sys.argv[2])
     else:
         flood(sys.argv[2], sys.argv[3])

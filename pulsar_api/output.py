@@ -12,7 +12,9 @@ from pulsar_api.shim import CLOCK, RECORD, STDERR, STDOUT, incomplete
 
 PIECE = 1 << 16
 _SKIPPED = 4096  # records after which a reader that has found nothing says so
-_PRINTED = frozenset({STDOUT, STDERR})
+NAMES = {STDOUT: "stdout", STDERR: "stderr"}
+"""The streams, by their numbers in a record."""
+_PRINTED = frozenset(NAMES)
 _Decoder = getincrementaldecoder("utf-8")
 
 
@@ -76,15 +78,7 @@ class Output:
         """Return where the character begins that ``offset`` is in the middle of."""
         begin = max(0, offset - 3)
         data = b"".join(self.pieces(begin, min(offset + 1, self.size())))
-        at = offset - begin
-        if at >= len(data) or data[at] & 0xC0 != 0x80:
-            return offset
-        for back in range(1, at + 1):
-            byte = data[at - back]
-            if byte & 0xC0 != 0x80:
-                length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-                return offset - back if byte >= 0xC2 and length > back else offset
-        return offset
+        return begin + begin_of_character(data, offset - begin)
 
     def text(self, start: int, end: int) -> Iterator[str]:
         """Yield the text from ``start`` to ``end``; what is not UTF-8 becomes U+FFFD."""
@@ -203,6 +197,18 @@ class Output:
             return
 
 
+def begin_of_character(data: bytes, at: int) -> int:
+    """Return where the character begins that ``at`` is in the middle of."""
+    if at >= len(data) or data[at] & 0xC0 != 0x80:
+        return at
+    for back in range(1, min(at, 3) + 1):
+        byte = data[at - back]
+        if byte & 0xC0 != 0x80:
+            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return at - back if byte >= 0xC2 and length > back else at
+    return at
+
+
 def _marker(start: int, end: int) -> str:
     return f"\n[bytes {start} to {end} were cut: --max-output-size]\n"
 
@@ -243,7 +249,7 @@ class Reader:
     record: int = 0
     stream: int | None = None
     timed: bool = False
-    """Whether each piece keeps its own time, where else neighbours are read as one."""
+    """Whether neighbours are read as one only if they are of the same millisecond."""
 
     def read(self, end: int) -> Iterator[Chunk]:
         """Yield what there is before ``end``, 64 KiB at a time.
@@ -259,7 +265,7 @@ class Reader:
     def _spans(self, end: int) -> Iterator[Chunk]:
         passed = 0
         spans = self.output.spans(self.offset, end, self.record)
-        for span in spans if self.timed else _merged(spans):
+        for span in _merged(spans, timed=self.timed):
             if self.stream is not None and span.stream not in {self.stream, None}:
                 self.offset, self.record = span.end, span.record
                 passed += 1
@@ -294,13 +300,17 @@ class Reader:
             self.offset, self.record = span.end, span.record
 
 
-def _merged(spans: Iterator[Span]) -> Iterator[Span]:
+def _merged(spans: Iterator[Span], *, timed: bool) -> Iterator[Span]:
     """Join neighbours of one stream, so that small pieces are read in large ones."""
     last: Span | None = None
     for span in spans:
         if last is None:
             last = span
-        elif last.stream == span.stream and span.end - last.start <= PIECE:
+        elif (
+            last.stream == span.stream
+            and span.end - last.start <= PIECE
+            and not (timed and last.at != span.at)
+        ):
             last = evolve(span, start=last.start, at=last.at)
         else:
             yield last

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from pulsar_api.auth.rights import Rule
+from pulsar_api.auth.rights import Rule, Target
 
 
 def text(value: object) -> str:
@@ -112,6 +112,10 @@ def rules(value: object) -> tuple[Rule, ...]:
     if not isinstance(value, list):
         raise ValueError("is a list of tables: [[rights]]")  # noqa: TRY004
     return tuple(Rule.parse(table) for table in value)
+
+
+def targets(value: object) -> tuple[Target, ...]:
+    return tuple(Target.parse(item) for item in texts(value))
 
 
 def pattern(value: object) -> re.Pattern[str]:

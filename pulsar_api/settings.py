@@ -11,7 +11,7 @@ from typing import Any
 from attrs import field, fields, frozen
 
 from pulsar_api import parse
-from pulsar_api.auth.rights import Rule
+from pulsar_api.auth.rights import Rule, Target
 from pulsar_api.errors import SettingsError
 from pulsar_api.masking import PATTERNS
 
@@ -112,6 +112,12 @@ class Settings:
     )
     rights: tuple[Rule, ...] | None = _option(
         parse.rules, "who may do what", file_only=True
+    )
+    confirm: tuple[Target, ...] = _option(
+        parse.targets,
+        "where the page asks again before it does something",
+        (),
+        file_only=True,
     )
     github_url: str = _option(
         parse.url, "where people sign in", "https://github.com", file_only=True

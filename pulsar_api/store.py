@@ -73,6 +73,12 @@ _UPDATE = (
     "change = :change WHERE id = :id AND revision <= :revision"
 )
 
+# Not LIKE, for which some characters are wild; both know the letters of ASCII only.
+_HOLDS = (
+    "EXISTS (SELECT 1 FROM json_each(json_array(app, env, action, user)) AS part"
+    " WHERE instr(lower(part.value), lower(?)))"
+)
+
 
 def _snapshot(row: sqlite3.Row) -> TaskSnapshot:
     variables = json.loads(row["variables"])
@@ -233,6 +239,7 @@ class SQLiteStore:
             "app = ?": query.app,
             "env = ?": query.env,
             "user = ?": query.user,
+            _HOLDS: query.text,
         }
         used = {text: value for text, value in wanted.items() if value is not None}
         within, globs = _within(query.within)

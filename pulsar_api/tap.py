@@ -34,6 +34,7 @@ from pulsar_api.auth.sessions import Sessions
 from pulsar_api.changes import Changes
 from pulsar_api.command import Commands, Names
 from pulsar_api.errors import CannotListen, SettingsError, StoreUnavailable
+from pulsar_api.lines import LineIndexes
 from pulsar_api.ports import Bounds, Keep
 from pulsar_api.process import ShimExecutor
 from pulsar_api.renewal import Renewal
@@ -47,6 +48,7 @@ from pulsar_api.web.follow import FollowAPI
 from pulsar_api.web.jobs import LISTED, JobAPI
 from pulsar_api.web.origin import Origins
 from pulsar_api.web.pages import Pages, Root
+from pulsar_api.web.parts import PartsAPI
 from pulsar_api.web.reply import problem
 from pulsar_api.web.signin import SignIn
 from pulsar_api.web.site import BoundedSite, Most
@@ -352,10 +354,11 @@ class Daemon(MultiService):
 
         jobs = JobAPI(access, tasks, feed, ask)
         self._sockjs = SockJS(access, feed, self._reactor)
-        sign_in = SignIn(access, self._reactor, self._github)
+        sign_in = SignIn(access, self._reactor, self._github, s.confirm)
         self.site.resource = Root(
             api.app.resource(),
             follow.app.resource(),
+            PartsAPI(access, LineIndexes(tasks, self._reactor)).app.resource(),
             jobs.app.resource(),
             self._sockjs.resource(),
             Pages(access).app.resource(),

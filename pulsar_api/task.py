@@ -153,6 +153,8 @@ class TaskQuery:
     app: str | None = None
     env: str | None = None
     user: str | None = None
+    text: str | None = None
+    """In one of app, env, action and user, whatever the case of its ASCII letters."""
     offset: int = 0
     """How many of them are passed over."""
     within: Within = None

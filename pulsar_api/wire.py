@@ -19,6 +19,8 @@ TYPE_PREFIX = "urn:pulsar-api:problem:"
 TAIL = 4096
 """Bytes of output of each task in a list."""
 MAX_LIST = 1000
+MAX_TEXT = 200
+"""Characters of what is searched for."""
 _MAX_FIELDS = 500
 
 
@@ -233,6 +235,14 @@ def parse_choice(
     return value
 
 
+def parse_needle(query: Mapping[str, str]) -> str:
+    """Return what lines shall be searched for."""
+    text = query.get("text", "")
+    if not 1 <= len(text) <= MAX_TEXT or "\n" in text:
+        raise InvalidInput("text", f"must be 1 to {MAX_TEXT} characters of one line")
+    return text
+
+
 def parse_task_query(query: Mapping[str, str]) -> TaskQuery:
     """Return which tasks a list shall hold."""
     limit = parse_number(query, "limit", 100, MAX_LIST)
@@ -242,6 +252,9 @@ def parse_task_query(query: Mapping[str, str]) -> TaskQuery:
     if status is not None:
         parse_choice(query, "status", "", tuple(Status))
     before = parse_number(query, "before", 0, 2**63 - 1) if "before" in query else None
+    text = query.get("text", "")
+    if len(text) > MAX_TEXT:
+        raise InvalidInput("text", f"must be {MAX_TEXT} characters at most")
     return TaskQuery(
         limit=limit,
         before=before,
@@ -249,6 +262,7 @@ def parse_task_query(query: Mapping[str, str]) -> TaskQuery:
         app=query.get("app"),
         env=query.get("env"),
         user=query.get("user"),
+        text=text or None,
     )
 
 

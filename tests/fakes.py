@@ -144,7 +144,7 @@ class MemoryStore:
                 if value is not None and found != value:
                     return False
             before = query.before is None or row.id < query.before
-            return before and _is_within(row, query.within)
+            return before and _holds(row, query.text) and _is_within(row, query.within)
 
         found = [row for row in reversed(self.rows.values()) if fits(row)]
         return succeed(found[query.offset :][: query.limit])
@@ -171,6 +171,14 @@ class MemoryStore:
             return succeed(None)
         self._pending.append(Deferred())
         return self._pending[-1]
+
+
+def _holds(row: TaskSnapshot, text: str | None) -> bool:
+    names = (row.spec.app, row.spec.env, row.spec.action, row.spec.user or "")
+    # Of bytes only the letters of ASCII have a case.
+    return text is None or any(
+        text.encode().lower() in name.encode().lower() for name in names
+    )
 
 
 def _is_within(row: TaskSnapshot, within: Within) -> bool:

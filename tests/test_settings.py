@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pulsar_api import settings
+from pulsar_api.auth.rights import Target
 from pulsar_api.errors import SettingsError
 from pulsar_api.settings import Settings, load
 
@@ -25,8 +26,8 @@ OPTIONS = (
 ).split()
 FILE_ONLY = (
     "app-pattern env-pattern action-pattern variable-pattern forbidden-actions hosts "
-    "hsts proxies rights github-url github-api-url github-client-id github-client-secret "
-    "github-client-secret-file"
+    "hsts proxies rights confirm github-url github-api-url github-client-id "
+    "github-client-secret github-client-secret-file"
 ).split()
 
 NUMBERS = {
@@ -99,6 +100,7 @@ class TestDefaults:
             "auth_members": (),
             "hosts": (),
             "proxies": (),
+            "confirm": (),
             "github_url": "https://github.com",
             "secret_variables": ("*password*", "*token*", "*secret*", "*key*"),
             "hsts": 0,
@@ -612,6 +614,35 @@ class TestTogether:
         text = refusal({"config": str(config)})
         assert text.startswith(f"{config}: rights: ")
         assert said in text
+
+    @pytest.mark.parametrize(
+        ("value", "said"),
+        [
+            ("'*/production'", "needs a list of texts"),
+            ("[1]", "needs a text that is not empty"),
+            ("['']", "needs a text that is not empty"),
+            ("['*/production', '/x']", "'/x' must be like shop, shop/production or"),
+            ("['shop production']", "'shop production' must be like"),
+        ],
+    )
+    def test_a_place_to_confirm_that_cannot_be_understood_is_refused(
+        self, config: Path, value: str, said: str
+    ) -> None:
+        """With the file, and what is wrong."""
+        config.write_text(f"confirm = {value}\n")
+        text = refusal({"config": str(config)})
+        assert text.startswith(f"{config}: confirm: {said}")
+
+    def test_places_to_confirm_are_like_those_of_rights(self, config: Path) -> None:
+        """Also where nobody is asked who they are; without the setting there are none."""
+        config.write_text("confirm = ['*/production', 'shop', 'blog/*/drop']\n")
+        found = load({"config": str(config)}, {}).confirm
+        assert found == (
+            Target("*", "production"),
+            Target("shop"),
+            Target("blog", "*", "drop"),
+        )
+        assert load({}, {}).confirm == ()
 
     def test_rules_need_somebody_who_knows_the_users(self, config: Path) -> None:
         """Else everybody could do everything in spite of them."""

@@ -132,6 +132,43 @@ async def test_lists_can_be_narrowed(
     assert [task.id for task in await store.select(query)] == found
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Shop", [2]),
+        ("AGIN", [3]),
+        ("deploy:we", [4]),
+        ("bob", [5]),
+        ("o", [5, 4, 3, 2, 1]),
+        ("_", [6]),
+        ("%", []),
+        ("s*p", []),
+        ("É", []),
+        ("é", [7]),
+        ("shopp", []),
+        ("a\0", []),
+        ("\\", []),
+    ],
+)
+async def test_lists_can_be_searched(store: TaskStore, text: str, found: list[int]) -> None:
+    """In app, env, action and user; no character is wild."""
+    spec = TaskSpec("site", "prod", "deploy")
+    await store.create(spec, 0.0)
+    await store.create(evolve(spec, app="my-shop"), 0.0)
+    await store.create(evolve(spec, env="staging-o"), 0.0)
+    await store.create(evolve(spec, action="deploy:web"), 0.0)
+    await store.create(evolve(spec, user="BoB"), 0.0)
+    await store.create(TaskSpec("a_b", "x", "y"), 0.0)
+    await store.create(TaskSpec("x", "x", "y", user="é"), 0.0)
+    assert [task.id for task in await store.select(TaskQuery(text=text))] == found
+    page = await store.select(TaskQuery(text=text, limit=1, offset=1))
+    assert [task.id for task in page] == found[1:2]
+    page = await store.select(TaskQuery(text=text, before=5, app="site"))
+    assert [task.id for task in page] == [n for n in found if n < 5 and n != 2]
+    page = await store.select(TaskQuery(text=text, within=[("my-*", "*", "*")]))
+    assert [task.id for task in page] == [n for n in found if n == 2]
+
+
 async def test_the_next_task_after_a_number_is_the_oldest(store: TaskStore) -> None:
     """None if there is no newer one."""
     for _ in range(3):

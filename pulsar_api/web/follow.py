@@ -18,9 +18,8 @@ from pulsar_api import wire
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
 from pulsar_api.changes import Changes
-from pulsar_api.output import Chunk, Output, Reader, Timed
+from pulsar_api.output import NAMES, Chunk, Output, Reader, Timed
 from pulsar_api.service import MAX_ID
-from pulsar_api.shim import STDERR, STDOUT
 from pulsar_api.task import COALESCE, Task
 from pulsar_api.web.access import Access, needs
 from pulsar_api.web.reply import header, new_app, not_modified, problem
@@ -32,8 +31,7 @@ PING = 15.0
 """Seconds of silence after which an event stream says that it is alive."""
 
 _BATCH = 100  # tasks that are read at a time
-_STREAMS = {"stdout": STDOUT, "stderr": STDERR}
-_NAMES = {code: name for name, code in _STREAMS.items()}
+_STREAMS = {name: code for code, name in NAMES.items()}
 _LOG = "text/plain; charset=utf-8"
 _EVENTS = "text/event-stream"
 
@@ -136,6 +134,7 @@ class FollowAPI:
     @needs(Right.READ)
     async def events(self, request: Request, tasks: Guard, number: str) -> bytes:
         query = query_of(request)
+        times = wire.parse_flag(query, "times")
         task = await find(tasks, number)
         task.refresh()
         output = Output(self.folder / str(task.snapshot.id))
@@ -158,7 +157,8 @@ class FollowAPI:
         if request.method == b"HEAD":
             return b""
         base = self.access.origins.base(request)
-        reader = Reader(output, offset, record)
+        reader = Reader(output, offset, record, timed=times)
+        began = 0.0
         outlet = Outlet(request, self.clock)
         await outlet.write(b"retry: 1000\n\n")
         while True:
@@ -170,7 +170,8 @@ class FollowAPI:
                 await outlet.write(wire.event("state", place, fields))
             for chunk in outlet.reading(reader.read(snapshot.output_size)):
                 place = (reader.offset, reader.record, revision)
-                await outlet.write(_output_event(chunk, place))
+                began = began or (output.began() if times else 0.0)
+                await outlet.write(_output_event(chunk, place, began))
             if snapshot.status.ended:
                 place = (snapshot.output_size, reader.record, snapshot.revision)
                 fields = wire.task_fields(snapshot, base)
@@ -224,14 +225,15 @@ def _begin_events(request: Request) -> None:
     request.setHeader("X-Accel-Buffering", "no")
 
 
-def _output_event(chunk: Chunk, place: tuple[int, ...]) -> bytes:
+def _output_event(chunk: Chunk, place: tuple[int, ...], began: float) -> bytes:
     if not chunk.data:
         return b""
-    name = None if chunk.stream is None else _NAMES[chunk.stream]
+    name = None if chunk.stream is None else NAMES[chunk.stream]
     text = chunk.data.decode("utf-8", "replace")
-    return wire.event(
-        "output", place, {"offset": chunk.start, "stream": name, "text": text}
-    )
+    fields: dict[str, object] = {"offset": chunk.start, "stream": name, "text": text}
+    if began:
+        fields["at"] = round(began * 1000) + chunk.at
+    return wire.event("output", place, fields)
 
 
 def _bytes(chunk: Chunk) -> bytes:

@@ -1,8 +1,8 @@
 """What every answer tells a browser not to do with it."""
 
 PAGE_POLICY = (
-    "default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'self'; "
-    "frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
 """For our pages: nothing inline, nothing from elsewhere, inside nobody's frame."""
 

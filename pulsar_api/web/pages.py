@@ -1,24 +1,65 @@
 """The pages for people, and the root of the tree that serves everything."""
 
-from html import escape
+import gzip
+from collections.abc import Mapping
+from hashlib import sha256
 from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import PurePath
 from typing import ClassVar
 from urllib.parse import quote, unquote_to_bytes
 
-from attrs import frozen
+from attrs import field, frozen
 from klein import Klein
 from twisted.web.resource import IResource, Resource
 from twisted.web.server import Request
+from werkzeug.exceptions import NotFound
 
-from pulsar_api.errors import NotAuthenticated
 from pulsar_api.web.access import Access
+from pulsar_api.web.headers import PAGE_POLICY
 from pulsar_api.web.origin import Origins, UnknownHost
-from pulsar_api.web.reply import handle_errors, page, problem, reply
+from pulsar_api.web.reply import handle_errors, header, not_modified, problem, reply
 from pulsar_api.web.tasks import RESERVED
 
 _RESERVED = frozenset(name.encode() for name in RESERVED)
 _HTML = "text/html; charset=utf-8"
 _UI = files("pulsar_api") / "ui"
+_KINDS = {
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+
+
+@frozen
+class Asset:
+    """A file that a page loads."""
+
+    kind: str
+    data: bytes
+    etag: str
+
+    def packed(self) -> "Asset":
+        """Return the same as it goes over the network; it has a name of its own there."""
+        return Asset(
+            self.kind, gzip.compress(self.data, mtime=0), f'{self.etag[:-1]}-gzip"'
+        )
+
+    @classmethod
+    def all_in(cls, folder: Traversable) -> "dict[str, Asset]":
+        """Read what pages load of a folder, by name; other files in it are not for them."""
+        found = {}
+        for file in folder.iterdir():
+            kind = _KINDS.get(PurePath(file.name).suffix)
+            if kind is not None:
+                data = file.read_bytes()
+                found[file.name] = cls(kind, data, f'"{sha256(data).hexdigest()[:32]}"')
+        return found
+
+
+def _takes_gzip(request: Request) -> bool:
+    names = [part.strip().lower() for part in header(request, "accept-encoding").split(",")]
+    return "gzip" in names  # with a weight, even of nothing, nobody asks for it
 
 
 def _new_app() -> Klein:
@@ -34,8 +75,15 @@ class Pages:
 
     app: ClassVar[Klein] = _new_app()
     access: Access
-    page: str = (_UI / "index.html").read_text("utf-8")
-    style: bytes = (_UI / "style.css").read_bytes()
+    shell: bytes = (_UI / "index.html").read_bytes()
+    assets: Mapping[str, Asset] = field(factory=lambda: Asset.all_in(_UI))
+    """All that there is: a path of a client's never leads to the disk."""
+    packed: Mapping[str, Asset] = field(init=False)
+    """The same by gzip; they hold no secret, whose length could tell something."""
+
+    @packed.default
+    def _packed(self) -> Mapping[str, Asset]:
+        return {name: asset.packed() for name, asset in self.assets.items()}
 
     @app.route("/", methods=["GET"])
     def root(self, request: Request) -> bytes:
@@ -46,28 +94,30 @@ class Pages:
     @app.route("/web/job/<number>", methods=["GET"])
     @app.route("/pulsar", methods=["GET"])
     @app.route("/pulsar/index.html", methods=["GET"])
-    async def index(self, request: Request, number: str = "") -> bytes:
-        access = self.access
-        try:
-            shown = access.shown(request)
-            caller = await access.caller(shown, access.origins.address(request))
-        except NotAuthenticated:
+    def index(self, request: Request, number: str = "") -> bytes:
+        # Whether what is shown is still good the page finds out by /login/me: a provider
+        # that is slow must not keep it from being drawn.
+        if self.access.gate is not None and self.access.shown(request) is None:
             target = quote(request.uri.decode("ascii", "replace"), safe="")
             request.setHeader("Location", f"/login?next={target}")
             return reply(request, b"", 303, _HTML)
-        account = ""
-        if caller.name is not None:
-            account = _ACCOUNT.format(user=escape(caller.name))
-        return page(request, self.page, {"account": account})
+        request.setHeader("Content-Security-Policy", PAGE_POLICY)
+        return reply(request, self.shell, kind=_HTML)
 
-    @app.route("/pulsar/style.css", methods=["GET"])
-    def stylesheet(self, request: Request) -> bytes:
-        return reply(request, self.style, kind="text/css; charset=utf-8")
-
-
-_ACCOUNT = """<form method="post" action="/logout" class="account">
-  Signed in as {user}. <button>Sign out</button>
-  <button formaction="/logout?everywhere=1">everywhere</button></form>"""
+    @app.route("/pulsar/<name>", methods=["GET"])
+    def asset(self, request: Request, name: str) -> bytes:
+        packed = _takes_gzip(request)
+        found = (self.packed if packed else self.assets).get(name)
+        if found is None:
+            raise NotFound
+        request.setHeader("Vary", "Accept-Encoding")
+        if packed:
+            request.setHeader("Content-Encoding", "gzip")
+        body = b""
+        if not not_modified(request, found.etag):
+            body = reply(request, found.data, kind=found.kind)
+        request.setHeader("Cache-Control", "no-cache")
+        return body
 
 
 class Root(Resource):
@@ -79,6 +129,7 @@ class Root(Resource):
         self,
         api: IResource,
         follow: IResource,
+        parts: IResource,
         jobs: IResource,
         sockjs: IResource,
         pages: IResource,
@@ -91,6 +142,7 @@ class Root(Resource):
         self._sockjs = sockjs
         self._api = api
         self._follow = follow
+        self._parts = parts
         self._jobs = jobs
         self._pages = pages
 
@@ -137,8 +189,11 @@ class Root(Resource):
         listing = len(segments) == 3 and segments[2] == b"tasks"
         if segments[0] in {b"job", b"jobs"} or (listing and segments[0] not in _RESERVED):
             return self._jobs
-        of_task = segments[0] == b"task" and segments[2:3] in ([b"log"], [b"events"])
-        return self._follow if of_task or segments[0] == b"events" else self._api
+        of_task = segments[2] if segments[0] == b"task" and len(segments) > 2 else None
+        if of_task in {b"lines", b"pieces", b"search"}:
+            return self._parts
+        follow = segments[0] == b"events" or of_task in {b"log", b"events"}
+        return self._follow if follow else self._api
 
 
 def _is_text(value: bytes) -> bool:

@@ -5,6 +5,7 @@ import hmac
 import json
 import re
 import secrets
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from typing import ClassVar
@@ -21,7 +22,7 @@ from pulsar_api import wire
 from pulsar_api.auth.gate import Credentials
 from pulsar_api.auth.github import GitHub
 from pulsar_api.auth.records import new_secret
-from pulsar_api.auth.rights import Caller
+from pulsar_api.auth.rights import Caller, Target
 from pulsar_api.errors import InvalidInput, NotAuthenticated
 from pulsar_api.web.access import IS_TOKEN, Access, cookies, set_session
 from pulsar_api.web.reply import header, new_app, page, reply
@@ -46,6 +47,8 @@ class SignIn:
     clock: IReactorTime
     github: GitHub | None = None
     """With an OAuth app, or None."""
+    confirm: Sequence[Target] = ()
+    """Where the page shall ask again before it does something."""
     _key: AESGCM = field(factory=lambda: AESGCM(AESGCM.generate_key(256)), init=False)
     """Seals what a browser keeps for us while it is at GitHub."""
     _page: str = field(init=False)
@@ -115,12 +118,19 @@ class SignIn:
     @app.route("/login/me", methods=["GET"])
     async def me(self, request: Request) -> bytes:
         """Say who is signed in and what they may."""
-        caller = await self._caller(request)
+        shown = self.access.shown(request)
+        caller = await self.access.caller(shown, self.access.origins.address(request))
         rights = [
             {"may": sorted(grant.rights), "on": list(map(str, grant.targets))}
             for grant in caller.grants
         ]
-        me = {"user": caller.name, "means": caller.means, "rights": rights}
+        me = {
+            "user": caller.name,
+            "means": caller.means,
+            "rights": rights,
+            "signedIn": self.access.gate is not None and isinstance(shown, str),
+            "confirm": list(map(str, self.confirm)),
+        }
         return reply(request, wire.encode(me))
 
     @app.route("/logout", methods=["POST"])
@@ -161,10 +171,6 @@ class SignIn:
 
     def _login_cookie(self, request: Request) -> str:
         return "__Host-pulsar-login" if self.access.secure(request) else "pulsar-login"
-
-    async def _caller(self, request: Request) -> Caller:
-        address = self.access.origins.address(request)
-        return await self.access.caller(self.access.shown(request), address)
 
     async def _begin(self, request: Request, credentials: Credentials) -> None:
         """Begin a session, always a new one, for who these credentials are good for."""

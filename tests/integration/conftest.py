@@ -1,13 +1,29 @@
-"""Daemons that end with the test that started them."""
+"""Daemons and browsers that end with the tests that started them."""
 
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from selenium.webdriver import Chrome
 
+from tests.integration.browser import chromium
 from tests.integration.daemon import SHELL, Daemon
 
 Start = Callable[..., Daemon]
+NPM = Path(__file__).parents[1] / "npm"
+
+
+@pytest.fixture(scope="session")
+def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install what tests need of others that is JavaScript, by npm."""
+    folder = tmp_path_factory.mktemp("npm")
+    for name in ("package.json", "flow.js"):
+        shutil.copy(NPM / name, folder)
+    command = "npm install --no-audit --no-fund --ignore-scripts --loglevel=error".split()
+    subprocess.run(command, cwd=folder, check=True, timeout=300)
+    return folder
 
 
 @pytest.fixture
@@ -62,3 +78,37 @@ def returning(start: Start) -> Iterator[Daemon]:
     daemon.arguments[daemon.arguments.index("--port") + 1] = str(daemon.port)
     yield daemon
     assert "Traceback" not in daemon.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def chrome() -> Iterator[Chrome]:
+    """Return a browser for all tests here."""
+    with chromium() as driver:
+        yield driver
+
+
+@pytest.fixture
+def browser(chrome: Chrome) -> Iterator[Chrome]:
+    """Return a browser that knows nobody; no policy may be broken, no script fail."""
+    chrome.execute_cdp_cmd("Network.clearBrowserCookies", {})
+    chrome.get_log("browser")  # type: ignore[no-untyped-call]
+    yield chrome
+    entries = chrome.get_log("browser")  # type: ignore[no-untyped-call]
+    chrome.get("about:blank")
+    # That a daemon is away, and what it refuses, are told by the page.
+    faults = [e for e in entries if e["source"] != "network"]
+    assert faults == []
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """Return a daemon with 120 tasks: two apps, two envs, every tenth has failed."""
+    daemon = Daemon(tmp_path_factory.mktemp("many"), "--command", "sh -c {action}")
+    for n in range(1, 121):
+        action = "false" if n % 10 == 0 else "true"
+        number = daemon.run(f"app{n % 2}", ("staging", "production")[n % 3 == 0], action)
+        assert number == n
+    for n in range(1, 121):
+        daemon.ended(n)
+    yield daemon
+    daemon.stop()

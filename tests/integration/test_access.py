@@ -15,6 +15,7 @@ from pulsar_api.auth.rights import Right
 from pulsar_api.web.follow import FollowAPI
 from pulsar_api.web.jobs import JobAPI
 from pulsar_api.web.pages import Pages
+from pulsar_api.web.parts import PartsAPI
 from pulsar_api.web.signin import SignIn
 from pulsar_api.web.sockjs import SockJS
 from pulsar_api.web.tasks import TaskAPI
@@ -44,7 +45,7 @@ HAS = {
 def routes() -> dict[str, str]:
     """Return what the code has: each method and path, and the right that it needs."""
     found = {}
-    for api in (TaskAPI, FollowAPI, JobAPI, SockJS, Pages, SignIn):
+    for api in (TaskAPI, FollowAPI, PartsAPI, JobAPI, SockJS, Pages, SignIn):
         for rule in api.app.url_map.iter_rules():
             handler = api.app.endpoints[rule.endpoint]
             path = re.sub(r"<(?:\w+:)?(\w+)>", r":\1", rule.rule)
@@ -185,7 +186,10 @@ def path_of(route: str, number: int, app: str) -> tuple[str, str]:
     method, _, path = route.partition(" ")
     path = path.replace(":number", str(number)).replace(":app", app)
     path = path.replace(":env", "production")
-    return method, path + ("?timeout=0" if path == "/tasks/created" else "")
+    query = "?timeout=0" if path == "/tasks/created" else ""
+    if path.endswith("/search"):
+        query = "?text=echo"
+    return method, path + query
 
 
 @pytest.mark.parametrize("means", ["bearer", "0.6", "basic", "session"])
@@ -285,6 +289,7 @@ def test_a_task_of_another_app_is_not_told_of_by_any_list(world: World, role: st
     for path in (
         "/tasks?limit=1000",
         "/tasks?app=other",
+        "/tasks?text=other",
         f"/tasks?before={world.foreign + 1}&limit=1",
         "/jobs?pageSize=1000",
         f"/tasks/created?since={world.foreign - 1}&timeout=0",
@@ -331,7 +336,7 @@ def test_a_rebound_name_reaches_nothing(world: World, route: str) -> None:
 
 def test_a_refusal_does_not_tell_what_a_task_is(world: World) -> None:
     """Whoever may not see it; who may, is told what is missing."""
-    for path in ("", "/log", "/events", "/kill", "/output"):
+    for path in ("", "/log", "/events", "/kill", "/output", "/lines", "/pieces", "/search"):
         answer = world.daemon.get(f"/task/{world.foreign}{path}", **world.bearer("kill"))
         assert b"other" not in problem_text(answer)
         assert f"task {world.foreign}".encode() in problem_text(answer)

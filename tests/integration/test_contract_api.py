@@ -294,9 +294,9 @@ def test_the_list_has_the_newest_hundred_and_its_link_leads_to_all_others(
     assert [len(page) for page in found] == [40, 40, 25]
     assert all(min(page) > max(older) for page, older in pairwise(found))
     assert sorted(chain(*found)) == numbers
-    filtered = pages("/tasks?limit=10&app=app1&env=env2&status=created")
     wanted = [n for i, n in enumerate(numbers) if i % 2 == 1 and i % 3 == 2]
-    assert sorted(chain(*filtered)) == wanted
+    for query in ("app=app1&env=env2&status=created", "app=app1&text=NV2"):
+        assert sorted(chain(*pages(f"/tasks?limit=10&{query}"))) == wanted
 
 
 def test_the_list_is_filtered_by_status_app_env_and_user(api: Daemon) -> None:
@@ -315,6 +315,10 @@ def test_the_list_is_filtered_by_status_app_env_and_user(api: Daemon) -> None:
     assert found("app=filter-b&status=failed") == []
     assert found("app=filter-a&user=somebody") == []
     assert found("app=%00") == []
+    assert found("text=FILTER-A") == numbers[:2]
+    assert found("text=tw&app=filter-a") == numbers[1:2]
+    assert found("text=filter_a") == found("text=filter-a&status=failed") == []
+    assert found("app=filter-a&text=") == numbers[:2]
 
 
 @pytest.mark.parametrize(
@@ -330,6 +334,7 @@ def test_the_list_is_filtered_by_status_app_env_and_user(api: Daemon) -> None:
         ("status=done", "status"),
         ("status=", "status"),
         ("output=all", "output"),
+        (f"text={'x' * 201}", "text"),
     ],
 )
 def test_a_wrong_parameter_of_the_list_is_named(

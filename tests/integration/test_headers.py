@@ -1,13 +1,18 @@
 """What browsers are told is on every answer, whatever kind of answer it is."""
 
+import gzip
 import json
 import re
 from collections.abc import Iterator
 from http.client import HTTPMessage
+from pathlib import Path
 
 import pytest
 
-from tests.integration.daemon import SHELL, Daemon, next_answer
+import pulsar_api
+from tests.integration.daemon import SHELL, Daemon, next_answer, problem
+
+UI = Path(pulsar_api.__file__).parent / "ui"
 
 ALWAYS = {
     "X-Content-Type-Options": "nosniff",
@@ -56,6 +61,11 @@ ANSWERS = [
     ("HEAD", "/task/1/log", 200),
     ("GET", "/task/1/events", 200),
     ("HEAD", "/events", 200),
+    ("GET", "/task/1/lines", 200),
+    ("GET", "/task/1/pieces", 200),
+    ("HEAD", "/task/1/pieces", 200),
+    ("GET", "/task/1/search?text=hello", 200),
+    ("GET", "/task/1/search", 400),
     ("GET", "/jobs", 200),
     ("GET", "/job/1", 200),
     ("GET", "/websocket", 200),
@@ -119,15 +129,73 @@ def test_a_page_allows_nothing_inline(daemon: Daemon, path: str) -> None:
     check(answer.headers, policy)
     rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
     assert rules["default-src"] == rules["base-uri"] == rules["frame-ancestors"] == "'none'"
-    assert rules["form-action"] == "'self'"
+    rest = ("script-src", "style-src", "img-src", "connect-src", "form-action")
+    assert {rules[name] for name in rest} == {"'self'"}
     assert not re.search("unsafe|http|[*]|data:", policy)
     text = answer.body.decode()
     assert not re.search(r"<style|<script(?![^>]* src=)| (style|on[a-z]+)=", text)
-    for link in re.findall(r'<link rel="stylesheet" href="(.*?)"', text):
+    links = re.findall(r'<link rel="stylesheet" href="(.*?)"', text)
+    assert links
+    for link in links + re.findall(r'<script[^>]* src="(.*?)"', text):
         found = daemon.get(link)
         assert found.status == 200
-        assert found.headers["Content-Type"] == "text/css; charset=utf-8"
+        kind = "text/javascript" if link.endswith(".js") else "text/css"
+        assert found.headers["Content-Type"] == f"{kind}; charset=utf-8"
         assert b"{" in found.body
+
+
+KINDS = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
+FILES = [path for path in UI.iterdir() if path.suffix in {".js", ".css", ".svg"}]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_file_of_the_page_is_loaded_once(daemon: Daemon, path: Path) -> None:
+    """A browser asks each time whether it has changed, and hears that it has not."""
+    answer = daemon.get(f"/pulsar/{path.name}")
+    assert (answer.status, answer.body) == (200, path.read_bytes())
+    assert answer.headers["Content-Type"] == KINDS.get(path.suffix, "image/svg+xml")
+    assert answer.headers.get_all("Cache-Control") == ["no-cache"]
+    check(answer.headers)
+    etag = answer.headers["ETag"]
+    assert re.fullmatch('"[0-9a-f]{32}"', etag or "")
+    again = daemon.get(f"/pulsar/{path.name}", **{"If-None-Match": etag})
+    assert (again.status, again.body, again.headers["ETag"]) == (304, b"", etag)
+    assert again.headers.get_all("Cache-Control") == ["no-cache"]
+    check(again.headers)
+    head = daemon.request("HEAD", f"/pulsar/{path.name}")
+    assert (head.status, head.body, head.headers["ETag"]) == (200, b"", etag)
+    assert head.headers["Content-Length"] == str(len(answer.body))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_file_of_the_page_is_packed_for_who_can_unpack_it(
+    daemon: Daemon, path: Path
+) -> None:
+    """It is another answer, with a name of its own."""
+    plain = daemon.get(f"/pulsar/{path.name}")
+    asked = {"Accept-Encoding": "br, GZIP"}
+    answer = daemon.get(f"/pulsar/{path.name}", **asked)
+    assert (answer.status, gzip.decompress(answer.body)) == (200, plain.body)
+    assert (plain.headers["Content-Encoding"], answer.headers["Content-Encoding"]) == (
+        None,
+        "gzip",
+    )
+    assert plain.headers["Vary"] == answer.headers["Vary"] == "Accept-Encoding"
+    check(answer.headers)
+    etag = answer.headers["ETag"]
+    assert etag != plain.headers["ETag"]
+    again = daemon.get(f"/pulsar/{path.name}", **asked, **{"If-None-Match": etag})
+    assert (again.status, again.body, again.headers["ETag"]) == (304, b"", etag)
+    never = daemon.get(f"/pulsar/{path.name}", **{"Accept-Encoding": "gzip;q=0"})
+    assert never.body == plain.body
+
+
+@pytest.mark.parametrize(
+    "name", ["login.html", "none.js", "..", "__init__.py", "style.css/x", ".css", "%2e%2e"]
+)
+def test_nothing_else_is_a_file_of_the_page(daemon: Daemon, name: str) -> None:
+    """A path leads to one of the names, never to the disk."""
+    assert problem(daemon.get(f"/pulsar/{name}"), 404)["type"].endswith(":not-found")
 
 
 def test_errors_are_no_pages(daemon: Daemon) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import closing
@@ -20,7 +19,6 @@ from tests.integration.daemon import PATIENCE, SHELL, Answer, Daemon, problem, w
 from tests.integration.sockjs import WebSocket
 
 JOBS = int(os.environ.get("PULSAR_JOBS", "20"))
-NPM = Path(__file__).parents[1] / "npm"
 JOB = set("id status timestamp exitCode pid command args stdout output".split())
 
 
@@ -380,17 +378,6 @@ def test_of_a_huge_output_a_message_has_the_end(daemon: Daemon) -> None:
 
 
 # -- the published client
-
-
-@pytest.fixture(scope="module")
-def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Install the published client, by npm."""
-    folder = tmp_path_factory.mktemp("npm")
-    for name in ("package.json", "flow.js"):
-        shutil.copy(NPM / name, folder)
-    command = "npm install --no-audit --no-fund --ignore-scripts --loglevel=error".split()
-    subprocess.run(command, cwd=folder, check=True, timeout=300)
-    return folder
 
 
 def flow(npm: Path, daemon: Daemon, *arguments: str) -> Any:

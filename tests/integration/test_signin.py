@@ -136,9 +136,8 @@ def test_the_session_of_a_browser(start: Start, tmp_path: Path, tls: bool) -> No
     assert flags == usual | ({"Secure"} if tls else set())
     assert cookie.startswith("__Host-pulsar=" if tls else "pulsar=")
     session = session_of(answer)
-    page = daemon.get("/web/job/1", **session)
-    assert page.status == 200
-    assert b"Signed in as joe" in page.body
+    assert daemon.get("/web/job/1", **session).status == 200
+    assert daemon.get("/login/me", **session).json()["user"] == "joe"
     assert answer.headers["Cache-Control"] == "no-store"
     daemon.process.terminate()
     daemon.process.wait(PATIENCE)
@@ -170,6 +169,22 @@ def test_a_session_is_never_one_that_the_browser_brought(static: Daemon) -> None
     again = session_of(sign_in(static, JOE, **session))
     problem(static.get("/login/me", **session), 401)
     assert static.get("/login/me", **again).status == 200
+
+
+@pytest.mark.parametrize("path", ["/web/", "/web/job/7", "/pulsar/index.html"])
+def test_a_page_is_drawn_without_asking_who_it_is_for(static: Daemon, path: str) -> None:
+    """It finds out by itself; only who shows nothing at all is sent to sign in first."""
+    answer = static.get(path)
+    assert answer.status == 303
+    target = path.replace("/", "%2F")
+    assert answer.headers["Location"] == f"/login?next={target}"
+    session = session_of(sign_in(static, JOE))
+    shown = [session, basic(), basic("joe", "wrong"), bearer("x"), {"Cookie": "pulsar=x"}]
+    answers = [static.get(path, **headers) for headers in shown]
+    assert [answer.status for answer in answers] == [200] * 5
+    assert len({answer.body for answer in answers}) == 1
+    # It was not looked at: a wrong one is neither counted nor forgotten.
+    assert "sign-in" not in {e["what"] for e in audit(static, "--refused")}
 
 
 def test_a_wrong_sign_in_says_so_on_the_page(static: Daemon) -> None:
@@ -401,6 +416,46 @@ def test_a_proxy_says_where_a_request_comes_from(start: Start, tmp_path: Path) -
         headers = {**wrong, "X-Forwarded-For": said}
         daemon.request("GET", "/tasks", None, headers, source)
         assert audit(daemon)[-1]["from"] == heard
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_page_is_told_what_it_has_to_know(
+    start: Start,
+    tmp_path: Path,
+    asked: bool,  # noqa: FBT001
+) -> None:
+    """Who it is for, by what, what they may, and where it shall ask again."""
+    config = tmp_path / "config.toml"
+    provider = 'auth-provider = "tokens"\n' if asked else ""
+    config.write_text(provider + 'confirm = ["*/production", "shop/x/drop"]\n')
+    daemon = start("--config", str(config), "--command", "true")
+    confirm = ["*/production/*", "shop/x/drop"]
+    if not asked:
+        for headers in ({}, {"Cookie": f"pulsar={'x' * 43}"}, bearer("x")):
+            assert daemon.get("/login/me", **headers).json() == {
+                "user": None,
+                "means": "anonymous",
+                "rights": [{"may": ["admin", "kill", "read", "run"], "on": ["*/*/*"]}],
+                "signedIn": False,
+                "confirm": confirm,
+            }
+        return
+    token = command(
+        daemon, "token", "create", "ci", "--may", "run", "--on", "shop/*"
+    ).strip()
+    me = {
+        "user": "token:ci",
+        "means": "token",
+        "rights": [{"may": ["read", "run"], "on": ["shop/*/*"]}],
+        "signedIn": False,
+        "confirm": confirm,
+    }
+    assert daemon.get("/login/me", **bearer(token)).json() == me
+    session = session_of(sign_in(daemon, f"user=&password={token}"))
+    signed_in = {**me, "means": "token session", "signedIn": True}
+    assert daemon.get("/login/me", **session).json() == signed_in
+    # What is shown besides is what counts, not the cookie.
+    assert daemon.get("/login/me", **session, **bearer(token)).json() == me
 
 
 def test_without_authentication_nobody_is_asked(start: Start) -> None:

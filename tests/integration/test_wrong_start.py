@@ -72,6 +72,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "overflow.toml": b"app-pattern = 'a{4294967296}'\n",
         "auth.toml": b"auth-password = 'secret'\n",
         "rights.toml": b"[[rights]]\nwho = ['*']\nmay = ['fly']\n",
+        "confirm.toml": b"confirm = ['*/production/']\n",
         "wide.toml": b"interface = '0.0.0.0'\n",
     }
     weak = {
@@ -156,6 +157,10 @@ AUTH = [
     wrong("--auth-password-file {files}/empty", "auth-password-file: {files}/empty is"),
     wrong("--config {files}/auth.toml", "--auth-username and its password go together"),
     wrong("--config {files}/rights.toml", "{files}/rights.toml: rights: 'fly' is no right"),
+    wrong(
+        "--config {files}/confirm.toml",
+        "{files}/confirm.toml: confirm: '*/production/' must be like shop",
+    ),
 ]
 CONFIG = [
     wrong(

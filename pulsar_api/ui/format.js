@@ -1,0 +1,107 @@
+// Words for what the daemon knows: states, times, spans of time; and small helpers for DOM.
+
+export const STATUS = {
+  created: { word: 'waiting', sign: '○' },
+  running: { word: 'running', sign: '▶' },
+  finished: { word: 'finished', sign: '✓' },
+  failed: { word: 'failed', sign: '✗' },
+  killed: { word: 'killed', sign: '■' },
+  lost: { word: 'lost', sign: '?' },
+};
+
+export const ended = (task) => !['created', 'running'].includes(task.status);
+
+// An element; properties that begin with "on" are listeners, others attributes. Children
+// are elements or text: nothing that comes from outside is ever read as markup.
+export function el(name, properties = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(properties)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (key.startsWith('on')) made.addEventListener(key.slice(2), value);
+    else if (key === 'value') made.value = value;
+    else made.setAttribute(key, value === true ? '' : value);
+  }
+  made.append(...children.filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+// Change a text only if it is another: no work, and nothing said twice by a screen reader.
+export function say(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+export function badge(task) {
+  const { word, sign } = STATUS[task.status] ?? { word: task.status, sign: '?' };
+  return el('span', { class: `status ${task.status}` },
+    el('span', { class: 'sign', 'aria-hidden': 'true' }, sign), word);
+}
+
+export function setBadge(element, task) {
+  if (element.dataset.status === task.status) return;
+  element.dataset.status = task.status;
+  element.replaceChildren(badge(task));
+}
+
+const CLOCK = new Intl.DateTimeFormat(undefined, { timeStyle: 'short' });
+const DAY = new Intl.DateTimeFormat(undefined, { dateStyle: 'medium', timeStyle: 'short' });
+const EXACT = new Intl.DateTimeFormat(undefined, { dateStyle: 'full', timeStyle: 'long' });
+
+export const exact = (moment) => EXACT.format(moment);
+
+// A moment as people say it: the clock of today, else the day with it.
+export function when(text) {
+  if (!text) return el('span', {}, '–');
+  const moment = new Date(text);
+  const today = moment.toDateString() === new Date().toDateString();
+  return el('time', { datetime: text, title: `${exact(moment)} (${text})` },
+    (today ? CLOCK : DAY).format(moment));
+}
+
+export function span(seconds) {
+  const whole = Math.max(0, Math.floor(seconds));
+  const parts = [[86400, 'd'], [3600, 'h'], [60, 'min'], [1, 's']]
+    .map(([size, unit], i, all) => [Math.floor((i ? whole % all[i - 1][0] : whole) / size), unit])
+    .filter(([count]) => count > 0)
+    .slice(0, 2);
+  if (seconds < 1 && whole !== seconds) return `${Math.max(1, Math.round(seconds * 1000))} ms`;
+  if (seconds < 10 && whole !== seconds) return `${seconds.toFixed(1)} s`;
+  if (!parts.length) return '0 s';
+  return parts.map(([count, unit]) => `${count} ${unit}`).join(' ');
+}
+
+// What it waits for, or why it did not end well: "" if there is nothing to say.
+export function whyNot(task) {
+  if (task.status !== 'created') return task.reason ?? '';
+  return `waits for ${task.waitingFor ?? 'its turn'}`;
+}
+
+// How long it ran, or has run by now: null if it never began.
+export function duration(task, now) {
+  if (!task.startedAt) return null;
+  const end = task.endedAt ? Date.parse(task.endedAt) : now;
+  const seconds = (end - Date.parse(task.startedAt)) / 1000;
+  return span(task.endedAt ? seconds : Math.floor(Math.max(0, seconds)));
+}
+
+export function bytes(count) {
+  const units = ['bytes', 'KB', 'MB', 'GB', 'TB'];
+  let step = 0;
+  while (count >= 1000 && step < units.length - 1) { count /= 1000; step += 1; }
+  return `${step && count < 10 ? count.toFixed(1) : Math.round(count)} ${units[step]}`;
+}
+
+// The patterns of the settings: * and ? are wild, all else is as it is.
+function fits(pattern, text) {
+  const source = pattern.replace(/[\\^$.*+?()[\]{}|]/g, (c) =>
+    ({ '*': '.*', '?': '.' }[c] ?? `\\${c}`));
+  return new RegExp(`^${source}$`, 's').test(text);
+}
+
+// Whether "app/env/action" patterns mean a target; without an action: any of it.
+export function covers(patterns, app, env, action = null) {
+  return patterns.some((pattern) => {
+    const [a, e = '*', ...rest] = pattern.split('/');
+    return fits(a, app) && fits(e, env)
+      && (action === null || fits(rest.length ? rest.join('/') : '*', action));
+  });
+}

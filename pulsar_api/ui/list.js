@@ -1,0 +1,208 @@
+// The list of tasks: live, newest first, filtered by what the address says.
+
+import { Stream, ask } from './api.js';
+import { STATUS, duration, el, ended, say, setBadge, when, whyNot } from './format.js';
+
+const PAGE = 100;
+const MOST = 1000; // tasks that stay when more come
+const FILTERS = ['status', 'app', 'env', 'user', 'text'];
+
+export class List {
+  constructor(page) {
+    this.page = page;
+    this.tasks = new Map();
+    this.items = new Map();
+    this.query = new URLSearchParams(location.search);
+    this.form = this.#form();
+    this.items_ = el('ol', { class: 'tasks', 'aria-label': 'Tasks, newest first' });
+    this.note = el('p', { class: 'note', role: 'status' }, 'Loading…');
+    this.more = el('button', { type: 'button', class: 'more', hidden: true, onclick: () => this.#next() }, 'Older tasks');
+    page.view.replaceChildren(
+      el('h1', { tabindex: -1 }, 'Tasks'), this.form, this.items_, this.note, this.more);
+    this.observer = new IntersectionObserver((found) => {
+      if (found.some((one) => one.isIntersecting)) this.#next();
+    }, { rootMargin: '400px' });
+    this.observer.observe(this.more);
+    this.ticks = setInterval(() => this.#tick(), 1000);
+    page.title('Tasks');
+    this.#load();
+    // Its first event may come before the list is there: the newer of both counts.
+    this.stream = new Stream('/events', '/login/me', {
+      created: (task) => this.#hear(task),
+      state: (task) => this.#hear(task),
+    }, (problem) => page.away(problem));
+    this.stream.missed = () => this.#anew();
+  }
+
+  close() {
+    this.closed = true;
+    this.stream.close();
+    this.observer.disconnect();
+    clearInterval(this.ticks);
+    clearTimeout(this.typing);
+  }
+
+  #form() {
+    const options = Object.entries(STATUS)
+      .map(([name, { word }]) => el('option', { value: name }, word));
+    const fields = {
+      status: el('select', { name: 'status' }, el('option', { value: '' }, 'any'), ...options),
+    };
+    for (const name of FILTERS.slice(1)) {
+      fields[name] = el('input', {
+        name, type: 'search', autocomplete: 'off', autocapitalize: 'none', maxlength: 200,
+        placeholder: name === 'text' ? 'in any of them' : null,
+      });
+    }
+    for (const [name, field] of Object.entries(fields)) field.value = this.query.get(name) ?? '';
+    const labels = Object.entries(fields).map(([name, field]) => el('label', { class: name },
+      el('span', {}, name === 'text' ? 'search' : name), field));
+    const change = () => {
+      clearTimeout(this.typing);
+      this.typing = setTimeout(() => this.#filter(fields), 200);
+    };
+    const narrow = FILTERS.slice(1, 4).some((name) => this.query.get(name));
+    const details = el('details', { class: 'narrow', open: narrow || matchMedia('(min-width: 50rem)').matches },
+      el('summary', {}, 'Filter'), el('div', {}, ...labels.slice(1, 4)));
+    return el('form', {
+      class: 'filter', role: 'search', oninput: change, onchange: change,
+      onsubmit: (event) => { event.preventDefault(); change(); },
+    }, labels[4], labels[0], details);
+  }
+
+  #filter(fields) {
+    const query = new URLSearchParams();
+    for (const [name, field] of Object.entries(fields)) {
+      const value = field.value.trim();
+      if (value) query.set(name, value);
+    }
+    if (String(query) === String(this.query)) return;
+    this.query = query;
+    history.replaceState(history.state, '', query.size ? `?${query}` : location.pathname);
+    this.#anew();
+  }
+
+  #anew() {
+    this.last = null;
+    this.loaded = false;
+    this.query = new URLSearchParams(this.query); // what is on the way is for another
+    this.tasks.clear();
+    this.items.clear();
+    this.items_.replaceChildren();
+    this.more.hidden = true;
+    say(this.note, 'Loading…');
+    this.#load();
+  }
+
+  async #load(before = null) {
+    const asked = this.query;
+    const query = new URLSearchParams([...asked].filter(([name]) => FILTERS.includes(name)));
+    query.set('limit', PAGE);
+    query.set('output', 'none');
+    if (before) query.set('before', before);
+    this.loading = true;
+    let answer;
+    try {
+      answer = await ask(`/tasks?${query}`);
+    } catch (error) {
+      if (!this.closed && asked === this.query) {
+        say(this.note, error.message);
+        if (!error.status) setTimeout(() => { if (!this.closed && asked === this.query) this.#load(before); }, 2000);
+      }
+      return;
+    } finally {
+      this.loading = false;
+    }
+    if (this.closed || asked !== this.query) return;
+    const tasks = Object.values(answer.tasks).sort((a, b) => b.id - a.id);
+    for (const task of tasks) this.#put(task);
+    const last = tasks.at(-1)?.id ?? null;
+    if (before || !this.last || last < this.last) {
+      this.last = last;
+      this.more.hidden = tasks.length < PAGE || last === 1;
+    }
+    this.loaded = true;
+    this.#count();
+  }
+
+  #next() {
+    if (!this.loading && !this.more.hidden && this.last) this.#load(this.last);
+  }
+
+  #count() {
+    const count = this.items.size;
+    const filtered = this.query.size ? ` that match${count === 1 ? 'es' : ''}` : '';
+    const none = this.query.size ? 'No task matches.' : 'There is no task yet.';
+    const shown = `${count}${this.more.hidden ? '' : ' newest'} task${count === 1 ? '' : 's'}${filtered}`;
+    say(this.note, count ? shown : none);
+  }
+
+  #matches(task) {
+    const equal = ['status', 'app', 'env', 'user']
+      .every((name) => !this.query.get(name) || this.query.get(name) === (task[name] ?? ''));
+    const text = (this.query.get('text') ?? '').toLowerCase();
+    return equal && (!text || [task.app, task.env, task.action, task.user ?? '']
+      .some((part) => part.toLowerCase().includes(text)));
+  }
+
+  #hear(task) {
+    const known = this.tasks.get(task.id);
+    if (!known && this.loaded && this.last && task.id < this.last) return; // not loaded yet
+    if (this.#matches(task)) {
+      this.#put(task);
+      if (!known) this.#shorten();
+    } else if (known && known.version <= task.version) {
+      this.items.get(task.id).item.remove();
+      this.items.delete(task.id);
+      this.tasks.delete(task.id);
+    }
+    if (this.loaded) this.#count();
+  }
+
+  // A page that is open for weeks does not keep all that has come.
+  #shorten() {
+    if (this.items.size <= MOST || scrollY > innerHeight) return;
+    const ids = [...this.items.keys()].sort((a, b) => b - a);
+    for (const id of ids.slice(MOST / 2)) {
+      this.items.get(id).item.remove();
+      this.items.delete(id);
+      this.tasks.delete(id);
+    }
+    this.last = ids[MOST / 2 - 1];
+    this.more.hidden = false;
+  }
+
+  #put(task) {
+    const known = this.tasks.get(task.id);
+    if (known && known.version > task.version) return;
+    this.tasks.set(task.id, task);
+    let parts = this.items.get(task.id);
+    if (!parts) {
+      parts = this.#item(task);
+      this.items.set(task.id, parts);
+      const after = [...this.items_.children].find((item) => Number(item.dataset.id) < task.id);
+      this.items_.insertBefore(parts.item, after ?? null);
+    }
+    setBadge(parts.badge, task);
+    say(parts.long, duration(task, this.page.now()) ?? '');
+    say(parts.why, whyNot(task));
+  }
+
+  #item(task) {
+    const parts = { badge: el('span', { class: 'state' }), long: el('span', { class: 'long' }), why: el('span', { class: 'why' }) };
+    const name = el('a', { href: `/web/job/${task.id}`, 'data-view': true },
+      el('span', { class: 'id' }, `#${task.id} `), el('b', {}, task.app), ` ${task.env} `,
+      el('span', { class: 'action' }, task.action));
+    parts.item = el('li', { 'data-id': task.id }, parts.badge, name,
+      el('span', { class: 'who' }, task.user ?? ''), el('span', { class: 'when' }, when(task.createdAt)),
+      parts.long, parts.why);
+    return parts;
+  }
+
+  #tick() {
+    const now = this.page.now();
+    for (const [id, task] of this.tasks) {
+      if (!ended(task)) say(this.items.get(id).long, duration(task, now) ?? '');
+    }
+  }
+}

@@ -1,0 +1,177 @@
+// The dialog that starts a task: what, where, with which variables, and a second look.
+
+import { Problem, ask, post } from './api.js';
+import { covers, el, say } from './format.js';
+
+const NAME = '[A-Za-z0-9_][A-Za-z0-9_.\\-]*';
+const RECENT = 200; // tasks whose names are offered
+
+let count = 0;
+
+export class RunDialog {
+  // `like`: a task whose app, env, action and variables are filled in.
+  constructor(page, like = null) {
+    this.page = page;
+    this.key = null;
+    count += 1;
+    this.fields = {};
+    for (const [name, value] of [['app', like?.app], ['env', like?.env], ['action', like?.action]]) {
+      this.fields[name] = el('input', {
+        name, required: true, value: value ?? '', list: `${name}s-${count}`, autocomplete: 'off',
+        autocapitalize: 'none', spellcheck: 'false', maxlength: name === 'action' ? 200 : 100,
+        pattern: name === 'action' ? null : NAME, autofocus: name === 'app' && !like,
+        title: name === 'action' ? null : 'Letters, digits, _ . and -',
+      });
+    }
+    this.lists = Object.fromEntries(['app', 'env', 'action'].map((name) => [name, el('datalist', { id: `${name}s-${count}` })]));
+    this.rows = el('div', { class: 'variables' });
+    this.error = el('p', { role: 'alert' });
+    this.sure = el('div', { class: 'sure', hidden: true });
+    this.button = el('button', { class: 'primary' }, 'Run');
+    this.form = el('form', { onsubmit: (event) => { event.preventDefault(); this.#submit(); }, oninput: () => this.#changed() },
+      el('h2', { id: `run-${count}` }, like ? 'Run again' : 'Run a task'),
+      ...['app', 'env', 'action'].map((name) => el('label', {}, name, this.fields[name], this.lists[name])),
+      el('fieldset', {}, el('legend', {}, 'Variables'), this.rows,
+        el('button', { type: 'button', onclick: () => this.#variable().focus() }, 'Add a variable')),
+      this.sure, this.error,
+      el('div', { class: 'buttons' },
+        el('button', { type: 'button', onclick: () => this.dialog.close() }, 'Cancel'), this.button));
+    this.dialog = el('dialog', { class: 'run', 'aria-labelledby': `run-${count}` }, this.form);
+    this.dialog.addEventListener('close', () => this.dialog.remove());
+    for (const [name, value] of Object.entries(like?.variables ?? {})) this.#variable(name, value);
+    document.body.append(this.dialog);
+    this.dialog.showModal();
+    this.#offer();
+    this.fields.app.addEventListener('change', () => this.#actions());
+    this.fields.env.addEventListener('change', () => this.#actions());
+    this.#actions();
+  }
+
+  #variable(name = '', value = '') {
+    const hidden = value === '***';
+    const field = el('input', { 'aria-label': 'Name', placeholder: 'name', class: 'key', value: name, autocomplete: 'off', autocapitalize: 'none', spellcheck: 'false', pattern: '[A-Za-z_][A-Za-z0-9_.\\-]*', title: 'Letters, digits, _ . and -; not a digit first' });
+    // The value of a secret is not kept: it has to be given again.
+    const lines = value.includes('\n'); // which an <input> would swallow
+    const text = el(lines ? 'textarea' : 'input', {
+      'aria-label': 'Value', placeholder: hidden ? 'secret: give it again' : 'value', class: 'value',
+      value: hidden ? '' : value, autocomplete: 'off', required: hidden,
+    });
+    text.addEventListener('input', () => { field.required = text.value !== ''; });
+    const secret = el('input', { type: 'checkbox', class: 'secret' });
+    secret.checked = hidden;
+    const veil = () => { text.type = secret.checked ? 'password' : 'text'; };
+    secret.addEventListener('change', veil);
+    veil();
+    const row = el('div', { class: 'variable' }, field, text, el('label', { class: 'check' }, secret, 'secret'),
+      el('button', { type: 'button', 'aria-label': 'Remove this variable', title: 'Remove', onclick: () => { row.remove(); this.#changed(); } }, '×'));
+    this.rows.append(row);
+    return field;
+  }
+
+  // What was run before is offered.
+  async #offer() {
+    let answer;
+    try {
+      answer = await ask(`/tasks?limit=${RECENT}&output=none`);
+    } catch { return; }
+    this.recent = Object.values(answer.tasks);
+    this.#fill('app', this.recent.map((task) => task.app));
+    this.#fill('env', this.recent.map((task) => task.env));
+    this.#actions();
+  }
+
+  // The actions that the command itself knows, if it can say, and those that were run before.
+  async #actions() {
+    const [app, env] = [this.fields.app.value.trim(), this.fields.env.value.trim()];
+    const before = (this.recent ?? []).filter((task) => !app || task.app === app).map((task) => task.action);
+    this.#fill('action', before);
+    if (!app || !env || !this.fields.app.checkValidity() || !this.fields.env.checkValidity()) return;
+    if (this.listed === `${app}/${env}`) { this.#fill('action', [...this.known ?? [], ...before]); return; }
+    this.listed = `${app}/${env}`;
+    this.known = [];
+    try {
+      const found = await ask(`/${encodeURIComponent(app)}/${encodeURIComponent(env)}/tasks`);
+      if (this.listed !== `${app}/${env}`) return;
+      this.known = Object.keys(found);
+      this.#fill('action', [...this.known, ...before]);
+    } catch { /* it has no list, or may not be asked: what is free is free */ }
+  }
+
+  #fill(name, values) {
+    this.lists[name].replaceChildren(...[...new Set(values)].map((value) => el('option', { value })));
+  }
+
+  // What was looked at is no longer what would be run.
+  #changed() {
+    if (!this.sure.hidden && this.reviewed !== JSON.stringify(this.#asked())) {
+      this.sure.hidden = true;
+      this.sure.replaceChildren();
+      say(this.button, 'Run');
+    }
+    say(this.error, '');
+  }
+
+  #asked() {
+    const variables = {};
+    const secret = [];
+    for (const row of this.rows.children) {
+      const name = row.querySelector('.key').value.trim();
+      if (!name) continue;
+      variables[name] = row.querySelector('.value').value;
+      if (row.querySelector('.secret').checked) secret.push(name);
+    }
+    const [app, env, action] = ['app', 'env', 'action'].map((name) => this.fields[name].value.trim());
+    return { app, env, action, variables, secret };
+  }
+
+  #review(asked) {
+    const { app, env, action, variables, secret } = asked;
+    this.reviewed = JSON.stringify(asked);
+    this.typed = el('input', { name: 'sure', autocomplete: 'off', autocapitalize: 'none', spellcheck: 'false', required: true });
+    const shown = Object.entries(variables).map(([name, value]) => `${name}=${secret.includes(name) ? '***' : value}`);
+    this.sure.replaceChildren(
+      el('p', {}, 'This will run ', el('b', {}, action), ' for ', el('b', {}, app), ' on ', el('b', {}, env),
+        shown.length ? ` with ${shown.join(', ')}.` : '.'),
+      el('label', {}, `Type ${env} to go on`, this.typed));
+    this.sure.hidden = false;
+    say(this.button, `Run on ${env}`);
+    this.typed.focus();
+  }
+
+  async #submit() {
+    const asked = this.#asked();
+    const { app, env, action, variables, secret } = asked;
+    say(this.error, '');
+    const names = [...this.rows.querySelectorAll('.key')].map((field) => field.value.trim());
+    const twice = names.find((name, i) => name && names.indexOf(name) !== i);
+    if (twice) {
+      say(this.error, `${twice} is there twice.`);
+      return;
+    }
+    if (covers(this.page.me.confirm ?? [], app, env, action)) {
+      if (this.sure.hidden) { this.#review(asked); return; }
+      if (this.typed.value !== env) {
+        say(this.error, `That is not ${env}.`);
+        this.typed.focus();
+        return;
+      }
+    }
+    // If the answer is lost and one tries again, the task is started once all the same.
+    if (this.sent !== JSON.stringify(asked)) this.key = null;
+    this.sent = JSON.stringify(asked);
+    this.key ??= [...crypto.getRandomValues(new Uint8Array(16))].map((n) => n.toString(16).padStart(2, '0')).join('');
+    this.button.disabled = true;
+    try {
+      const body = { action, variables, ...(secret.length ? { secret } : {}) };
+      const answer = await post(`/${encodeURIComponent(app)}/${encodeURIComponent(env)}`, body, { 'Idempotency-Key': this.key });
+      // Who has closed it meanwhile is busy with something else.
+      if (this.dialog.open) this.page.go(`/web/job/${answer.taskId}`);
+      this.dialog.close();
+    } catch (error) {
+      if (!(error instanceof Problem)) throw error;
+      say(this.error, error.message);
+    } finally {
+      this.button.disabled = false;
+    }
+  }
+}

@@ -1,0 +1,406 @@
+// One task: what it is, what it prints, and what one may do with it.
+
+import { ask, post } from './api.js';
+import { STATUS, badge, bytes, duration, el, ended, say, setBadge, when, whyNot } from './format.js';
+import { Log } from './log.js';
+
+const COPIED = 1 << 20; // characters at most
+const GONE = [400, 403, 404];
+const SAID = 5000; // milliseconds between two announcements of new lines
+
+export class TaskView {
+  constructor(page, id) {
+    this.page = page;
+    this.id = id;
+    this.said = { lines: 0, at: 0 };
+    this.#build();
+    this.ticks = setInterval(() => this.#tick(), 1000);
+    this.onhash = () => this.#hash(true);
+    addEventListener('hashchange', this.onhash);
+    this.onvisible = () => this.#hidden();
+    document.addEventListener('visibilitychange', this.onvisible);
+    page.title(`Task ${id}`);
+    this.#open();
+  }
+
+  close() {
+    this.closed = true;
+    this.log.close();
+    clearInterval(this.ticks);
+    clearInterval(this.polls);
+    clearTimeout(this.retry);
+    removeEventListener('hashchange', this.onhash);
+    document.removeEventListener('visibilitychange', this.onvisible);
+    document.body.classList.remove('task');
+  }
+
+  #build() {
+    const button = (text, onclick, more = {}) => el('button', { type: 'button', onclick, ...more }, text);
+    this.name = el('h1', { tabindex: -1 }, `Task ${this.id}`);
+    this.state = el('span', { class: 'state' });
+    this.kill = button('Kill…', () => this.#askKill(), { class: 'danger', hidden: true });
+    this.again = button('Run again…', () => this.page.run(this.task), { hidden: true });
+    this.brief = el('summary', {}, 'Details');
+    this.facts = el('dl', { class: 'facts' });
+    this.about = el('details', { class: 'about', open: matchMedia('(min-width: 50rem) and (min-height: 40rem)').matches }, this.brief, this.facts);
+    this.reason = el('p', { class: 'reason', hidden: true });
+    this.search = el('input', { type: 'search', placeholder: 'Search the output', 'aria-label': 'Search the output', maxlength: 200, autocomplete: 'off' });
+    this.found = el('span', { class: 'found', role: 'status' });
+    const form = el('form', {
+      class: 'find', role: 'search',
+      onsubmit: (event) => { event.preventDefault(); this.#find(1); },
+      oninput: () => { if (!this.search.value) this.#find(0); },
+    }, this.search, button('↑', () => this.#find(-1), { 'aria-label': 'Match before', title: 'Match before' }),
+    button('↓', () => this.#find(1), { 'aria-label': 'Next match', title: 'Next match' }), this.found);
+    this.times = button('Times', () => this.#toggle(), { 'aria-pressed': 'false' });
+    this.copied = el('span', { role: 'status', class: 'copied' });
+    this.bar = el('div', { class: 'bar' }, form, this.times,
+      button('Top', () => this.log.top()),
+      button('Copy', () => this.#copy()),
+      el('a', { class: 'button', href: `/task/${this.id}/log`, download: `task-${this.id}.log` }, 'Download'), this.copied);
+    this.scroller = el('div', { class: 'log', tabindex: 0, role: 'region', 'aria-label': 'Output' });
+    this.resume = button('↓ Follow the end', () => { this.log.resume(); this.scroller.focus(); }, { class: 'resume', hidden: true });
+    this.live = el('p', { class: 'unseen', role: 'status' });
+    this.empty = el('p', { class: 'empty' }, 'Loading…');
+    this.page.view.replaceChildren(
+      el('div', { class: 'head' },
+        el('a', { href: '/web/', 'data-view': true, class: 'back' }, '‹ Tasks'),
+        el('div', { class: 'titles' }, this.name, this.state),
+        el('div', { class: 'actions' }, this.kill, this.again)),
+      this.reason,
+      this.about,
+      this.bar,
+      el('div', { class: 'screen' }, this.scroller, this.empty, this.resume),
+      this.live);
+    document.body.classList.add('task');
+    this.scroller.addEventListener('click', (event) => this.#pick(event));
+    this.log = new Log(this.id, this.scroller, {
+      follow: (following) => { this.resume.hidden = following; },
+      away: (problem) => this.#away(problem),
+      state: (task) => this.#show(task),
+      end: (task) => this.#show(task),
+      grown: (lines) => this.#grown(lines),
+    });
+  }
+
+  // It is known by now who looks at it.
+  met() { if (this.task) this.#show(this.task); }
+
+  #still() { return this.task !== undefined && ended(this.task); }
+
+  #size() { return Math.max(this.task.outputSize, this.log?.size ?? 0); }
+
+  async #open() {
+    let task;
+    try {
+      task = await ask(`/task/${this.id}?output=none`);
+      if (this.closed) return;
+      this.page.away(null);
+      this.#show(task);
+      const marked = this.#hash(false);
+      await this.log.open(task, marked ? marked[0] : null);
+    } catch (error) {
+      if (this.closed) return;
+      this.#away(error);
+      if (!GONE.includes(error.status)) this.retry = setTimeout(() => this.#open(), 1500);
+    }
+  }
+
+  // It does not answer; what is gone or not for us is told in its place.
+  #away(problem) {
+    if (!GONE.includes(problem?.status)) {
+      this.page.away(problem);
+      return;
+    }
+    this.page.away(null);
+    if (this.task) {
+      say(this.reason, problem.message);
+      this.reason.hidden = false;
+    } else {
+      say(this.empty, problem.message);
+      this.bar.hidden = true;
+      this.about.hidden = true;
+    }
+  }
+
+  #show(task) {
+    if (this.closed || (this.task && this.task.version > task.version)) return;
+    const before = this.task?.status;
+    this.task = task;
+    const where = `${task.app} ${task.env} ${task.action}`;
+    say(this.name, `${where} `);
+    this.name.append(el('span', { class: 'id' }, `#${task.id}`));
+    setBadge(this.state, task);
+    const { word, sign } = STATUS[task.status] ?? { word: task.status, sign: '?' };
+    this.page.title(`${sign} ${word} · ${task.app} ${task.env} #${task.id}`);
+    if (before && before !== task.status) this.#announce(`The task is ${word}.`);
+    const may = (right) => this.page.may(right, task.app, task.env, task.action);
+    const held = document.activeElement === this.kill;
+    this.kill.hidden = ended(task) || !may('kill');
+    if (held && this.kill.hidden) this.name.focus(); // the keys must not begin anew
+    this.again.hidden = !ended(task) || !may('run');
+    const why = whyNot(task);
+    say(this.reason, why);
+    this.reason.hidden = !why;
+    this.reason.classList.toggle('waits', task.status === 'created');
+    this.#tell(task);
+    say(this.resume, ended(task) ? '↓ To the end' : '↓ Follow the end');
+    this.#emptiness();
+  }
+
+  #tell(task) {
+    this.#sum();
+    const facts = [];
+    const fact = (name, ...value) => facts.push(el('div', {}, el('dt', {}, name), el('dd', {}, ...value)));
+    this.long = el('span', {}, duration(task, this.page.now()) ?? '–');
+    fact('Time', this.long);
+    if (task.exitCode !== null) fact('Exit code', String(task.exitCode));
+    if (task.signal) fact('Signal', task.signal);
+    fact('By', task.user ?? 'nobody signed in');
+    fact('Created', when(task.createdAt));
+    if (task.startedAt) fact('Started', when(task.startedAt));
+    if (task.endedAt) fact('Ended', when(task.endedAt));
+    this.size = el('span', {}, bytes(this.#size()));
+    fact('Output', this.size);
+    if (task.pid) fact('Process', String(task.pid));
+    if (task.command) fact('Command', el('code', {}, task.command));
+    const variables = Object.entries(task.variables ?? {});
+    if (variables.length) {
+      fact('Variables', el('ul', {}, ...variables.map(([name, value]) => el('li', {}, el('code', {}, `${name}=${value}`)))));
+    }
+    this.facts.replaceChildren(...facts);
+  }
+
+  // The facts that count, where there is room for one line only.
+  #sum() {
+    const { task } = this;
+    const long = duration(task, this.page.now());
+    say(this.brief, [
+      task.exitCode === null ? null : `exit code ${task.exitCode}`,
+      task.signal,
+      long === null ? null : `${ended(task) ? 'after' : 'for'} ${long}`,
+      task.user === null ? null : `by ${task.user}`,
+    ].filter(Boolean).join(' · ') || 'Details');
+  }
+
+  #tick() {
+    if (!this.task || ended(this.task)) return;
+    say(this.long, duration(this.task, this.page.now()) ?? '–');
+    this.#sum();
+  }
+
+  #grown(lines) {
+    this.#emptiness();
+    if (this.size) say(this.size, bytes(this.#size()));
+    const now = performance.now();
+    if (now - this.said.at < SAID) {
+      this.saying ??= setTimeout(() => { this.saying = null; if (!this.closed) this.#grown(this.log.lines); }, SAID);
+      return;
+    }
+    const more = lines - this.said.lines;
+    this.said = { lines, at: now };
+    if (more > 0 && this.task && !ended(this.task)) this.#announce(`${more} new line${more === 1 ? '' : 's'}`);
+  }
+
+  #emptiness() {
+    const nothing = this.log.lines === 0 && !this.log.tail?.rows?.length;
+    this.empty.hidden = !nothing || (this.task?.outputSize ?? 1) > 0;
+    if (nothing && this.task) say(this.empty, ended(this.task) ? 'It printed nothing.' : 'Nothing is printed yet.');
+  }
+
+  // For a screen reader; what is said too often helps nobody.
+  #announce(text) { this.live.textContent = text; }
+
+  // A tab that nobody looks at has given its connection back, and still shows the state.
+  #hidden() {
+    clearInterval(this.polls);
+    if (!document.hidden) return;
+    this.polls = setInterval(async () => {
+      if (this.#still()) { clearInterval(this.polls); return; }
+      try { this.#show(await ask(`/task/${this.id}?output=none`)); } catch { /* it is away */ }
+    }, 10000);
+  }
+
+  // -- lines that the address names: #L120 or #L120-L130
+
+  #hash(go) {
+    const found = /^#L(\d{1,15})(?:-L?(\d{1,15}))?$/.exec(location.hash);
+    if (!found) return null;
+    const lines = [Number(found[1]), Number(found[2] ?? found[1])].sort((a, b) => a - b);
+    this.picked = lines;
+    this.log.marked = lines;
+    if (go) {
+      this.log.mark(lines);
+      this.log.goTo(lines[0]).catch(() => {});
+    }
+    return lines;
+  }
+
+  #pick(event) {
+    const line = Number(event.target.closest?.('a.n')?.dataset.n);
+    if (!line) return;
+    event.preventDefault();
+    if (this.picked?.[0] === line && this.picked[1] === line) {
+      // Once more: no longer.
+      this.picked = null;
+      history.replaceState(history.state, '', location.pathname + location.search);
+      this.log.mark(null);
+      return;
+    }
+    const from = event.shiftKey && this.picked ? this.picked[0] : line;
+    const [a, b] = [Math.min(from, line), Math.max(from, line)];
+    this.picked = [a, b];
+    history.replaceState(history.state, '', a === b ? `#L${a}` : `#L${a}-L${b}`);
+    this.log.mark([a, b]);
+  }
+
+  // -- search
+
+  async #find(step) {
+    const text = this.search.value;
+    if (text !== this.searched) {
+      this.searched = text;
+      this.matches = [];
+      this.match = -1;
+      this.next = 0;
+      this.upTo = 0;
+      this.searching = null;
+      this.log.find(text);
+      this.log.mark(this.picked ?? null);
+      say(this.found, '');
+    }
+    if (!text || !step) return;
+    const last = this.match + step >= this.matches.length;
+    // A page of matches at a time; a log can have millions. And more may have come.
+    if (last && (this.next !== null || this.log.size > this.upTo)) {
+      this.searching ??= this.#search(text);
+      await this.searching;
+      if (this.searched !== text || this.closed) return;
+      this.searching = null;
+    }
+    const { length } = this.matches;
+    if (!length) {
+      if (!this.problem) say(this.found, 'Not found');
+      return;
+    }
+    if (this.match < 0) {
+      // Begin where one is.
+      const here = this.log.line();
+      const first = this.matches.findIndex(([line]) => line >= here);
+      this.match = step > 0 ? (first < 0 ? 0 : first) : (first <= 0 ? length : first) - 1;
+    } else {
+      this.match = (this.match + step + length) % length;
+    }
+    const [line, offset] = this.matches[this.match];
+    say(this.found, `${this.match + 1} of ${length}${this.next === null ? '' : '+'}`);
+    this.log.mark([line, line]);
+    await this.log.goTo(line, offset).catch(() => {});
+  }
+
+  // Ask for the next matches.
+  async #search(text) {
+    const before = this.matches.length;
+    this.problem = false;
+    say(this.found, 'Searching…');
+    try {
+      do {
+        // The line that was the last may have become longer.
+        const from = this.next ?? Math.max(0, this.upTo - 4 * text.length);
+        const query = new URLSearchParams({ text, from });
+        const answer = await ask(`/task/${this.id}/search?${query}`);
+        if (this.searched !== text || this.closed) return;
+        for (const match of answer.matches) {
+          if ((this.matches.at(-1)?.[0] ?? 0) < match[0]) this.matches.push(match);
+        }
+        this.next = answer.nextFrom;
+        this.upTo = from + answer.searched;
+      } while (this.next !== null && this.matches.length === before);
+    } catch (error) {
+      this.problem = true;
+      say(this.found, error.message);
+    }
+  }
+
+  #toggle() {
+    const times = this.times.getAttribute('aria-pressed') !== 'true';
+    this.times.setAttribute('aria-pressed', String(times));
+    this.log.showTimes(times);
+  }
+
+  // What is selected; else the lines that the address names; else all, or the end of it.
+  async #copy() {
+    try {
+      const [text, what] = await this.#toCopy();
+      const done = await copy(text);
+      say(this.copied, done ? what : 'The browser did not allow it');
+    } catch (error) {
+      say(this.copied, error.message);
+    }
+    setTimeout(() => say(this.copied, ''), 4000);
+  }
+
+  async #toCopy() {
+    const selection = getSelection();
+    if (!selection.isCollapsed && this.scroller.contains(selection.anchorNode)) {
+      return [String(selection), 'Copied what is selected'];
+    }
+    if (this.picked) {
+      const text = await this.log.text(this.picked, COPIED);
+      return [text, text.length < COPIED ? 'Copied the marked lines' : 'Copied the first 1 MB of the marked lines'];
+    }
+    const answer = await fetch(`/task/${this.id}/log?tail=${COPIED}`);
+    if (!answer.ok) throw new Error(`The daemon answered ${answer.status}.`);
+    const text = await answer.text();
+    return [text, this.#size() <= COPIED ? 'Copied all' : 'Copied the last 1 MB; Download has all'];
+  }
+
+  // -- kill
+
+  #askKill() {
+    const { task } = this;
+    const error = el('p', { role: 'alert' });
+    const dialog = el('dialog', { class: 'ask', 'aria-labelledby': 'kill-title' },
+      el('form', {
+        method: 'dialog',
+        onsubmit: async (event) => {
+          event.preventDefault();
+          const button = event.target.querySelector('.danger');
+          button.disabled = true;
+          try {
+            this.#show(await post(`/task/${task.id}/kill?output=none`));
+            dialog.close();
+          } catch (problem) {
+            say(error, problem.message);
+            button.disabled = false;
+          }
+        },
+      },
+      el('h2', { id: 'kill-title' }, `Kill ${task.app} on ${task.env}?`),
+      el('p', {}, badge(task), ` #${task.id} ${task.action}: every process of it is told to end, and is ended if it does not.`),
+      error,
+      el('div', { class: 'buttons' },
+        el('button', { type: 'button', onclick: () => dialog.close(), autofocus: true }, 'Let it run'),
+        el('button', { class: 'danger' }, `Kill ${task.app} on ${task.env}`))));
+    dialog.addEventListener('close', () => {
+      dialog.remove();
+      if (this.kill.hidden && !this.closed) this.name.focus();
+    });
+    document.body.append(dialog);
+    dialog.showModal();
+  }
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    // Without TLS a browser has no clipboard for us but the old one.
+    const area = el('textarea', { value: text, class: 'unseen', 'aria-hidden': 'true' });
+    document.body.append(area);
+    area.select();
+    const done = document.execCommand('copy');
+    area.remove();
+    return done;
+  }
+}

@@ -1,0 +1,512 @@
+"""The log on a task's page: of any size, whatever a task prints."""
+
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+from tests.integration.conftest import Script, Start
+from tests.integration.daemon import Daemon, wait_for
+from tests.integration.page import (
+    FROM_END,
+    click,
+    fill,
+    find,
+    latency,
+    path,
+    rows,
+    shows,
+    status,
+    until,
+)
+
+# -- what a task prints
+
+HOSTILE = b"".join(
+    [
+        b"<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'>\n",
+        b"\x1b]0;pwned\x07title\n",
+        b"\x1b]8;;javascript:alert(1)\x1b\\link\x1b]8;;\x1b\\\n",
+        b"a\x1b[2Jb\x1b[Hc\x1b[5Ad\x1b[?1049he\x1bcf\n",
+        b"broken \xff\xfe\xc3( utf-8 \xed\xa0\x80\n",
+        b"nul \x00 bell \x07 del \x7f\n",
+        "right \u202eot tfel\n".encode(),
+        b"10%\r50%\r100%\n",
+        b"\x1b[31mred\x1b[0m \x1b[1;42mgreen\x1b[m \x1b[38;2;1;2;300mx\x1b[0m\n",
+        b"\x1b[" + b"9" * 5000 + b"m\n",
+        b"&lt;b&gt; {{constructor}} ${7*7}\n",
+        b"x" * (1 << 20) + b"\n",
+        b"\r" * (1 << 18) + b"the end\n",
+    ]
+)
+
+
+def test_hostile_output_is_text_and_nothing_else(
+    browser: Chrome, daemon: Daemon, script: Script, tmp_path: Path
+) -> None:
+    """It runs nothing, changes no title, moves no cursor; and nothing of it is missing."""
+    (tmp_path / "corpus").write_bytes(HOSTILE)
+    script("print", f"#!/bin/sh\ncat {tmp_path}/corpus")
+    number = daemon.run("site", "staging", "print")
+    daemon.ended(number)
+    browser.get(f"{daemon.base}/web/job/{number}")
+    shows(browser, "the end")
+    browser.execute_script(
+        "window.broken = []; addEventListener('securitypolicyviolation', "
+        "(event) => broken.push(event.blockedURI))"
+    )
+    assert browser.title.startswith("✓ finished")
+    click(browser, ".bar button", "Top")
+    until(browser, lambda: rows(browser)[:1] and rows(browser)[0][0] == "1", "the top")
+    shown = {int(n): text for n, text in rows(browser) if n}
+    assert shown[1] == HOSTILE.splitlines()[0].decode()
+    assert shown[2] == "␛]0;pwned␇title"
+    assert shown[3] == "␛]8;;javascript:alert(1)␛\\link␛]8;;␛\\"
+    assert shown[4] == "a␛[2Jb␛[Hc␛[5Ad␛[?1049he␛cf"
+    assert shown[5] == "broken \ufffd\ufffd\ufffd( utf-8 \ufffd\ufffd\ufffd"
+    assert shown[6] == "nul ␀ bell ␇ del ␡"
+    assert shown[7] == "right \u2039202E\u203aot tfel"
+    assert shown[8] == "100%"
+    assert shown[9] == "red green x"
+    assert shown[10].startswith("␛[9999")
+    assert shown[11] == "&lt;b&gt; {{constructor}} ${7*7}"
+    red = find(browser, ".row .f1")
+    assert red.text == "red"
+    assert browser.execute_script("return window.pwned") is None
+    assert browser.execute_script("return window.broken") == []
+    # No element of the log is anything but what the page itself makes.
+    names = browser.execute_script(
+        "return [...document.querySelectorAll('.log *')].map((element) => element.tagName)"
+    )
+    assert set(names) == {"DIV", "A", "SPAN"}
+    long: list[str] = []
+
+    def walked() -> bool:
+        for n, text in rows(browser):
+            if n == "12" or (long and not n and set(text) == {"x"}):
+                long.append(text)
+        return bool(long)
+
+    until(browser, walked, "the line without an end")
+    assert max(len(text) for text in long) == 2000
+
+
+def test_a_log_of_200000_lines(browser: Chrome, daemon: Daemon, script: Script) -> None:
+    """Begins at its end; every part of it can be reached; little of it is kept."""
+    script("huge", "#!/bin/sh\nseq -f 'line %.0f of a huge log' 1 200000")
+    number = daemon.run("site", "staging", "huge")
+    daemon.ended(number)
+    browser.get(f"{daemon.base}/web/job/{number}")
+    shows(browser, "line 200000 of a huge log")
+    assert browser.execute_script(FROM_END) < 5
+    log = "document.querySelector('.log')"
+    # By the bar: somewhere in the middle.
+    browser.execute_script(f"{log}.scrollTop = {log}.scrollHeight / 2")
+    until(
+        browser,
+        lambda: any(80_000 < int(n) < 120_000 for n, _ in rows(browser)),
+        "the middle",
+    )
+    # By the wheel: row after row, over borders of what is loaded, none left out.
+    seen: set[int] = set()
+
+    def up() -> bool:
+        numbers = [int(n) for n, _ in rows(browser)]
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        seen.update(numbers)
+        browser.execute_script(f"{log}.scrollTop -= 1500")
+        return max(seen) - min(seen) > 4000
+
+    until(browser, up, "four thousand lines")
+    assert len(seen) == max(seen) - min(seen) + 1
+    # By an address.
+    browser.execute_script("location.hash = '#L120-L122'")
+    shows(browser, "line 120 of a huge log")
+    marked = (
+        "return [...document.querySelectorAll('.row.marked .t')].map((r) => r.textContent)"
+    )
+    want = [f"line {n} of a huge log" for n in (120, 121, 122)]
+    until(browser, lambda: browser.execute_script(marked) == want, "the marked lines")
+    # By a search.
+    find(browser, ".find input").send_keys("LINE 15432 of", Keys.ENTER)
+    find(browser, ".found", "1 of 1")
+    shows(browser, "line 15432 of a huge log")
+    assert find(browser, ".row mark").text == "line 15432 of"
+    # And back to the end.
+    browser.execute_script(f"{log}.scrollTop = {log}.scrollHeight")
+    shows(browser, "line 200000 of a huge log")
+    browser.execute_cdp_cmd("HeapProfiler.collectGarbage", {})
+    browser.execute_cdp_cmd("Performance.enable", {})
+    metrics = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+    heap = {one["name"]: one["value"] for one in metrics}["JSHeapUsedSize"]
+    count = browser.execute_script("return document.querySelectorAll('*').length")
+    print(f"heap {heap / 1e6:.1f} MB, {count} elements")
+    assert heap < 60e6
+    assert count < 4000
+
+
+def test_it_stops_following_and_resumes(
+    browser: Chrome, daemon: Daemon, script: Script, tmp_path: Path
+) -> None:
+    """Who scrolls up is left in peace; who comes back to the end follows again."""
+    script(
+        "talk",
+        "#!/bin/sh\nseq 1 100\nn=100\nwhile :; do "
+        f"while [ ! -e {tmp_path}/go ]; do sleep 0.02; done; rm {tmp_path}/go; "
+        "n=$((n+1)); echo $n; done",
+    )
+
+    def go(line: int) -> None:
+        (tmp_path / "go").touch()
+        want = f"{line}\n".encode()
+        wait_for(lambda: daemon.output_file(number).read_bytes().endswith(want), "a line")
+
+    number = daemon.run("site", "staging", "talk")
+    browser.get(f"{daemon.base}/web/job/{number}")
+    shows(browser, "100")
+    until(browser, lambda: browser.execute_script(FROM_END) < 5, "the end")
+    go(101)
+    shows(browser, "101")
+    until(browser, lambda: browser.execute_script(FROM_END) < 5, "the end again")
+    browser.execute_script("document.querySelector('.log').scrollTop -= 400")
+    button = find(browser, ".resume")
+    before = browser.execute_script("return document.querySelector('.log').scrollTop")
+    go(102)
+    shows(browser, "102")
+    assert (
+        browser.execute_script("return document.querySelector('.log').scrollTop") == before
+    )
+    button.click()
+    until(browser, lambda: browser.execute_script(FROM_END) < 5, "the end by the button")
+    go(103)
+    shows(browser, "103")
+    until(browser, lambda: browser.execute_script(FROM_END) < 5, "the end that is followed")
+    assert not button.is_displayed()
+
+
+def test_a_flood_does_not_kill_the_page(
+    browser: Chrome, daemon: Daemon, script: Script
+) -> None:
+    """300 MB as fast as they come: the page skips to the end, and is alive."""
+    script("flood", "#!/bin/sh\nseq 1 35000000\necho it is over")
+    number = daemon.run("site", "staging", "flood")
+    browser.get(f"{daemon.base}/web/job/{number}")
+    shows(browser, "it is over")
+    status(browser, "finished")
+    assert rows(browser)[-1][0] == "35000001"
+    browser.execute_cdp_cmd("HeapProfiler.collectGarbage", {})
+    metrics = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+    heap = {one["name"]: one["value"] for one in metrics}.get("JSHeapUsedSize", 0)
+    assert heap < 200e6
+
+
+def test_who_goes_elsewhere_is_not_thrown_back(
+    browser: Chrome, daemon: Daemon, script: Script
+) -> None:
+    """What was asked for before, and comes late on a slow network, moves nothing."""
+    script("huge", "#!/bin/sh\nseq 1 200000")
+    number = daemon.run("site", "staging", "huge")
+    daemon.ended(number)
+    browser.get(f"{daemon.base}/web/job/{number}")
+    shows(browser, "200000")
+    browser.execute_script("location.hash = '#L5'")
+    shows(browser, "5")
+    asked = (
+        "return performance.getEntriesByType('resource')"
+        ".filter((one) => one.name.includes('/pieces?')).length"
+    )
+    before = browser.execute_script(asked)
+    latency(browser, 500)
+    try:
+        browser.execute_script("location.hash = '#L150000'")
+        browser.execute_script("location.hash = '#L6'")
+        until(browser, lambda: browser.execute_script(asked) > before, "what comes late")
+    finally:
+        latency(browser, 0)
+    frames = "const done = arguments[0]; requestAnimationFrame(() => setTimeout(done, 50))"
+    browser.execute_async_script(frames)
+    assert find(browser, ".row.marked").text == "6"
+    assert rows(browser)[0] == ["1", "1"]
+
+
+def test_who_leaves_a_task_leaves_no_stream_behind(
+    browser: Chrome, daemon: Daemon, script: Script
+) -> None:
+    """Also if its page was not ready yet: a browser has six connections."""
+    script("long", "#!/bin/sh\nseq 1 100000; exec sleep 600")
+    number = daemon.run("site", "staging", "long")
+    wait_for(lambda: daemon.task(number)["outputSize"] > 500_000, "its output")
+    browser.get(f"{daemon.base}/web/")
+    browser.execute_script(
+        "window.open_ = new Set(); const Real = EventSource;"
+        "window.EventSource = class extends Real {"
+        "constructor(url) { super(url); open_.add(this); } "
+        "close() { super.close(); open_.delete(this); } }"
+    )
+    latency(browser, 500)
+    asked = (
+        "return performance.getEntriesByType('resource')"
+        ".filter((one) => one.name.includes(arguments[0])).length"
+    )
+
+    def answered(what: str, count: int) -> None:
+        ask = f"/task/{number}{what}"
+        until(
+            browser, lambda: browser.execute_script(asked, ask) >= count, f"{ask} {count}"
+        )
+
+    for count in range(1, 4):
+        click(browser, ".tasks a")
+        answered("?", count)
+        browser.back()  # while the next question is on its way
+        until(browser, lambda: path(browser) == "/web/", "the list")
+        answered("/lines?", count)
+    latency(browser, 0)
+    find(browser, ".tasks .running")
+    until(browser, lambda: browser.execute_script("return open_.size") == 1, "one stream")
+
+
+def test_one_intention_is_one_task(browser: Chrome, returning: Daemon) -> None:
+    """The answer is lost; one writes and deletes a letter, and sends it again."""
+    browser.get(f"{returning.base}/web/")
+    click(browser, "#run")
+    fill(browser, "app", "site")
+    fill(browser, "env", "staging")
+    fill(browser, "action", "run")
+    # The request arrives, its answer does not.
+    browser.execute_script(
+        "const real = fetch; let lost = false; window.fetch = async (...all) => {"
+        "const answer = await real(...all);"
+        "if (!lost && all[1]?.method === 'POST') { lost = true; throw new TypeError(); }"
+        "return answer; };"
+    )
+    click(browser, "dialog button.primary")
+    find(browser, "dialog [role=alert]", "cannot be reached")
+    find(browser, "dialog [name=env]").send_keys("x", Keys.BACKSPACE)
+    click(browser, "dialog button.primary")
+    until(browser, lambda: path(browser) == "/web/job/1", "the task")
+    assert list(returning.get("/tasks").json()["tasks"]) == ["1"]
+
+
+def test_lines_behind_a_cut_have_the_numbers_of_the_api(
+    browser: Chrome, start: Start, repo: Path, script: Script, tmp_path: Path
+) -> None:
+    """Also on a page that was there when they were printed."""
+    script(
+        "much",
+        f"#!/bin/sh\nseq 1 100\nwhile [ ! -e {tmp_path}/go ]; do sleep 0.02; done\n"
+        "seq 101 400000\nexec sleep 600",
+    )
+    daemon = start(
+        *("--command", "scripts", "--config-repo", str(repo), "--kill-grace", "1"),
+        *("--max-output-size", "500000"),
+    )
+    number = daemon.run("site", "staging", "much")
+    browser.get(f"{daemon.base}/web/job/{number}")
+    shows(browser, "100")
+    (tmp_path / "go").touch()
+    shows(browser, "400000")
+
+    def line() -> int:
+        found = daemon.get(f"/task/{number}/search?text=399990").json()["matches"]
+        return int(found[0][0])
+
+    want = wait_for(line, "the line's number")
+    assert want < 200_000
+
+    def same() -> bool:
+        return [str(want), "399990"] in rows(browser)
+
+    until(browser, same, "the number of the API")
+    find(browser, ".find input").send_keys("399990", Keys.ENTER)
+    find(browser, ".found", "1 of 1")
+    assert find(browser, ".row mark").text == "399990"
+    cut = daemon.get(f"/task/{number}/lines").json()["cut"]
+    begin = daemon.get(f"/task/{number}/pieces?offset=0&end={cut[0]}").json()
+    assert begin["nextOffset"] <= cut[0]
+
+
+def test_a_search_finds_what_comes_later_and_what_is_far_in_a_line(
+    browser: Chrome, daemon: Daemon, script: Script, tmp_path: Path
+) -> None:
+    """And a long line is copied whole."""
+    (tmp_path / "line").write_text("begin " + "x" * 500_000 + " Needle end\n")
+    script(
+        "late",
+        f"#!/bin/sh\ncat {tmp_path}/line\nseq 2 200000\n"
+        f"while [ ! -e {tmp_path}/go ]; do sleep 0.02; done\necho a pearl\nexec sleep 600",
+    )
+    number = daemon.run("site", "staging", "late")
+    browser.get(f"{daemon.base}/web/job/{number}")
+    shows(browser, "200000")
+    field = find(browser, ".find input")
+    field.send_keys("pearl", Keys.ENTER)
+    find(browser, ".found", "Not found")
+    (tmp_path / "go").touch()
+    shows(browser, "a pearl")
+    field.send_keys(Keys.ENTER)
+    find(browser, ".found", "1 of 1")
+    field.clear()
+    field.send_keys("needle", Keys.ENTER)
+    find(browser, ".found", "1 of 1")
+    find(browser, ".row mark", "Needle")
+    browser.execute_cdp_cmd(
+        "Browser.grantPermissions", {"permissions": ["clipboardReadWrite"]}
+    )
+    browser.execute_script("location.hash = '#L1'")
+    until(browser, lambda: rows(browser)[0][0] == "1", "the first line")
+    click(browser, ".bar button", "Copy")
+    find(browser, ".copied", "marked lines")
+    read = "const done = arguments[0]; navigator.clipboard.readText().then(done)"
+    assert browser.execute_async_script(read) == (tmp_path / "line").read_text()[:-1]
+
+
+def test_what_is_gone_is_told_and_not_asked_for_ever(
+    browser: Chrome, start: Start, repo: Path, script: Script
+) -> None:
+    """A task that is no longer kept is no daemon that is away."""
+    script("end", "#!/bin/sh\necho done")
+    daemon = start(
+        *("--command", "scripts", "--config-repo", str(repo), "--keep-tasks", "1")
+    )
+    first = daemon.run("site", "staging", "end")
+    daemon.ended(first)
+    browser.get(f"{daemon.base}/web/job/{first + 1000}")
+    find(browser, ".empty", str(first + 1000))
+    assert not browser.find_element(By.ID, "away").is_displayed()
+
+
+def test_times_copy_and_download(browser: Chrome, daemon: Daemon, script: Script) -> None:
+    """The time of each line on demand; the raw bytes as a file."""
+    script("say", "#!/bin/sh\necho one\nsleep 1.1\necho two\nprintf '\\377'")
+    number = daemon.run("site", "staging", "say")
+    daemon.ended(number)
+    browser.get(f"{daemon.base}/web/job/{number}")
+    shows(browser, "two")
+    click(browser, ".bar button", "Times")
+    times = until(
+        browser,
+        lambda: [
+            t.get_attribute("datetime")
+            for t in browser.find_elements(By.CSS_SELECTOR, "time.at")
+        ],
+        "times",
+    )
+    log = daemon.get(f"/task/{number}/log?times=1").body.split(b"\n")
+    assert [t for t in times if t][:2] == [line[:24].decode() for line in log[:2]]
+    link = find(browser, ".bar a").get_attribute("href")
+    assert link is not None
+    assert daemon.get(urlsplit(link).path).body == b"one\ntwo\n\xff"
+    browser.execute_cdp_cmd(
+        "Browser.grantPermissions", {"permissions": ["clipboardReadWrite"]}
+    )
+    click(browser, ".row .n")
+    assert browser.current_url.endswith("#L1")
+    click(browser, ".bar button", "Copy")
+    find(browser, ".copied", "marked lines")
+    read = "const done = arguments[0]; navigator.clipboard.readText().then(done)"
+    assert browser.execute_async_script(read) == "one"
+
+
+# -- the reader of what a terminal would show
+
+CASES = [
+    ("plain\n", ["plain"]),
+    ("a\r\nb\r\n", ["a", "b"]),
+    ("abc\rX\n", ["Xbc"]),
+    ("abc\x1b[2DX\n", ["aXc"]),
+    ("abc\r\x1b[Kd\n", ["d"]),
+    ("abc\x1b[1Kd\n", ["   d"]),
+    ("abc\b\bX\n", ["aXc"]),
+    ("a\x1b[5Gb\n", ["a   b"]),
+    ("a\x1b[3Cb\n", ["a   b"]),
+    ("a\tb\n", ["a       b"]),
+    ("\x1b[31mred\n", ["red"]),
+    ("\x1b[999999999Cx\n", [" " * 1999 + "x"]),
+    ("\x1b[\n", ["␛["]),
+    ("end \x1b", ["end ␛"]),
+    ("two\n\nthree", ["two", "", "three"]),
+    ("x" * 4001, ["x" * 2000, "x" * 2000, "x"]),
+    ("😀" * 3 + "\rab\n", ["ab😀"]),
+    ("\r\n", [""]),
+    ("abc\r\tX\n", ["abc     X"]),
+    ("\x1b(B\x1b[?25lx\x1b[?2004h\n", ["x"]),
+    ("\x1b[4:3;38:2::255:0:4mx\x1b[4:0m\n", ["x"]),
+]
+READ = """
+const [cases, done] = arguments;
+import('/pulsar/terminal.js').then(({ Terminal }) => {
+  done(cases.map((pieces) => {
+    const terminal = new Terminal(1, true);
+    for (const piece of pieces) terminal.feed(piece, 'stdout', 0);
+    terminal.flush();
+    return terminal.rows.map((row) => row.plain());
+  }));
+});
+"""
+
+
+def test_a_line_is_read_as_a_terminal_shows_it_however_it_is_cut(
+    browser: Chrome, many: Daemon
+) -> None:
+    """Whole, in two at each place, and character by character."""
+    browser.get(f"{many.base}/web/")
+    for text, want in CASES:
+        pairs = len(text.encode("utf-16-le")) // 2 == len(text)
+        cuts = [[text], list(text)]
+        if len(text) < 100 and pairs:
+            cuts += [[text[:n], text[n:]] for n in range(len(text))]
+        for cut, found in zip(cuts, browser.execute_async_script(READ, cuts), strict=True):
+            assert found == want, cut
+
+
+STYLES = """
+const [text, done] = arguments;
+import('/pulsar/terminal.js').then(({ Terminal }) => {
+  const terminal = new Terminal(1, true);
+  terminal.feed(text, 'stdout', 0);
+  const pieces = terminal.rows[0].pieces();
+  done(pieces.map(([part, { classes, fg, bg }]) => [part, classes, fg, bg]));
+});
+"""
+
+
+def test_colours_are_those_of_a_terminal(browser: Chrome, many: Daemon) -> None:
+    """By number, of 256, of 16 million, with colons; marks begin and end."""
+    browser.get(f"{many.base}/web/")
+    text = (
+        "a\x1b[1;31mb\x1b[22;94mc\x1b[0;42md\x1b[38;5;9;48;5;16me\x1b[m"
+        "\x1b[38;2;1;2;999mf\x1b[39m\x1b[4:3;38:2::255:0:4mg\x1b[4:0;39mh\n"
+    )
+    assert browser.execute_async_script(STYLES, text) == [
+        ["a", "", "", ""],
+        ["b", "bold f1", "", ""],
+        ["c", "f12", "", ""],
+        ["d", "b2", "", ""],
+        ["e", "f9", "", "rgb(0,0,0)"],
+        ["f", "", "rgb(1,2,255)", ""],
+        ["g", "under", "rgb(255,0,4)", ""],
+        ["h", "", "", ""],
+    ]
+
+
+def test_all_of_it_is_small(browser: Chrome, many: Daemon) -> None:
+    """Under 100 KB for everything that a task's page needs, from this host alone."""
+    browser.get(f"{many.base}/web/job/1")
+    status(browser, "finished")
+    script = (
+        "return performance.getEntriesByType('resource')"
+        ".map((one) => [one.name, one.encodedBodySize])"
+    )
+    loaded = dict(browser.execute_script(script))
+    assert all(url.startswith(many.base) for url in loaded)
+    parts = {urlsplit(url).path: size for url, size in loaded.items()}
+    files = set(os.listdir(Path(__file__).parents[2] / "pulsar_api" / "ui"))
+    of_page = {f"/pulsar/{name}" for name in files if not name.endswith(".html")}
+    assert of_page - {"/pulsar/login.js"} <= set(parts)
+    html = len(many.get("/web/").body)
+    sizes = [size for path, size in parts.items() if path.startswith("/pulsar/")]
+    assert 2e4 < html + sum(sizes) < 5e4

@@ -1,0 +1,356 @@
+"""Where the lines of an output are, for any bytes in any steps of growth, cut or not."""
+
+from collections.abc import Awaitable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import Clock
+
+from pulsar_api import lines
+from pulsar_api.lines import LEAST, MOST, LineIndex, LineIndexes
+from pulsar_api.output import Output, begin_of_character
+from pulsar_api.search import Bounds, search
+
+T = TypeVar("T")
+Run = tuple[bytes, int]
+Rows = list[tuple[int, int, bool]]
+
+# Runs of something, long enough that segments end in every way that there is.
+RUN = st.tuples(
+    st.sampled_from([b"a", b"\n", b"ab\n", "é".encode(), "😀".encode(), b"\x80", b"\xf0"]),
+    st.sampled_from([1, 2, 3, 1000, LEAST - 1, LEAST, LEAST + 1, MOST, MOST + 1]),
+)
+RUNS = st.lists(RUN, max_size=8)
+FEW = settings(max_examples=40)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that the examples of a property write one after the other."""
+    return tmp_path_factory.mktemp("task")
+
+
+def joined(runs: list[Run]) -> bytes:
+    """Return each of the texts repeated up to so many bytes, one after the other."""
+    return b"".join((text * length)[:length] for text, length in runs)
+
+
+def written(folder: Path, data: bytes, cut: tuple[int, int] = (0, 0)) -> Output:
+    """Write an output, of which a part may be cut out as the shim does it."""
+    start, end = cut
+    (folder / "cut").unlink(missing_ok=True)
+    if cut != (0, 0):
+        (folder / "cut").write_text(f"{start} {end}\n")
+    (folder / "output").write_bytes(data[:start] + bytes(end - start) + data[end:])
+    return Output(folder)
+
+
+class Turns(Clock):
+    """A clock that goes one turn of the reactor further with each `turn`."""
+
+    def callLater(self, delay: float, *call: Any, **more: Any) -> Any:
+        """Take what is for the next turn as for a second later."""
+        return super().callLater(delay + 1, *call, **more)
+
+    def turn(self) -> None:
+        """Let one turn pass."""
+        self.advance(1)
+
+
+def done(clock: Turns, wanted: Awaitable[T]) -> T:
+    """Return what a coroutine gives when the clock has gone on far enough."""
+    found: list[Any] = []
+
+    async def run() -> None:
+        found.append(await wanted)
+
+    running = Deferred.fromCoroutine(run())
+    for _ in range(1000):
+        if running.called:
+            break
+        clock.turn()
+    running.addErrback(found.append)
+    assert len(found) == 1
+    result: T = found[0]
+    return result
+
+
+def rows(index: LineIndex, start: int = 0) -> Rows:
+    """Return the segments as tuples."""
+    return [(s.offset, s.line, s.begins) for s in index.segments(start)]
+
+
+def naive_end(data: bytes, start: int, stop: int) -> int | None:
+    """Return where a segment ends, by the definition, byte by byte."""
+    for at in range(start + LEAST, min(start + MOST, stop)):
+        if data[at : at + 1] == b"\n":
+            return at + 1
+    # Which byte begins a character, `test_output` knows.
+    return begin_of_character(data, start + MOST) if stop > start + MOST else None
+
+
+def naive(data: bytes, cut: tuple[int, int] = (0, 0)) -> Rows:
+    """Return the segments of an output, by the definition."""
+    found: Rows = []
+    line, start, begins = 1, 0, True
+    while start < len(data):
+        found.append((start, line, begins))
+        if cut != (0, 0) and start == cut[0]:
+            line, start, begins = line + 2, cut[1], True
+            continue
+        stop = cut[0] if start < cut[0] else len(data)
+        end = naive_end(data[:stop], start, stop) or stop
+        line += data[start:end].count(b"\n")
+        begins = data[end - 1 : end] == b"\n"
+        start = end
+    return found
+
+
+@FEW
+@given(runs=RUNS, ends=st.lists(st.integers(0, 9 * MOST), max_size=5))
+@example(runs=[(b"a", MOST - 1), ("é".encode(), 2), (b"\n", 1)], ends=[MOST, MOST + 1])
+@example(runs=[(b"a", LEAST - 1), (b"\n", 2)], ends=[LEAST, LEAST + 1])
+@example(runs=[(b"a", LEAST), (b"\n", 2)], ends=[LEAST, LEAST + 1])
+@example(runs=[(b"a", MOST - 1), (b"\n", 1), (b"b", 3)], ends=[MOST])
+@example(runs=[(b"a", MOST)], ends=[])
+def test_segments_are_the_same_however_the_output_has_grown(
+    folder: Path, runs: list[Run], ends: list[int]
+) -> None:
+    """And those that the definition gives; what was told of a closed one stays true."""
+    data = joined(runs)
+    clock = Turns()
+    index = LineIndex(written(folder, data), clock)
+    before: Rows = []
+    for end in [*sorted(min(end, len(data)) for end in ends), len(data)]:
+        output = written(folder, data[:end])
+        done(clock, index.reach(output.size()))
+        assert rows(index) == naive(data[:end])
+        assert index.size == end
+        assert index.lines == data[:end].count(b"\n")
+        assert rows(index)[: len(before)][:-1] == before[:-1]
+        before = rows(index)
+
+
+@FEW
+@given(
+    runs=RUNS,
+    numbers=st.tuples(*[st.integers(0, 9 * MOST)] * 3),
+    at=st.integers(0, 9 * MOST),
+)
+@example(runs=[(b"a\nbc\nd", 6 * LEAST)], numbers=(LEAST, MOST + 5, 3 * MOST), at=MOST)
+@example(runs=[(b"a", LEAST), (b"\n", 9)], numbers=(LEAST + 1, LEAST + 2, LEAST + 3), at=0)
+@example(runs=[(b"a", 10)], numbers=(0, 3, 5), at=4)
+@example(runs=[(b"a", 10)], numbers=(2, 3, 10), at=4)
+@example(runs=[(b"a", 2 * MOST)], numbers=(MOST, MOST + 1, MOST + 2), at=4)
+def test_what_is_cut_out_is_a_segment_and_the_line_that_says_so(
+    folder: Path, runs: list[Run], numbers: tuple[int, int, int], at: int
+) -> None:
+    """Whenever it is, and when it becomes more; before it all stays as it was."""
+    data = joined(runs)
+    start, *ends = sorted(number % (len(data) + 1) for number in numbers)
+    clock = Turns()
+    index = LineIndex(written(folder, data), clock)
+    done(clock, index.reach(len(data)))
+    for end in ends:
+        cut = (start, end) if end > start else (0, 0)
+        if cut == (0, 0):
+            continue
+        written(folder, data, cut)
+        done(clock, index.reach(len(data)))
+        assert index.cut == cut
+        assert rows(index) == naive(data, cut)
+        left = data[:start] + b"\n\n" + data[end:]
+        assert index.lines == left.count(b"\n")
+        assert index.size == len(data)
+        at %= len(data)
+        line = 1 + data[: min(at, start)].count(b"\n")
+        if at >= end:
+            line += 2 + data[end:at].count(b"\n")
+        assert index.line_at(at) == line
+    # The shim could not make the hole after all.
+    written(folder, data)
+    done(clock, index.reach(len(data)))
+    assert rows(index) == naive(data)
+
+
+def test_a_part_that_is_cut_while_it_is_read_is_not_taken_for_zeros(tmp_path: Path) -> None:
+    """What is counted is what is there in the end."""
+    data = b"a line\n" * (4 * lines.STEP // 7)
+    clock = Turns()
+    index = LineIndex(written(tmp_path, data), clock)
+    reaching = Deferred.fromCoroutine(index.reach(len(data)))
+    clock.turn()
+    cut = (lines.STEP // 2, 3 * lines.STEP)
+    written(tmp_path, data, cut)
+    while not reaching.called:
+        clock.turn()
+    assert rows(index) == naive(data, cut)
+
+
+class Shrinking(Output):
+    """An output out of which something is cut while it is read for the first time."""
+
+    def pieces(self, start: int, end: int) -> Iterator[bytes]:
+        """Yield what is there, of what is being cut zeros."""
+        if self.cut() == (0, 0):
+            written(self.folder, (self.folder / "output").read_bytes(), (1000, 2 * LEAST))
+        return super().pieces(start, end)
+
+
+def test_what_has_been_read_while_it_was_cut_is_not_believed(tmp_path: Path) -> None:
+    """It may have been zeros."""
+    data = b"a line\n" * LEAST
+    written(tmp_path, data)
+    index = LineIndex(Shrinking(tmp_path), clock := Turns())
+    done(clock, index.reach(len(data)))
+    assert rows(index) == naive(data, (1000, 2 * LEAST))
+
+
+def test_segments_are_asked_for_by_a_byte_in_them(tmp_path: Path) -> None:
+    """The first is the one that holds it; of one behind the end the last."""
+    data = b"x" * 1023 + b"\n"
+    data *= 300
+    index = LineIndex(written(tmp_path, data), clock := Turns())
+    assert rows(index) == []
+    done(clock, index.reach(len(data)))
+    found = rows(index)
+    assert len(found) == 5
+    for number, (offset, _, _) in enumerate(found):
+        assert rows(index, offset) == found[number:]
+        if number:
+            assert rows(index, offset - 1) == found[number - 1 :]
+    assert rows(index, 10**15) == found[-1:]
+
+
+def test_an_output_that_has_lost_its_end_is_not_waited_for(tmp_path: Path) -> None:
+    """After a power cut more was promised than is there."""
+    index = LineIndex(written(tmp_path, b"one\ntwo"), clock := Turns())
+    done(clock, index.reach(1000))
+    assert (index.size, index.lines) == (7, 1)
+
+
+def test_who_asks_meanwhile_waits_for_the_same_looking(tmp_path: Path) -> None:
+    """A step in a turn for all of them; who goes away stops nobody else."""
+    data = b"a line\n" * (8 * lines.STEP // 7)
+    index = LineIndex(written(tmp_path, data), clock := Turns())
+    first, second, third = (
+        Deferred.fromCoroutine(index.reach(len(data))) for _ in range(3)
+    )
+    sizes = []
+    for _ in range(3):
+        sizes.append(index.size)
+        clock.turn()
+    steps = [after - before for before, after in pairwise(sizes)]
+    assert all(lines.STEP - MOST <= step <= lines.STEP for step in steps)
+    second.cancel()
+    first.cancel()
+    for gone in (first, second):
+        gone.addErrback(lambda failure: failure.trap(CancelledError) and None)
+    turns = 0
+    while not third.called:
+        clock.turn()
+        turns += 1
+    assert turns < 8
+    assert rows(index) == naive(data)
+
+
+def test_only_some_tasks_are_remembered(tmp_path: Path) -> None:
+    """Those that were asked for last."""
+    indexes = LineIndexes(tmp_path, Turns())
+    first = [indexes.of(number) for number in range(lines.KEPT)]
+    assert indexes.of(0) is first[0]
+    indexes.of(lines.KEPT)
+    assert indexes.of(0) is first[0]
+    assert indexes.of(1) is not first[1]
+
+
+# -- search
+
+
+def naive_search(data: bytes, needle: bytes, start: int, cut: tuple[int, int]) -> Any:
+    """Return the line and the place of the first match in each line, from a byte on."""
+    found: dict[int, tuple[int, int]] = {}
+    wanted = needle.lower()
+    parts = [(0, data)]
+    if cut != (0, 0):
+        parts = [(0, data[: cut[0]]), (cut[1], data[cut[1] :])]
+    for number, (offset, part) in enumerate(parts):
+        for at in range(len(part)):
+            if offset + at >= start and part[at : at + len(wanted)].lower() == wanted:
+                line = 1 + part[:at].count(b"\n")
+                if number:
+                    line += 2 + parts[0][1].count(b"\n")
+                found.setdefault(line, (line, offset + at))
+    return sorted(found.values())
+
+
+SHORT = st.lists(st.sampled_from([b"a", b"B", b"ab", b"\n", "é".encode()]), max_size=40)
+
+
+@given(
+    data=SHORT.map(b"".join),
+    text=st.sampled_from(["a", "ab", "B", "aba", "é", "bb", "É"]),
+    start=st.integers(0, 60),
+    cut=st.tuples(st.integers(0, 60), st.integers(0, 60)),
+    step=st.integers(1, 7),
+)
+@example(data=b"a\nxx\na\na", text="a", start=0, cut=(2, 4), step=7)
+def test_a_search_finds_each_line_that_has_the_text(
+    folder: Path,
+    data: bytes,
+    text: str,
+    start: int,
+    cut: tuple[int, int],
+    step: int,
+) -> None:
+    """In turns of whatever size, so that matches lie over their borders."""
+    low, high = sorted(number % (len(data) + 1) for number in cut)
+    hole = (low, high) if low < high else (0, 0)
+    index = LineIndex(written(folder, data, hole), clock := Turns())
+    done(clock, index.reach(len(data)))
+    found = done(clock, search(index, clock, text, start, Bounds(step=step)))
+    assert found.matches == naive_search(data, text.encode(), start, hole)
+    assert found.next is None
+    looked = range(min(start, len(data)), len(data))
+    assert found.searched == len([at for at in looked if not hole[0] <= at < hole[1]])
+
+
+@given(
+    data=SHORT.map(b"".join),
+    most=st.integers(1, 3),
+    far=st.integers(1, 9),
+    step=st.integers(1, 9),
+)
+def test_a_search_goes_on_where_it_has_stopped(
+    folder: Path, data: bytes, most: int, far: int, step: int
+) -> None:
+    """All together finds the same lines, whatever it is that was too much."""
+    index = LineIndex(written(folder, data), clock := Turns())
+    done(clock, index.reach(len(data)))
+    lines_found: set[int] = set()
+    at: int | None = 0
+    while at is not None:
+        found = done(clock, search(index, clock, "ab", at, Bounds(most, far, step)))
+        assert len(found.matches) <= most
+        assert found.searched < far + step
+        assert found.next is None or found.next > at
+        lines_found |= {line for line, _ in found.matches}
+        at = found.next
+    assert sorted(lines_found) == [n for n, _ in naive_search(data, b"ab", 0, (0, 0))]
+
+
+def test_a_search_stops_when_more_is_cut_meanwhile(tmp_path: Path) -> None:
+    """What follows has other numbers; it can be asked for again."""
+    data = b"a line\n" * (3 * lines.STEP // 7)
+    index = LineIndex(written(tmp_path, data), clock := Turns())
+    done(clock, index.reach(len(data)))
+    searching = Deferred.fromCoroutine(search(index, clock, "none", 0))
+    written(tmp_path, data, (2 * lines.STEP, 2 * lines.STEP + 100))
+    clock.turn()
+    found: Any = searching.result
+    assert (found.matches, found.next, found.searched) == ([], lines.STEP, lines.STEP)

@@ -1,0 +1,137 @@
+"""What was printed between two bytes, by whom and when, for any pieces."""
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from pulsar_api import shim
+from pulsar_api.output import Output, begin_of_character
+from pulsar_api.pieces import Bounds, Pieces, read_pieces
+from tests.test_lines import Turns, done
+from tests.test_output import STREAM, encoded
+
+TEXT = st.text("aé€😀\n", min_size=1, max_size=3).map(str.encode)
+PRINTED = st.lists(st.tuples(STREAM, TEXT, st.integers(0, 2)), max_size=12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that the examples of a property write one after the other."""
+    return tmp_path_factory.mktemp("task")
+
+
+def printed(
+    folder: Path, pieces: list[tuple[int, bytes, int]], cut: tuple[int, int] = (0, 0)
+) -> Output:
+    """Write the files as the shim does: the last number of a piece is how much later."""
+    data, index, at = b"", encoded(shim.CLOCK, 1_700_000_000_000), 0
+    for code, text, later in pieces:
+        data += text
+        at += later
+        index += encoded(code, len(data), at)
+    start, end = cut
+    (folder / "cut").unlink(missing_ok=True)
+    if cut != (0, 0):
+        (folder / "cut").write_text(f"{start} {end}\n")
+    (folder / "output").write_bytes(data[:start] + bytes(end - start) + data[end:])
+    (folder / "output.idx").write_bytes(index)
+    return Output(folder)
+
+
+def read(output: Output, start: int, end: int, *bounds: int) -> Pieces:
+    """Return what is read from a byte to another."""
+    clock = Turns()
+    return done(clock, read_pieces(output, clock, start, end, Bounds(*bounds)))
+
+
+def naive(pieces: list[tuple[int, bytes, int]], start: int, end: int) -> list[Any]:
+    """Return the stream, the time and the text of the bytes between two."""
+    found = []
+    offset = at = 0
+    for code, text, later in pieces:
+        at += later
+        part = text[max(0, start - offset) : max(0, end - offset)]
+        found.append((code, at, part))
+        offset += len(text)
+    return [
+        (*key, b"".join(part for _, _, part in group).decode())
+        for key, group in groupby((p for p in found if p[2]), key=lambda p: p[:2])
+    ]
+
+
+@given(pieces=PRINTED, first=st.integers(0, 60), second=st.integers(0, 60))
+@example(pieces=[(1, "😀".encode(), 0)], first=1, second=2)
+@example(pieces=[(1, "a😀".encode(), 0)], first=1, second=2)
+def test_pieces_are_of_one_stream_and_time(
+    folder: Path, pieces: list[tuple[int, bytes, int]], first: int, second: int
+) -> None:
+    """Of whole characters: one that is asked for in part is there, or comes next."""
+    output = printed(folder, pieces)
+    data = b"".join(text for _, text, _ in pieces)
+    start, end = sorted(min(number, len(data)) for number in (first, second))
+    found = read(output, start, end)
+    assert found.start == begin_of_character(data, start)
+    assert found.pieces == naive(pieces, found.start, found.next)
+    data[found.start : found.next].decode()
+    assert found.next > found.start or found.start == end
+    assert found.next <= end or begin_of_character(data, end) == found.start
+
+
+@given(pieces=PRINTED, size=st.integers(1, 9), most=st.integers(1, 4))
+def test_who_goes_on_gets_all_and_nothing_twice(
+    folder: Path, pieces: list[tuple[int, bytes, int]], size: int, most: int
+) -> None:
+    """Never more than may be in an answer."""
+    output = printed(folder, pieces)
+    data = b"".join(text for _, text, _ in pieces)
+    at, text = 0, ""
+    while at < len(data):
+        found = read(output, at, len(data), size, most)
+        assert found.start == at
+        assert at < found.next < at + size + 4
+        assert 0 < len(found.pieces) <= most
+        text += "".join(part for _, _, part in found.pieces)
+        at = found.next
+    assert text == data.decode()
+
+
+def test_what_was_cut_is_a_line_that_says_so(tmp_path: Path) -> None:
+    """Whoever goes on is behind it, also if they asked for what is in it."""
+    lines = [(shim.STDOUT, b"line\n", 1)] * 100
+    output = printed(tmp_path, lines, (7, 402))
+    marker = (None, 2, "\n[bytes 7 to 402 were cut: --max-output-size]\n")
+    start = [(shim.STDOUT, 1, "line\n"), (shim.STDOUT, 2, "li")]
+    found = read(output, 0, 300)
+    assert (found.next, found.pieces) == (402, [*start, marker])
+    found = read(output, 0, 406)
+    assert found.pieces == [*start, marker, (1, 81, "ne\n"), (1, 82, "l")]
+    found = read(output, 100, 300)
+    (piece,) = found.pieces
+    assert (found.start, found.next, piece[0]) == (100, 402, None)
+    assert piece[2] == "\n[bytes 100 to 402 were cut: --max-output-size]\n"
+
+
+def test_where_nobody_knows_the_stream_there_is_none(tmp_path: Path) -> None:
+    """The shim was killed between the bytes and their record."""
+    output = printed(tmp_path, [(shim.STDERR, b"one", 5)])
+    with (tmp_path / "output").open("ab") as file:
+        file.write(b"two")
+    found = read(output, 0, 6)
+    assert found.pieces == [(shim.STDERR, 5, "one"), (None, 0, "two")]
+    assert found.next == 6
+
+
+def test_a_flood_of_small_pieces_lets_others_have_their_turn(tmp_path: Path) -> None:
+    """And an answer has some thousands of them at most."""
+    small = [(shim.STDOUT, b"x", 1), (shim.STDERR, b"y", 0)]
+    output = printed(tmp_path, small * 3000)
+    clock = Turns()
+    before = len(clock.getDelayedCalls())
+    found = done(clock, read_pieces(output, clock, 0, 6000))
+    assert before == 0
+    assert clock.seconds() >= 10
+    assert (len(found.pieces), found.next) == (4096, 4096)
