@@ -214,8 +214,9 @@ class ShimProtocol(_Following, ProcessProtocol):
         trouble = self._trouble.decode("utf-8", "replace").strip()
         if trouble:
             _log.error("The shim in {folder} says: {it}", folder=self._folder, it=trouble)
-        assert isinstance(reason.value, ProcessDone | ProcessTerminated)
-        if reason.value.exitCode == shim.TAKEN and self._sink is not None:
+        end = reason.value
+        assert isinstance(end, ProcessDone | ProcessTerminated)
+        if end.exitCode == shim.TAKEN and self._sink is not None:
             self._other = AdoptedRun(self._clock, self._folder, self._sink)
             if self._killed:
                 self._other.kill()
@@ -224,13 +225,14 @@ class ShimProtocol(_Following, ProcessProtocol):
             # Nobody will read it, and it may hold secrets.
             with suppress(OSError):
                 (self._folder / "spec").unlink()
-        self._conclude(trouble.rpartition("\n")[2] or str(reason.value))
+        how = _signal_name(end.signal) if end.signal else f"exit status {end.exitCode}"
+        self._conclude(trouble.rpartition("\n")[2] or how)
 
     def _conclude(self, why: str) -> None:
         try:
             exit = self.result()
             if exit is None and self._ready:
-                lost = self.lost(f"The process that watched the command ended: {why}")
+                lost = self.lost(f"The process that watched the command ended: {why}.")
                 self.sweep(lost)
                 return
         except OSError as e:
