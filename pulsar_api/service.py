@@ -1,30 +1,28 @@
 """What can be done with tasks: create, find, list, kill; the queue; start and end."""
 
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
 
 from attrs import define, evolve, field, frozen
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 
+from pulsar_api.background import own, shielded
 from pulsar_api.changes import Changes
 from pulsar_api.command import Commands, shown
 from pulsar_api.errors import (
     InvalidInput,
     KeyInFlight,
     KeyReused,
-    PulsarError,
     QueueFull,
     ShuttingDown,
     StoreUnavailable,
     UnknownTask,
 )
 from pulsar_api.ports import Bounds, Executor, Keep, Run, TaskStore
+from pulsar_api.retention import Retention
 from pulsar_api.task import (
     KEY_LIFE,
-    Cause,
     Command,
     Exit,
     News,
@@ -34,18 +32,13 @@ from pulsar_api.task import (
     TaskSnapshot,
     TaskSpec,
     Within,
+    judge,
 )
 
 _log = Logger()
 
 RETRY = 1.0
 """Seconds until the next try when the store is not usable."""
-
-TIDY = 30.0
-"""Seconds between two looks for what need not be kept."""
-
-_LOOK = 500  # numbers that are looked up at a time
-_STEP = 20  # tasks that are removed at a time, so that nobody is held up
 
 MAX_ID = 2**63 - 1
 
@@ -115,7 +108,7 @@ class TaskService:
     _running: dict[int, _Live] = field(factory=dict, init=False)
     _creating: list[str] = field(factory=list, init=False)
     _keys: set[tuple[str | None, str]] = field(factory=set, init=False)
-    _tidying: IDelayedCall | None = field(default=None, init=False)
+    _retention: Retention = field(init=False)
     _stopping: bool = field(default=False, init=False)
     _moved: Changes = field(init=False)
     """Its version grows whenever a run has started or ended."""
@@ -124,6 +117,9 @@ class TaskService:
         self.created = Changes(self._clock)
         self.changed = Changes(self._clock)
         self._moved = Changes(self._clock)
+        self._retention = Retention(
+            self._store, self._executor, self._clock, self._now, self._limits.keep
+        )
 
     # -- from start to end of the daemon
 
@@ -143,14 +139,13 @@ class TaskService:
             live = _Live(self, Task(self._clock, snapshot), snapshot)
             if snapshot.status is Status.CREATED and snapshot.killed_by is not None:
                 self._running[snapshot.id] = live
-                _own(self._killed_waiting(live))
+                own(self._killed_waiting(live))
             elif snapshot.status is Status.CREATED:
                 self._waiting[snapshot.id] = live
             else:
                 self._adopt(live)
         self._schedule()
-        self._tidy()
-        _own(self._remove_orphans([number for number in kept if number <= highest]))
+        self._retention.start([number for number in kept if number <= highest])
 
     def _adopt(self, live: _Live) -> None:
         live.kill = live.newest.killed_by is not None
@@ -163,8 +158,7 @@ class TaskService:
     async def stop(self, drain: float) -> None:
         """Take no new tasks, wait for the running ones if told to, then let them go."""
         self._stopping = True
-        if self._tidying is not None and self._tidying.active():
-            self._tidying.cancel()
+        self._retention.stop()
         # One that is between its record and its process goes back to the queue.
         while any(live.run is None for live in self._running.values()):
             await self._moved.after(self._moved.version)
@@ -249,7 +243,7 @@ class TaskService:
         if why is None:
             self._schedule()
         else:
-            _own(self._finish(live, status=Status.FAILED, reason=why))
+            own(self._finish(live, status=Status.FAILED, reason=why))
         self.created.advance(max(snapshot.id, self.created.version))
         return live.task
 
@@ -363,7 +357,7 @@ class TaskService:
                 busy[target] = busy.get(target, 0) + 1
                 del self._waiting[live.newest.id]
                 self._running[live.newest.id] = live
-                _own(self._start(live))
+                own(self._start(live))
             elif live.newest.waiting_for != why:
                 live.newest = live.changed(waiting_for=why)
                 live.task.announce(live.newest)
@@ -432,12 +426,12 @@ class TaskService:
         """Take the result of a run."""
         if exit.unstarted:
             if live.kill:
-                _own(self._killed_waiting(live))
+                own(self._killed_waiting(live))
             elif not self._stopping:
-                _own(self._requeue(live))
+                own(self._requeue(live))
             return
-        status, reason = _judge(exit, live.newest.killed_by)
-        _own(
+        status, reason = judge(exit, live.newest.killed_by)
+        own(
             self._finish(
                 live,
                 status=status,
@@ -506,89 +500,8 @@ class TaskService:
         self._clock.callLater(RETRY, wait.callback, None)
         return wait
 
-    # -- what is kept of the past
-
-    def _tidy(self) -> None:
-        self._tidying = self._clock.callLater(TIDY, self._tidy)
-        _own(self.tidy())
-
-    async def tidy(self) -> None:
-        """Remove ended tasks that need not be kept: their records, then their output."""
-        while not self._stopping:
-            try:
-                keep, now = self._limits.keep, self._now()
-                old = await self._store.expired(keep, now, _STEP)
-                await self._store.forget(old)
-            except StoreUnavailable as e:
-                _log.error("Cannot remove old tasks: {e}", e=e)
-                return
-            # In this order: a record without its output would be a lie.
-            await self._executor.forget(old)
-            if old:
-                _log.info("Tasks {first} to {last} removed", first=old[0], last=old[-1])
-            if len(old) < _STEP:
-                return
-
-    async def _remove_orphans(self, kept: Sequence[int]) -> None:
-        """Remove what a daemon has left of tasks that died while it removed them."""
-        for first in range(0, len(kept), _LOOK):
-            some = kept[first : first + _LOOK]
-            try:
-                orphans = sorted(set(some) - await self._store.existing(some))
-            except StoreUnavailable as e:
-                _log.error("Cannot look for what is left of old tasks: {e}", e=e)
-                return
-            if orphans:
-                _log.info("Removing what was left of tasks {ids}", ids=orphans)
-                await self._executor.forget(orphans)
-
 
 def _never_could(task: TaskSnapshot) -> bool:
     """Return whether a task never started for want of its secrets: a retry has them."""
     failed = task.status is Status.FAILED and task.started_at is None
     return failed and bool(task.spec.secret_names)
-
-
-def _judge(exit: Exit, killed_by: str | None) -> tuple[Status, str | None]:
-    """Return what a result means, and a sentence if it needs one."""
-    ladder = "; TERM was not enough, KILL was sent" if exit.forced else ""
-    if exit.lost:
-        return Status.LOST, exit.error
-    if exit.cause is Cause.KILL:
-        by = killed_by or "a signal from outside to the process that watches the task"
-        return Status.KILLED, f"Killed by {by}{ladder}."
-    if exit.error is not None:
-        return Status.FAILED, exit.error
-    if exit.cause is Cause.TIMEOUT:
-        return Status.FAILED, f"It took longer than a task may (--task-timeout){ladder}."
-    if exit.cause is Cause.SILENCE:
-        limit = "--silence-timeout"
-        return Status.FAILED, f"It printed nothing for too long ({limit}){ladder}."
-    if exit.code == 0 and not exit.good:
-        reason = "The exit code is 0, but the line that says so is not the last one."
-        return Status.FAILED, reason
-    return (Status.FINISHED if exit.code == 0 else Status.FAILED), None
-
-
-def shielded(coroutine: Coroutine[Deferred[Any], Any, Task]) -> Deferred[Task]:
-    """Return a Deferred of a coroutine that goes on if the Deferred is cancelled.
-
-    A client may hang up between the record of a task and its start.
-    """
-    waiter: Deferred[Task] = Deferred()
-
-    def done(result: Task | Failure) -> None:
-        if not waiter.called:
-            waiter.callback(result)  # a Failure is an errback
-        elif isinstance(result, Failure) and not result.check(PulsarError):
-            _log.failure("A task could not be served", result)
-
-    Deferred.fromCoroutine(coroutine).addBoth(done)
-    return waiter
-
-
-def _own(coroutine: object) -> None:
-    """Run a coroutine nobody waits for; what it does not expect is logged."""
-    Deferred.fromCoroutine(coroutine).addErrback(  # type: ignore[arg-type]
-        lambda failure: _log.failure("A task could not be served", failure)
-    )

@@ -95,6 +95,27 @@ class Exit:
     """False if the command answered 0 without the line that it promises (`Command`)."""
 
 
+def judge(exit: Exit, killed_by: str | None) -> tuple[Status, str | None]:
+    """Return what a result means, and a sentence if it needs one."""
+    ladder = "; TERM was not enough, KILL was sent" if exit.forced else ""
+    if exit.lost:
+        return Status.LOST, exit.error
+    if exit.cause is Cause.KILL:
+        by = killed_by or "a signal from outside to the process that watches the task"
+        return Status.KILLED, f"Killed by {by}{ladder}."
+    if exit.error is not None:
+        return Status.FAILED, exit.error
+    if exit.cause is Cause.TIMEOUT:
+        return Status.FAILED, f"It took longer than a task may (--task-timeout){ladder}."
+    if exit.cause is Cause.SILENCE:
+        limit = "--silence-timeout"
+        return Status.FAILED, f"It printed nothing for too long ({limit}){ladder}."
+    if exit.code == 0 and not exit.good:
+        reason = "The exit code is 0, but the line that says so is not the last one."
+        return Status.FAILED, reason
+    return (Status.FINISHED if exit.code == 0 else Status.FAILED), None
+
+
 @frozen
 class TaskSnapshot:
     """How a task stands at one moment. Times are seconds since the epoch."""

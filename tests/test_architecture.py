@@ -74,7 +74,7 @@ def test_only_tap_imports_the_reactor(name: str) -> None:
     assert found == [] or name == "tap"
 
 
-CORE = ["errors", "changes", "task", "ports", "service", "command"]
+CORE = "errors changes background task ports service retention command".split()
 
 
 @pytest.mark.parametrize("name", CORE)

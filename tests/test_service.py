@@ -22,7 +22,8 @@ from pulsar_api.errors import (
     UnknownTask,
 )
 from pulsar_api.ports import Bounds, Keep
-from pulsar_api.service import MAX_ID, RETRY, TIDY, Limits, TaskService
+from pulsar_api.retention import TIDY
+from pulsar_api.service import MAX_ID, RETRY, Limits, TaskService
 from pulsar_api.task import KEY_LIFE, Cause, Status, Task, TaskQuery, TaskSnapshot, TaskSpec
 from tests.fakes import FakeExecutor, MemoryStore
 

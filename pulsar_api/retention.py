@@ -1,0 +1,76 @@
+"""Removes what need not be kept of the past: records of ended tasks, and their output."""
+
+from collections.abc import Callable, Sequence
+
+from attrs import define, field
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.logger import Logger
+
+from pulsar_api.background import own
+from pulsar_api.errors import StoreUnavailable
+from pulsar_api.ports import Executor, Keep, TaskStore
+
+_log = Logger()
+
+TIDY = 30.0
+"""Seconds between two looks for what need not be kept."""
+
+_LOOK = 500  # numbers that are looked up at a time
+_STEP = 20  # tasks that are removed at a time, so that nobody is held up
+
+
+@define(eq=False)
+class Retention:
+    """Looks now and then, from ``start`` to ``stop``."""
+
+    _store: TaskStore
+    _executor: Executor
+    _clock: IReactorTime
+    _now: Callable[[], float]
+    """The seconds since the epoch."""
+    _keep: Keep
+    _next: IDelayedCall | None = field(default=None, init=False)
+    _stopped: bool = field(default=False, init=False)
+
+    def start(self, kept: Sequence[int]) -> None:
+        """Begin, also with what an earlier daemon has left of these tasks."""
+        self._look()
+        own(self._remove_orphans(kept))
+
+    def stop(self) -> None:
+        """Remove nothing more, but for what is under way."""
+        self._stopped = True
+        if self._next is not None and self._next.active():
+            self._next.cancel()
+
+    def _look(self) -> None:
+        self._next = self._clock.callLater(TIDY, self._look)
+        own(self._tidy())
+
+    async def _tidy(self) -> None:
+        while not self._stopped:
+            try:
+                old = await self._store.expired(self._keep, self._now(), _STEP)
+                await self._store.forget(old)
+            except StoreUnavailable as e:
+                _log.error("Cannot remove old tasks: {e}", e=e)
+                return
+            # In this order: a record without its output would be a lie.
+            await self._executor.forget(old)
+            if old:
+                _log.info("Tasks {first} to {last} removed", first=old[0], last=old[-1])
+            if len(old) < _STEP:
+                return
+
+    async def _remove_orphans(self, kept: Sequence[int]) -> None:
+        """Remove what a daemon has left of tasks that died while it removed them."""
+        for first in range(0, len(kept), _LOOK):
+            some = kept[first : first + _LOOK]
+            try:
+                orphans = sorted(set(some) - await self._store.existing(some))
+            except StoreUnavailable as e:
+                _log.error("Cannot look for what is left of old tasks: {e}", e=e)
+                return
+            if orphans:
+                _log.info("Removing what was left of tasks {ids}", ids=orphans)
+                await self._executor.forget(orphans)
