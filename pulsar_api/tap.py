@@ -354,7 +354,7 @@ class Daemon(MultiService):
 
         jobs = JobAPI(access, tasks, feed, ask)
         self._sockjs = SockJS(access, feed, self._reactor)
-        sign_in = SignIn(access, self._reactor, self._github, s.confirm)
+        sign_in = SignIn(access, self._reactor, self._github, s.confirm, s.secret_variables)
         self.site.resource = Root(
             api.app.resource(),
             follow.app.resource(),

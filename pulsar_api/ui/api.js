@@ -1,11 +1,14 @@
 // Talks with the daemon: questions, and streams that come back by themselves.
 
 export class Problem extends Error {
-  constructor(status, detail, type = '') {
+  constructor(status, detail, after = 0) {
     super(detail);
     this.status = status; // 0: the daemon cannot be reached
-    this.type = type;
+    this.after = after; // seconds after which one may try again, if it says so
   }
+
+  // Whether it may be another time when one asks again.
+  get passes() { return ![400, 401, 403, 404].includes(this.status); }
 }
 
 export const AWAY = 'The daemon cannot be reached. What runs goes on; this page comes back by itself.';
@@ -15,21 +18,31 @@ export function signIn() {
   location.assign(`/login?next=${encodeURIComponent(here)}`);
 }
 
-// Ask, and return the answer's JSON; a `Problem` says what went wrong.
-export async function ask(path, options = {}) {
+async function answered(path, options) {
   let answer;
   try {
     answer = await fetch(path, { credentials: 'same-origin', ...options });
-  } catch (error) {
-    if (error.name === 'AbortError') throw error;
+  } catch {
     throw new Problem(0, AWAY);
   }
+  if (answer.ok) return answer;
   const body = await answer.json().catch(() => null);
-  if (answer.ok && body !== null) return body;
-  const detail = body?.detail ?? `The daemon answered ${answer.status}.`;
   if (answer.status === 401) signIn();
-  throw new Problem(answer.status, detail, body?.type ?? '');
+  throw new Problem(answer.status, body?.detail ?? `The daemon answered ${answer.status}.`, Number(answer.headers.get('retry-after')) || 0);
 }
+
+const broken = () => { throw new Problem(0, AWAY); };
+
+// Ask, and return the answer's JSON; a `Problem` says what went wrong.
+export const ask = async (path, options = {}) => (await answered(path, options)).json().catch(broken);
+
+// The same, and what time it is by the daemon's clock, in milliseconds.
+export async function askDated(path) {
+  const answer = await answered(path, {});
+  return [await answer.json().catch(broken), Date.parse(answer.headers.get('date') ?? '')];
+}
+
+export const askText = async (path) => (await answered(path, {})).text().catch(broken);
 
 export const post = (path, value, headers = {}) => ask(path, {
   method: 'POST',
@@ -63,7 +76,6 @@ export class Stream {
     document.removeEventListener('visibilitychange', this.onvisibility);
     clearTimeout(this.hiding);
     this.#stop();
-    this.closed = true;
   }
 
   #stop() {
@@ -104,20 +116,21 @@ export class Stream {
 
   #later(problem = new Problem(0, AWAY)) {
     this.tells(problem);
-    const seconds = PATIENCE[Math.min(this.tries, PATIENCE.length - 1)];
+    const seconds = Math.max(problem.after, PATIENCE[Math.min(this.tries, PATIENCE.length - 1)]);
     this.tries += 1;
-    this.timer = setTimeout(async () => {
+    const timer = setTimeout(async () => {
+      let error = null;
       try {
         await ask(this.probe);
-      } catch (error) {
-        if (this.closed) return;
-        // What is gone, or not for us, does not come back.
-        if (error.status === 403 || error.status === 404) this.tells(error);
-        else this.#later(error);
-        return;
+      } catch (problem) {
+        error = problem;
       }
-      if (!this.closed && !(document.hidden && this.tries > PATIENCE.length)) this.#open();
+      if (this.timer !== timer) return; // it was closed, or opened anew, meanwhile
+      if (!error) this.#open();
+      else if (error.passes) this.#later(error);
+      else this.tells(error);
     }, seconds * 1000);
+    this.timer = timer;
   }
 
   // A browser has six connections to one daemon: hidden tabs must not hold them.

@@ -1,6 +1,6 @@
 // The page: which view the address means, who looks at it, and whether the daemon is there.
 
-import { AWAY, Problem, ask } from './api.js';
+import { askDated } from './api.js';
 import { covers, el, say } from './format.js';
 import { List } from './list.js';
 import { RunDialog } from './run.js';
@@ -11,7 +11,7 @@ const PATIENCE = 1000; // milliseconds until it is said: a restart is often quic
 const page = {
   view: document.querySelector('main'),
   banner: document.querySelector('#away'),
-  me: { user: null, rights: [], confirm: [] },
+  me: { user: null, rights: [], confirm: [], secret: [] },
   skew: 0,
 
   // The time by the daemon's clock, in milliseconds: that of a phone may be wrong.
@@ -25,25 +25,58 @@ const page = {
 
   // Say why the daemon does not answer, or with null that it does.
   away(problem) {
-    if (problem === null) {
-      clearTimeout(page.leaving);
-      page.leaving = null;
-      page.banner.hidden = true;
-    } else {
+    if (problem !== null) {
       say(page.banner, problem.message);
       page.leaving ??= setTimeout(() => { page.banner.hidden = false; }, PATIENCE);
+      return;
     }
+    if (!page.leaving) return;
+    page.back();
+    page.meet(); // it may be another one, with other settings
+  },
+
+  back() {
+    clearTimeout(page.leaving);
+    page.leaving = null;
+    page.banner.hidden = true;
   },
 
   run(like) { new RunDialog(page, like); },
 
   go(path) {
+    view.leave?.();
     history.pushState(null, '', path);
     show(true);
+  },
+
+  // The address is another one, of the same view.
+  moved(path) {
+    history.replaceState(history.state, '', path);
+    shown = location.pathname + location.search;
+  },
+
+  // Find out who looks at the page, and what they may.
+  async meet() {
+    const asked = Date.now();
+    try {
+      const [me, date] = await askDated('/login/me');
+      const skew = date - (asked + Date.now()) / 2;
+      // The header has whole seconds, and how long it was on the way is not known.
+      if (Math.abs(skew) > 1500 + (Date.now() - asked) / 2) page.skew = skew;
+      page.me = me;
+    } catch (error) {
+      page.away(error);
+      setTimeout(page.meet, 1500);
+      return;
+    }
+    page.back();
+    greet();
+    view.met?.();
   },
 };
 
 let view = null;
+let shown = '';
 
 function show(focus) {
   view?.close();
@@ -51,8 +84,8 @@ function show(focus) {
   // Published clients are told addresses like /web#job/47.
   const old = /^#job\/(\d+)$/.exec(location.hash);
   if (old) history.replaceState(null, '', `/web/job/${old[1]}`);
-  const task = /^\/web\/job\/(\d{1,15})\/?$/.exec(location.pathname);
-  view = task ? new TaskView(page, Number(task[1])) : new List(page);
+  const task = /^\/web\/job\/([^/]+)\/?$/.exec(location.pathname);
+  view = task ? new TaskView(page, task[1]) : new List(page);
   shown = location.pathname + location.search;
   if (focus) {
     scrollTo(0, 0);
@@ -60,8 +93,8 @@ function show(focus) {
   }
 }
 
-let shown = '';
-
+// Where one was in a list is remembered by the view itself.
+history.scrollRestoration = 'manual';
 addEventListener('popstate', () => {
   if (/^#job\//.test(location.hash) || location.pathname + location.search !== shown) show(true);
 });
@@ -75,7 +108,7 @@ document.addEventListener('click', (event) => {
 
 // Single keys, but not for who is writing.
 document.addEventListener('keydown', (event) => {
-  if (event.metaKey || event.ctrlKey || event.altKey || event.target.closest('input, select, textarea, dialog')) return;
+  if (event.metaKey || event.ctrlKey || event.altKey || event.target.closest('input, select, textarea') || document.querySelector('dialog[open]')) return;
   if (event.key === '/') {
     event.preventDefault();
     page.view.querySelector('input[type=search]')?.focus();
@@ -85,36 +118,21 @@ document.addEventListener('keydown', (event) => {
   }
 });
 
-async function meet() {
-  const asked = Date.now();
-  try {
-    const answer = await fetch('/login/me');
-    const date = Date.parse(answer.headers.get('date') ?? '');
-    const skew = date - (asked + Date.now()) / 2;
-    // The header has whole seconds, and how long it was on the way is not known.
-    if (Math.abs(skew) > 1500 + (Date.now() - asked) / 2) page.skew = skew;
-    page.me = answer.ok ? await answer.json() : await ask('/login/me');
-  } catch (error) {
-    page.away(error instanceof Problem ? error : new Problem(0, AWAY));
-    setTimeout(meet, 1500);
-    return;
-  }
-  page.away(null);
-  const runs = page.me.rights.some(({ may }) => may.includes('run'));
-  document.querySelector('#run').hidden = !runs;
+function greet() {
+  const { user, signedIn, rights } = page.me;
+  document.querySelector('#run').hidden = !rights.some(({ may }) => may.includes('run'));
   const account = document.querySelector('#account');
-  if (page.me.user) {
-    account.replaceChildren(el('summary', {}, page.me.user),
-      el('form', { method: 'post', action: '/logout', class: 'account' },
-        el('p', {}, `Signed in as ${page.me.user}`),
-        page.me.signedIn ? el('button', {}, 'Sign out') : el('span', {}, 'by the browser'),
-        page.me.signedIn ? el('button', { formaction: '/logout?everywhere=1' }, 'Sign out everywhere') : null));
-    account.hidden = false;
-  }
-  view.met?.();
+  account.hidden = !user;
+  if (!user || account.dataset.user === user) return;
+  account.dataset.user = user;
+  account.replaceChildren(el('summary', {}, user),
+    el('form', { method: 'post', action: '/logout', class: 'account' },
+      el('p', {}, `Signed in as ${user}`),
+      signedIn ? el('button', {}, 'Sign out') : el('span', {}, 'by the browser'),
+      signedIn ? el('button', { formaction: '/logout?everywhere=1' }, 'Sign out everywhere') : null));
 }
 
 document.querySelector('#run').addEventListener('click', () => page.run());
 // Who one is and what there is are asked for at the same time.
 show(false);
-meet();
+page.meet();

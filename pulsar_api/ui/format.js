@@ -97,6 +97,9 @@ function fits(pattern, text) {
   return new RegExp(`^${source}$`, 's').test(text);
 }
 
+// Whether one of the patterns means a name, in capitals or not.
+export const named = (patterns, name) => patterns.some((pattern) => fits(pattern.toLowerCase(), name.toLowerCase()));
+
 // Whether "app/env/action" patterns mean a target; without an action: any of it.
 export function covers(patterns, app, env, action = null) {
   return patterns.some((pattern) => {

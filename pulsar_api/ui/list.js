@@ -14,16 +14,18 @@ export class List {
     this.items = new Map();
     this.query = new URLSearchParams(location.search);
     this.form = this.#form();
-    this.items_ = el('ol', { class: 'tasks', 'aria-label': 'Tasks, newest first' });
-    this.note = el('p', { class: 'note', role: 'status' }, 'Loading…');
+    this.list = el('ol', { class: 'tasks', 'aria-label': 'Tasks, newest first' });
+    this.note = el('p', { class: 'note' }, 'Loading…');
+    this.live = el('p', { class: 'unseen', role: 'status' });
     this.more = el('button', { type: 'button', class: 'more', hidden: true, onclick: () => this.#next() }, 'Older tasks');
     page.view.replaceChildren(
-      el('h1', { tabindex: -1 }, 'Tasks'), this.form, this.items_, this.note, this.more);
+      el('h1', { tabindex: -1 }, 'Tasks'), this.form, this.list, this.note, this.more, this.live);
     this.observer = new IntersectionObserver((found) => {
       if (found.some((one) => one.isIntersecting)) this.#next();
     }, { rootMargin: '400px' });
     this.observer.observe(this.more);
     this.ticks = setInterval(() => this.#tick(), 1000);
+    this.place = history.state?.list; // where one was when one went elsewhere
     page.title('Tasks');
     this.#load();
     // Its first event may come before the list is there: the newer of both counts.
@@ -31,7 +33,7 @@ export class List {
       created: (task) => this.#hear(task),
       state: (task) => this.#hear(task),
     }, (problem) => page.away(problem));
-    this.stream.missed = () => this.#anew();
+    this.stream.missed = () => this.#load();
   }
 
   close() {
@@ -40,6 +42,11 @@ export class List {
     this.observer.disconnect();
     clearInterval(this.ticks);
     clearTimeout(this.typing);
+    clearTimeout(this.retry);
+  }
+
+  leave() {
+    history.replaceState({ list: { count: this.items.size, y: scrollY } }, '');
   }
 
   #form() {
@@ -78,7 +85,8 @@ export class List {
     }
     if (String(query) === String(this.query)) return;
     this.query = query;
-    history.replaceState(history.state, '', query.size ? `?${query}` : location.pathname);
+    this.page.moved(query.size ? `?${query}` : location.pathname);
+    this.filtered = true;
     this.#anew();
   }
 
@@ -88,16 +96,19 @@ export class List {
     this.query = new URLSearchParams(this.query); // what is on the way is for another
     this.tasks.clear();
     this.items.clear();
-    this.items_.replaceChildren();
+    this.list.replaceChildren();
     this.more.hidden = true;
     say(this.note, 'Loading…');
     this.#load();
   }
 
+  // Ask for those before one, or with null for the newest: then what is gone is taken away.
   async #load(before = null) {
+    clearTimeout(this.retry);
     const asked = this.query;
     const query = new URLSearchParams([...asked].filter(([name]) => FILTERS.includes(name)));
-    query.set('limit', PAGE);
+    const limit = before ? PAGE : Math.min(MOST, Math.max(PAGE, this.items.size, this.place?.count ?? 0));
+    query.set('limit', limit);
     query.set('output', 'none');
     if (before) query.set('before', before);
     this.loading = true;
@@ -105,24 +116,33 @@ export class List {
     try {
       answer = await ask(`/tasks?${query}`);
     } catch (error) {
-      if (!this.closed && asked === this.query) {
-        say(this.note, error.message);
-        if (!error.status) setTimeout(() => { if (!this.closed && asked === this.query) this.#load(before); }, 2000);
-      }
+      if (this.closed || asked !== this.query) return;
+      say(this.note, error.message);
+      if (error.passes) this.retry = setTimeout(() => this.#load(before), 1000 * Math.max(2, error.after));
       return;
     } finally {
       this.loading = false;
     }
     if (this.closed || asked !== this.query) return;
     const tasks = Object.values(answer.tasks).sort((a, b) => b.id - a.id);
-    for (const task of tasks) this.#put(task);
     const last = tasks.at(-1)?.id ?? null;
+    if (!before) {
+      const there = new Set(tasks.map((task) => task.id));
+      const oldest = tasks.length < limit ? 0 : last;
+      for (const id of this.items.keys()) if (id >= oldest && !there.has(id)) this.#drop(id);
+    }
+    for (const task of tasks) this.#put(task);
     if (before || !this.last || last < this.last) {
       this.last = last;
-      this.more.hidden = tasks.length < PAGE || last === 1;
+      this.more.hidden = tasks.length < limit || last === 1;
     }
     this.loaded = true;
     this.#count();
+    if (this.filtered) say(this.live, this.note.textContent);
+    this.filtered = false;
+    const { place } = this;
+    this.place = null;
+    if (place) requestAnimationFrame(() => scrollTo(0, place.y));
   }
 
   #next() {
@@ -147,14 +167,12 @@ export class List {
 
   #hear(task) {
     const known = this.tasks.get(task.id);
-    if (!known && this.loaded && this.last && task.id < this.last) return; // not loaded yet
+    if (!known && !this.more.hidden && this.last && task.id < this.last) return; // not loaded yet
     if (this.#matches(task)) {
       this.#put(task);
       if (!known) this.#shorten();
     } else if (known && known.version <= task.version) {
-      this.items.get(task.id).item.remove();
-      this.items.delete(task.id);
-      this.tasks.delete(task.id);
+      this.#drop(task.id);
     }
     if (this.loaded) this.#count();
   }
@@ -163,13 +181,15 @@ export class List {
   #shorten() {
     if (this.items.size <= MOST || scrollY > innerHeight) return;
     const ids = [...this.items.keys()].sort((a, b) => b - a);
-    for (const id of ids.slice(MOST / 2)) {
-      this.items.get(id).item.remove();
-      this.items.delete(id);
-      this.tasks.delete(id);
-    }
+    ids.slice(MOST / 2).forEach((id) => this.#drop(id));
     this.last = ids[MOST / 2 - 1];
     this.more.hidden = false;
+  }
+
+  #drop(id) {
+    this.items.get(id).item.remove();
+    this.items.delete(id);
+    this.tasks.delete(id);
   }
 
   #put(task) {
@@ -180,29 +200,42 @@ export class List {
     if (!parts) {
       parts = this.#item(task);
       this.items.set(task.id, parts);
-      const after = [...this.items_.children].find((item) => Number(item.dataset.id) < task.id);
-      this.items_.insertBefore(parts.item, after ?? null);
+      this.list.insertBefore(parts.item, this.#before(task.id));
     }
     setBadge(parts.badge, task);
     say(parts.long, duration(task, this.page.now()) ?? '');
     say(parts.why, whyNot(task));
   }
 
+  // The item before which a task belongs; null: it is the oldest.
+  #before(id) {
+    const { children } = this.list;
+    let [low, high] = [0, children.length];
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (Number(children[middle].dataset.id) < id) high = middle; else low = middle + 1;
+    }
+    return children[low] ?? null;
+  }
+
   #item(task) {
-    const parts = { badge: el('span', { class: 'state' }), long: el('span', { class: 'long' }), why: el('span', { class: 'why' }) };
+    const parts = { badge: el('span', { class: 'state' }), long: el('span', { class: 'long' }), why: el('span', { class: 'why' }), when: el('span', { class: 'when' }, when(task.createdAt)) };
     const name = el('a', { href: `/web/job/${task.id}`, 'data-view': true },
       el('span', { class: 'id' }, `#${task.id} `), el('b', {}, task.app), ` ${task.env} `,
       el('span', { class: 'action' }, task.action));
     parts.item = el('li', { 'data-id': task.id }, parts.badge, name,
-      el('span', { class: 'who' }, task.user ?? ''), el('span', { class: 'when' }, when(task.createdAt)),
-      parts.long, parts.why);
+      el('span', { class: 'who' }, task.user ?? ''), parts.when, parts.long, parts.why);
     return parts;
   }
 
   #tick() {
     const now = this.page.now();
+    const day = new Date().toDateString();
     for (const [id, task] of this.tasks) {
-      if (!ended(task)) say(this.items.get(id).long, duration(task, now) ?? '');
+      const parts = this.items.get(id);
+      if (!ended(task)) say(parts.long, duration(task, now) ?? '');
+      if (this.day && this.day !== day) parts.when.replaceChildren(when(task.createdAt));
     }
+    this.day = day;
   }
 }

@@ -1,50 +1,47 @@
-// Shows the output of a task, of any size: only the rows around what is seen are elements,
-// only some of the text is kept, the rest is asked for again by its place in bytes.
-//
-// The output is a row of segments of about 64 KiB, each with the number of its first line.
-// The daemon knows where they begin; the last one, the tail, grows with the stream.
+// Shows the output of a task: only the rows around what is seen are elements.
 
-import { Stream, ask } from './api.js';
 import { el, exact } from './format.js';
-import { MAX_ROW, Terminal } from './terminal.js';
+import { Output } from './output.js';
 
-const SMALL = 1 << 16; // bytes of output up to which all of it is the tail
-const TAIL = 1 << 17; // bytes from which on the tail is cut, and a new one begun
-const LOADED = 50000; // rows that are kept, beside those that are seen
 const BEFORE = 120; // rows that are elements above what is seen
 const AFTER = 240; // and from there on
 const TALLEST = 6e6; // pixels; browsers cannot show much more than twice that
-const BEHIND = 4e6; // bytes that the stream may be behind; more is skipped
-const LOOK = 2000; // milliseconds between two looks at whether it is
 const IDLE = 250; // milliseconds after which scrolling is over
 
-const encoder = new TextEncoder();
-
+// A place is {s, r, y}: the row r of the segment s, and how far below the top of what is
+// seen it is, in pixels; with `end` the last row, at the bottom.
 export class Log {
-  // `tells` has: follow(following), away(problem), state(task), end(task), grown(lines).
+  // `tells` has: follow(following), grown(lines), state(task), end(task), away(problem).
   constructor(id, scroller, tells) {
-    this.id = id;
     this.scroller = scroller;
     this.tells = tells;
+    this.output = new Output(id, {
+      ...tells,
+      grown: () => this.#grown(),
+      shown: () => (this.range ? [this.range.first[0], this.range.last[0]] : [0, -1]),
+      seen: () => (this.following ? null : this.#seen()),
+      anew: (seen) => this.#anew(seen),
+    });
     this.above = el('div', { class: 'space' });
     this.body = el('div', { class: 'rows' });
     this.below = el('div', { class: 'space' });
     scroller.replaceChildren(this.above, this.body, this.below);
-    this.segments = [];
     this.following = true;
     this.nodes = new Map();
     this.range = null; // the rows that are elements: {first: [segment, row], last: …}
     this.marked = null; // [first, last] of the lines that the address names
     this.query = '';
     this.times = false;
-    this.settled = 0; // index of the segment up to which the daemon has said where they are
-    this.size = 0; // bytes of the output, as far as we have heard
-    this.cut = null; // what was cut out of its middle
     this.turn = 0; // grows whenever one goes somewhere: what was on the way there gives up
+    this.resumed = -1e9; // when one went to the end
     this.known = 0; // where the last scroll event, or we, have left the scroller
     this.rowHeight = 20;
-    this.uses = 0;
     this.stops = [];
+    this.#listen();
+  }
+
+  #listen() {
+    const { scroller } = this;
     const listen = (target, name, hear, passive = true) => {
       target.addEventListener(name, hear, { passive });
       this.stops.push(() => target.removeEventListener(name, hear));
@@ -60,88 +57,38 @@ export class Log {
       go();
     }, false);
     listen(scroller, 'touchmove', () => { this.touched = performance.now(); });
+    listen(document, 'selectionchange', () => this.#selected());
     const observer = new ResizeObserver(() => this.#schedule());
     observer.observe(scroller);
     this.stops.push(() => observer.disconnect());
-    const looks = setInterval(() => this.#look(), LOOK);
-    this.stops.push(() => clearInterval(looks));
   }
 
   // Begin, at the end or at a line. `task` is the task as it is now.
   async open(task, line = null) {
-    if (task.outputSize > SMALL) await this.#index(0);
-    else this.segments = [segment(0, 1, true)];
+    await this.output.open(task.outputSize);
     if (this.closed) return;
-    this.#follow();
     if (line) await this.goTo(line);
     else this.#schedule();
   }
 
   close() {
     this.closed = true;
-    this.stream?.close();
+    this.output.close();
     this.stops.forEach((stop) => stop());
     clearTimeout(this.idle);
   }
 
-  // -- what is known of the output
+  get lines() { return this.output.lines; }
 
-  async #index(from) {
-    let next = from;
-    let found = this.segments;
-    while (next !== null && !this.closed) {
-      const answer = await ask(`/task/${this.id}/lines?from=${next}`);
-      const first = answer.segments[0]?.[0] ?? 0;
-      found = found.filter((one) => one.start < first);
-      for (const [start, line, begins] of answer.segments) {
-        found.push(segment(start, line, Boolean(begins)));
-      }
-      next = answer.nextFrom;
-      this.cut = answer.cut;
-      this.size = Math.max(this.size, answer.size);
-    }
-    if (this.closed) return;
-    this.segments = found.length ? found : [segment(0, 1, true)];
-    this.settled = Math.max(0, found.length - 1);
-  }
+  get size() { return this.output.size; }
 
-  get tail() { return this.segments.at(-1); }
+  get empty() { return this.lines === 0 && !this.output.tail?.rows?.length; }
 
-  // Read the tail as it grows: from its begin to the end of the task.
-  #follow() {
-    const { tail } = this;
-    tail.terminal = new Terminal(tail.line, tail.begins);
-    tail.terminal.style = this.segments.at(-2)?.after ?? tail.terminal.style;
-    tail.rows = tail.terminal.rows;
-    this.stream?.close();
-    const url = `/task/${this.id}/events?times=1&offset=${tail.start}`;
-    this.stream = new Stream(url, `/task/${this.id}?output=none`, {
-      output: (event) => this.#hear(event),
-      state: (task) => this.tells.state(task),
-      end: (task) => {
-        this.stream.close();
-        this.tail.terminal.flush();
-        this.#schedule();
-        this.tells.end(task);
-      },
-    }, (problem) => this.tells.away(problem));
-  }
+  text(lines, most) { return this.output.text(lines, most); }
 
-  #hear({ offset, stream, text, at = 0 }) {
-    this.size = Math.max(this.size, offset + encoder.encode(text).length);
-    const { tail } = this;
-    const full = offset - tail.start + text.length > TAIL;
-    const cut = full ? text.lastIndexOf('\n') + 1 : 0;
-    // What is not UTF-8 has another length here than there: cut at the begin of the piece.
-    const exactly = cut > 0 && !text.slice(0, cut).includes('\ufffd');
-    if (full && exactly) {
-      tail.terminal.feed(text.slice(0, cut), stream, at);
-      this.#begin(offset + encoder.encode(text.slice(0, cut)).length);
-      text = text.slice(cut);
-    } else if (full && (tail.terminal.fresh || offset - tail.start > 4 * TAIL)) {
-      if (offset > tail.start) this.#begin(offset);
-    }
-    this.tail.terminal.feed(text, stream, at);
+  // -- what comes
+
+  #grown() {
     this.tells.grown(this.lines);
     if (this.wanted && this.lines >= this.wanted.line) {
       const { line, y } = this.wanted;
@@ -152,64 +99,23 @@ export class Log {
     }
   }
 
-  // Begin a new tail at a byte.
-  #begin(start) {
-    const { terminal } = this.tail;
-    const made = segment(start, terminal.line, terminal.fresh);
-    this.tail.after = terminal.style;
-    this.tail.terminal = null;
-    made.terminal = new Terminal(terminal.line, terminal.fresh);
-    made.terminal.style = terminal.style;
-    made.terminal.held = terminal.held;
-    made.rows = made.terminal.rows;
-    this.segments.push(made);
-    this.#evict();
-  }
-
-  // Now and then: whether more comes than a browser can read, or the network can bring; and
-  // whether something was cut out of the middle, behind which lines have other numbers now.
-  async #look() {
-    const { tail, size } = this;
-    if (this.skipping || !tail?.terminal || size <= SMALL || size === this.looked) return;
-    this.looked = size;
-    let answer;
-    try {
-      answer = await ask(`/task/${this.id}/lines?from=${tail.start}`);
-    } catch {
-      return; // it is away, which the stream will find out
-    }
-    if (this.closed || this.skipping) return;
-    if (String(answer.cut) !== String(this.cut)) await this.#skip(0);
-    else if (answer.size - size > BEHIND) await this.#skip(this.segments[this.settled].start);
-  }
-
-  // Ask where the lines are from a byte on, and follow from the end of it.
-  async #skip(from) {
-    this.skipping = true;
-    this.stream.close();
-    const [old, cut] = [this.segments, String(this.cut)];
-    try {
-      await this.#index(from);
-    } catch {
-      // The stream goes on where the segments end, and comes back by itself.
-    }
-    this.skipping = false;
-    if (this.closed) return;
-    const seen = this.following ? null : this.#seen();
-    if (seen && cut !== String(this.cut)) {
-      // Lines have other numbers now; places in bytes are what they were.
-      const had = old.findLast((one) => one.line <= seen.line) ?? old[0];
-      const has = this.segments.findLast((one) => one.start <= had.start);
-      seen.line += has.line - had.line;
-    }
+  #anew(seen) {
     this.#go();
-    this.#follow();
-    if (seen) await this.#show(seen.line, seen.y, this.turn).catch(() => {});
+    if (seen) this.#show(seen.line, seen.y, this.turn).catch(() => {});
     else this.#schedule();
   }
 
-  // The first line on the screen; 0 if there is none, or the end is followed.
-  line() { return this.following ? 0 : this.#seen()?.line ?? 0; }
+  // The number of the first line on the screen; 0 if there is none.
+  seen() { return this.#seen()?.line ?? 0; }
+
+  // Where a search begins: that line, or the first one if the end is followed.
+  line() { return this.following ? 0 : this.seen(); }
+
+  // The byte from which on the segment of that line goes.
+  offset() {
+    const { output } = this;
+    return output.segments[output.holds(this.line())]?.start ?? 0;
+  }
 
   // The first line on the screen, and where it is.
   #seen() {
@@ -232,77 +138,18 @@ export class Log {
     this.scroller.classList.remove('loading');
   }
 
-  // The number of lines, as far as it is known.
-  get lines() {
-    const { tail } = this;
-    if (!tail) return 0;
-    if (!tail.terminal) return tail.line - 1;
-    return tail.terminal.line - (tail.terminal.fresh ? 1 : 0);
-  }
-
-  #count(index) {
-    const one = this.segments[index];
-    if (one.rows) return one.rows.length;
-    if (one.start === this.cut?.[0]) return 2;
-    const next = this.segments[index + 1];
-    return Math.max(1, next.line - one.line, Math.ceil((next.start - one.start) / MAX_ROW));
-  }
-
-  async #load(index) {
-    const one = this.segments[index];
-    one.used = this.uses += 1;
-    if (one.rows) return;
-    one.loading ??= this.#fetch(one, this.segments[index + 1].start, index);
-    await one.loading;
-  }
-
-  async #fetch(one, end, index) {
-    const terminal = new Terminal(one.line, one.begins);
-    terminal.style = this.segments[index - 1]?.after ?? terminal.style;
-    try {
-      for (let at = one.start; at < end && !this.closed;) {
-        const answer = await ask(`/task/${this.id}/pieces?offset=${at}&end=${end}`);
-        for (const [stream, since, text] of answer.pieces) {
-          terminal.feed(text, stream, answer.began ? answer.began * 1000 + since : 0);
-        }
-        if (answer.nextOffset <= at) break;
-        at = answer.nextOffset;
-      }
-      terminal.flush();
-      one.rows = terminal.rows;
-      one.after = terminal.style;
-      this.#evict();
-    } finally {
-      one.loading = null;
-    }
-  }
-
-  // Forget the text of what was not looked at for longest.
-  #evict() {
-    const [first, last] = this.range ? [this.range.first[0], this.range.last[0]] : [0, -1];
-    const loaded = this.segments.slice(0, -1)
-      .filter((one, index) => one.rows && !(index >= first && index <= last));
-    loaded.sort((a, b) => b.used - a.used);
-    let rows = 0;
-    for (const one of loaded) {
-      rows += one.rows.length;
-      if (rows > LOADED) one.rows = null;
-    }
-  }
-
   // -- what is shown
 
   #schedule() {
     this.frame ??= requestAnimationFrame(() => {
       this.frame = null;
-      if (this.closed || !this.segments.length) return;
-      if (this.following) this.#render(this.#endAnchor());
-      else this.#render(this.#anchor());
+      if (this.closed || !this.output.tail?.rows) return;
+      this.#render(this.following ? this.#endPlace() : this.#place());
     });
   }
 
-  // The row at the top of what is seen, and how far below the top it is.
-  #anchor() {
+  // The row at the top of what is seen.
+  #place() {
     const top = this.scroller.scrollTop;
     const nodes = this.body.children;
     if (this.range && nodes.length) {
@@ -320,66 +167,52 @@ export class Log {
     return { s, r, y: 0 };
   }
 
-  #endAnchor() {
-    const s = this.segments.length - 1;
-    const empty = !this.segments[s].rows.length && s > 0;
-    const last = empty ? s - 1 : s;
-    return { s: last, r: Math.max(0, this.#count(last) - 1), y: 0, end: true };
-  }
-
-  #total() {
-    let total = 0;
-    for (let i = 0; i < this.segments.length; i += 1) total += this.#count(i);
-    return total;
+  #endPlace() {
+    let s = this.output.segments.length - 1;
+    while (s > 0 && this.output.count(s) === 0) s -= 1;
+    return { s, r: Math.max(0, this.output.count(s) - 1), y: 0, end: true };
   }
 
   // Pixels for a row that is no element.
-  #scale() { return Math.min(this.rowHeight, TALLEST / Math.max(1, this.#total())); }
+  #scale() { return Math.min(this.rowHeight, TALLEST / Math.max(1, this.output.total)); }
 
   #at(number) {
     let left = Math.max(0, Math.floor(number));
-    for (let s = 0; s < this.segments.length; s += 1) {
-      const count = this.#count(s);
+    for (let s = 0; s < this.output.segments.length; s += 1) {
+      const count = this.output.count(s);
       if (left < count) return [s, left];
       left -= count;
     }
-    const { s, r } = this.#endAnchor();
+    const { s, r } = this.#endPlace();
     return [s, r];
   }
 
   #number([s, r]) {
-    for (let i = 0; i < s; i += 1) r += this.#count(i);
+    for (let i = 0; i < s; i += 1) r += this.output.count(i);
     return r;
   }
 
   // Some rows on from a place, over the borders of segments.
   #step([s, r], rows) {
     r += rows;
-    while (r >= this.#count(s) && s < this.segments.length - 1) { r -= this.#count(s); s += 1; }
+    while (r >= this.output.count(s) && s < this.output.segments.length - 1) { r -= this.output.count(s); s += 1; }
     return [s, r];
   }
 
-  #lineOf({ s, r }) {
-    const { rows, line } = this.segments[s];
-    for (let i = Math.min(r, (rows?.length ?? 0) - 1); i >= 0; i -= 1) {
-      if (rows[i].number) return rows[i].number;
-    }
-    return line;
-  }
-
   // Make elements of the rows around a place, which stays where it is on the screen.
-  #render(anchor) {
+  #render(place) {
     const { scroller } = this;
-    let { s, r } = anchor;
-    if (!this.segments[s].rows) {
-      this.#await(anchor);
+    const { segments, total } = this.output;
+    const { s } = place;
+    if (!segments[s].rows) {
+      this.#await(place);
       return;
     }
     // What was waited for is no longer where one is.
     this.pending = null;
     scroller.classList.remove('loading');
-    r = Math.min(r, Math.max(0, this.segments[s].rows.length - 1));
-    const [rows, index, first] = this.#around(s, r, anchor.end ? AFTER : BEFORE);
+    const r = Math.min(place.r, Math.max(0, segments[s].rows.length - 1));
+    const [rows, index, first] = this.#around(s, r, place.end ? AFTER : BEFORE);
     const before = scroller.scrollTop;
     this.#fill(rows);
     scroller.style.setProperty('--digits', Math.max(3, String(this.lines).length));
@@ -392,38 +225,46 @@ export class Log {
     const scale = this.#scale();
     const over = node ? node.offsetTop : 0; // heights of the elements above the place
     const number = this.#number(first);
-    const place = before + anchor.y - over;
-    const fits = number === 0 ? place === 0 : place > 0;
-    const space = anchor.end || anchor.jump || !fits ? number * scale : place;
+    const room = before + place.y - over;
+    const fits = number === 0 ? room === 0 : room > 0;
+    const space = place.end || place.jump || !fits ? number * scale : room;
     this.above.style.height = `${space}px`;
-    const left = this.#total() - number - rows.length;
-    this.below.style.height = `${Math.max(0, left * scale)}px`;
-    if (anchor.end) scroller.scrollTop = scroller.scrollHeight;
-    else if (space !== place) scroller.scrollTop = space + over - anchor.y;
-    this.known = scroller.scrollTop;
+    this.below.style.height = `${Math.max(0, total - number - rows.length) * scale}px`;
+    if (place.end) scroller.scrollTop = scroller.scrollHeight;
+    else if (space !== room) scroller.scrollTop = space + over - place.y;
+    this.#note();
     this.#want();
+  }
+
+  // What is seen is where we have put it.
+  #note() {
+    const { scrollTop, clientWidth, clientHeight } = this.scroller;
+    this.known = scrollTop;
+    this.shape = `${clientWidth} ${clientHeight}`;
   }
 
   // The rows around a place as far as they are loaded; which of them it is; where they begin.
   #around(s, r, before) {
+    const { segments } = this.output;
     const rows = [];
     let [a, i] = [s, r];
     while (rows.length < before) {
       if (i === 0) {
-        if (a === 0 || !this.segments[a - 1].rows) break;
+        if (a === 0 || !segments[a - 1].rows) break;
         a -= 1;
-        i = this.segments[a].rows.length;
+        i = segments[a].rows.length;
         continue;
       }
       i -= 1;
-      rows.unshift(this.segments[a].rows[i]);
+      rows.push(segments[a].rows[i]);
     }
+    rows.reverse();
     const index = rows.length;
     const first = [a, i];
     for (let [b, j] = [s, r]; rows.length < index + AFTER;) {
-      const found = this.segments[b].rows;
+      const found = segments[b].rows;
       if (j < found.length) { rows.push(found[j]); j += 1; continue; }
-      if (b + 1 >= this.segments.length || !this.segments[b + 1].rows) break;
+      if (b + 1 >= segments.length || !segments[b + 1].rows) break;
       b += 1;
       j = 0;
     }
@@ -439,42 +280,41 @@ export class Log {
         this.nodes.delete(row);
       }
     }
-    let place = this.body.firstChild;
+    const { tail } = this.output;
+    let next = this.body.firstChild;
     for (const row of rows) {
       let node = this.nodes.get(row);
-      if (node && node === place) { place = place.nextSibling; continue; }
+      if (node && node === next) { next = next.nextSibling; continue; }
       if (!node) {
         node = this.#element(row);
-        node.open = row === this.tail.terminal?.row || row === this.tail.rows?.at(-1);
+        node.open = row === tail.terminal?.row || row === tail.rows?.at(-1);
         this.nodes.set(row, node);
       }
-      this.body.insertBefore(node, place);
+      this.body.insertBefore(node, next);
     }
   }
 
   #element(row) {
     const text = el('span', { class: 't' });
     let error = false;
-    let hit = false;
     for (const [piece, look, stderr] of row.pieces()) {
       error ||= stderr;
       for (const [part, found] of this.#split(piece)) {
-        hit ||= found;
-        const plain = look.classes === '' && !look.fg && !look.bg && !stderr && !found;
+        const plain = look.classes === '' && !stderr && !found;
         if (plain) { text.append(part); continue; }
         const span = el(found ? 'mark' : 'span',
           { class: stderr ? `${look.classes} e` : look.classes || null }, part);
-        if (look.fg) span.style.color = look.fg;
-        if (look.bg) span.style.backgroundColor = look.bg;
+        if (look.fg) span.style.setProperty('--fg', look.fg);
+        if (look.bg) span.style.setProperty('--bg', look.bg);
         text.append(span);
       }
     }
     const { number } = row;
     const classes = ['row'];
     if (error) classes.push('err');
-    if (hit) classes.push('hit');
-    if (this.marked && number >= this.marked[0] && number <= this.marked[1]) classes.push('marked');
+    if (this.#isMarked(row)) classes.push('marked');
     const node = el('div', { class: classes.join(' ') });
+    node.row = row;
     node.append(el('a', number
       ? { class: 'n', href: `#L${number}`, 'data-n': number, tabindex: -1, 'aria-label': `Line ${number}` }
       : { class: 'n', 'aria-hidden': 'true' }));
@@ -490,10 +330,9 @@ export class Log {
   #split(text) {
     if (!this.query) return [[text, false]];
     const parts = [];
-    const folded = text.toLowerCase();
+    const folded = fold(text);
     let from = 0;
-    // A text whose small letters have another length is not marked; it is found all the same.
-    while (folded.length === text.length) {
+    for (;;) {
       const at = folded.indexOf(this.query, from);
       if (at < 0) break;
       if (at > from) parts.push([text.slice(from, at), false]);
@@ -504,43 +343,45 @@ export class Log {
     return parts;
   }
 
-  // A place whose text is not here yet: leave room for it, and show it when it comes.
-  #await(anchor) {
-    this.pending = anchor;
+  // A place whose rows are not here yet: leave room for it, and show it when they come.
+  #await(place) {
+    const { output, scroller } = this;
+    this.pending = place;
     this.range = null;
     this.#fill([]);
     const scale = this.#scale();
-    this.above.style.height = `${this.#number([anchor.s, anchor.r]) * scale}px`;
-    this.below.style.height = `${Math.max(this.scroller.clientHeight, (this.#total() - this.#number([anchor.s, anchor.r])) * scale)}px`;
-    this.known = this.scroller.scrollTop;
-    const one = this.segments[anchor.s];
-    this.scroller.classList.add('loading');
-    this.#load(anchor.s).then(() => {
-      if (this.pending !== anchor || this.closed) return;
+    const number = this.#number([place.s, place.r]);
+    this.above.style.height = `${number * scale}px`;
+    this.below.style.height = `${Math.max(scroller.clientHeight, (output.total - number) * scale)}px`;
+    this.#note();
+    const one = output.segments[place.s];
+    scroller.classList.add('loading');
+    output.load(place.s).then(() => {
+      if (this.pending !== place || this.closed) return;
       this.pending = null;
-      const s = this.segments.indexOf(one);
+      const s = output.segments.indexOf(one);
       if (s < 0) return;
-      if (anchor.line) anchor.r = Math.max(0, one.rows.findIndex((row) => row.number === anchor.line));
-      this.scroller.classList.remove('loading');
+      scroller.classList.remove('loading');
       // The end may be elsewhere by now.
-      this.#render(anchor.end ? this.#endAnchor() : { ...anchor, s, jump: true });
+      this.#render(place.end ? this.#endPlace() : { ...place, s, jump: true });
     }, () => setTimeout(() => {
-      if (this.pending === anchor && !this.closed) this.#await(anchor);
+      if (this.pending === place && !this.closed) this.#await(place);
     }, 1000));
   }
 
   // Load the neighbours of what is shown before they are needed.
   #want() {
+    const { output } = this;
     const { first, last } = this.range;
     for (const [s, near] of [[first[0] - 1, first[1] < BEFORE],
-      [last[0] + 1, last[1] + AFTER > this.#count(last[0])]]) {
-      const one = this.segments[s];
-      if (near && one && !one.rows && !one.loading) {
-        this.#load(s).then(() => this.#schedule(), () => {});
-      }
+      [last[0] + 1, last[1] + AFTER > output.count(last[0])]]) {
+      const one = output.segments[s];
+      if (near && one && !one.rows && !one.loading) output.load(s).then(() => this.#schedule(), () => {});
     }
-    for (let s = first[0]; s <= last[0]; s += 1) this.segments[s].used = this.uses += 1;
+    for (let s = first[0]; s <= last[0]; s += 1) output.segments[s].used = output.uses += 1;
   }
+
+  // -- scrolling
 
   #leave() {
     if (!this.following || this.scroller.scrollHeight <= this.scroller.clientHeight) return;
@@ -552,14 +393,21 @@ export class Log {
     const { scroller } = this;
     const top = scroller.scrollTop;
     // It was us.
-    if (Math.abs(top - this.known) < 1 || !this.segments.length) return;
+    if (Math.abs(top - this.known) < 1 || !this.output.tail?.rows) return;
+    const bottom = scroller.scrollHeight - scroller.clientHeight;
+    const atEnd = bottom - top < 4;
+    const reshaped = this.shape !== `${scroller.clientWidth} ${scroller.clientHeight}`;
+    if (this.following && (atEnd || reshaped || performance.now() - this.resumed < IDLE)) {
+      // Nobody did: the box has another size, and the browser keeps what it can. Or it still
+      // rolls to where one wanted to go before.
+      this.#schedule();
+      return;
+    }
     this.wanted = null;
     this.turn += 1;
-    const bottom = scroller.scrollHeight - scroller.clientHeight;
     const up = top < this.known - 1;
     this.known = top;
     if (up) this.#leave();
-    const atEnd = bottom - top < 4;
     if (atEnd && !up && !this.following) {
       this.resume();
       return;
@@ -573,7 +421,7 @@ export class Log {
     if (this.range && top >= start - height && top <= end) {
       const more = (top - start < height && this.#number(this.range.first) > 0)
         || (end - top < 2 * height && end < scroller.scrollHeight - 1);
-      if (more) this.#render(this.#anchor());
+      if (more) this.#render(this.#place());
       return;
     }
     // Far away, as by dragging the bar: the place says which row.
@@ -594,7 +442,7 @@ export class Log {
     if (Math.abs(is - should) < 2 * this.scroller.clientHeight) return;
     this.above.style.height = `${should}px`;
     this.scroller.scrollTop += should - is;
-    this.known = this.scroller.scrollTop;
+    this.#note();
   }
 
   // -- what one can do with it
@@ -603,11 +451,13 @@ export class Log {
   resume() {
     this.#go();
     this.following = true;
+    this.resumed = performance.now();
     this.tells.follow(true);
     this.#schedule();
   }
 
   top() {
+    if (!this.output.tail?.rows) return;
     this.#stay();
     this.scroller.scrollTop = 0;
     this.#render({ s: 0, r: 0, y: 0, jump: true });
@@ -626,31 +476,26 @@ export class Log {
     this.tells.follow(false);
   }
 
-  // The segment in which a line begins.
-  #holds(line) {
-    let s = Math.max(0, this.segments.findLastIndex((one) => one.line <= line));
-    while (s > 0 && this.segments[s].line === line && !this.segments[s].begins) s -= 1;
-    return s;
-  }
-
   async #show(line, y, turn, offset = null) {
-    let s = this.#holds(line);
+    const { output } = this;
+    if (!output.segments.length) return;
+    let s = output.holds(line);
     if (offset !== null) {
-      const at = this.segments.findLastIndex((one) => one.start <= offset);
-      if (at > s && this.segments[at].line <= line) s = at;
+      const at = output.segments.findLastIndex((one) => one.start <= offset);
+      if (at > s && output.segments[at].line <= line) s = at;
     }
-    await this.#load(s);
-    const { rows, begins } = this.segments[s] ?? {};
+    await output.load(s);
+    const { rows, begins } = output.segments[s] ?? {};
     if (turn !== this.turn || this.closed || !rows) return;
     let r = rows.findIndex((row) => row.number === line);
-    if (r < 0 && !begins && this.segments[s].line === line) r = 0;
+    if (r < 0 && !begins && output.segments[s].line === line) r = 0;
     // It may still come.
-    if (r < 0 && this.segments[s] === this.tail) this.wanted = { line, y };
+    if (r < 0 && output.segments[s] === output.tail) this.wanted = { line, y };
     if (r < 0) r = Math.max(0, rows.length - 1);
     if (offset !== null && this.query) {
       let to = r + 1;
       while (to < rows.length && !rows[to].number) to += 1;
-      const found = rows.slice(r, to).findIndex((row) => row.plain().toLowerCase().includes(this.query));
+      const found = rows.slice(r, to).findIndex((row) => fold(row.plain()).includes(this.query));
       r += Math.max(0, found);
     }
     this.range = null;
@@ -659,11 +504,15 @@ export class Log {
 
   mark(lines) {
     this.marked = lines;
-    this.#again();
+    for (const [row, node] of this.nodes) node.classList.toggle('marked', this.#isMarked(row));
+  }
+
+  #isMarked({ number }) {
+    return this.marked !== null && number >= this.marked[0] && number <= this.marked[1];
   }
 
   find(text) {
-    this.query = text.toLowerCase();
+    this.query = fold(text);
     this.#again();
   }
 
@@ -674,32 +523,63 @@ export class Log {
 
   // Make all elements anew.
   #again() {
-    const anchor = this.range && !this.following ? this.#anchor() : null;
+    const place = this.range && !this.following ? this.#place() : null;
     this.nodes.forEach((node) => node.remove());
     this.nodes.clear();
-    if (anchor) this.#render(anchor); else this.#schedule();
+    if (place) this.#render(place); else this.#schedule();
   }
 
-  // The text of some lines, up to a bound of characters.
-  async text([from, to], most) {
-    let found = '';
-    for (let s = this.#holds(from); s < this.segments.length && this.segments[s].line <= to; s += 1) {
-      await this.#load(s);
-      let line = this.segments[s].line;
-      for (const row of this.segments[s].rows) {
-        line = row.number || line;
-        if (line < from || line > to) continue;
-        found += (row.number && found ? '\n' : '') + row.plain();
-        if (found.length > most) return found.slice(0, most);
-      }
+  // -- what is selected
+
+  // Remember where a selection begins: the row may be no element any more when it ends.
+  #selected() {
+    const { anchorNode, anchorOffset, isCollapsed } = getSelection();
+    if (!this.body.contains(anchorNode)) {
+      if (isCollapsed) this.anchor = null;
+      return;
     }
-    return found;
+    // The browser moves it up to the body when the row goes.
+    if (anchorNode === this.body && this.anchor) return;
+    this.anchor = this.#spot(anchorNode, anchorOffset) ?? this.anchor;
+  }
+
+  // A place in the text of a row: [line, character].
+  #spot(node, offset) {
+    if (node === this.body) [node, offset] = [node.children[offset] ?? node.lastChild, offset < node.children.length ? 0 : 9];
+    const element = (node.nodeType === Node.TEXT_NODE ? node.parentElement : node).closest('.row');
+    if (!element) return null;
+    const before = document.createRange();
+    before.selectNodeContents(element.querySelector('.t'));
+    const inside = before.comparePoint(node, offset);
+    if (inside === 0) before.setEnd(node, offset);
+    let column = inside < 0 ? 0 : String(before).length;
+    const { segments } = this.output;
+    let s = segments.findIndex((one) => one.rows?.includes(element.row));
+    if (s < 0) return null;
+    let r = segments[s].rows.indexOf(element.row);
+    // A long line goes on in the next row.
+    while (!segments[s].rows[r].number) {
+      if (r > 0) r -= 1;
+      else if (s > 0 && segments[s - 1].rows?.length) { s -= 1; r = segments[s].rows.length - 1; } else break;
+      column += segments[s].rows[r].plain().length;
+    }
+    return [segments[s].rows[r].number || segments[s].line, column];
+  }
+
+  // The text that is selected, up to a bound of characters; null: nothing is.
+  async selection(most) {
+    const { focusNode, focusOffset, isCollapsed } = getSelection();
+    const focus = !isCollapsed && this.anchor && this.body.contains(focusNode) && this.#spot(focusNode, focusOffset);
+    if (!focus) return null;
+    const [from, to] = [this.anchor, focus].sort((a, b) => a[0] - b[0] || a[1] - b[1]);
+    const text = await this.output.text([from[0], to[0]], most);
+    const last = text.lastIndexOf('\n') + 1;
+    return text.slice(from[1], text.length < most ? last + to[1] : most);
   }
 }
 
-function segment(start, line, begins) {
-  return { start, line, begins, rows: null, after: null, loading: null, used: 0, terminal: null };
-}
+// As the daemon searches: letters of ASCII are the same in both cases.
+const fold = (text) => text.replace(/[A-Z]+/g, (found) => found.toLowerCase());
 
 function clock(moment) {
   const two = (n, width = 2) => String(n).padStart(width, '0');

@@ -1,7 +1,8 @@
 // The dialog that starts a task: what, where, with which variables, and a second look.
 
 import { Problem, ask, post } from './api.js';
-import { covers, el, say } from './format.js';
+import { covers, el, named, say } from './format.js';
+import { harmless } from './terminal.js';
 
 const NAME = '[A-Za-z0-9_][A-Za-z0-9_.\\-]*';
 const RECENT = 200; // tasks whose names are offered
@@ -12,7 +13,8 @@ export class RunDialog {
   // `like`: a task whose app, env, action and variables are filled in.
   constructor(page, like = null) {
     this.page = page;
-    this.key = null;
+    this.met = page.meet(); // what is dangerous may be other than it was
+    this.keys = new Map(); // for each content that was sent its key
     count += 1;
     this.fields = {};
     for (const [name, value] of [['app', like?.app], ['env', like?.env], ['action', like?.action]]) {
@@ -25,6 +27,7 @@ export class RunDialog {
     }
     this.lists = Object.fromEntries(['app', 'env', 'action'].map((name) => [name, el('datalist', { id: `${name}s-${count}` })]));
     this.rows = el('div', { class: 'variables' });
+    this.add = el('button', { type: 'button', onclick: () => this.#variable().focus() }, 'Add a variable');
     this.error = el('p', { role: 'alert' });
     this.sure = el('div', { class: 'sure', hidden: true });
     this.button = el('button', { class: 'primary' }, 'Run');
@@ -32,7 +35,7 @@ export class RunDialog {
       el('h2', { id: `run-${count}` }, like ? 'Run again' : 'Run a task'),
       ...['app', 'env', 'action'].map((name) => el('label', {}, name, this.fields[name], this.lists[name])),
       el('fieldset', {}, el('legend', {}, 'Variables'), this.rows,
-        el('button', { type: 'button', onclick: () => this.#variable().focus() }, 'Add a variable')),
+        this.add),
       this.sure, this.error,
       el('div', { class: 'buttons' },
         el('button', { type: 'button', onclick: () => this.dialog.close() }, 'Cancel'), this.button));
@@ -48,25 +51,38 @@ export class RunDialog {
   }
 
   #variable(name = '', value = '') {
-    const hidden = value === '***';
-    const field = el('input', { 'aria-label': 'Name', placeholder: 'name', class: 'key', value: name, autocomplete: 'off', autocapitalize: 'none', spellcheck: 'false', pattern: '[A-Za-z_][A-Za-z0-9_.\\-]*', title: 'Letters, digits, _ . and -; not a digit first' });
-    // The value of a secret is not kept: it has to be given again.
-    const lines = value.includes('\n'); // which an <input> would swallow
-    const text = el(lines ? 'textarea' : 'input', {
-      'aria-label': 'Value', placeholder: hidden ? 'secret: give it again' : 'value', class: 'value',
-      value: hidden ? '' : value, autocomplete: 'off', required: hidden,
-    });
-    text.addEventListener('input', () => { field.required = text.value !== ''; });
     const secret = el('input', { type: 'checkbox', class: 'secret' });
-    secret.checked = hidden;
-    const veil = () => { text.type = secret.checked ? 'password' : 'text'; };
+    // The value of a secret is not kept: it has to be given again.
+    secret.checked = value === '***';
+    const field = el('input', { 'aria-label': 'Name', placeholder: 'name', class: 'key', value: name, autocomplete: 'off', autocapitalize: 'none', spellcheck: 'false', pattern: '[A-Za-z_][A-Za-z0-9_.\\-]*', title: 'Letters, digits, _ . and -; not a digit first' });
+    const lines = /[\r\n]/.test(value); // which an <input> would swallow
+    const text = el(lines ? 'textarea' : 'input', {
+      'aria-label': 'Value', placeholder: secret.checked ? 'secret: give it again' : 'value',
+      class: 'value', value: secret.checked ? '' : value, autocomplete: 'off', required: secret.checked,
+    });
+    const veil = () => {
+      if (lines) text.classList.toggle('veiled', secret.checked);
+      else text.type = secret.checked ? 'password' : 'text';
+    };
+    text.addEventListener('input', () => { field.required = text.value !== ''; });
+    field.addEventListener('change', () => { secret.checked ||= this.#secret(field.value); veil(); });
     secret.addEventListener('change', veil);
     veil();
     const row = el('div', { class: 'variable' }, field, text, el('label', { class: 'check' }, secret, 'secret'),
-      el('button', { type: 'button', 'aria-label': 'Remove this variable', title: 'Remove', onclick: () => { row.remove(); this.#changed(); } }, '×'));
+      el('button', { type: 'button', 'aria-label': 'Remove this variable', title: 'Remove', onclick: () => this.#remove(row) }, '×'));
     this.rows.append(row);
     return field;
   }
+
+  #remove(row) {
+    const near = row.nextElementSibling ?? row.previousElementSibling;
+    (near?.querySelector('.key') ?? this.add).focus();
+    row.remove();
+    this.#changed();
+  }
+
+  // Whether the daemon takes a variable of this name for a secret whatever one says.
+  #secret(name) { return named(this.page.me.secret, name.trim()); }
 
   // What was run before is offered.
   async #offer() {
@@ -128,7 +144,8 @@ export class RunDialog {
     const { app, env, action, variables, secret } = asked;
     this.reviewed = JSON.stringify(asked);
     this.typed = el('input', { name: 'sure', autocomplete: 'off', autocapitalize: 'none', spellcheck: 'false', required: true });
-    const shown = Object.entries(variables).map(([name, value]) => `${name}=${secret.includes(name) ? '***' : value}`);
+    const hidden = (name) => secret.includes(name) || this.#secret(name);
+    const shown = Object.entries(variables).map(([name, value]) => `${name}=${hidden(name) ? '***' : harmless(value)}`);
     this.sure.replaceChildren(
       el('p', {}, 'This will run ', el('b', {}, action), ' for ', el('b', {}, app), ' on ', el('b', {}, env),
         shown.length ? ` with ${shown.join(', ')}.` : '.'),
@@ -148,7 +165,10 @@ export class RunDialog {
       say(this.error, `${twice} is there twice.`);
       return;
     }
-    if (covers(this.page.me.confirm ?? [], app, env, action)) {
+    this.button.disabled = true;
+    await this.met;
+    this.button.disabled = false;
+    if (covers(this.page.me.confirm, app, env, action)) {
       if (this.sure.hidden) { this.#review(asked); return; }
       if (this.typed.value !== env) {
         say(this.error, `That is not ${env}.`);
@@ -157,13 +177,12 @@ export class RunDialog {
       }
     }
     // If the answer is lost and one tries again, the task is started once all the same.
-    if (this.sent !== JSON.stringify(asked)) this.key = null;
-    this.sent = JSON.stringify(asked);
-    this.key ??= [...crypto.getRandomValues(new Uint8Array(16))].map((n) => n.toString(16).padStart(2, '0')).join('');
+    const content = JSON.stringify(asked);
+    if (!this.keys.has(content)) this.keys.set(content, newKey());
     this.button.disabled = true;
     try {
       const body = { action, variables, ...(secret.length ? { secret } : {}) };
-      const answer = await post(`/${encodeURIComponent(app)}/${encodeURIComponent(env)}`, body, { 'Idempotency-Key': this.key });
+      const answer = await post(`/${encodeURIComponent(app)}/${encodeURIComponent(env)}`, body, { 'Idempotency-Key': this.keys.get(content) });
       // Who has closed it meanwhile is busy with something else.
       if (this.dialog.open) this.page.go(`/web/job/${answer.taskId}`);
       this.dialog.close();
@@ -175,3 +194,5 @@ export class RunDialog {
     }
   }
 }
+
+const newKey = () => [...crypto.getRandomValues(new Uint8Array(16))].map((n) => n.toString(16).padStart(2, '0')).join('');

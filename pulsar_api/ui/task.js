@@ -1,24 +1,26 @@
 // One task: what it is, what it prints, and what one may do with it.
 
-import { ask, post } from './api.js';
+import { ask, askText, post } from './api.js';
 import { STATUS, badge, bytes, duration, el, ended, say, setBadge, when, whyNot } from './format.js';
 import { Log } from './log.js';
+import { Search } from './search.js';
+import { Terminal, harmless, joined } from './terminal.js';
 
 const COPIED = 1 << 20; // characters at most
-const GONE = [400, 403, 404];
 const SAID = 5000; // milliseconds between two announcements of new lines
 
 export class TaskView {
   constructor(page, id) {
     this.page = page;
     this.id = id;
-    this.said = { lines: 0, at: 0 };
+    this.said = null; // how many lines were announced last, and when
     this.#build();
     this.ticks = setInterval(() => this.#tick(), 1000);
     this.onhash = () => this.#hash(true);
     addEventListener('hashchange', this.onhash);
     this.onvisible = () => this.#hidden();
     document.addEventListener('visibilitychange', this.onvisible);
+    this.#hidden();
     page.title(`Task ${id}`);
     this.#open();
   }
@@ -74,6 +76,13 @@ export class TaskView {
       this.live);
     document.body.classList.add('task');
     this.scroller.addEventListener('click', (event) => this.#pick(event));
+    this.scroller.addEventListener('copy', (event) => { event.preventDefault(); this.#copy(); });
+    this.scroller.addEventListener('keydown', (event) => {
+      if (event.key !== 'l' || event.ctrlKey || event.metaKey || event.altKey) return;
+      const line = this.log.seen();
+      if (line) this.#mark([line, line]);
+      if (line) this.#announce(`The address leads to line ${line}.`);
+    });
     this.log = new Log(this.id, this.scroller, {
       follow: (following) => { this.resume.hidden = following; },
       away: (problem) => this.#away(problem),
@@ -86,9 +95,7 @@ export class TaskView {
   // It is known by now who looks at it.
   met() { if (this.task) this.#show(this.task); }
 
-  #still() { return this.task !== undefined && ended(this.task); }
-
-  #size() { return Math.max(this.task.outputSize, this.log?.size ?? 0); }
+  #bytes() { return Math.max(this.task.outputSize, this.log.size); }
 
   async #open() {
     let task;
@@ -102,13 +109,13 @@ export class TaskView {
     } catch (error) {
       if (this.closed) return;
       this.#away(error);
-      if (!GONE.includes(error.status)) this.retry = setTimeout(() => this.#open(), 1500);
+      if (error.passes) this.retry = setTimeout(() => this.#open(), 1500);
     }
   }
 
   // It does not answer; what is gone or not for us is told in its place.
   #away(problem) {
-    if (!GONE.includes(problem?.status)) {
+    if (problem === null || problem.passes) {
       this.page.away(problem);
       return;
     }
@@ -127,9 +134,9 @@ export class TaskView {
     if (this.closed || (this.task && this.task.version > task.version)) return;
     const before = this.task?.status;
     this.task = task;
-    const where = `${task.app} ${task.env} ${task.action}`;
-    say(this.name, `${where} `);
-    this.name.append(el('span', { class: 'id' }, `#${task.id}`));
+    if (!before) {
+      this.name.replaceChildren(`${task.app} ${task.env} ${task.action} `, el('span', { class: 'id' }, `#${task.id}`));
+    }
     setBadge(this.state, task);
     const { word, sign } = STATUS[task.status] ?? { word: task.status, sign: '?' };
     this.page.title(`${sign} ${word} · ${task.app} ${task.env} #${task.id}`);
@@ -160,13 +167,13 @@ export class TaskView {
     fact('Created', when(task.createdAt));
     if (task.startedAt) fact('Started', when(task.startedAt));
     if (task.endedAt) fact('Ended', when(task.endedAt));
-    this.size = el('span', {}, bytes(this.#size()));
-    fact('Output', this.size);
+    this.printed = el('span', {}, bytes(this.#bytes()));
+    fact('Output', this.printed);
     if (task.pid) fact('Process', String(task.pid));
     if (task.command) fact('Command', el('code', {}, task.command));
     const variables = Object.entries(task.variables ?? {});
     if (variables.length) {
-      fact('Variables', el('ul', {}, ...variables.map(([name, value]) => el('li', {}, el('code', {}, `${name}=${value}`)))));
+      fact('Variables', el('ul', {}, ...variables.map(([name, value]) => el('li', {}, el('code', {}, harmless(`${name}=${value}`))))));
     }
     this.facts.replaceChildren(...facts);
   }
@@ -191,19 +198,22 @@ export class TaskView {
 
   #grown(lines) {
     this.#emptiness();
-    if (this.size) say(this.size, bytes(this.#size()));
+    if (this.printed) say(this.printed, bytes(this.#bytes()));
+    if (!this.task) return;
     const now = performance.now();
+    // What was there when one came is no news.
+    if (!this.said || this.log.size <= this.task.outputSize) this.said = { lines, at: now };
     if (now - this.said.at < SAID) {
       this.saying ??= setTimeout(() => { this.saying = null; if (!this.closed) this.#grown(this.log.lines); }, SAID);
       return;
     }
     const more = lines - this.said.lines;
     this.said = { lines, at: now };
-    if (more > 0 && this.task && !ended(this.task)) this.#announce(`${more} new line${more === 1 ? '' : 's'}`);
+    if (more > 0 && !ended(this.task)) this.#announce(`${more} new line${more === 1 ? '' : 's'}`);
   }
 
   #emptiness() {
-    const nothing = this.log.lines === 0 && !this.log.tail?.rows?.length;
+    const nothing = this.log.empty;
     this.empty.hidden = !nothing || (this.task?.outputSize ?? 1) > 0;
     if (nothing && this.task) say(this.empty, ended(this.task) ? 'It printed nothing.' : 'Nothing is printed yet.');
   }
@@ -216,7 +226,7 @@ export class TaskView {
     clearInterval(this.polls);
     if (!document.hidden) return;
     this.polls = setInterval(async () => {
-      if (this.#still()) { clearInterval(this.polls); return; }
+      if (this.task && ended(this.task)) { clearInterval(this.polls); return; }
       try { this.#show(await ask(`/task/${this.id}?output=none`)); } catch { /* it is away */ }
     }, 10000);
   }
@@ -225,14 +235,10 @@ export class TaskView {
 
   #hash(go) {
     const found = /^#L(\d{1,15})(?:-L?(\d{1,15}))?$/.exec(location.hash);
-    if (!found) return null;
-    const lines = [Number(found[1]), Number(found[2] ?? found[1])].sort((a, b) => a - b);
+    const lines = found && [Number(found[1]), Number(found[2] ?? found[1])].sort((a, b) => a - b);
     this.picked = lines;
-    this.log.marked = lines;
-    if (go) {
-      this.log.mark(lines);
-      this.log.goTo(lines[0]).catch(() => {});
-    }
+    this.log.mark(lines);
+    if (go && lines) this.log.goTo(lines[0]).catch(() => {});
     return lines;
   }
 
@@ -240,84 +246,45 @@ export class TaskView {
     const line = Number(event.target.closest?.('a.n')?.dataset.n);
     if (!line) return;
     event.preventDefault();
-    if (this.picked?.[0] === line && this.picked[1] === line) {
-      // Once more: no longer.
-      this.picked = null;
-      history.replaceState(history.state, '', location.pathname + location.search);
-      this.log.mark(null);
-      return;
-    }
+    // Once more: no longer.
+    if (this.picked?.[0] === line && this.picked[1] === line) { this.#mark(null); return; }
     const from = event.shiftKey && this.picked ? this.picked[0] : line;
-    const [a, b] = [Math.min(from, line), Math.max(from, line)];
-    this.picked = [a, b];
-    history.replaceState(history.state, '', a === b ? `#L${a}` : `#L${a}-L${b}`);
-    this.log.mark([a, b]);
+    this.#mark([Math.min(from, line), Math.max(from, line)]);
+  }
+
+  #mark(lines) {
+    this.picked = lines;
+    const hash = lines && (lines[0] === lines[1] ? `#L${lines[0]}` : `#L${lines[0]}-L${lines[1]}`);
+    history.replaceState(history.state, '', hash ?? location.pathname + location.search);
+    this.log.mark(lines);
   }
 
   // -- search
 
   async #find(step) {
     const text = this.search.value;
-    if (text !== this.searched) {
-      this.searched = text;
-      this.matches = [];
-      this.match = -1;
-      this.next = 0;
-      this.upTo = 0;
-      this.searching = null;
+    if (text !== this.walk?.text) {
+      this.walk = new Search(this.id, text, () => this.log.size);
       this.log.find(text);
-      this.log.mark(this.picked ?? null);
+      this.log.mark(this.picked);
       say(this.found, '');
     }
-    if (!text || !step) return;
-    const last = this.match + step >= this.matches.length;
-    // A page of matches at a time; a log can have millions. And more may have come.
-    if (last && (this.next !== null || this.log.size > this.upTo)) {
-      this.searching ??= this.#search(text);
-      await this.searching;
-      if (this.searched !== text || this.closed) return;
-      this.searching = null;
-    }
-    const { length } = this.matches;
-    if (!length) {
-      if (!this.problem) say(this.found, 'Not found');
-      return;
-    }
-    if (this.match < 0) {
-      // Begin where one is.
-      const here = this.log.line();
-      const first = this.matches.findIndex(([line]) => line >= here);
-      this.match = step > 0 ? (first < 0 ? 0 : first) : (first <= 0 ? length : first) - 1;
-    } else {
-      this.match = (this.match + step + length) % length;
-    }
-    const [line, offset] = this.matches[this.match];
-    say(this.found, `${this.match + 1} of ${length}${this.next === null ? '' : '+'}`);
-    this.log.mark([line, line]);
-    await this.log.goTo(line, offset).catch(() => {});
-  }
-
-  // Ask for the next matches.
-  async #search(text) {
-    const before = this.matches.length;
-    this.problem = false;
+    const { walk } = this;
+    if (!text || !step || walk.busy) return;
+    walk.busy = true;
     say(this.found, 'Searching…');
     try {
-      do {
-        // The line that was the last may have become longer.
-        const from = this.next ?? Math.max(0, this.upTo - 4 * text.length);
-        const query = new URLSearchParams({ text, from });
-        const answer = await ask(`/task/${this.id}/search?${query}`);
-        if (this.searched !== text || this.closed) return;
-        for (const match of answer.matches) {
-          if ((this.matches.at(-1)?.[0] ?? 0) < match[0]) this.matches.push(match);
-        }
-        this.next = answer.nextFrom;
-        this.upTo = from + answer.searched;
-      } while (this.next !== null && this.matches.length === before);
+      const match = await walk.step(step, this.log.line(), this.log.offset());
+      if (this.walk !== walk || this.closed) return;
+      const where = walk.whole ? `${walk.at + 1} of ${walk.matches.length}` : `line ${match?.[0]}`;
+      say(this.found, match ? where : 'Not found');
+      if (!match) return;
+      this.log.mark([match[0], match[0]]);
+      await this.log.goTo(...match);
     } catch (error) {
-      this.problem = true;
-      say(this.found, error.message);
+      if (this.walk === walk) say(this.found, error.message);
+    } finally {
+      walk.busy = false;
     }
   }
 
@@ -340,18 +307,19 @@ export class TaskView {
   }
 
   async #toCopy() {
-    const selection = getSelection();
-    if (!selection.isCollapsed && this.scroller.contains(selection.anchorNode)) {
-      return [String(selection), 'Copied what is selected'];
+    const selected = await this.log.selection(COPIED);
+    const text = selected ?? (this.picked && await this.log.text(this.picked, COPIED));
+    if (text !== null) {
+      const what = selected === null ? 'the marked lines' : 'what is selected';
+      return [text, text.length < COPIED ? `Copied ${what}` : `Copied the first 1 MB of ${what}`];
     }
-    if (this.picked) {
-      const text = await this.log.text(this.picked, COPIED);
-      return [text, text.length < COPIED ? 'Copied the marked lines' : 'Copied the first 1 MB of the marked lines'];
-    }
-    const answer = await fetch(`/task/${this.id}/log?tail=${COPIED}`);
-    if (!answer.ok) throw new Error(`The daemon answered ${answer.status}.`);
-    const text = await answer.text();
-    return [text, this.#size() <= COPIED ? 'Copied all' : 'Copied the last 1 MB; Download has all'];
+    const terminal = new Terminal(1, true);
+    terminal.feed(await askText(`/task/${this.id}/log?tail=${COPIED}`), 'stdout', 0);
+    terminal.flush();
+    const whole = this.#bytes() <= COPIED;
+    // The first line is half of one, if it is not the first.
+    const rows = whole ? terminal.rows : terminal.rows.filter((row) => terminal.rows[0] !== row);
+    return [joined(rows), whole ? 'Copied all' : 'Copied the last 1 MB; Download has all'];
   }
 
   // -- kill
@@ -396,11 +364,13 @@ async function copy(text) {
     return true;
   } catch {
     // Without TLS a browser has no clipboard for us but the old one.
+    const focus = document.activeElement;
     const area = el('textarea', { value: text, class: 'unseen', 'aria-hidden': 'true' });
     document.body.append(area);
     area.select();
     const done = document.execCommand('copy');
     area.remove();
+    focus?.focus();
     return done;
   }
 }

@@ -7,18 +7,22 @@ const MAX_SEQUENCE = 200;
 const PLAIN = { classes: '', fg: '', bg: '' };
 const kept = new Map([['', PLAIN]]);
 
-// Styles are compared by identity, so each is made once.
+// Styles are compared by identity, so each is made once. A colour of the palette is a class,
+// any other one is a text; then the class says what it stands on.
 function style(marks, fg, bg) {
-  const classes = [...marks].sort().join(' ');
-  const [fore, fromFg] = typeof fg === 'number' ? ['', `f${fg}`] : [fg, ''];
-  const [back, fromBg] = typeof bg === 'number' ? ['', `b${bg}`] : [bg, ''];
-  const key = `${classes}|${fore}${fromFg}|${back}${fromBg}`;
+  const fore = typeof fg === 'string' ? fg : '';
+  const back = typeof bg === 'string' ? bg : '';
+  const classes = [
+    ...[...marks].sort(),
+    typeof fg === 'number' ? `f${fg}` : fore && (bg === '' ? 'fg' : 'raw'),
+    typeof bg === 'number' ? `b${bg}` : back && (fg === '' ? 'bg on' : 'bg'),
+  ].filter(Boolean).join(' ');
+  const key = `${classes}|${fore}|${back}`;
   if (key === '||') return PLAIN;
   let found = kept.get(key);
   if (!found) {
     if (kept.size > 5000) kept.clear();
-    const all = [classes, fromFg, fromBg].filter(Boolean).join(' ');
-    found = { classes: all, fg: fore, bg: back, marks, rawFg: fg, rawBg: bg };
+    found = { classes, fg: fore, bg: back, marks, rawFg: fg, rawBg: bg };
     kept.set(key, found);
   }
   return found;
@@ -96,11 +100,14 @@ function shown(character) {
   return `\u2039${code.toString(16).toUpperCase().padStart(4, '0')}\u203a`;
 }
 
+// A text of others, with what could make it look like another one shown as such.
+export const harmless = (text) => text.replace(SPECIALS, (found) => (found === '\n' ? found : shown(found)));
+
 // One row of the log: pieces of text, each with a style; a number if a line begins here.
 export class Row {
   constructor(number, at) {
     this.number = number; // 0: the line before goes on
-    this.at = at; // milliseconds since the task began
+    this.at = at; // milliseconds since 1970
     this.text = null; // single characters, while they may be written over
     this.styles = null;
     this.simple = null; // all of it, if it has one style and nothing else
@@ -134,16 +141,39 @@ export class Row {
   plain() { return this.pieces().map(([text]) => text).join(''); }
 }
 
+// The text of rows, without the breaks that only rows have.
+export function joined(rows) {
+  return rows.map((row, place) => (row.number && place ? '\n' : '') + row.plain()).join('');
+}
+
 // Makes rows of text that comes in pieces. `rows` grows; its last may still change.
 export class Terminal {
-  constructor(line, begins) {
+  // `renditions`: the parameters of SGR that are in force, as "1;31".
+  constructor(line, begins, renditions = '') {
     this.line = line; // the number of the line that is being written
     this.rows = [];
     this.row = null;
     this.fresh = begins; // whether the next character begins a line
     this.column = 0;
-    this.style = PLAIN;
+    this.style = renditions ? rendition(PLAIN, renditions) : PLAIN;
     this.held = '';
+  }
+
+  // Go on where another one stopped. What that one has to write over is this one's.
+  follow(other) {
+    this.line = other.line;
+    this.fresh = other.fresh;
+    this.style = other.style;
+    this.held = other.held;
+    return this;
+  }
+
+  // What comes next is not for this one: a row that it would write over is not to be seen.
+  leave() {
+    if (!this.row || this.column > 0) return;
+    this.fresh = this.row.number > 0;
+    this.row = null;
+    this.rows.pop();
   }
 
   feed(text, stream, at) {

@@ -23,7 +23,12 @@ from pulsar_api.auth.gate import Credentials
 from pulsar_api.auth.github import GitHub
 from pulsar_api.auth.records import new_secret
 from pulsar_api.auth.rights import Caller, Target
-from pulsar_api.errors import InvalidInput, NotAuthenticated
+from pulsar_api.errors import (
+    InvalidInput,
+    NotAuthenticated,
+    ProviderUnavailable,
+    TooManyFailures,
+)
 from pulsar_api.web.access import IS_TOKEN, Access, cookies, set_session
 from pulsar_api.web.reply import header, new_app, page, reply
 from pulsar_api.web.tasks import query_of
@@ -49,6 +54,8 @@ class SignIn:
     """With an OAuth app, or None."""
     confirm: Sequence[Target] = ()
     """Where the page shall ask again before it does something."""
+    secret: Sequence[str] = ()
+    """Patterns of the names of variables that are secret."""
     _key: AESGCM = field(factory=lambda: AESGCM(AESGCM.generate_key(256)), init=False)
     """Seals what a browser keeps for us while it is at GitHub."""
     _page: str = field(init=False)
@@ -70,11 +77,8 @@ class SignIn:
         target = local(fields.get("next", ""))
         if secret == IS_TOKEN:
             user, secret = "", user
-        try:
-            await self._begin(request, Credentials(user, secret))
-        except NotAuthenticated:
-            return self._form(request, target, "That is not right, or not let in.", 403)
-        return self._send_to(request, target)
+        refusal = "That is not right, or not let in."
+        return await self._enter(request, Credentials(user, secret), target, refusal)
 
     @app.route("/login/github", methods=["GET"])
     def ask_github(self, request: Request) -> bytes:
@@ -104,16 +108,15 @@ class SignIn:
         verifier, target = begun
         code = query.get("code", "")
         token = None
-        if code:
-            callback = self._callback(request)
-            token = await github.token_for(code, verifier, callback)
         try:
-            # Without a token it is somebody whom no provider takes.
-            await self._begin(request, Credentials("", token or ""))
-        except NotAuthenticated:
-            detail = "GitHub did not confirm it, or you are not let in here."
-            return self._form(request, target, detail, 403)
-        return self._send_to(request, target)
+            if code:
+                callback = self._callback(request)
+                token = await github.token_for(code, verifier, callback)
+        except ProviderUnavailable as e:
+            return self._later(request, target, e, 503)
+        # Without a token it is somebody whom no provider takes.
+        refusal = "GitHub did not confirm it, or you are not let in here."
+        return await self._enter(request, Credentials("", token or ""), target, refusal)
 
     @app.route("/login/me", methods=["GET"])
     async def me(self, request: Request) -> bytes:
@@ -130,6 +133,7 @@ class SignIn:
             "rights": rights,
             "signedIn": self.access.gate is not None and isinstance(shown, str),
             "confirm": list(map(str, self.confirm)),
+            "secret": list(self.secret),
         }
         return reply(request, wire.encode(me))
 
@@ -171,6 +175,30 @@ class SignIn:
 
     def _login_cookie(self, request: Request) -> str:
         return "__Host-pulsar-login" if self.access.secure(request) else "pulsar-login"
+
+    async def _enter(
+        self, request: Request, credentials: Credentials, target: str, refusal: str
+    ) -> bytes:
+        """Begin a session and send the browser on; or show the form, which says why not."""
+        try:
+            await self._begin(request, credentials)
+        except NotAuthenticated:
+            return self._form(request, target, refusal, 403)
+        except TooManyFailures as e:
+            return self._later(request, target, e, 429)
+        except ProviderUnavailable as e:
+            return self._later(request, target, e, 503)
+        return self._send_to(request, target)
+
+    def _later(
+        self,
+        request: Request,
+        target: str,
+        why: TooManyFailures | ProviderUnavailable,
+        status: int,
+    ) -> bytes:
+        request.setHeader("Retry-After", str(why.retry_after))
+        return self._form(request, target, str(why), status)
 
     async def _begin(self, request: Request, credentials: Credentials) -> None:
         """Begin a session, always a new one, for who these credentials are good for."""

@@ -1,6 +1,7 @@
 """What the tests of the page do with it, and look for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -111,3 +112,28 @@ def latency(browser: Chrome, milliseconds: int) -> None:
     )
     if not milliseconds:
         browser.execute_cdp_cmd("Network.disable", {})
+
+
+def resize(browser: Chrome, width: int, height: int) -> None:
+    """Give the page another size; with 0 the window's."""
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": height, "deviceScaleFactor": 0, "mobile": False},
+    )
+
+
+@contextmanager
+def at_begin(browser: Chrome, script: str) -> Iterator[None]:
+    """Run a script before those of each page that is opened."""
+    command = "Page.addScriptToEvaluateOnNewDocument"
+    made = browser.execute_cdp_cmd(command, {"source": script})
+    try:
+        yield
+    finally:
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", made)
+
+
+def clipboard(browser: Chrome) -> str:
+    """Return what was copied."""
+    read = "const done = arguments[0]; navigator.clipboard.readText().then(done)"
+    return str(browser.execute_async_script(read))

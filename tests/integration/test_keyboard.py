@@ -166,6 +166,9 @@ def _scroll(person: Person) -> None:
     person.until("document.querySelector('.log').scrollTop > 100")
     person.press(Keys.END)
     person.until(seen(1000))
+    # A line gets into the address, from where it can be sent.
+    person.press("l")
+    person.until("/^#L[0-9]+$/.test(location.hash) && document.querySelector('.marked')")
     # At the end it is followed again; on the way up it is not.
     person.until("document.querySelector('.resume').hidden")
     person.press(Keys.PAGE_UP)

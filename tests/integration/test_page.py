@@ -13,6 +13,7 @@ from tests.integration.conftest import Script, Start
 from tests.integration.daemon import Daemon
 from tests.integration.page import (
     answer,
+    at_begin,
     click,
     fill,
     find,
@@ -93,6 +94,33 @@ def test_a_task_is_run_again(browser: Chrome, daemon: Daemon, script: Script) ->
     until(browser, lambda: path(browser) == f"/web/job/{number + 1}", "the new task")
     status(browser, "finished")
     shows(browser, "main")
+
+
+def test_what_has_several_lines_is_run_again_as_it_was(
+    browser: Chrome, daemon: Daemon, script: Script
+) -> None:
+    """An input of one line would swallow the others; some names say that it is secret."""
+    script("deploy", '#!/bin/sh\nprintf %s "$PULSAR_VAR_note"')
+    number = daemon.run("site", "staging", "deploy", note="one\ntwo")
+    daemon.ended(number)
+    browser.get(f"{daemon.base}/web/job/{number}")
+    shows(browser, "two")
+    click(browser, ".actions button", "Run again")
+    click(browser, "dialog button", "Add a variable")
+    keys = browser.find_elements(By.CSS_SELECTOR, "dialog .key")
+    keys[1].send_keys("Deploy_Token", Keys.TAB, "abcd")
+    assert browser.find_elements(By.CSS_SELECTOR, "dialog .secret")[1].is_selected()
+    value = browser.find_elements(By.CSS_SELECTOR, "dialog .value")[1]
+    assert value.get_attribute("type") == "password"
+    # Away with it: what has the focus then is the one that is left.
+    browser.find_elements(By.CSS_SELECTOR, "dialog .variable button")[1].send_keys(
+        Keys.ENTER
+    )
+    assert browser.switch_to.active_element == keys[0]
+    click(browser, "dialog button.primary")
+    until(browser, lambda: path(browser) == f"/web/job/{number + 1}", "the new task")
+    status(browser, "finished")
+    assert daemon.task(number + 1)["output"] == "one\ntwo"
 
 
 def test_the_dialog_offers_what_there_is(
@@ -229,7 +257,110 @@ def test_a_page_opened_while_the_daemon_is_away_comes_back(
     status(browser, "finished")
 
 
+def test_settings_of_another_daemon_count_at_once(
+    browser: Chrome, returning: Daemon, tmp_path: Path
+) -> None:
+    """What asks for a second look since the restart is looked at twice."""
+    browser.get(f"{returning.base}/web/")
+    find(browser, "#run")
+    returning.kill()
+    find(browser, "#away")
+    (tmp_path / "config.toml").write_text('confirm = ["*/production"]\n')
+    returning.arguments += ["--config", str(tmp_path / "config.toml")]
+    returning.start()
+    click(browser, "#run")
+    fill(browser, "app", "site")
+    fill(browser, "env", "production")
+    fill(browser, "action", "run")
+    click(browser, "dialog button.primary")
+    find(browser, "dialog .sure")
+    assert returning.get("/tasks").json()["tasks"] == {}
+
+
+def test_a_list_stays_where_it_is_over_a_restart(
+    browser: Chrome, returning: Daemon
+) -> None:
+    """With all that was loaded, also if nothing has happened; and over a look at a task."""
+    for _ in range(130):
+        last = returning.sh("true")
+    for number in range(1, last + 1):
+        returning.ended(number)
+    browser.get(f"{returning.base}/web/")
+    until(browser, lambda: len(listed(browser)) == 100, "a first page")
+
+    def scrolled() -> bool:
+        browser.execute_script("scrollTo(0, document.body.scrollHeight)")
+        return len(listed(browser)) == 130
+
+    until(browser, scrolled, "all pages")
+    browser.execute_script("document.querySelector('[data-id=\"5\"]').scrollIntoView()")
+    place = browser.execute_script("return scrollY")
+    returning.kill()
+    find(browser, "#away")
+    returning.start()
+    number = returning.sh("true")
+    until(browser, lambda: listed(browser)[0] == number, "what is new")
+    assert len(listed(browser)) == 131
+    row = browser.find_element(By.CSS_SELECTOR, "[data-id='5']")
+    assert row.is_displayed()
+    place = browser.execute_script("return scrollY")
+    assert place > 1000
+    browser.execute_script("document.querySelector('[data-id=\"5\"] a').click()")
+    until(browser, lambda: path(browser) == "/web/job/5", "the task")
+    browser.back()
+    until(browser, lambda: browser.execute_script("return scrollY") == place, "the place")
+    assert len(listed(browser)) == 131
+
+
+def test_a_refusal_that_passes_is_no_empty_list(browser: Chrome, many: Daemon) -> None:
+    """Too many requests, or a daemon that starts: asked again."""
+    script = (
+        "const real = fetch; let first = true; window.fetch = (...all) => {"
+        "if (!first || !all[0].startsWith('/tasks')) return real(...all);"
+        "first = false; return Promise.resolve(new Response("
+        "JSON.stringify({detail: 'Not now.'}), {status: 503})); };"
+    )
+    with at_begin(browser, script):
+        browser.get(f"{many.base}/web/")
+        find(browser, ".note", "Not now.")
+        until(browser, lambda: len(listed(browser)) == 100, "the list")
+
+
+def test_a_tab_that_was_never_seen_shows_the_state(
+    browser: Chrome, daemon: Daemon, script: Script, tmp_path: Path
+) -> None:
+    """It has no stream, and asks now and then."""
+    gate = tmp_path / "gate"
+    script("wait", f"#!/bin/sh\nwhile [ ! -e {gate} ]; do sleep 0.02; done")
+    number = daemon.run("site", "staging", "wait")
+    hidden = "Object.defineProperty(Document.prototype, 'hidden', {get: () => true});"
+    count = "const Real = EventSource; window.EventSource = class extends Real {"
+    count += "close() { super.close(); window.cut = true; } };"
+    with at_begin(browser, hidden + count):
+        browser.get(f"{daemon.base}/web/job/{number}")
+        until(browser, lambda: browser.title.startswith("▶"), "the state")
+        until(browser, lambda: browser.execute_script("return window.cut"), "no stream")
+        gate.touch()
+        until(browser, lambda: browser.title.startswith("✓"), "the end")
+
+
 # -- the list
+
+
+def test_what_matches_late_comes_late(
+    browser: Chrome, daemon: Daemon, script: Script, tmp_path: Path
+) -> None:
+    """An old task that begins to match, when all that match were loaded."""
+    gate = tmp_path / "gate"
+    script("wait", f"#!/bin/sh\nwhile [ ! -e {gate} ]; do sleep 0.02; done; exit 1")
+    script("fail", "#!/bin/sh\nexit 1")
+    first = daemon.run("site", "staging", "wait")
+    second = daemon.run("site", "staging", "fail")
+    daemon.ended(second)
+    browser.get(f"{daemon.base}/web/?status=failed")
+    until(browser, lambda: listed(browser) == [second], "the one that has failed")
+    gate.touch()
+    until(browser, lambda: listed(browser) == [second, first], "the other one")
 
 
 def test_more_come_as_one_scrolls(browser: Chrome, many: Daemon) -> None:

@@ -9,14 +9,16 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from tests.integration.conftest import Script, Start
-from tests.integration.daemon import Daemon, wait_for
+from tests.integration.daemon import SHELL, Daemon, wait_for
 from tests.integration.page import (
     FROM_END,
     click,
+    clipboard,
     fill,
     find,
     latency,
     path,
+    resize,
     rows,
     shows,
     status,
@@ -203,6 +205,172 @@ def test_a_flood_does_not_kill_the_page(
     assert heap < 200e6
 
 
+def test_the_end_is_followed_in_a_box_of_any_size(
+    browser: Chrome, daemon: Daemon, script: Script
+) -> None:
+    """A phone is turned, details are closed: nobody has scrolled."""
+    text = (
+        "a line that has to be broken where there is little room for it, which is often so"
+    )
+    script("much", f"#!/bin/sh\nseq -f '%.0f {text} {text}' 1 900\nexec sleep 600")
+    number = daemon.run("site", "staging", "much")
+    browser.get(f"{daemon.base}/web/job/{number}")
+    last = f"900 {text} {text}"
+    shows(browser, last)
+    try:
+        for width, height in (
+            (1440, 700),
+            (1440, 1000),
+            (400, 900),
+            (900, 900),
+            (320, 600),
+        ):
+            resize(browser, width, height)
+            # What the browser does by itself has happened, and what we do about it.
+            browser.execute_async_script(
+                "const done = arguments[0]; "
+                "requestAnimationFrame(() => requestAnimationFrame(done))"
+            )
+            until(browser, lambda: browser.execute_script(FROM_END) < 5, "the end")
+            assert not browser.find_element(By.CSS_SELECTOR, ".resume").is_displayed()
+            shows(browser, last)
+    finally:
+        resize(browser, 0, 0)
+
+
+def test_lines_that_are_empty_are_lines(
+    browser: Chrome, daemon: Daemon, script: Script
+) -> None:
+    """64 KiB of them are more rows than of anything else."""
+    script("empty", "#!/bin/sh\nyes '' | head -n 400000; echo the end")
+    number = daemon.run("site", "staging", "empty")
+    daemon.ended(number)
+    browser.get(f"{daemon.base}/web/job/{number}")
+    shows(browser, "the end")
+    click(browser, ".bar button", "Top")
+    until(browser, lambda: rows(browser)[:2] == [["1", ""], ["2", ""]], "the top")
+    browser.execute_script("location.hash = '#L200000'")
+    until(browser, lambda: "200000" in [n for n, _ in rows(browser)], "the middle")
+
+
+def test_what_is_seen_stays_while_the_middle_is_cut_out(
+    browser: Chrome, start: Start, tmp_path: Path
+) -> None:
+    """It is before what is cut: its lines keep their numbers, and the view its place."""
+    gate = tmp_path / "gate"
+    daemon = start("--command", SHELL, "--kill-grace=1", "--max-output-size", "1000000")
+    number = daemon.sh(
+        "seq -f 'line %.0f of some length, as most are' 1 20000; "
+        f"while [ ! -e {gate} ]; do sleep 0.02; done; "
+        "seq -f 'line %.0f of some length, as most are' 20001 60000; exec sleep 600"
+    )
+    browser.get(f"{daemon.base}/web/job/{number}")
+    shows(browser, "line 20000 of some length, as most are")
+    browser.execute_script("document.querySelector('.log').scrollTop -= 250000")
+
+    def seen() -> list[str]:
+        script = (
+            "const top = document.querySelector('.log').getBoundingClientRect().top;"
+            "const row = [...document.querySelectorAll('.row')]"
+            ".find((row) => row.getBoundingClientRect().bottom > top);"
+            "return row && ['.n', '.t'].map((it) => row.querySelector(it))"
+            ".map((it) => it.dataset.n ?? it.textContent)"
+        )
+        found: list[str] = browser.execute_script(script)
+        return found
+
+    until(browser, lambda: int(seen()[0]) < 11_000, "what is far up")
+    before = seen()
+    assert before[1] == f"line {before[0]} of some length, as most are"
+    gate.touch()
+    cut = wait_for(lambda: daemon.get(f"/task/{number}/lines").json()["cut"], "a cut")
+    assert cut[0] > 11_000 * len("line 10000 of some length, as most are\n")
+    asked = (
+        "return performance.getEntriesByType('resource')"
+        ".filter((one) => one.name.endsWith('/lines?from=0')).length"
+    )
+    known = browser.execute_script(asked)
+    until(browser, lambda: browser.execute_script(asked) > known, "the page to notice")
+    until(browser, lambda: not browser.find_elements(By.CSS_SELECTOR, ".loading"), "it")
+    assert until(browser, seen, "a line") == before
+
+
+def test_a_search_begins_where_one_is(
+    browser: Chrome, daemon: Daemon, script: Script
+) -> None:
+    """To either side, round the ends, with more matches than the daemon gives at once."""
+    script("many", "#!/bin/sh\nseq -f 'error %.0f' 1 5000")
+    number = daemon.run("site", "staging", "many")
+    daemon.ended(number)
+    browser.get(f"{daemon.base}/web/job/{number}#L4000")
+    until(browser, lambda: ["4000", "error 4000"] in rows(browser), "the line")
+
+    def found(line: int) -> None:
+        until(
+            browser,
+            lambda: find(browser, ".row.marked .n").get_attribute("data-n") == str(line),
+            f"line {line}",
+        )
+
+    find(browser, ".find input").send_keys("error", Keys.ENTER)
+    find(browser, ".found", "line ")
+    first = int(find(browser, ".found").text.split()[-1])
+    assert 3900 < first <= 4000
+    found(first)
+    click(browser, ".find [aria-label='Match before']")
+    found(first - 1)
+    click(browser, ".find [aria-label='Next match']")
+    found(first)
+    field = find(browser, ".find input")
+    for text, step, line in (
+        ("error 4", "Match before", 4999),
+        ("error 50", "Next match", 50),
+    ):
+        field.clear()
+        browser.execute_script("location.hash = ''; location.hash = '#L1'")
+        until(browser, lambda: rows(browser)[0][0] == "1", "the first line")
+        field.send_keys(text)
+        click(browser, f".find [aria-label='{step}']")
+        found(line)
+
+
+def test_what_is_selected_is_copied_though_it_is_scrolled_away(
+    browser: Chrome, daemon: Daemon, script: Script
+) -> None:
+    """From where it began, with its empty lines, and without breaks that only rows have."""
+    long = "x" * 4500
+    script(
+        "print",
+        f"#!/bin/sh\nprintf 'one\\n\\n\\ntwo {long}\\n\\033[31mred\\033[0m\\n'; seq 6 3000",
+    )
+    number = daemon.run("site", "staging", "print")
+    daemon.ended(number)
+    browser.execute_cdp_cmd(
+        "Browser.grantPermissions", {"permissions": ["clipboardReadWrite"]}
+    )
+    browser.get(f"{daemon.base}/web/job/{number}#L1")
+    until(browser, lambda: rows(browser)[:1] == [["1", "one"]], "the first line")
+    browser.execute_script(
+        "const text = document.querySelector('.row .t').firstChild;"
+        "getSelection().setBaseAndExtent(text, 1, text, 1)"
+    )
+    log = "document.querySelector('.log')"
+
+    def away() -> bool:
+        browser.execute_script(f"{log}.scrollTop += 600")
+        return rows(browser)[0][0] != "1"
+
+    until(browser, away, "the first line to be no element any more")
+    last = browser.execute_script(
+        "const last = [...document.querySelectorAll('.row .t')].at(-1);"
+        "getSelection().extend(last.firstChild, 2); return last.textContent"
+    )
+    click(browser, ".bar button", "Copy")
+    find(browser, ".copied", "what is selected")
+    lines = ["ne", "", "", f"two {long}", "red", *map(str, range(6, int(last))), last[:2]]
+    assert clipboard(browser) == "\n".join(lines)
+
+
 def test_who_goes_elsewhere_is_not_thrown_back(
     browser: Chrome, daemon: Daemon, script: Script
 ) -> None:
@@ -360,8 +528,7 @@ def test_a_search_finds_what_comes_later_and_what_is_far_in_a_line(
     until(browser, lambda: rows(browser)[0][0] == "1", "the first line")
     click(browser, ".bar button", "Copy")
     find(browser, ".copied", "marked lines")
-    read = "const done = arguments[0]; navigator.clipboard.readText().then(done)"
-    assert browser.execute_async_script(read) == (tmp_path / "line").read_text()[:-1]
+    assert clipboard(browser) == (tmp_path / "line").read_text()[:-1]
 
 
 def test_what_is_gone_is_told_and_not_asked_for_ever(
@@ -407,8 +574,7 @@ def test_times_copy_and_download(browser: Chrome, daemon: Daemon, script: Script
     assert browser.current_url.endswith("#L1")
     click(browser, ".bar button", "Copy")
     find(browser, ".copied", "marked lines")
-    read = "const done = arguments[0]; navigator.clipboard.readText().then(done)"
-    assert browser.execute_async_script(read) == "one"
+    assert clipboard(browser) == "one"
 
 
 # -- the reader of what a terminal would show
@@ -486,9 +652,9 @@ def test_colours_are_those_of_a_terminal(browser: Chrome, many: Daemon) -> None:
         ["b", "bold f1", "", ""],
         ["c", "f12", "", ""],
         ["d", "b2", "", ""],
-        ["e", "f9", "", "rgb(0,0,0)"],
-        ["f", "", "rgb(1,2,255)", ""],
-        ["g", "under", "rgb(255,0,4)", ""],
+        ["e", "f9 bg", "", "rgb(0,0,0)"],
+        ["f", "fg", "rgb(1,2,255)", ""],
+        ["g", "under fg", "rgb(255,0,4)", ""],
         ["h", "", "", ""],
     ]
 

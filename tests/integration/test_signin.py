@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pulsar_api.masking import PATTERNS
 from tests.integration.conftest import Start
 from tests.integration.daemon import (
     PATIENCE,
@@ -102,8 +103,11 @@ def test_a_wrong_password_is_braked(static: Daemon) -> None:
         answer = static.request("GET", "/tasks", None, headers, source)
         assert problem(answer, 429)["type"].endswith(":too-many-failures")
         assert 0 < int(answer.headers["Retry-After"]) <= 60
-    body = static.request("POST", "/login", "user=joe&password=x", FORM, source)
-    problem(body, 429)
+    # A person is told in the form.
+    form = static.request("POST", "/login", "user=joe&password=x", FORM, source)
+    assert (form.status, form.headers["Content-Type"]) == (429, "text/html; charset=utf-8")
+    assert b"try again in" in form.body
+    assert 0 < int(form.headers["Retry-After"]) <= 60
     assert static.request("GET", "/tasks", None, basic(), source).status == 200
     assert static.request("GET", "/tasks", None, basic("x", "y"), "127.3.1.2").status == 401
 
@@ -331,6 +335,8 @@ def test_what_is_open_ends_when_its_token_is_revoked(static: Daemon) -> None:
     """Streams and long-polls of it, and no others."""
     token = command(static, "token", "create", "ci", "--may", "run").strip()
     number = static.request("POST", "/shop/p?action=x", None, bearer(token)).json()["id"]
+    task = f"/task/{number}?output=none"
+    wait_for(lambda: static.get(task, **bearer(token)).json()["pid"], "its start")
     session = session_of(sign_in(static, f"user=&password={token}"))
     by_token = Streams(static, number, bearer(token))
     by_session = Streams(static, number, session)
@@ -438,6 +444,7 @@ def test_a_page_is_told_what_it_has_to_know(
                 "rights": [{"may": ["admin", "kill", "read", "run"], "on": ["*/*/*"]}],
                 "signedIn": False,
                 "confirm": confirm,
+                "secret": list(PATTERNS),
             }
         return
     token = command(
@@ -449,6 +456,7 @@ def test_a_page_is_told_what_it_has_to_know(
         "rights": [{"may": ["read", "run"], "on": ["shop/*/*"]}],
         "signedIn": False,
         "confirm": confirm,
+        "secret": list(PATTERNS),
     }
     assert daemon.get("/login/me", **bearer(token)).json() == me
     session = session_of(sign_in(daemon, f"user=&password={token}"))
