@@ -282,14 +282,14 @@ def test_what_is_seen_stays_while_the_middle_is_cut_out(
     until(browser, lambda: int(seen()[0]) < 11_000, "what is far up")
     before = seen()
     assert before[1] == f"line {before[0]} of some length, as most are"
-    gate.touch()
-    cut = wait_for(lambda: daemon.get(f"/task/{number}/lines").json()["cut"], "a cut")
-    assert cut[0] > 11_000 * len("line 10000 of some length, as most are\n")
     asked = (
         "return performance.getEntriesByType('resource')"
         ".filter((one) => one.name.endsWith('/lines?from=0')).length"
     )
     known = browser.execute_script(asked)
+    gate.touch()
+    cut = wait_for(lambda: daemon.get(f"/task/{number}/lines").json()["cut"], "a cut")
+    assert cut[0] > 11_000 * len("line 10000 of some length, as most are\n")
     until(browser, lambda: browser.execute_script(asked) > known, "the page to notice")
     until(browser, lambda: not browser.find_elements(By.CSS_SELECTOR, ".loading"), "it")
     assert until(browser, seen, "a line") == before
