@@ -279,8 +279,11 @@ def test_what_is_seen_stays_while_the_middle_is_cut_out(
         found: list[str] = browser.execute_script(script)
         return found
 
-    until(browser, lambda: int(seen()[0]) < 11_000, "what is far up")
-    before = seen()
+    far_up = "what is far up"
+    before = until(
+        browser, lambda: (line := seen()) and int(line[0]) < 11_000 and line, far_up
+    )
+    assert before
     assert before[1] == f"line {before[0]} of some length, as most are"
     asked = (
         "return performance.getEntriesByType('resource')"
