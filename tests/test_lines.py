@@ -258,6 +258,7 @@ def naive_style(parts: list[bytes]) -> str:
 @example(
     styled=[(b"x", 1, b"a", MOST - 3), (b"\x1b[31m", 1, b"a", MOST)], end=0, hole=(0, 0)
 )
+@example(styled=[(b"\x1b[31m", 1, b"a", MOST)] * 3, end=0, hole=(2, 2 * MOST))
 @example(styled=[(b"\x1b[1;4m", 21, b"a", MOST)] * 2, end=0, hole=(MOST + 30, MOST + 80))
 def test_what_is_in_force_at_the_begin_of_a_segment_is_known(
     folder: Path,
@@ -452,6 +453,32 @@ def test_who_wants_more_than_is_being_looked_at_gets_it(tmp_path: Path) -> None:
             if one.called:
                 sizes.setdefault(one, index.size)
     assert [sizes[one] for one in (first, second, third)] == [100, len(data), 100]
+
+
+def test_who_is_woken_while_it_is_looked_at_again_waits_again(tmp_path: Path) -> None:
+    """More was cut, so what was known is not."""
+    data = b"a line\n" * (2 * lines.STEP // 7)
+    index = LineIndex(written(tmp_path, data), Rota(clock := Turns()))
+    sizes: list[int] = []
+    for one in waiting(index, len(data), 250):
+        one.addCallback(lambda _: sizes.append(index.size))
+    while not sizes:
+        clock.turn()
+    assert len(sizes) < 250
+    written(tmp_path, data, (LEAST, lines.STEP))
+    done(clock, index.reach(len(data)))
+    clock.turn()
+    assert sizes == [len(data)] * 250
+
+
+def test_who_goes_away_gives_up_their_turn(tmp_path: Path) -> None:
+    """The next one has it."""
+    index = LineIndex(written(tmp_path, b"a line\n"), Rota(clock := Turns()))
+    done(clock, index.reach(7))
+    first, second = (Deferred.fromCoroutine(search(index, "a", 0)) for _ in range(2))
+    first.addErrback(lambda failure: failure.trap(CancelledError) and None).cancel()
+    clock.turn()
+    assert second.called
 
 
 def test_of_many_who_have_much_to_do_one_does_a_step_in_a_turn(tmp_path: Path) -> None:

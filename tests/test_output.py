@@ -312,6 +312,8 @@ def test_neighbours_of_one_stream_are_read_as_one(folder: Path) -> None:
     output = printed(folder, [(shim.STDOUT, b"x\n")] * 1000)
     assert len(list(Reader(output).read(2000))) == 1
     assert len(list(Reader(output, timed=True).read(2000))) == 1000
+    output = printed(folder, [(shim.STDOUT, b"x" * 40_000)] * 3)
+    assert [len(chunk.data) for chunk in Reader(output).read(120_000)] == [40_000] * 3
 
 
 def test_bytes_without_a_record_are_of_no_known_stream(folder: Path) -> None:
@@ -344,6 +346,18 @@ def test_a_reader_that_passes_over_much_says_so(folder: Path) -> None:
     chunks = list(Reader(output).read(9000))
     assert sum(not chunk.data for chunk in chunks) == 12_001 // BLOCK
     assert b"".join(chunk.data for chunk in chunks) == b"x" * 9000
+
+
+def test_records_of_what_was_cut_are_not_read(folder: Path) -> None:
+    """They may be millions."""
+    output = printed(folder, [(shim.STDOUT, b"x"), (shim.STDERR, b"y")] * 20_000)
+    (folder / "cut").write_text("1 39999\n")
+    try:
+        chunks = list(Reader(output).read(40_000))
+    finally:
+        (folder / "cut").unlink()
+    assert [chunk.data for chunk in chunks if chunk.data][::2] == [b"x", b"y"]
+    assert sum(not chunk.data for chunk in chunks) == 1
 
 
 def test_a_large_piece_is_cut_between_characters(folder: Path) -> None:
