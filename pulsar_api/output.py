@@ -4,14 +4,20 @@ import os
 from codecs import getincrementaldecoder
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from errno import EIO
 from pathlib import Path
+from struct import Struct
+from typing import NamedTuple
 
-from attrs import define, evolve, frozen
+from attrs import define, field, frozen
 
 from pulsar_api.shim import CLOCK, RECORD, STDERR, STDOUT, incomplete
 
 PIECE = 1 << 16
-_SKIPPED = 4096  # records after which a reader that has found nothing says so
+BLOCK = 4096
+"""Records that are read at once."""
+_AHEAD = 4096  # bytes that are read with those that are wanted
+_FIELDS = Struct("<QQ")
 NAMES = {STDOUT: "stdout", STDERR: "stderr"}
 """The streams, by their numbers in a record."""
 _PRINTED = frozenset(NAMES)
@@ -33,8 +39,8 @@ class Record:
     @classmethod
     def parse(cls, data: bytes) -> "Record":
         """Make a record of its 16 bytes."""
-        rest = int.from_bytes(data[8:], "little")
-        return cls(rest & 0xFF, int.from_bytes(data[:8], "little"), rest >> 8)
+        number, rest = _FIELDS.unpack(data)
+        return cls(rest & 0xFF, number, rest >> 8)
 
 
 @frozen
@@ -54,6 +60,14 @@ class Output:
         except FileNotFoundError:
             return 0
 
+    def check(self) -> None:
+        """Raise OSError if there is no output any more; it costs next to nothing."""
+        os.stat(self.folder / "output")
+
+    def read(self, start: int, end: int) -> bytes:
+        """Return the bytes from ``start`` to before ``end``, which are not too many."""
+        return b"".join(self.pieces(start, end))
+
     def pieces(self, start: int, end: int) -> Iterator[bytes]:
         """Yield the bytes from ``start`` to before ``end``, 64 KiB at a time."""
         if end <= start:
@@ -71,13 +85,16 @@ class Output:
         path = os.path.join(self.folder, "cut")
         if not os.path.exists(path):
             return 0, 0
-        start, end = Path(path).read_bytes().split()
-        return int(start), int(end)
+        try:
+            start, end = map(int, Path(path).read_bytes().split())
+        except ValueError as e:
+            raise OSError(EIO, "the file that says what was cut is damaged", path) from e
+        return start, end
 
     def character_start(self, offset: int) -> int:
         """Return where the character begins that ``offset`` is in the middle of."""
         begin = max(0, offset - 3)
-        data = b"".join(self.pieces(begin, min(offset + 1, self.size())))
+        data = self.read(begin, min(offset + 1, self.size()))
         return begin + begin_of_character(data, offset - begin)
 
     def text(self, start: int, end: int) -> Iterator[str]:
@@ -102,37 +119,37 @@ class Output:
 
     def records(self, first: int = 0) -> Iterator[Record]:
         """Yield the records of the index, beginning with number ``first``."""
-        try:
-            with (self.folder / "output.idx").open("rb") as file:
-                # A client may have made the number up.
-                file.seek(min(first * RECORD, os.fstat(file.fileno()).st_size))
-                while len(data := file.read(RECORD)) == RECORD:
-                    yield Record.parse(data)
-        except FileNotFoundError:
-            return
+        while block := self.block(first):
+            for number, rest in _FIELDS.iter_unpack(block):
+                yield Record(rest & 0xFF, number, rest >> 8)
+            first += len(block) // RECORD
 
     def stdout(self, end: int, start: int = 0) -> Iterator[str]:
         """Yield the text of standard output alone, from ``start`` to before ``end``."""
         record = self.record_at(start) if start else 0
+        parts: list[str] = []
+        size = 0
         for chunk in Reader(self, start, record, STDOUT).read(end):
-            yield chunk.data.decode("utf-8", "replace")
+            parts.append(chunk.data.decode("utf-8", "replace"))
+            size += len(chunk.data)
+            if size >= PIECE or not chunk.data:
+                yield "".join(parts)
+                parts, size = [], 0
+        yield "".join(parts)
 
-    def spans(self, start: int, end: int, first: int = 0) -> Iterator["Span"]:
-        """Yield which stream printed what, from ``start`` to ``end``, piece by piece.
-
-        ``first`` is the number of a record at or before the one of ``start``.
-        """
-        number = first
-        for number, record in enumerate(self.records(first), first):
-            if start >= end:
-                return
-            if record.code in _PRINTED and record.number > start:
-                stop = min(record.number, end)
-                yield Span(record.code, start, stop, number, record.at)
-                start = stop
-        if start < end:
-            # The shim was killed between the bytes and their record.
-            yield Span(None, start, end, number, 0)
+    def block(self, first: int) -> bytes:
+        """Return some thousands of records as they are, from number ``first`` on."""
+        try:
+            fd = os.open(self.folder / "output.idx", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return b""
+        try:
+            # A client may have made the number up.
+            at = min(first * RECORD, os.fstat(fd).st_size)
+            data = os.pread(fd, BLOCK * RECORD, at)
+        finally:
+            os.close(fd)
+        return data[: len(data) // RECORD * RECORD]
 
     def record_at(self, offset: int) -> int:
         """Return the number of the record of the byte at ``offset``, or one before it."""
@@ -156,12 +173,14 @@ class Output:
             os.close(fd)
         return low
 
-    def began(self) -> float:
-        """Return when the shim began: seconds since the epoch, 0 if it is not known."""
+    def began(self) -> int | None:
+        """Return when the shim began: milliseconds since 1970; None if it is not known."""
         for record in self.records():
             if record.code == CLOCK:
-                return (record.number - record.at) / 1000
-        return 0.0
+                return record.number - record.at
+            if record.code in _PRINTED:
+                break
+        return None
 
     def last_line(self, limit: int = 4096) -> bytes:
         """Return the last line of standard output; of a longer one, its last bytes."""
@@ -172,14 +191,14 @@ class Output:
                 continue
             if end is not None:
                 start = max(record.number, end - limit - 1)
-                tail = b"".join(self.pieces(start, end)) + tail
+                tail = self.read(start, end) + tail
                 end = None
                 if b"\n" in tail.rstrip(b"\n") or len(tail) > limit:
                     break
             if record.code == STDOUT:
                 end = record.number
         if end is not None:
-            tail = b"".join(self.pieces(max(0, end - limit - 1), end)) + tail
+            tail = self.read(max(0, end - limit - 1), end) + tail
         return tail.removesuffix(b"\n").rpartition(b"\n")[2]
 
     def _backwards(self) -> Iterator[Record]:
@@ -213,8 +232,7 @@ def _marker(start: int, end: int) -> str:
     return f"\n[bytes {start} to {end} were cut: --max-output-size]\n"
 
 
-@frozen
-class Span:
+class Span(NamedTuple):
     """A part of the output that one stream printed; None: nobody knows which."""
 
     stream: int | None
@@ -224,6 +242,30 @@ class Span:
     """The number of the record that says so."""
     at: int
     """Milliseconds since the shim began."""
+
+
+def _spans(
+    block: bytes, first: int, start: int, end: int, *, timed: bool
+) -> Iterator[Span]:
+    """Yield which stream printed what from ``start`` to ``end``, as far as records say.
+
+    Neighbours of one stream are one span, up to `PIECE`; if ``timed``, those of one time.
+    """
+    stream, begin, known, at = 0, start, first, 0
+    for record, (stop, rest) in enumerate(_FIELDS.iter_unpack(block), first):
+        code = rest & 0xFF
+        if stop <= start or code not in _PRINTED:
+            continue
+        upto = min(stop, end)
+        if code != stream or upto - begin > PIECE or (timed and rest >> 8 != at):
+            if start > begin:
+                yield Span(stream, begin, start, known, at)
+            stream, begin, at = code, start, rest >> 8
+        start, known = upto, record
+        if start == end:
+            break
+    if start > begin:
+        yield Span(stream, begin, start, known, at)
 
 
 @frozen
@@ -254,85 +296,107 @@ class Reader:
     def read(self, end: int) -> Iterator[Chunk]:
         """Yield what there is before ``end``, 64 KiB at a time.
 
-        Now and then a chunk without bytes, when much had to be passed over.
+        After some thousands of records a chunk without bytes: who reads may let others
+        have their turn.
         """
+        window = _Window(self.output)
         while self.offset < end:
-            yield from self._spans(end)
-            if self.offset < end:
+            first = self.record
+            block = self.output.block(first)
+            last = max(first, first + len(block) // RECORD - 1)
+            yield from self._known(window, block, end)
+            if self.offset >= end:
+                return
+            if window.passed:
                 # Behind what was cut; its records are not read, they may be millions.
                 self.record = self.output.record_at(self.offset)
-
-    def _spans(self, end: int) -> Iterator[Chunk]:
-        passed = 0
-        spans = self.output.spans(self.offset, end, self.record)
-        for span in _merged(spans, timed=self.timed):
-            if self.stream is not None and span.stream not in {self.stream, None}:
-                self.offset, self.record = span.end, span.record
-                passed += 1
-                if passed % _SKIPPED == 0:
-                    yield Chunk(None, span.end, b"", span.at)
+                window.passed = False
+            elif len(block) == BLOCK * RECORD:
+                self.record = last
+            else:
+                # The shim was killed between the bytes and their record.
+                yield from self._read(window, Span(None, self.offset, end, last, 0), end)
+                window.passed = False
                 continue
-            while self.offset < span.end:
-                yield from self._read(span)
+            yield Chunk(None, self.offset, b"", 0)
+
+    def _known(self, window: "_Window", block: bytes, end: int) -> Iterator[Chunk]:
+        for span in _spans(block, self.record, self.offset, end, timed=self.timed):
+            if self.stream is not None and span.stream != self.stream:
+                self.offset, self.record = span.end, span.record
+                continue
+            yield from self._read(window, span, end)
             if self.offset > span.end:
                 return
 
-    def _read(self, span: Span) -> Iterator[Chunk]:
-        start = self.offset
-        data = next(self.output.pieces(start, min(span.end, start + PIECE)), b"")
-        # Looked at after the read: what was cut meanwhile has been read as zeros.
-        hole_start, hole_end = self.output.cut()
-        if start < hole_end and start + len(data) > hole_start:
-            data = data[: max(0, hole_start - start)]
-            if data:
+    def _read(self, window: "_Window", span: Span, end: int) -> Iterator[Chunk]:
+        while self.offset < span.end:
+            start = self.offset
+            data = window.read(start, min(span.end, start + PIECE), end)
+            hole_start, hole_end = window.hole
+            if start < hole_end and start + len(data) > hole_start:
+                data = data[: max(0, hole_start - start)]
+                if data:
+                    self.offset, self.record = start + len(data), span.record
+                    yield Chunk(span.stream, start, data, span.at)
+                start += len(data)
+                self.offset, self.record = hole_end, span.record
+                window.passed = True
+                yield Chunk(None, start, _marker(start, hole_end).encode(), span.at)
+            elif data:
+                if start + len(data) < span.end:
+                    data = data[: len(data) - incomplete(data)] or data
                 self.offset, self.record = start + len(data), span.record
                 yield Chunk(span.stream, start, data, span.at)
-            start += len(data)
-            self.offset, self.record = hole_end, span.record
-            yield Chunk(None, start, _marker(start, hole_end).encode(), span.at)
-        elif data:
-            if start + len(data) < span.end:
-                data = data[: len(data) - incomplete(data)] or data
-            self.offset, self.record = start + len(data), span.record
-            yield Chunk(span.stream, start, data, span.at)
-        else:
-            # A power cut has taken bytes of which the index still knows.
-            self.offset, self.record = span.end, span.record
+            else:
+                # A power cut has taken bytes of which the index still knows.
+                self.offset, self.record = end, span.record
 
 
-def _merged(spans: Iterator[Span], *, timed: bool) -> Iterator[Span]:
-    """Join neighbours of one stream, so that small pieces are read in large ones."""
-    last: Span | None = None
-    for span in spans:
-        if last is None:
-            last = span
-        elif (
-            last.stream == span.stream
-            and span.end - last.start <= PIECE
-            and not (timed and last.at != span.at)
-        ):
-            last = evolve(span, start=last.start, at=last.at)
-        else:
-            yield last
-            last = span
-    if last is not None:
-        yield last
+@define(eq=False)
+class _Window:
+    """The bytes of an output around where it is read."""
+
+    output: Output
+    start: int = 0
+    data: bytes = b""
+    hole: tuple[int, int] = (0, 0)
+    """What of them is cut out."""
+    passed: bool = False
+    """Whether the reader has passed what is cut out."""
+
+    def read(self, start: int, stop: int, end: int) -> bytes:
+        """Return bytes; read ahead of ``stop``, but not behind ``end``."""
+        if start < self.start or stop > self.start + len(self.data):
+            self.start = start
+            self.data = self.output.read(start, min(max(stop, start + _AHEAD), end))
+            # Looked at after the read: what was cut meanwhile has been read as zeros.
+            self.hole = self.output.cut()
+        return self.data[start - self.start : stop - self.start]
 
 
 @define(eq=False)
 class Timed:
-    """Puts the time before each line: RFC 3339, UTC, milliseconds."""
+    """Knows when the pieces of an output were printed."""
 
     output: Output
     _fresh: bool = True
     """Whether a line begins with the next byte."""
-    _began: float = 0.0
+    _began: int | None = field(default=None, init=False)
+    _asked: bool = field(default=False, init=False)
+
+    def moment(self, chunk: Chunk) -> int | None:
+        """Return when it was: milliseconds since 1970; None if it is not known."""
+        if not self._asked:
+            self._asked, self._began = True, self.output.began()
+        return None if self._began is None else self._began + chunk.at
 
     def dress(self, chunk: Chunk) -> bytes:
-        """Return the bytes of a chunk with the times in them."""
-        self._began = self._began or self.output.began()
-        moment = datetime.fromtimestamp(self._began + chunk.at / 1000, UTC)
-        stamp = f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03}Z ".encode()
+        """Return the bytes of a chunk with the time before each line, if it is known.
+
+        RFC 3339, UTC, milliseconds.
+        """
+        stamp = _stamp(self.moment(chunk))
         lines = _lines(chunk.data)
         result = b"".join(
             (stamp if number or self._fresh else b"") + line
@@ -341,6 +405,14 @@ class Timed:
         if lines:
             self._fresh = lines[-1].endswith(b"\n")
         return result
+
+
+def _stamp(moment: int | None) -> bytes:
+    if moment is None:
+        return b""
+    seconds, milliseconds = divmod(moment, 1000)
+    time = datetime.fromtimestamp(seconds, UTC)
+    return f"{time:%Y-%m-%dT%H:%M:%S}.{milliseconds:03}Z ".encode()
 
 
 def _lines(data: bytes) -> list[bytes]:

@@ -1,10 +1,9 @@
 """Reads a part of an output with the stream that printed it, and when."""
 
 from attrs import frozen
-from twisted.internet.interfaces import IReactorTime
-from twisted.internet.task import deferLater
 
 from pulsar_api.output import Output, Reader
+from pulsar_api.rota import Rota
 
 Piece = tuple[int | None, int, str]
 """A stream or None, milliseconds since the shim began, and text."""
@@ -13,7 +12,7 @@ _TURN = 256  # chunks that are read in one turn of the reactor
 
 
 @frozen
-class Bounds:
+class Portion:
     """How much is read at once."""
 
     size: int = 1 << 18
@@ -21,7 +20,7 @@ class Bounds:
     pieces: int = 4096
 
 
-_USUAL = Bounds()
+_USUAL = Portion()
 
 
 @frozen
@@ -35,25 +34,28 @@ class Pieces:
 
 
 async def read_pieces(
-    output: Output, clock: IReactorTime, start: int, end: int, bounds: Bounds = _USUAL
+    output: Output, rota: Rota, start: int, end: int, portion: Portion = _USUAL
 ) -> Pieces:
     """Read from the character at ``start`` to ``end``, or less if that is too much.
 
     Neighbours of one stream and time are one piece.
     """
     start = output.character_start(start)
-    stop = _between_characters(output, start, min(end, start + bounds.size))
+    stop = _between_characters(output, start, min(end, start + portion.size))
+    await rota.turn()
     reader = Reader(output, start, output.record_at(start) if start else 0, timed=True)
     found: list[Piece] = []
     for count, chunk in enumerate(reader.read(stop), 1):
+        if not chunk.data or count % _TURN == 0:
+            await rota.turn()
+        if not chunk.data:
+            continue
         text = chunk.data.decode("utf-8", "replace")
         if found and found[-1][:2] == (chunk.stream, chunk.at):
             text = found.pop()[2] + text
         found.append((chunk.stream, chunk.at, text))
-        if len(found) == bounds.pieces:
+        if len(found) == portion.pieces:
             break
-        if count % _TURN == 0:
-            await deferLater(clock, 0)
     return Pieces(start, reader.offset, found)
 
 

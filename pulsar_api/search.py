@@ -3,14 +3,12 @@
 from collections.abc import Iterator
 
 from attrs import frozen
-from twisted.internet.interfaces import IReactorTime
-from twisted.internet.task import deferLater
 
 from pulsar_api.lines import BREAKS, STEP, LineIndex
 
 
 @frozen
-class Bounds:
+class Effort:
     """How much is done at once, so that nobody waits for long."""
 
     matches: int = 1000
@@ -21,7 +19,7 @@ class Bounds:
     """How many of them in one turn of the reactor."""
 
 
-_USUAL = Bounds()
+_USUAL = Effort()
 
 
 @frozen
@@ -36,13 +34,7 @@ class Found:
     """How many bytes were."""
 
 
-async def search(
-    index: LineIndex,
-    clock: IReactorTime,
-    text: str,
-    start: int,
-    bounds: Bounds = _USUAL,
-) -> Found:
+async def search(index: LineIndex, text: str, start: int, effort: Effort = _USUAL) -> Found:
     """Look from a byte on for lines that have a text, whatever the case of ASCII letters.
 
     Ends early at its bounds, or when more of the output is cut meanwhile, as lines have
@@ -54,14 +46,15 @@ async def search(
     at, searched = start, 0
     line = index.line_at(at) if at < size else 0
     told = False  # whether the line that goes on at `at` is among the matches
-    while at < size and searched < bounds.size and len(matches) < bounds.matches:
+    while at < size and searched < effort.size and len(matches) < effort.matches:
         if cut[0] <= at < cut[1]:
             at, line, told = cut[1], index.line_at(cut[0]) + BREAKS, False
             continue
         stop = cut[0] if at < cut[0] else size
-        length = min(bounds.step, stop - at)
+        length = min(effort.step, stop - at)
         # A match may go on in what the next turn looks at.
-        data = index.read(at, min(at + length + len(needle) - 1, stop)).lower()
+        await index.rota.turn()
+        data = index.output.read(at, min(at + length + len(needle) - 1, stop)).lower()
         if index.output.cut() != cut:
             break
         counted, last = 0, 0 if told else -1
@@ -69,14 +62,13 @@ async def search(
             line += data.count(b"\n", counted, match)
             counted = last = match
             matches.append((line, at + match))
-            if len(matches) == bounds.matches:
+            if len(matches) == effort.matches:
                 length = data.find(b"\n", match, length) + 1 or length
                 break
         line += data.count(b"\n", counted, length)
         told = last >= 0 and data.find(b"\n", last, length) < 0
         at += length
         searched += length
-        await deferLater(clock, 0)
     return Found(matches, at if at < size else None, searched)
 
 

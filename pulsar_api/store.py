@@ -3,6 +3,7 @@
 import json
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,10 +75,8 @@ _UPDATE = (
 )
 
 # Not LIKE, for which some characters are wild; both know the letters of ASCII only.
-_HOLDS = (
-    "EXISTS (SELECT 1 FROM json_each(json_array(app, env, action, user)) AS part"
-    " WHERE instr(lower(part.value), lower(?)))"
-)
+_HOLDERS = "app env action user".split()
+_HOLDS = f"({' OR '.join(f'instr(lower({name}), ?)' for name in _HOLDERS)})"
 
 
 def _snapshot(row: sqlite3.Row) -> TaskSnapshot:
@@ -239,14 +238,17 @@ class SQLiteStore:
             "app = ?": query.app,
             "env = ?": query.env,
             "user = ?": query.user,
-            _HOLDS: query.text,
         }
-        used = {text: value for text, value in wanted.items() if value is not None}
+        used = {text: [value] for text, value in wanted.items() if value is not None}
+        if query.text is not None:
+            used[_HOLDS] = [query.text.encode().lower().decode()] * len(_HOLDERS)
         within, globs = _within(query.within)
         where = " AND ".join([within, *used])
         text = f"SELECT * FROM task WHERE {where} ORDER BY id DESC"  # noqa: S608
         limits = query.limit, query.offset
-        return self._rows(f"{text} LIMIT ? OFFSET ?", *globs, *used.values(), *limits)
+        return self._rows(
+            f"{text} LIMIT ? OFFSET ?", *globs, *chain(*used.values()), *limits
+        )
 
     def after(self, task_id: int, within: Within = None) -> Deferred[TaskSnapshot | None]:
         """Fire with the oldest task whose number is higher, or None."""

@@ -38,6 +38,7 @@ from pulsar_api.lines import LineIndexes
 from pulsar_api.ports import Bounds, Keep
 from pulsar_api.process import ShimExecutor
 from pulsar_api.renewal import Renewal
+from pulsar_api.rota import Rota
 from pulsar_api.service import Limits, TaskService
 from pulsar_api.settings import Settings
 from pulsar_api.store import SQLiteStore
@@ -347,7 +348,8 @@ class Daemon(MultiService):
         access = self._access = self._make_access(self.tasks, state)
         feed = Feed(self.tasks, tasks, self._reactor)
         api = TaskAPI(access, tasks, self._reactor, s.poll_timeout, feed)
-        follow = FollowAPI(access, tasks, self._reactor)
+        rota = Rota(self._reactor)
+        follow = FollowAPI(access, tasks, self._reactor, rota)
 
         async def ask(asked: Command) -> str:
             return await process.ask(self._reactor, self._reactor, asked, LISTED)
@@ -358,7 +360,7 @@ class Daemon(MultiService):
         self.site.resource = Root(
             api.app.resource(),
             follow.app.resource(),
-            PartsAPI(access, LineIndexes(tasks, self._reactor)).app.resource(),
+            PartsAPI(access, LineIndexes(tasks, rota)).app.resource(),
             jobs.app.resource(),
             self._sockjs.resource(),
             Pages(access).app.resource(),

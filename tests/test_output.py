@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pulsar_api import shim
-from pulsar_api.output import PIECE, Chunk, Output, Reader, Record, Timed
+from pulsar_api.output import BLOCK, PIECE, Chunk, Output, Reader, Record, Timed
 
 Piece = tuple[int, bytes]
 """Something that was printed: the stream and the bytes."""
@@ -312,6 +312,8 @@ def test_neighbours_of_one_stream_are_read_as_one(folder: Path) -> None:
     output = printed(folder, [(shim.STDOUT, b"x\n")] * 1000)
     assert len(list(Reader(output).read(2000))) == 1
     assert len(list(Reader(output, timed=True).read(2000))) == 1000
+    output = printed(folder, [(shim.STDOUT, b"x" * 40_000)] * 3)
+    assert [len(chunk.data) for chunk in Reader(output).read(120_000)] == [40_000] * 3
 
 
 def test_bytes_without_a_record_are_of_no_known_stream(folder: Path) -> None:
@@ -335,11 +337,27 @@ def test_an_index_that_knows_more_than_there_is_ends(folder: Path) -> None:
 
 
 def test_a_reader_that_passes_over_much_says_so(folder: Path) -> None:
-    """So that nobody is held up by an index of millions of records."""
+    """After each 4096 records, so that nobody is held up by an index of millions."""
     output = printed(folder, [(shim.STDOUT, b"x"), (shim.STDERR, b"y")] * 9000)
     chunks = list(Reader(output, stream=shim.STDERR, timed=True).read(18000))
-    assert sum(not chunk.data for chunk in chunks) == 2
+    assert sum(not chunk.data for chunk in chunks) == 24_001 // BLOCK
     assert b"".join(chunk.data for chunk in chunks) == b"y" * 9000
+    printed(folder, [(shim.STDOUT, b"x")] * 9000)
+    chunks = list(Reader(output).read(9000))
+    assert sum(not chunk.data for chunk in chunks) == 12_001 // BLOCK
+    assert b"".join(chunk.data for chunk in chunks) == b"x" * 9000
+
+
+def test_records_of_what_was_cut_are_not_read(folder: Path) -> None:
+    """They may be millions."""
+    output = printed(folder, [(shim.STDOUT, b"x"), (shim.STDERR, b"y")] * 20_000)
+    (folder / "cut").write_text("1 39999\n")
+    try:
+        chunks = list(Reader(output).read(40_000))
+    finally:
+        (folder / "cut").unlink()
+    assert [chunk.data for chunk in chunks if chunk.data][::2] == [b"x", b"y"]
+    assert sum(not chunk.data for chunk in chunks) == 1
 
 
 def test_a_large_piece_is_cut_between_characters(folder: Path) -> None:
@@ -359,3 +377,29 @@ def test_times_stand_before_each_line(folder: Path) -> None:
     day = "2023-11-14T22:13:20"
     assert text == f"{day}.000Z one\n{day}.000Z two more\n{day}.001Z \n{day}.001Z x"
     assert Timed(output, fresh=False).dress(Chunk(1, 4, b"two\n", 0)) == b"two\n"
+
+
+def test_a_time_that_nobody_knows_is_not_shown(folder: Path) -> None:
+    """Without a record of the begin; then the index is looked at no further."""
+    output = printed(folder, [(shim.STDOUT, b"one\n")])
+    index = (folder / "output.idx").read_bytes()
+    (folder / "output.idx").write_bytes(index[shim.RECORD :] + index[: shim.RECORD])
+    assert output.began() is None
+    timed = Timed(output)
+    assert timed.dress(Chunk(1, 0, b"one\n", 0)) == b"one\n"
+    # It was asked once.
+    (folder / "output.idx").write_bytes(index)
+    assert output.began() == 1_700_000_000_000
+    assert timed.moment(Chunk(1, 0, b"one\n", 0)) is None
+
+
+@pytest.mark.parametrize("damage", [b"", b"7", b"seven eight", b"1 2 3", b"\xff \xff"])
+def test_what_says_what_was_cut_may_be_damaged(folder: Path, damage: bytes) -> None:
+    """Then the output cannot be read, as if the disk were broken."""
+    output = printed(folder, [(shim.STDOUT, b"one\n")])
+    (folder / "cut").write_bytes(damage)
+    try:
+        with pytest.raises(OSError, match="damaged"):
+            output.cut()
+    finally:
+        (folder / "cut").unlink()

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pulsar_api import shim
 from pulsar_api.output import Output, begin_of_character
-from pulsar_api.pieces import Bounds, Pieces, read_pieces
+from pulsar_api.pieces import Pieces, Portion, read_pieces
+from pulsar_api.rota import Rota
 from tests.test_lines import Turns, done
 from tests.test_output import STREAM, encoded
 
@@ -45,7 +46,7 @@ def printed(
 def read(output: Output, start: int, end: int, *bounds: int) -> Pieces:
     """Return what is read from a byte to another."""
     clock = Turns()
-    return done(clock, read_pieces(output, clock, start, end, Bounds(*bounds)))
+    return done(clock, read_pieces(output, Rota(clock), start, end, Portion(*bounds)))
 
 
 def naive(pieces: list[tuple[int, bytes, int]], start: int, end: int) -> list[Any]:
@@ -131,7 +132,7 @@ def test_a_flood_of_small_pieces_lets_others_have_their_turn(tmp_path: Path) -> 
     output = printed(tmp_path, small * 3000)
     clock = Turns()
     before = len(clock.getDelayedCalls())
-    found = done(clock, read_pieces(output, clock, 0, 6000))
+    found = done(clock, read_pieces(output, Rota(clock), 0, 6000))
     assert before == 0
     assert clock.seconds() >= 10
     assert (len(found.pieces), found.next) == (4096, 4096)

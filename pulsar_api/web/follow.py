@@ -19,6 +19,7 @@ from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
 from pulsar_api.changes import Changes
 from pulsar_api.output import NAMES, Chunk, Output, Reader, Timed
+from pulsar_api.rota import Rota
 from pulsar_api.service import MAX_ID
 from pulsar_api.task import COALESCE, Task
 from pulsar_api.web.access import Access, needs
@@ -31,6 +32,7 @@ PING = 15.0
 """Seconds of silence after which an event stream says that it is alive."""
 
 _BATCH = 100  # tasks that are read at a time
+_TURN = 64  # chunks that are written in one turn of the reactor
 _STREAMS = {name: code for code, name in NAMES.items()}
 _LOG = "text/plain; charset=utf-8"
 _EVENTS = "text/event-stream"
@@ -46,6 +48,7 @@ class FollowAPI:
     folder: Path
     """Where the output of task 47 is in the folder ``47``."""
     clock: IReactorTime
+    rota: Rota
 
     @app.route("/task/<number>/log", methods=["GET"])
     @needs(Right.READ)
@@ -123,8 +126,9 @@ class FollowAPI:
         outlet = Outlet(request, self.clock)
         while True:
             seen, snapshot = task.changes.version, task.snapshot
-            for chunk in outlet.reading(reader.read(snapshot.output_size)):
+            for count, chunk in outlet.reading(reader.read(snapshot.output_size)):
                 await outlet.write(dress(chunk))
+                await self._rest(count, chunk)
             if snapshot.status.ended or not follow:
                 return outlet.end()
             if await task.changes.after(seen) == seen:
@@ -158,7 +162,7 @@ class FollowAPI:
             return b""
         base = self.access.origins.base(request)
         reader = Reader(output, offset, record, timed=times)
-        began = 0.0
+        timed = Timed(output) if times else None
         outlet = Outlet(request, self.clock)
         await outlet.write(b"retry: 1000\n\n")
         while True:
@@ -168,10 +172,11 @@ class FollowAPI:
                 place = (reader.offset, reader.record, revision)
                 fields = wire.task_fields(snapshot, base)
                 await outlet.write(wire.event("state", place, fields))
-            for chunk in outlet.reading(reader.read(snapshot.output_size)):
+            for count, chunk in outlet.reading(reader.read(snapshot.output_size)):
                 place = (reader.offset, reader.record, revision)
-                began = began or (output.began() if times else 0.0)
-                await outlet.write(_output_event(chunk, place, began))
+                at = None if timed is None else timed.moment(chunk)
+                await outlet.write(_output_event(chunk, place, at))
+                await self._rest(count, chunk)
             if snapshot.status.ended:
                 place = (snapshot.output_size, reader.record, snapshot.revision)
                 fields = wire.task_fields(snapshot, base)
@@ -213,6 +218,11 @@ class FollowAPI:
                 # Of much that happens at once each stream asks a few times a second.
                 await deferLater(self.clock, COALESCE)
 
+    async def _rest(self, count: int, chunk: Chunk) -> None:
+        """Let others have their turn after much was read, or written."""
+        if not chunk.data or count % _TURN == 0:
+            await self.rota.turn()
+
 
 def _cursor(request: Request, query: dict[str, str]) -> tuple[int, ...] | None:
     text = header(request, "last-event-id") or query.get("lastEventId", "")
@@ -225,14 +235,14 @@ def _begin_events(request: Request) -> None:
     request.setHeader("X-Accel-Buffering", "no")
 
 
-def _output_event(chunk: Chunk, place: tuple[int, ...], began: float) -> bytes:
+def _output_event(chunk: Chunk, place: tuple[int, ...], at: int | None) -> bytes:
     if not chunk.data:
         return b""
     name = None if chunk.stream is None else NAMES[chunk.stream]
     text = chunk.data.decode("utf-8", "replace")
     fields: dict[str, object] = {"offset": chunk.start, "stream": name, "text": text}
-    if began:
-        fields["at"] = round(began * 1000) + chunk.at
+    if at is not None:
+        fields["at"] = at
     return wire.event("output", place, fields)
 
 
@@ -241,7 +251,7 @@ def _bytes(chunk: Chunk) -> bytes:
 
 
 def _begins_line(output: Output, offset: int) -> bool:
-    return offset == 0 or b"".join(output.pieces(offset - 1, offset)) == b"\n"
+    return offset == 0 or output.read(offset - 1, offset) == b"\n"
 
 
 def _uncut(output: Output, start: int, end: int) -> Iterable[bytes]:
@@ -295,17 +305,14 @@ class Outlet(Valve):
         request.write(b"")
 
     async def write(self, data: bytes) -> None:
-        """Write, and wait until there is room for more; of nothing wait a turn."""
-        if data:
-            self._request.write(data)
-        else:
-            await deferLater(self._clock, 0)
+        """Write, and wait until there is room for more."""
+        self._request.write(data)
         await self.open()
 
-    def reading(self, chunks: Iterable[Chunk]) -> Iterable[Chunk]:
-        """Pass chunks on; if one cannot be read, cut the connection."""
+    def reading(self, chunks: Iterable[Chunk]) -> Iterable[tuple[int, Chunk]]:
+        """Pass chunks on, counted; if one cannot be read, cut the connection."""
         try:
-            yield from chunks
+            yield from enumerate(chunks, 1)
         except OSError as e:
             self._cut(e)
             raise

@@ -18,7 +18,7 @@ from werkzeug.exceptions import NotFound
 from pulsar_api.web.access import Access
 from pulsar_api.web.headers import PAGE_POLICY
 from pulsar_api.web.origin import Origins, UnknownHost
-from pulsar_api.web.reply import handle_errors, header, not_modified, problem, reply
+from pulsar_api.web.reply import header, new_app, not_modified, problem, reply
 from pulsar_api.web.tasks import RESERVED
 
 _RESERVED = frozenset(name.encode() for name in RESERVED)
@@ -62,18 +62,11 @@ def _takes_gzip(request: Request) -> bool:
     return "gzip" in names  # with a weight, even of nothing, nobody asks for it
 
 
-def _new_app() -> Klein:
-    app = Klein()
-    app.url_map.strict_slashes = False
-    handle_errors(app)
-    return app
-
-
 @frozen(eq=False)
 class Pages:
     """What a browser shows."""
 
-    app: ClassVar[Klein] = _new_app()
+    app: ClassVar[Klein] = new_app()
     access: Access
     shell: bytes = (_UI / "index.html").read_bytes()
     assets: Mapping[str, Asset] = field(factory=lambda: Asset.all_in(_UI))

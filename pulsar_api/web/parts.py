@@ -1,25 +1,27 @@
 """Parts of an output, for who does not want all of it: lines, streams and times, search."""
 
-from itertools import islice
+from collections import OrderedDict
 from typing import ClassVar
 
-from attrs import frozen
+from attrs import field, frozen
 from klein import Klein
 from twisted.web.server import Request
 
 from pulsar_api import wire
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
-from pulsar_api.lines import LineIndexes
-from pulsar_api.output import NAMES
+from pulsar_api.lines import LineIndex, LineIndexes
+from pulsar_api.output import NAMES, Output
 from pulsar_api.pieces import read_pieces
 from pulsar_api.search import search
 from pulsar_api.service import MAX_ID
+from pulsar_api.task import TaskSnapshot
 from pulsar_api.web.access import Access, needs
-from pulsar_api.web.reply import new_app, reply
+from pulsar_api.web.reply import JSON, new_app, reply
 from pulsar_api.web.tasks import find, query_of
 
 _SEGMENTS = 4096  # in one answer
+_SHARED = 16  # how many answers are kept for the next who asks
 
 
 @frozen(eq=False)
@@ -30,6 +32,7 @@ class PartsAPI:
 
     access: Access
     indexes: LineIndexes
+    _shared: OrderedDict[tuple[object, ...], bytes] = field(factory=OrderedDict)
 
     @app.route("/task/<number>/lines", methods=["GET"])
     @needs(Right.READ)
@@ -39,19 +42,26 @@ class PartsAPI:
         task.refresh()
         # Of now: what comes while the index is made has another version.
         snapshot = task.snapshot
+        if request.method == b"HEAD":
+            return _head(request)
         index = self.indexes.of(snapshot.id)
         await index.reach(snapshot.output_size)
-        found = list(islice(index.segments(start), _SEGMENTS + 1))
-        answer = {
-            "size": index.size,
-            "lines": index.lines,
-            "segments": [[s.offset, s.line, s.begins] for s in found[:_SEGMENTS]],
-            "nextFrom": found[-1].offset if len(found) > _SEGMENTS else None,
-            "cut": None if index.cut == (0, 0) else index.cut,
-            "status": snapshot.status,
-            "version": snapshot.version,
-        }
-        return reply(request, wire.encode(answer))
+        body = self._shared.get(_key(index, snapshot, start))
+        if body is None:
+            await self.indexes.rota.turn()
+            await index.reach(snapshot.output_size)
+            body = self._body(index, snapshot, start)
+        return reply(request, body)
+
+    def _body(self, index: LineIndex, snapshot: TaskSnapshot, start: int) -> bytes:
+        """Return the answer; hundreds may have waited for it, it is built once."""
+        key = _key(index, snapshot, start)
+        body = self._shared.get(key)
+        if body is None:
+            body = self._shared[key] = wire.encode(_lines(index, snapshot, start))
+            while len(self._shared) > _SHARED:
+                self._shared.popitem(last=False)
+        return body
 
     @app.route("/task/<number>/pieces", methods=["GET"])
     @needs(Right.READ)
@@ -62,13 +72,16 @@ class PartsAPI:
         size = task.snapshot.output_size
         start = min(wire.parse_number(query, "offset", 0, MAX_ID), size)
         end = min(wire.parse_number(query, "end", size, MAX_ID), size)
-        output = self.indexes.of(task.snapshot.id).output
-        found = await read_pieces(output, self.indexes.clock, start, end)
+        if request.method == b"HEAD":
+            return _head(request)
+        output = Output(self.indexes.folder / str(task.snapshot.id))
+        found = await read_pieces(output, self.indexes.rota, start, end)
+        began = output.began()
         answer = {
             "offset": found.start,
             "nextOffset": found.next,
             "size": size,
-            "began": output.began() or None,
+            "began": None if began is None else began / 1000,
             "pieces": [
                 (None if stream is None else NAMES[stream], at, text)
                 for stream, at, text in found.pieces
@@ -83,13 +96,43 @@ class PartsAPI:
         query = query_of(request)
         text = wire.parse_needle(query)
         start = wire.parse_number(query, "from", 0, MAX_ID)
+        if request.method == b"HEAD":
+            return _head(request)
         task.refresh()
         index = self.indexes.of(task.snapshot.id)
         await index.reach(task.snapshot.output_size)
-        found = await search(index, self.indexes.clock, text, start)
+        found = await search(index, text, start)
         answer = {
             "matches": found.matches,
             "nextFrom": found.next,
             "searched": found.searched,
         }
         return reply(request, wire.encode(answer))
+
+
+def _key(index: LineIndex, snapshot: TaskSnapshot, start: int) -> tuple[object, ...]:
+    return snapshot.id, snapshot.version, index.size, index.cut, start
+
+
+def _lines(index: LineIndex, snapshot: TaskSnapshot, start: int) -> dict[str, object]:
+    """Return where the lines are, from the segment on that holds the byte ``start``."""
+    found = index.segments(start, _SEGMENTS + 1)
+    shown = found[:_SEGMENTS]
+    styles = ((str(offset), index.style_at(offset)) for offset, _, _ in shown)
+    return {
+        "size": index.size,
+        "lines": index.lines,
+        "segments": shown,
+        "styles": {offset: style for offset, style in styles if style},
+        "nextFrom": found[-1][0] if len(found) > _SEGMENTS else None,
+        "cut": None if index.cut == (0, 0) else index.cut,
+        "status": snapshot.status,
+        "version": snapshot.version,
+    }
+
+
+def _head(request: Request) -> bytes:
+    """Answer a HEAD, for which nothing is read."""
+    request.setHeader("Content-Type", JSON)
+    request.setHeader("Cache-Control", "no-store")
+    return b""

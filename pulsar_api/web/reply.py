@@ -116,11 +116,11 @@ def new_app() -> Klein:
     app = Klein()
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
-    handle_errors(app)
+    _handle_errors(app)
     return app
 
 
-def handle_errors(app: Klein) -> None:
+def _handle_errors(app: Klein) -> None:
     """Make a Klein application answer every error as a problem (RFC 9457)."""
 
     @app.handle_errors(errors.PulsarError)

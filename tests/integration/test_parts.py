@@ -117,6 +117,7 @@ def test_a_task_that_has_printed_nothing_has_no_parts(
         "size": 0,
         "lines": 0,
         "segments": [],
+        "styles": {},
         "nextFrom": None,
         "cut": None,
         "status": "finished" if begun else "created",
@@ -302,6 +303,45 @@ def test_the_longest_text_is_found(daemon: Daemon) -> None:
     path = f"/task/{number}/search?text="
     assert get(daemon, f"{path}%C3%89{'X' * 199}")["matches"] == [[2, 2]]
     assert get(daemon, f"{path}%C3%A9{'X' * 199}")["matches"] == []
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_an_output_that_cannot_be_read_is_a_503(daemon: Daemon, damage: str) -> None:
+    """Whether it is gone, though its lines are known, or it is not known what was cut."""
+    number = daemon.sh("seq 1000")
+    daemon.ended(number)
+    paths = [f"/task/{number}/{path}" for path in ("lines", "pieces", "search?text=7")]
+    before = [get(daemon, path) for path in paths]
+    folder = daemon.output_file(number).parent
+    if damage == "gone":
+        folder.rename(folder.with_suffix(".gone"))
+    else:
+        (folder / "cut").write_text("seven\n")
+        paths.append(f"/task/{number}/log")
+    for path in paths:
+        answer = problem(daemon.get(path), 503)
+        assert answer["type"].endswith(":output-unavailable")
+    # For a HEAD of them nothing is read.
+    assert {daemon.request("HEAD", path).status for path in paths[:3]} == {200}
+    if damage == "gone":
+        folder.with_suffix(".gone").rename(folder)
+    else:
+        (folder / "cut").unlink()
+    assert [get(daemon, path) for path in paths[:3]] == before
+
+
+def test_colours_in_force_are_told_with_the_lines(daemon: Daemon) -> None:
+    """Of each segment at whose begin there are some."""
+    number = daemon.sh("printf '\\033[1;31m'; seq 30000; printf '\\033[m'; seq 30000")
+    daemon.ended(number)
+    answer = get(daemon, f"/task/{number}/lines")
+    data = daemon.output_file(number).read_bytes()
+    reset = data.index(b"\x1b[m")
+    offsets = [offset for offset, _, _ in answer["segments"]]
+    assert answer["styles"] == {str(o): "1;31" for o in offsets if 0 < o <= reset}
+    assert offsets[-1] > reset > offsets[1]
+    last = get(daemon, f"/task/{number}/lines?from={len(data)}")
+    assert (len(last["segments"]), last["styles"]) == (1, {})
 
 
 def test_a_head_has_no_body(daemon: Daemon) -> None:
