@@ -108,7 +108,7 @@ export class Output {
       const first = answer.segments[0]?.[0] ?? 0;
       segments = segments.filter((one) => one.start < first);
       for (const [start, line, begins] of answer.segments) {
-        segments.push(segment(start, line, begins, answer.styles?.[start]));
+        segments.push(segment(start, line, begins, answer.styles[start]));
       }
       next = answer.nextFrom;
       cut = answer.cut;

@@ -253,6 +253,44 @@ def test_lines_that_are_empty_are_lines(
     until(browser, lambda: "200000" in [n for n, _ in rows(browser)], "the middle")
 
 
+def test_a_line_that_is_written_over_again_and_again_is_one_row(
+    browser: Chrome, daemon: Daemon, script: Script, tmp_path: Path
+) -> None:
+    """Megabytes of a progress bar, read as it comes and read again."""
+    gate = tmp_path / "gate"
+    script(
+        "progress",
+        f"#!/bin/sh\necho begin; while [ ! -e {gate} ]; do sleep 0.02; done\n"
+        """awk 'BEGIN { for (i = 0; i < 100000; i++) printf "\\rprogress %d", i }'\n"""
+        "echo; echo done",
+    )
+    number = daemon.run("site", "staging", "progress")
+    browser.get(f"{daemon.base}/web/job/{number}")
+    shows(browser, "begin")
+    gate.touch()
+    want = [["1", "begin"], ["2", "progress 99999"], ["3", "done"]]
+    until(browser, lambda: rows(browser) == want, "one row for it")
+    browser.refresh()
+    shows(browser, "done")
+    click(browser, ".bar button", "Top")
+    until(browser, lambda: rows(browser) == want, "one row for it")
+
+
+def test_a_colour_goes_on_until_it_ends(
+    browser: Chrome, daemon: Daemon, script: Script
+) -> None:
+    """Whichever part of the output one looks at first."""
+    script("green", "#!/bin/sh\nprintf '\\033[1;32m'; seq 1 40000; printf '\\033[0mplain'")
+    number = daemon.run("site", "staging", "green")
+    daemon.ended(number)
+    browser.get(f"{daemon.base}/web/job/{number}")
+    shows(browser, "plain")
+    for line in ("39999", "20000", "1"):
+        browser.execute_script(f"location.hash = '#L{line}'")
+        row = find(browser, ".row.marked .t", line)
+        assert row.find_elements(By.CSS_SELECTOR, ".bold.f2")
+
+
 def test_what_is_seen_stays_while_the_middle_is_cut_out(
     browser: Chrome, start: Start, tmp_path: Path
 ) -> None:
