@@ -373,8 +373,11 @@ export class Log {
   #want() {
     const { output } = this;
     const { first, last } = this.range;
-    for (const [s, near] of [[first[0] - 1, first[1] < BEFORE],
-      [last[0] + 1, last[1] + AFTER > output.count(last[0])]]) {
+    for (const [step, from, near] of [[-1, first[0], first[1] < BEFORE],
+      [1, last[0], last[1] + AFTER > output.count(last[0])]]) {
+      let s = from + step;
+      // Of a line that is written over again and again most segments show nothing.
+      while (output.segments[s]?.rows?.length === 0) s += step;
       const one = output.segments[s];
       if (near && one && !one.rows && !one.loading) output.load(s).then(() => this.#schedule(), () => {});
     }
