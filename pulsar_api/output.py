@@ -64,6 +64,14 @@ class Output:
         """Raise OSError if there is no output any more; it costs next to nothing."""
         os.stat(self.folder / "output")
 
+    def weight(self) -> int:
+        """Return how much work it is to read all of it, in bytes: small pieces are dear."""
+        try:
+            records = os.stat(self.folder / "output.idx").st_size
+        except FileNotFoundError:
+            records = 0
+        return self.size() + 4 * records
+
     def read(self, start: int, end: int) -> bytes:
         """Return the bytes from ``start`` to before ``end``, which are not too many."""
         return b"".join(self.pieces(start, end))
@@ -206,11 +214,17 @@ class Output:
             with (self.folder / "output.idx").open("rb") as file:
                 at = file.seek(0, os.SEEK_END) // RECORD
                 while at > 0:
-                    first = max(0, at - 256)
+                    first = max(0, at - BLOCK)
                     file.seek(first * RECORD)
                     data = file.read((at - first) * RECORD)
-                    for i in reversed(range(0, len(data), RECORD)):
-                        yield Record.parse(data[i : i + RECORD])
+                    codes = data[8::RECORD]
+                    numbers = reversed(range(len(codes)))
+                    if STDOUT not in codes:
+                        # Of these the last one says where what is before them ends.
+                        last = codes.rfind(STDERR)
+                        numbers = reversed(range(max(0, last), last + 1))
+                    for number in numbers:
+                        yield Record.parse(data[number * RECORD : (number + 1) * RECORD])
                     at = first
         except FileNotFoundError:
             return

@@ -346,9 +346,9 @@ class Daemon(MultiService):
         )
         await self.tasks.start()
         access = self._access = self._make_access(self.tasks, state)
-        feed = Feed(self.tasks, tasks, self._reactor)
-        api = TaskAPI(access, tasks, self._reactor, s.poll_timeout, feed)
         rota = Rota(self._reactor)
+        feed = Feed(self.tasks, tasks, self._reactor, rota)
+        api = TaskAPI(access, tasks, self._reactor, s.poll_timeout, feed)
         follow = FollowAPI(access, tasks, self._reactor, rota)
 
         async def ask(asked: Command) -> str:

@@ -6,17 +6,21 @@ from typing import Any
 
 import pytest
 from attrs import define, field
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from pulsar_api import shim
 from pulsar_api.command import Commands, Template
 from pulsar_api.ports import Bounds
+from pulsar_api.rota import Rota
 from pulsar_api.service import Limits, TaskService
 from pulsar_api.task import TaskSpec
 from pulsar_api.web.feed import EVERY, HELD, Closed, Feed, Subscription
 from pulsar_api.web.visit import HEARTBEAT, next_frame
 from tests.fakes import FakeExecutor, FakeRun, MemoryStore
+from tests.test_lines import Turns
+from tests.test_output import printed
 
 CASE = SynchronousTestCase()
 SPEC = TaskSpec("site", "production", "deploy")
@@ -38,6 +42,7 @@ class World:
 
     folder: Path
     clock: Clock = field(factory=Clock)
+    turns: Turns = field(factory=Turns)
     store: MemoryStore = field(factory=MemoryStore)
     executor: FakeExecutor = field(init=False)
     service: TaskService = field(init=False)
@@ -54,7 +59,7 @@ class World:
             self.store, self.executor, clock, clock.seconds, commands, limits
         )
         CASE.successResultOf(Deferred.fromCoroutine(self.service.start()))
-        self.feed = Feed(self.service, self.folder, self.clock)
+        self.feed = Feed(self.service, self.folder, clock, Rota(self.turns))
 
     def create(self) -> FakeRun:
         """Create a task and return its run."""
@@ -216,3 +221,41 @@ def test_a_database_that_is_locked_ends_no_feed(world: World) -> None:
     assert "job.close FINISHED" in told
     assert "job.create CREATED" in told
     subscription.close()
+
+
+def tiny(folder: Path, number: int) -> None:
+    """Write a flood of the tiniest pieces as what a task has printed."""
+    (folder / "1").mkdir()
+    pieces = [(shim.STDOUT, b"x"), (shim.STDERR, b"y")] * (number // 2)
+    printed(folder / "1", pieces)
+
+
+def test_a_flood_of_tiny_pieces_is_read_in_many_turns(world: World) -> None:
+    """By one for all; who goes away meanwhile has lost nothing, and the others have it."""
+    first, second = (world.feed.subscribe(lambda _: True) for _ in range(2))
+    tiny(world.folder, 40_000)
+    run = world.create()
+    run.start()
+    world.told(first)
+    world.told(second)
+    run.end(0, output_size=40_000)
+    gone = Deferred.fromCoroutine(first.next())
+    stays = Deferred.fromCoroutine(second.next())
+    for _ in range(3):
+        world.turns.turn()
+    CASE.assertNoResult(gone)
+    CASE.assertNoResult(stays)
+    gone.cancel()
+    CASE.failureResultOf(gone).check(CancelledError)
+    again = Deferred.fromCoroutine(first.next())
+    turns = 0
+    while turns < 20 and not (stays.called and again.called):
+        world.turns.turn()
+        world.clock.advance(0)
+        turns += 1
+    assert 10 < turns < 20
+    texts = [CASE.successResultOf(one) for one in (stays, again)]
+    assert texts[0] == texts[1]
+    assert json.loads(texts[0])["job"]["stdout"] == "x" * 20_000
+    first.close()
+    second.close()

@@ -46,7 +46,7 @@ def encoded(code: int, number: int, at: int = 0) -> bytes:
 
 def printed(folder: Path, pieces: Sequence[Piece]) -> Output:
     """Write the files as the shim does, with a record of another kind here and there."""
-    output, index = b"", encoded(shim.CLOCK, 1_700_000_000_000)
+    output, index = bytearray(), bytearray(encoded(shim.CLOCK, 1_700_000_000_000))
     for number, (code, data) in enumerate(pieces):
         output += data
         index += encoded(code, len(output), number)
@@ -196,9 +196,15 @@ def test_of_a_long_last_line_the_end_is_returned(
 
 
 def test_the_last_line_may_be_far_from_the_end_of_the_index(tmp_path: Path) -> None:
-    """A thousand pieces on standard error after it do not hide it."""
-    pieces = [(shim.STDOUT, b"one\ntwo\n"), *[(shim.STDERR, b"x\n")] * 1000]
+    """Thousands of pieces on standard error after it do not hide it, nor belong to it."""
+    pieces = [(shim.STDOUT, b"one\ntwo\n"), *[(shim.STDERR, b"x\n")] * 10_000]
     assert printed(tmp_path, pieces).last_line() == b"two"
+    # It begins where the 4096 records before it end, which are read at once.
+    codes = [shim.STDERR] * 5000 + [shim.STDOUT] + [shim.STDERR] * 4095
+    records = [encoded(code, number) for number, code in enumerate(codes, 1)]
+    (tmp_path / "output").write_bytes(b"x" * 5000 + b"3" + b"x" * 4095)
+    (tmp_path / "output.idx").write_bytes(b"".join(records))
+    assert Output(tmp_path).last_line() == b"3"
 
 
 def test_the_last_line_may_have_come_byte_by_byte(tmp_path: Path) -> None:

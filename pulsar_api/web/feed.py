@@ -17,7 +17,8 @@ from twisted.web.server import Request
 from pulsar_api import wire
 from pulsar_api.changes import Changes
 from pulsar_api.errors import StoreUnavailable, UnknownTask
-from pulsar_api.output import Output
+from pulsar_api.output import PIECE, Output
+from pulsar_api.rota import Rota
 from pulsar_api.service import TaskService
 from pulsar_api.task import Status, TaskQuery, TaskSnapshot
 
@@ -110,11 +111,14 @@ class Feed:
     _folder: Path
     """Where the output of task 47 is in the folder ``47``."""
     _clock: IReactorTime
+    _rota: Rota
     _subscribers: dict[Subscription, None] = field(factory=dict, init=False)
     _watched: dict[int, Deferred[None]] = field(factory=dict, init=False)
     _held: dict[int, Changes] = field(factory=dict, init=False)
     _running: Deferred[None] | None = field(default=None, init=False)
     _messages: OrderedDict[tuple[object, ...], str] = field(factory=OrderedDict, init=False)
+    _made: dict[tuple[object, ...], Changes] = field(factory=dict, init=False)
+    """The messages that are being made, and who waits for them."""
 
     def subscribe(self, sees: Callable[[TaskSnapshot], bool]) -> Subscription:
         """Return a subscription to all that happens from now on to tasks that it sees."""
@@ -160,14 +164,22 @@ class Feed:
         if not sees(snapshot):
             return None
         key = (number, kind, snapshot.version, snapshot.status)
-        text = self._messages.get(key)
-        if text is None:
-            text = self._messages[key] = self._text(snapshot, kind)
+        while (text := self._messages.get(key)) is None:
+            made = self._made.get(key)
+            if made is not None:
+                await made.after(0)
+                continue
+            made = self._made[key] = Changes(self._clock)
+            try:
+                self._messages[key] = await self._text(snapshot, kind)
+            finally:
+                del self._made[key]
+                made.advance(1)
             while len(self._messages) > _SHARED:
                 self._messages.popitem(last=False)
         return text
 
-    def _text(self, snapshot: TaskSnapshot, kind: str) -> str:
+    async def _text(self, snapshot: TaskSnapshot, kind: str) -> str:
         output = Output(self._folder / str(snapshot.id))
         job = wire.job_fields(snapshot)
         size = snapshot.output_size
@@ -177,12 +189,21 @@ class Feed:
             left_out = ""
             if start:
                 left_out = f"[the first {start} bytes: GET /task/{snapshot.id}/log]\n"
-            job["stdout"] = left_out + "".join(output.stdout(size, start))
+            job["stdout"] = left_out + await self._stdout(output, start, size)
             job["output"] = left_out + "".join(output.text(start, size))
         except OSError as e:
             _log.error("Cannot read the output of task {id}: {e}", id=snapshot.id, e=e)
             job["stdout"] = job["output"] = f"[cannot be read now: {e.strerror}]\n"
         return json.dumps({"event": f"job.{kind}", "job": job})
+
+    async def _stdout(self, output: Output, start: int, end: int) -> str:
+        parts: list[str] = []
+        for piece in output.stdout(end, start):
+            if parts and len(parts[-1]) < PIECE:
+                # Some thousands of records are behind it.
+                await self._rota.turn()
+            parts.append(piece)
+        return "".join(parts)
 
     async def _run(self) -> None:
         change, known = await self._surely(self._service.last_change)

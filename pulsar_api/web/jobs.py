@@ -62,25 +62,24 @@ class JobAPI:
         page = wire.parse_number(query, "currentPage", 0, _MOST_PAGES)
         size = wire.parse_number(query, "pageSize", 10, wire.MAX_LIST)
         found = await tasks.list(TaskQuery(limit=size, offset=page * size))
+        outputs = [Output(self.folder / str(task.id)) for task in found]
         pieces = chain(
             [b"["],
             *(
-                chain(
-                    [b", " if place else b""],
-                    wire.job_pieces(task, Output(self.folder / str(task.id))),
-                )
-                for place, task in enumerate(found)
+                chain([b", " if place else b""], wire.job_pieces(task, output))
+                for place, (task, output) in enumerate(zip(found, outputs, strict=True))
             ),
             [b"]\n"],
         )
-        return await respond(request, pieces, 2 * sum(task.output_size for task in found))
+        return await respond(request, pieces, 2 * sum(one.weight() for one in outputs))
 
     @app.route("/job/<number>", methods=["GET"])
     @needs(Right.READ)
     async def job(self, request: Request, tasks: Guard, number: str) -> bytes:
         task = (await find(tasks, number)).snapshot
-        pieces = wire.job_pieces(task, Output(self.folder / str(task.id)))
-        return await respond(request, chain(pieces, [b"\n"]), 2 * task.output_size)
+        output = Output(self.folder / str(task.id))
+        pieces = chain(wire.job_pieces(task, output), [b"\n"])
+        return await respond(request, pieces, 2 * output.weight())
 
     @app.route("/job/<number>/kill", methods=["POST"])
     @needs(Right.KILL)

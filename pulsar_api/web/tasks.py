@@ -138,9 +138,10 @@ class TaskAPI:
         if not task.snapshot.status.ended:
             # Who goes away meanwhile stops the waiting, not the task.
             await task.end.after(0)
-        job = wire.job_pieces(task.snapshot, self._output(task.snapshot))
+        output = self._output(task.snapshot)
+        job = wire.job_pieces(task.snapshot, output)
         pieces = chain([answer[:-2], b', "data": '], job, [b"}\n"])
-        return await respond(request, pieces, task.snapshot.output_size)
+        return await respond(request, pieces, 2 * output.weight())
 
     # -- one task
 
