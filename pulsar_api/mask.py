@@ -7,13 +7,20 @@ from bisect import bisect
 
 from ahocorasick_rs import BytesAhoCorasick, Implementation, MatchKind
 
+TYPE_CHECKING = False  # mypy knows the name; to import what has it costs a task 2 ms
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 MASK = b"***"
 
 _HEAD = 16  # bytes of a text that are searched for first
 _TOGETHER = 28  # heads that are searched for at once, see `_quick`
+_SEARCHES = 24  # of them; more are slower than one for all heads
 _START = 4  # bytes by which the begin of a text at the end of the data is found
 _TRIES = 64  # see `_begun`
-_BLOCK = 1 << 16  # bytes that are looked at closely at a time
+_PIECE = 1 << 17  # bytes in which heads are searched for at a time
+_BLOCK = 1 << 14  # bytes that are looked at closely at a time
+_WINDOW = 256  # bytes that are looked at first for the begin of a text
 
 
 def _search(texts: list[bytes], kind: MatchKind) -> BytesAhoCorasick:
@@ -35,6 +42,30 @@ def _quick(heads: list[bytes]) -> BytesAhoCorasick:
     return _search([*heads, *never], MatchKind.LeftmostFirst)
 
 
+def _begins(texts: set[bytes]) -> dict[bytes, int]:
+    """Return of each text how long the longest other one is that it begins with."""
+    found: dict[bytes, int] = {}
+    outer: list[bytes] = []  # each begins with the one before
+    for text in sorted(texts):
+        while outer and not text.startswith(outer[-1]):
+            outer.pop()
+        found[text] = len(outer[-1]) if outer else 0
+        outer.append(text)
+    return found
+
+
+def _needed(texts: set[bytes]) -> list[bytes]:
+    """Return the texts, in order, without those that others hide anyway.
+
+    Where a text begins with a shorter one and ends with a shorter one, and these overlap,
+    both are found and become one mask, which is that of the text. So of all lengths of
+    one letter, say, the shortest is enough.
+    """
+    begins = _begins(texts)
+    ends = _begins({text[::-1] for text in texts})
+    return [text for text in begins if begins[text] + ends[text[::-1]] <= len(text)]
+
+
 class Masker:
     """Replaces every occurrence of some texts in one stream.
 
@@ -43,15 +74,16 @@ class Masker:
     """
 
     def __init__(self, texts: list[bytes]) -> None:
-        self.texts = sorted(set(texts))
+        self.texts = _needed(set(texts))
         self.longest = max(map(len, self.texts))
         heads: list[bytes] = []
         for text in self.texts:
             if not heads or not text.startswith(heads[-1]):
                 heads.append(text[:_HEAD])
-        self.quick = [
-            _quick(heads[at : at + _TOGETHER]) for at in range(0, len(heads), _TOGETHER)
-        ]
+        some = range(0, len(heads), _TOGETHER)
+        self.quick = [_quick(heads[at : at + _TOGETHER]) for at in some[:_SEARCHES]]
+        if len(some) > _SEARCHES:
+            self.quick = [_search(heads, MatchKind.LeftmostFirst)]
         self.exact: BytesAhoCorasick | None = None  # made when something is found
         starts = {text[:_START] for text in self.texts if len(text) > _START}
         self.start = _search(sorted(starts), MatchKind.Standard)
@@ -76,17 +108,21 @@ class Masker:
         Rarely more than are: if nearly the begin of one comes again and again, it is not
         looked for more than `_TRIES` times, as that would take the square of its length.
         """
-        tail = data[max(0, len(data) - self.longest + 1) :]
-        matches = self.start.find_matches_as_indexes(tail, overlapping=True)
-        for count, (_, at, _) in enumerate(matches):
-            begun = tail[at:]
-            # If any begins with it, the next one in order does.
-            place = bisect(self.texts, begun)
-            near = self.texts[place : place + 1]
-            if count == _TRIES or (near and near[0].startswith(begun)):
-                return len(begun)
-        for length in range(min(_START - 1, len(tail)), 0, -1):
-            if tail[-length:] in self.shorter:
+        at, step, tries = max(0, len(data) - self.longest + 1), _WINDOW, 0
+        while at < len(data):
+            part = data[at : at + step + _START - 1]
+            for _, start, _ in self.start.find_matches_as_indexes(part, overlapping=True):
+                begun = data[at + start :]
+                # If any begins with it, the next one in order does.
+                place = bisect(self.texts, begun)
+                near = self.texts[place : place + 1]
+                if tries == _TRIES or (near and near[0].startswith(begun)):
+                    return len(begun)
+                tries += 1
+            at += step
+            step *= 2  # the first one that is found is the longest; most have it soon
+        for length in range(min(_START, self.longest, len(data) + 1) - 1, 0, -1):
+            if data[-length:] in self.shorter:
                 return length
         return 0
 
@@ -105,40 +141,48 @@ class Masker:
         pieces.append(data[end:keep])
         return b"".join(pieces)
 
-    def _spans(self, data: bytes) -> list[tuple[int, int]]:
-        """Return where in the data texts begin and end, in order."""
-        heads = [
-            (start, end)
-            for quick in self.quick
-            for _, start, end in quick.find_matches_as_indexes(data)
-        ]
-        if not heads:
-            return []
+    def _spans(self, data: bytes) -> "Iterator[tuple[int, int]]":
+        """Yield where in the data texts begin and end, in order."""
+        view = memoryview(data)
+        for at in range(0, len(data), _PIECE):
+            part = view[at : at + _PIECE + _HEAD - 1]
+            heads = [
+                (start, end)
+                for quick in self.quick
+                for _, start, end in quick.find_matches_as_indexes(part)
+                if start < _PIECE
+            ]
+            for first, last in self._regions(sorted(heads)):
+                yield from self._texts(data, at + first, at + min(last, _PIECE))
+
+    def _texts(self, data: bytes, first: int, last: int) -> "Iterator[tuple[int, int]]":
+        """Yield the spans of all texts that begin between two places, in order."""
         if self.exact is None:
             self.exact = _search(self.texts, MatchKind.Standard)
-        found: list[tuple[int, int]] = []
-        for first, last in self._regions(sorted(heads)):
-            for at in range(first, last, max(_BLOCK, self.longest)):
-                stop = min(at + max(_BLOCK, self.longest), last)
-                block = data[at : stop - 1 + self.longest]
-                matches = self.exact.find_matches_as_indexes(block, overlapping=True)
-                spans = [(at + a, at + b) for _, a, b in matches if at + a < stop]
-                found += sorted(spans)
-        return found
+        step = max(_BLOCK, self.longest)
+        for at in range(first, last, step):
+            stop = min(at + step, last)
+            block = data[at : stop - 1 + self.longest]
+            matches = self.exact.find_matches_as_indexes(block, overlapping=True)
+            yield from sorted((at + a, at + b) for _, a, b in matches if at + a < stop)
 
-    def _regions(self, heads: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Return where all texts begin that are in the data, from some byte to another.
+    def _regions(self, heads: list[tuple[int, int]]) -> "Iterator[tuple[int, int]]":
+        """Yield where all texts begin that are in the data, from some byte to another.
 
         A search for heads finds none that overlaps with the one before. So a text begins
         with a head that was found, or inside of one.
         """
-        regions: list[tuple[int, int]] = []
+        first = last = 0
         for start, end in heads:
-            if regions and start <= regions[-1][1] + self.longest:
-                regions[-1] = (regions[-1][0], max(end, regions[-1][1]))
-            else:
-                regions.append((start, end))
-        return regions
+            if start > last + self.longest:
+                if last:
+                    yield first, last
+                first = start
+            elif not last:
+                first = start
+            last = max(last, end)
+        if last:
+            yield first, last
 
 
 def masked(data: bytes, texts: tuple[bytes, ...]) -> bytes:

@@ -167,10 +167,12 @@ def masker(secrets: list[bytes], library: bytes) -> Clear:
     if not secrets:
         return Clear()
     # It lies beside this file. An isolated interpreter does not look there by itself, nor
-    # where the library is that it needs.
-    sys.path[:0] = [__file__.rpartition("/")[0], library.decode("utf-8", "surrogateescape")]
+    # where the library is that it needs: last, as much else may be there.
+    path = sys.path[:]
+    sys.path.insert(0, __file__.rpartition("/")[0])
+    sys.path.append(library.decode("utf-8", "surrogateescape"))
     found: Clear = __import__("mask").Masker(secrets)
-    del sys.path[:2]
+    sys.path[:] = path
     return found
 
 
@@ -573,8 +575,11 @@ def keep_memory() -> None:
 
     Else the kernel makes it anew for each, which halves the throughput.
     """
-    c_function("mallopt", M_MMAP_THRESHOLD, MEMORY)
-    c_function("mallopt", M_TRIM_THRESHOLD, MEMORY)
+    try:
+        c_function("mallopt", M_MMAP_THRESHOLD, MEMORY)
+        c_function("mallopt", M_TRIM_THRESHOLD, MEMORY)
+    except (OSError, AttributeError):
+        pass  # it is glibc's; without it all works, too
 
 
 def main(folder: str) -> int:

@@ -1,5 +1,6 @@
 """Tests of the masker: whatever the pieces, it gives what a simple one gives at once."""
 
+import tracemalloc
 from itertools import pairwise, product
 
 import pytest
@@ -47,18 +48,27 @@ def split(data: bytes, places: list[int]) -> list[bytes]:
 # Few letters: so texts overlap, hold each other, and repeat themselves.
 TEXT = st.text("ab", min_size=1, max_size=9).map(str.encode)
 LONG = st.builds(lambda text, n: text * n, TEXT, st.integers(1, 30))
+# Begin alike for longer than is looked at first.
+ALIKE = st.builds(
+    lambda text, n, end: text * n + end,
+    st.sampled_from([b"ab", b"abb"]),
+    *(st.integers(20, 60), TEXT),
+)
 
 
 @given(
-    st.lists(TEXT | LONG, min_size=1, max_size=6),
-    st.lists(TEXT | LONG | st.just(b"c\n"), max_size=12).map(b"".join),
-    st.lists(st.integers(0, 400), max_size=8),
+    st.lists(TEXT | LONG | ALIKE, min_size=1, max_size=6),
+    st.lists(TEXT | LONG | ALIKE | st.just(b"c\n"), max_size=12).map(b"".join),
+    st.lists(st.integers(0, 1200), max_size=8),
 )
 @settings(max_examples=1000)
 @example([b"aaaa"], b"aaaaaaa", [3])
 @example([b"abab", b"baba"], b"ababababa", [1, 2, 3])
 @example([b"ab", b"abc", b"bcd"], b"abcd", [2])
 @example([b"a"], b"aba", [1])
+@example([b"a" * 70], b"a" * 65 + b"b" + b"a" * 80, [])
+@example([b"a" * 70, b"a" * 64 + b"b"], b"a" * 141 + b"b", [100])
+@example([b"aaaa", b"a" * 40 + b"b"], b"a" * 99 + b"b", [50])
 def test_any_split_gives_what_a_simple_masker_gives_of_the_whole(
     texts: list[bytes], data: bytes, places: list[int]
 ) -> None:
@@ -134,3 +144,81 @@ def test_one_within_another_does_not_hide_its_begin() -> None:
 def test_bytes_that_are_no_text_stay_as_they_are(data: bytes) -> None:
     """Whatever is searched for beside the texts."""
     assert in_pieces([b"secret"], [data, data]) == data * 2
+
+
+def test_what_is_shown_already_is_not_masked_again() -> None:
+    """A long one that is none, of which the begin is clear, holds short ones."""
+    begin = b"b" + b"0123456789" * 6 + b"012"
+    texts = [begin + b"x", begin[1:] + b"aac", b"5", b"b"]
+    for size in range(1, 70):
+        data = begin + b"aaxxx"
+        pieces = [data[at : at + size] for at in range(0, len(data), size)]
+        assert in_pieces(texts, pieces) == simply(texts, data)
+
+
+def test_one_at_the_edge_of_what_is_searched_at_a_time_is_masked() -> None:
+    """Also if another one begins in it, behind the edge."""
+    texts = [b"0123456789abcdefgh", b"123"]
+    for before in range((1 << 18) - 20, (1 << 18) + 2):
+        assert in_pieces(texts, [b"x" * before + texts[0]]) == b"x" * before + MASK
+
+
+def peak(masker: Masker, data: bytes) -> int:
+    """Return how much memory Python takes, at most, while a masker takes data."""
+    masker.feed(data[:1000])
+    tracemalloc.start()
+    masker.feed(data)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return most
+
+
+FLOODS = {
+    "one letter": [b"a" * 4],
+    "one letter, of many lengths": [b"a" * n for n in range(4, 361)],
+    "long": [b"a" * 65_000],
+    "long, and short": [b"a" * 4, b"a" * 70, b"a" * 64 + bytes(range(97, 123)) * 1000],
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_flood_of_what_repeats_itself_takes_little_memory(name: str) -> None:
+    """However many texts begin at each of its bytes."""
+    masker = Masker(FLOODS[name])
+    assert peak(masker, b"a" * (1 << 19)) < 40 << 20
+    assert masker.feed(b"b") + masker.close() in {MASK + b"b", b"b"}
+
+
+def test_a_line_of_one_letter_takes_little_memory_as_well() -> None:
+    """Nearly the longest text, again and again."""
+    data = (b"a" * 361 + b"b") * 1400
+    assert peak(Masker([b"a" * n for n in range(4, 361)]), data) < 20 << 20
+
+
+def test_a_byte_more_of_a_long_one_is_not_worth_a_search() -> None:
+    """The begin that is held is found at once to be still one, or one no more."""
+    text = b"a" * 65_000
+    masker = Masker([text + b"b"])
+    masker.feed(text[:-1])
+    assert peak(masker, b"a") < 1 << 20  # a copy or two of what is held
+    assert peak(masker, b"a" * 80) < 1 << 20
+    assert masker.feed(b"b") + masker.close() == MASK
+
+
+def test_texts_that_shorter_ones_hide_cost_nothing() -> None:
+    """What is both, begin and end of it, overlaps."""
+    few = Masker([b"a" * n for n in range(4, 400)])
+    assert few.texts == [b"aaaa"]
+    assert in_pieces([b"abcd", b"abcdefg", b"cdefg"], [b"abcdefg abcdef"]) == b"*** ***ef"
+    assert in_pieces([b"abc", b"abcdef", b"def"], [b"abcdef abcxdef"]) == b"*** ***x***"
+
+
+def test_very_many_texts_are_one_search() -> None:
+    """A pass for each 28 would take longer."""
+    texts = [b"%08d" % (n * n) for n in range(3000)]
+    assert len(Masker(texts).quick) == 1
+    assert len(Masker(texts[:500]).quick) > 1
+    data = b"\n".join(b"%07d" % n for n in range(0, 100_000, 7))
+    for some in (texts, texts[:500]):
+        assert in_pieces(some, [data]) == data
+        assert in_pieces(some, [b"x".join(some)]) == b"x".join([MASK] * len(some))

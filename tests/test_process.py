@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
 
+import ahocorasick_rs
 import pytest
 from attrs import define, field
 from twisted.internet import reactor
@@ -1495,6 +1496,33 @@ async def test_what_is_held_back_is_not_lost_with_a_child_in_the_background(
     exit = await story.end()
     assert exit.code == 3
     assert (runner.tasks / "1" / "output").read_bytes() == b"it is s3cr"
+
+
+def test_the_library_of_the_masker_stands_behind_what_python_has(tmp_path: Path) -> None:
+    """What else is installed beside it cannot take the place of a module of Python."""
+    (tmp_path / "ahocorasick_rs").symlink_to(Path(ahocorasick_rs.__file__).parent)
+    (tmp_path / "bisect.py").write_text("raise SystemExit('the wrong one')")
+    code = (
+        "import sys\n"
+        f"sys.path.append({str(Path(shim.__file__).parent)!r})\n"
+        "import shim\n"
+        "path = sys.path[:]\n"
+        f"masker = shim.masker([b's3cret'], {str(tmp_path)!r}.encode())\n"
+        "print(masker.feed(b'a s3cret.'), sys.path == path)\n"
+    )
+    done = subprocess.run([*PYTHON, code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("b'a ***.' True\n", "")
+
+
+def test_a_c_library_without_mallopt_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one of glibc's own; a task runs without it."""
+    with pytest.raises(OSError, match="no_such_function"):
+        shim.c_function("no_such_function")
+    call = shim.c_function
+    monkeypatch.setattr(
+        shim, "c_function", lambda name, *rest: call(f"no_such_{name}", *rest)
+    )
+    shim.keep_memory()
 
 
 async def test_a_promised_line_with_a_secret_in_it_is_kept(runner: Runner) -> None:
