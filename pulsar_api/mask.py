@@ -15,7 +15,7 @@ MASK = b"***"
 
 _HEAD = 16  # bytes of a text that are searched for first
 _TOGETHER = 28  # heads that are searched for at once, see `_quick`
-_SEARCHES = 24  # of them; more are slower than one for all heads
+_SEARCHES = 48  # of them; more are slower than one for all heads
 _START = 4  # bytes by which the begin of a text at the end of the data is found
 _TRIES = 64  # see `_begun`
 _PIECE = 1 << 17  # bytes in which heads are searched for at a time
