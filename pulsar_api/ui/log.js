@@ -33,7 +33,8 @@ export class Log {
     this.query = '';
     this.times = false;
     this.turn = 0; // grows whenever one goes somewhere: what was on the way there gives up
-    this.resumed = -1e9; // when one went to the end
+    this.went = -1e9; // when one went somewhere last, other than by scrolling
+    this.showing = 0; // how many lines are on the way to be shown
     this.known = 0; // where the last scroll event, or we, have left the scroller
     this.rowHeight = 20;
     this.stops = [];
@@ -132,6 +133,7 @@ export class Log {
   // One goes somewhere else: what was waited for is no longer wanted.
   #go() {
     this.turn += 1;
+    this.went = performance.now();
     this.pending = null;
     this.wanted = null;
     this.range = null;
@@ -232,15 +234,8 @@ export class Log {
     this.below.style.height = `${Math.max(0, total - number - rows.length) * scale}px`;
     if (place.end) scroller.scrollTop = scroller.scrollHeight;
     else if (space !== room) scroller.scrollTop = space + over - place.y;
-    this.#note();
+    this.known = scroller.scrollTop;
     this.#want();
-  }
-
-  // What is seen is where we have put it.
-  #note() {
-    const { scrollTop, clientWidth, clientHeight } = this.scroller;
-    this.known = scrollTop;
-    this.shape = `${clientWidth} ${clientHeight}`;
   }
 
   // The rows around a place as far as they are loaded; which of them it is; where they begin.
@@ -353,7 +348,7 @@ export class Log {
     const number = this.#number([place.s, place.r]);
     this.above.style.height = `${number * scale}px`;
     this.below.style.height = `${Math.max(scroller.clientHeight, (output.total - number) * scale)}px`;
-    this.#note();
+    this.known = scroller.scrollTop;
     const one = output.segments[place.s];
     scroller.classList.add('loading');
     output.load(place.s).then(() => {
@@ -399,10 +394,11 @@ export class Log {
     if (Math.abs(top - this.known) < 1 || !this.output.tail?.rows) return;
     const bottom = scroller.scrollHeight - scroller.clientHeight;
     const atEnd = bottom - top < 4;
-    const reshaped = this.shape !== `${scroller.clientWidth} ${scroller.clientHeight}`;
-    if (this.following && (atEnd || reshaped || performance.now() - this.resumed < IDLE)) {
-      // Nobody did: the box has another size, and the browser keeps what it can. Or it still
-      // rolls to where one wanted to go before.
+    // The browser may still roll to where one wanted to go before.
+    const rolls = performance.now() - this.went < IDLE;
+    if (rolls && this.showing) return;
+    if (this.following && (atEnd || rolls)) {
+      // At the end nobody did: the box has become larger, and nothing is below.
       this.#schedule();
       return;
     }
@@ -445,7 +441,7 @@ export class Log {
     if (Math.abs(is - should) < 2 * this.scroller.clientHeight) return;
     this.above.style.height = `${should}px`;
     this.scroller.scrollTop += should - is;
-    this.#note();
+    this.known = this.scroller.scrollTop;
   }
 
   // -- what one can do with it
@@ -454,7 +450,6 @@ export class Log {
   resume() {
     this.#go();
     this.following = true;
-    this.resumed = performance.now();
     this.tells.follow(true);
     this.#schedule();
   }
@@ -487,7 +482,8 @@ export class Log {
       const at = output.segments.findLastIndex((one) => one.start <= offset);
       if (at > s && output.segments[at].line <= line) s = at;
     }
-    await output.load(s);
+    this.showing += 1;
+    await output.load(s).finally(() => { this.showing -= 1; });
     const { rows, begins } = output.segments[s] ?? {};
     if (turn !== this.turn || this.closed || !rows) return;
     let r = rows.findIndex((row) => row.number === line);

@@ -114,12 +114,20 @@ def latency(browser: Chrome, milliseconds: int) -> None:
         browser.execute_cdp_cmd("Network.disable", {})
 
 
-def resize(browser: Chrome, width: int, height: int) -> None:
-    """Give the page another size; with 0 the window's."""
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": height, "deviceScaleFactor": 0, "mobile": False},
-    )
+@contextmanager
+def sized(browser: Chrome) -> Iterator[Callable[[int, int], None]]:
+    """Yield what gives the page another width and height, until the end."""
+
+    def resize(width: int, height: int) -> None:
+        browser.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": height, "deviceScaleFactor": 0, "mobile": False},
+        )
+
+    try:
+        yield resize
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from tests.integration.page import (
     find,
     latency,
     path,
-    resize,
     rows,
     shows,
+    sized,
     status,
     until,
 )
@@ -217,15 +217,10 @@ def test_the_end_is_followed_in_a_box_of_any_size(
     browser.get(f"{daemon.base}/web/job/{number}")
     last = f"900 {text} {text}"
     shows(browser, last)
-    try:
-        for width, height in (
-            (1440, 700),
-            (1440, 1000),
-            (400, 900),
-            (900, 900),
-            (320, 600),
-        ):
-            resize(browser, width, height)
+    sizes = ((1440, 700), (1440, 1000), (400, 900), (900, 900), (320, 600))
+    with sized(browser) as resize:
+        for width, height in sizes:
+            resize(width, height)
             # What the browser does by itself has happened, and what we do about it.
             browser.execute_async_script(
                 "const done = arguments[0]; "
@@ -234,8 +229,6 @@ def test_the_end_is_followed_in_a_box_of_any_size(
             until(browser, lambda: browser.execute_script(FROM_END) < 5, "the end")
             assert not browser.find_element(By.CSS_SELECTOR, ".resume").is_displayed()
             shows(browser, last)
-    finally:
-        resize(browser, 0, 0)
 
 
 def test_lines_that_are_empty_are_lines(
