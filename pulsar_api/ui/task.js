@@ -76,7 +76,11 @@ export class TaskView {
       this.live);
     document.body.classList.add('task');
     this.scroller.addEventListener('click', (event) => this.#pick(event));
-    this.scroller.addEventListener('copy', (event) => { event.preventDefault(); this.#copy(); });
+    this.scroller.addEventListener('copy', (event) => {
+      if (getSelection().isCollapsed) return;
+      event.preventDefault();
+      this.#copy();
+    });
     this.scroller.addEventListener('keydown', (event) => {
       if (event.key !== 'l' || event.ctrlKey || event.metaKey || event.altKey) return;
       const line = this.log.seen();
