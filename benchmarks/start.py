@@ -13,6 +13,7 @@ from zope.interface import implementer
 
 from benchmarks.measure import Line, compare, in_turn
 from benchmarks.place import PYTHON, Place
+from pulsar_api.machine import LocalMachine
 from pulsar_api.ports import Bounds
 from pulsar_api.process import ShimExecutor
 from pulsar_api.runs import read_exit
@@ -81,10 +82,12 @@ class Shims:
         """Return how long it took; its result is on disk then, and synced."""
         self.number += 1
         spawner = Spawner()
-        executor = ShimExecutor(spawner, Clock(), self.folder)
+        machine = LocalMachine(spawner)
+        executor = ShimExecutor(machine, Clock(), self.folder, str)
+        (self.folder / str(self.number)).mkdir(parents=True)
         command = Command((TRUE,), dict(os.environ))
         executor.start(self.number, command, Bounds(10.0), Nobody())
-        exit = read_exit(self.folder / str(self.number))
+        exit = read_exit(machine, self.folder / str(self.number))
         assert exit is not None
         assert exit.code == 0
         return spawner.took

@@ -7,17 +7,23 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from pulsar_api.errors import PulsarError
+from pulsar_api.errors import PulsarError, ShuttingDown
 
 _log = Logger()
 _T = TypeVar("_T")
 
 
 def own(coroutine: Coroutine[Deferred[Any], Any, object]) -> None:
-    """Run a coroutine that nobody waits for; what it does not expect is logged."""
-    Deferred.fromCoroutine(coroutine).addErrback(
-        lambda failure: _log.failure("A task could not be served", failure)
-    )
+    """Run a coroutine that nobody waits for; what it does not expect is logged.
+
+    `ShuttingDown` is expected: it leaves the rest to the next daemon.
+    """
+
+    def failed(failure: Failure) -> None:
+        if not failure.check(ShuttingDown):
+            _log.failure("A task could not be served", failure)
+
+    Deferred.fromCoroutine(coroutine).addErrback(failed)
 
 
 def shielded(coroutine: Coroutine[Deferred[Any], Any, _T]) -> Deferred[_T]:

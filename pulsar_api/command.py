@@ -309,8 +309,12 @@ class Commands:
 
 
 def shown(command: Command) -> str:
-    """Return a command as one line for reading; nobody runs it."""
-    return shlex.join(command.arguments)
+    """Return a command as one line for reading; nobody runs it.
+
+    Bytes of our own settings that are no UTF-8 are shown as U+FFFD.
+    """
+    line = shlex.join(command.shown or command.arguments)
+    return line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _check_name(field: str, value: str, pattern: re.Pattern[str], limit: int) -> None:

@@ -1,12 +1,40 @@
 """What the core asks of the world: something that runs commands, something that keeps."""
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 from attrs import frozen
 from twisted.internet.defer import Deferred
 
-from pulsar_api.task import Command, Exit, News, TaskQuery, TaskSnapshot, TaskSpec, Within
+from pulsar_api.task import (
+    Command,
+    Exit,
+    News,
+    Process,
+    TaskQuery,
+    TaskSnapshot,
+    TaskSpec,
+    Within,
+)
+
+RESTART = 1 << 36
+"""How far revisions jump when a daemon takes up a task; see `TaskStore.take_up`."""
+
+
+@frozen
+class NewTask:
+    """What is recorded of a new task."""
+
+    spec: TaskSpec
+    created_at: float
+    """By the wall clock."""
+    steady: float
+    """The same moment by the `SteadyClock`."""
+    key: str | None = None
+    """The idempotency key."""
+    secret_file: str | None = None
+    """See `Executor.keep_secrets`."""
 
 
 @frozen
@@ -61,26 +89,57 @@ class Executor(Protocol):
     def check(self) -> None:
         """Raise `StoreUnavailable` if what a new run prints could not be kept."""
 
+    def place(self) -> str:
+        """Return what tells the folders of this executor from copies of them."""
+
+    def permit(self, task_id: int) -> Deferred[str]:
+        """Allow the start of a task; fires with a name for this permit, safe on disk.
+
+        A permit is valid as long as the machine has not booted and the folders are the
+        same. Fails with `StoreUnavailable`.
+        """
+
     def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> Run:
         """Start a command. Whatever goes wrong is told to the sink, as an end."""
 
-    def adopt(self, task_id: int, sink: Sink) -> Run:
-        """Follow a run that another daemon started, or say how it ended."""
+    def adopt(self, task_id: int, permit: str | None, bounds: Bounds, sink: Sink) -> Run:
+        """Follow a run that another daemon started, or say how it ended.
 
-    def keep_secrets(self, task_id: int, secrets: Mapping[str, str]) -> Deferred[None]:
-        """Keep the secrets of a task that waits; fires when they are safe on disk.
-
-        They are gone as soon as the run has them. Fails with `StoreUnavailable`.
+        `Exit.unstarted` is told only if no shim has begun and the permit is valid. In
+        any other case of doubt the run is lost.
         """
 
-    def secrets(self, task_id: int) -> Deferred[Mapping[str, str] | None]:
+    def bar(self, task_id: int) -> bool:
+        """Make sure that no shim begins with this task; False: one has."""
+
+    def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:
+        """Fire with those of the processes, and what is below them, that still run."""
+
+    def keep_secrets(
+        self, secrets: Mapping[str, str], name: str | None = None
+    ) -> Deferred[str]:
+        """Keep the secrets of a task that waits; fires with a name when they are on disk.
+
+        Under a given name they replace what was there. Fails with `StoreUnavailable`.
+        """
+
+    def secrets(self, task_id: int, name: str | None) -> Deferred[Mapping[str, str] | None]:
         """Fire with the secrets that are kept, None if there are none (any more).
 
         Fails with `StoreUnavailable` if nobody can know now.
         """
 
-    def forget_secrets(self, task_id: int) -> None:
+    def forget_secrets(self, task_id: int, name: str | None) -> None:
         """Remove the secrets of a task that will not start any more."""
+
+    def forget_other_secrets(self, names: AbstractSet[str]) -> Deferred[None]:
+        """Remove all secrets but those of these names."""
+
+    def note_kill(self, task_id: int, by: str) -> None:
+        """Leave word for the next daemon that a kill was asked for."""
+
+    def noted_kill(self, task_id: int) -> str | None:
+        """Return who asked for a kill that an earlier daemon has left word of."""
 
     def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
         """Remove what is kept of ended runs."""
@@ -89,24 +148,50 @@ class Executor(Protocol):
         """Fire with the numbers of the runs of which anything is kept."""
 
 
+@frozen
+class Reading:
+    """What the clocks of the host said at one moment, in seconds, and where that was."""
+
+    boot: str
+    """The kernel's id of this boot (``/proc/sys/kernel/random/boot_id``)."""
+    uptime: float
+    """Time since the boot, including suspend (``CLOCK_BOOTTIME``)."""
+    wall: float
+    """Time since the epoch, as the host believes."""
+    steady: float
+    """The same moment by the `SteadyClock`."""
+    place: str
+    """See `Executor.place`."""
+
+    def elsewhere(self, now: "Reading") -> bool:
+        """Return whether a later reading comes from a copy of the state.
+
+        The number of a device may change with a boot; the others do not.
+        """
+        if self.boot == now.boot:
+            return self.place != now.place
+        return self.place.split()[1:] != now.place.split()[1:]
+
+
 class TaskStore(Protocol):
     """Keeps one record per task. Each Deferred fires when the record is safe on disk.
 
     All of them fail with `StoreUnavailable` if the store cannot be used at the moment.
     """
 
-    def create(
-        self, spec: TaskSpec, created_at: float, key: str | None = None
-    ) -> Deferred[TaskSnapshot]:
+    def create(self, new: NewTask) -> Deferred[TaskSnapshot]:
         """Record a new task; its number is higher than any before, for ever."""
 
     def by_key(
         self, key: str, user: str | None, since: float
     ) -> Deferred[TaskSnapshot | None]:
-        """Fire with the newest task with this key of a user that was created since."""
+        """Fire with the newest task with this key of a user.
 
-    def reserve(self, number: int) -> Deferred[None]:
-        """Give no task this number or a lower one any more."""
+        It must have been created since, by the `SteadyClock`.
+        """
+
+    def reserve(self, number: int) -> Deferred[int]:
+        """Give no task this number or a lower one; fires with the last one given."""
 
     def save(self, snapshot: TaskSnapshot) -> Deferred[None]:
         """Record how a task stands now."""
@@ -133,13 +218,27 @@ class TaskStore(Protocol):
         restarts, and are never given again.
         """
 
-    def unfinished(self) -> Deferred[list[TaskSnapshot]]:
-        """Fire with the tasks that have not ended, oldest first."""
+    def take_up(self) -> Deferred[list[TaskSnapshot]]:
+        """Fire with the tasks that have not ended or hold their target, oldest first.
 
-    def expired(self, keep: Keep, now: float, limit: int) -> Deferred[list[int]]:
+        The revision of each is recorded as `RESTART` higher than it was: beyond any
+        that an earlier daemon may have announced without recording it.
+        """
+
+    def reading(self) -> Deferred[Reading | None]:
+        """Fire with the reading of the clocks that was kept last, None if none was."""
+
+    def keep_reading(self, reading: Reading) -> Deferred[None]:
+        """Keep a reading of the clocks, in place of the last."""
+
+    def newest_time(self) -> Deferred[float | None]:
+        """Fire with the newest time, by the wall clock, in any record."""
+
+    def expired(self, keep: Keep, steady: float, limit: int) -> Deferred[list[int]]:
         """Fire with the numbers of ended tasks that need not be kept, oldest first.
 
-        A task with an idempotency key is kept as long as the key counts.
+        Ages are by the `SteadyClock`. A task with an idempotency key is kept as long as
+        the key counts, one that holds its target as long as it does.
         """
 
     def existing(self, task_ids: Sequence[int]) -> Deferred[set[int]]:

@@ -1,15 +1,14 @@
 """Runs commands, each below a shim of its own, and follows those of an earlier daemon."""
 
 import json
-import os
 import py_compile
 import resource
-import shutil
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
+from errno import EAGAIN, EMFILE, ENFILE, ENOMEM
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ahocorasick_rs
 from attrs import frozen
@@ -20,29 +19,23 @@ from twisted.internet.interfaces import (
     IReactorTime,
 )
 from twisted.internet.protocol import ProcessProtocol
-from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from pulsar_api import mask, shim, strays
 from pulsar_api.errors import StoreUnavailable
+from pulsar_api.machine import USUAL, LocalMachine, Machine
 from pulsar_api.ports import Bounds, Run, Sink
-from pulsar_api.runs import AdoptedRun, ShimProtocol, alive, terminate
-from pulsar_api.task import Command, Exit
+from pulsar_api.runs import AdoptedRun, ShimProtocol, alive
+from pulsar_api.task import Command, Exit, Process
 
 _log = Logger()
-
-ROOM = 1 << 20
-"""Bytes that must be free on the disk for a new task to be taken."""
 
 MOST_ANSWER = 256 * 1024
 """Bytes of what a command answers, see `ask`."""
 
 _LIBRARY = str(Path(ahocorasick_rs.__file__).parents[1])
 """Where the shim finds what it masks secrets with."""
-
-USUAL = (sys.executable, "-I", "-S", shim.__file__)
-"""How a shim is started."""
 
 
 def compiled(folder: Path) -> Sequence[str]:
@@ -68,134 +61,240 @@ def end_all(state: Path) -> list[int]:
     For an operator who has stopped the daemon; each shim then ends its task's tree and
     keeps the result for the next daemon.
     """
+    machine = LocalMachine(None)
     folders = (state / "tasks").glob("[0-9]*")
-    found = sorted(int(folder.name) for folder in folders if alive(folder) > 0)
+    found = sorted(int(folder.name) for folder in folders if alive(machine, folder) > 0)
     for number in found:
-        terminate(state / "tasks" / str(number))
+        machine.terminate(state / "tasks" / str(number))
     return found
+
+
+PASSING = {*shim.NO_SPACE, EAGAIN, EMFILE, ENFILE, ENOMEM}
+"""Errors at a start that come from what is scarce now and may not be later."""
+
+PERMIT = "start"
+"""The file in a task's folder that allows a shim to begin."""
 
 
 @frozen
 class ShimExecutor:
     """Runs each command below a shim, in a folder per task."""
 
-    _reactor: Any
-    """Starts processes and has a thread pool; no interface says both."""
+    _machine: Machine
     _clock: IReactorTime
     _tasks: Path
+    _new_name: Callable[[], str]
+    """Returns a name that nobody can guess and that never comes again."""
     _umask: int = 0o022
     _files: int = 0
     """The soft limit of open files that commands get; 0: the daemon's."""
-    _launcher: Sequence[str] = USUAL
+
+    @property
+    def _secrets(self) -> Path:
+        return self._tasks.parent / "secrets"
 
     def check(self) -> None:
         """Raise `StoreUnavailable` if there is no room, or the folder is no use."""
+        self._machine.check_room(self._tasks)
+
+    def place(self) -> str:
+        """Return what tells the folders of this executor from copies of them."""
+        state = self._machine.identity(self._tasks.parent)
+        tasks = self._machine.identity(self._tasks)
+        return f"{state.device} {state.inode} {tasks.inode}"
+
+    def permit(self, task_id: int) -> Deferred[str]:
+        """Allow the start of a task; fires with a name for this permit."""
+        machine, folder = self._machine, self._tasks / str(task_id)
+
+        def make() -> str:
+            try:
+                machine.make_folder(folder)
+                machine.write(folder / PERMIT, self._permitted(folder))
+                machine.sync(folder / PERMIT)
+                machine.sync(folder)
+                machine.sync(self._tasks)
+                return self._permit_name(folder)
+            except OSError as e:
+                raise _unavailable(folder, e) from None
+
+        return machine.in_thread(make)
+
+    def _permitted(self, folder: Path) -> bytes:
+        """Return what a permit says that is given now."""
+        lines = [f"boot {self._machine.boot_id()}"]
+        for name, path in (("state", self._tasks.parent), ("folder", folder)):
+            found = self._machine.identity(path)
+            lines.append(f"{name} {found.device} {found.inode}")
+        return "".join(f"{line}\n" for line in lines).encode()
+
+    def _permit_name(self, folder: Path) -> str:
+        # The time of its last change cannot be copied with the file: it tells a folder
+        # that was restored even if it got the very inodes of the old one.
+        found = self._machine.identity(folder / PERMIT)
+        return f"{self._permitted(folder).decode()}permit {found.inode} {found.changed}"
+
+    def _is_valid(self, folder: Path, permit: str | None) -> bool:
+        """Return whether a permit was given in this boot and to this very folder."""
         try:
-            disk = os.statvfs(self._tasks)
-        except OSError as e:
-            raise StoreUnavailable(f"{self._tasks}: {e.strerror}") from None
-        if not os.access(self._tasks, os.W_OK | os.X_OK, effective_ids=True):
-            raise StoreUnavailable(f"{self._tasks} is not writable")
-        if disk.f_bavail * disk.f_frsize < ROOM or (disk.f_files and not disk.f_favail):
-            text = f"less than {ROOM >> 20} MiB is free on the disk of {self._tasks}"
-            raise StoreUnavailable(text, full=True)
+            text = self._machine.read(folder / PERMIT)
+            return text == self._permitted(folder) and permit == self._permit_name(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> Run:
         """Start a command. Whatever goes wrong is told to the sink, as an end."""
         folder = self._tasks / str(task_id)
-        protocol = ShimProtocol(self._clock, folder, sink)
+        run = ShimProtocol(self._machine, self._clock, folder, bounds, sink)
         try:
-            folder.mkdir(mode=0o700, exist_ok=True)
+            self._take_secrets(folder, command)
             self._write_spec(folder, command, bounds)
-            claim = folder / "lock"
-            if claim.exists() and claim.stat().st_size == 0:
-                # Ours, from when it was made sure that an earlier shim never started. If
-                # that one comes now after all, it is faster or ours is, never both.
-                claim.unlink()
-            # No path, uid or gid: with them Twisted forks the whole daemon. The shim
-            # changes directory itself.
-            self._reactor.spawnProcess(
-                protocol,
-                self._launcher[0],
-                [*self._launcher, str(folder)],
-                env={},
-                childFDs={0: "w", 1: "r", 2: "r"},
-            )
+            self._machine.spawn(run, folder)
         except OSError as e:
             error = f"cannot start: {e.strerror}: {e.filename or folder}"
-            protocol.end(Exit(error=error))
-        return protocol
+            # No process was made, so it can be tried again.
+            passing = e.errno in PASSING
+            run.end(Exit(error=error, unstarted=passing, passing=passing))
+        return run
 
-    def adopt(self, task_id: int, sink: Sink) -> Run:
+    def _take_secrets(self, folder: Path, command: Command) -> None:
+        """Move the file of the secrets to where the shim removes it."""
+        if command.secret_file is not None:
+            with suppress(FileNotFoundError):
+                old = self._secrets / command.secret_file
+                self._machine.rename(old, folder / "secrets")
+
+    def adopt(self, task_id: int, permit: str | None, bounds: Bounds, sink: Sink) -> Run:
         """Follow a run that another daemon started, or say how it ended."""
-        return AdoptedRun(self._clock, self._tasks / str(task_id), sink)
+        folder = self._tasks / str(task_id)
+        valid = partial(self._is_valid, folder, permit)
+        return AdoptedRun(self._machine, self._clock, folder, bounds, sink, valid)
+
+    def bar(self, task_id: int) -> bool:
+        """Make sure that no shim begins with this task; False: one has."""
+        try:
+            return self._machine.claim(self._tasks / str(task_id) / "lock")
+        except FileNotFoundError:
+            return True
+
+    def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:
+        """Fire with those of the processes, and what is below them, that still run."""
+        return self._machine.living(processes)
 
     def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
         """Remove the folders of ended runs, in a thread: a large file takes its time."""
+        machine = self._machine
 
         def remove() -> None:
             for task_id in task_ids:
                 folder = self._tasks / str(task_id)
                 # What cannot be removed now is at the next start.
-                with suppress(OSError):
-                    if not alive(folder):
-                        shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError, ValueError):
+                    if not alive(machine, folder):
+                        machine.remove_folder(folder)
 
-        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), remove)
+        return machine.in_thread(remove)
 
     def kept(self) -> Deferred[list[int]]:
         """Fire with the numbers that have a folder, lowest first."""
 
         def look() -> list[int]:
             try:
-                return sorted(int(n) for n in os.listdir(self._tasks) if n.isdigit())
+                names = self._machine.names(self._tasks)
             except FileNotFoundError:
                 return []
+            return sorted(int(n) for n in names if n.isdecimal() and n.isascii())
 
-        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), look)
+        return self._machine.in_thread(look)
 
-    def keep_secrets(self, task_id: int, secrets: Mapping[str, str]) -> Deferred[None]:
+    def keep_secrets(
+        self, secrets: Mapping[str, str], name: str | None = None
+    ) -> Deferred[str]:
         """Keep the secrets of a task that waits, in a thread: it syncs."""
-        folder = self._tasks / str(task_id)
+        machine = self._machine
+        path = self._secrets / (name or self._new_name())
 
-        def write() -> None:
+        def write() -> str:
+            temporary = path.with_name(f"{path.name}.tmp")
             try:
-                folder.mkdir(mode=0o700, exist_ok=True)
-                _write_synced(folder / "secrets", json.dumps(dict(secrets)).encode())
-                _sync(self._tasks)
+                machine.make_folder(self._secrets)
+                machine.write(temporary, json.dumps(dict(secrets)).encode())
+                machine.sync(temporary)
+                machine.rename(temporary, path)
+                machine.sync(self._secrets)
+                machine.sync(self._tasks.parent)
             except OSError as e:
-                full = e.errno in shim.NO_SPACE
-                raise StoreUnavailable(f"{folder}: {e.strerror}", full=full) from None
+                raise _unavailable(path, e) from None
+            return path.name
 
-        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), write)
+        return machine.in_thread(write)
 
-    def secrets(self, task_id: int) -> Deferred[Mapping[str, str] | None]:
+    def secrets(self, task_id: int, name: str | None) -> Deferred[Mapping[str, str] | None]:
         """Fire with the secrets that are kept, or None."""
-        path = self._tasks / str(task_id) / "secrets"
+        # A daemon that has died may have moved them already, see `start`.
+        paths = [self._tasks / str(task_id) / "secrets"]
+        if name is not None:
+            paths.insert(0, self._secrets / name)
 
         def read() -> Mapping[str, str] | None:
-            try:
-                found: Mapping[str, str] = json.loads(path.read_bytes())
-            except (FileNotFoundError, ValueError):
-                return None
-            except OSError as e:
-                raise StoreUnavailable(f"{path}: {e.strerror}") from None
-            return found
+            for path in paths:
+                try:
+                    found: Mapping[str, str] = json.loads(self._machine.read(path))
+                except (FileNotFoundError, ValueError):
+                    continue
+                except OSError as e:
+                    raise _unavailable(path, e) from None
+                return found
+            return None
 
-        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), read)
+        return self._machine.in_thread(read)
 
-    def forget_secrets(self, task_id: int) -> None:
+    def forget_secrets(self, task_id: int, name: str | None) -> None:
         """Remove what holds the secrets of a task that will not start any more."""
-        for name in ("secrets", "secrets.tmp", "spec", "spec.tmp"):
+        folder = self._tasks / str(task_id)
+        paths = [folder / name for name in ("secrets", "secrets.tmp", "spec", "spec.tmp")]
+        if name is not None:
+            paths += [self._secrets / name, self._secrets / f"{name}.tmp"]
+        for path in paths:
             with suppress(OSError):
-                (self._tasks / str(task_id) / name).unlink()
+                self._machine.remove(path)
+
+    def forget_other_secrets(self, names: AbstractSet[str]) -> Deferred[None]:
+        """Remove all secrets but those of these names."""
+
+        def remove() -> None:
+            with suppress(OSError):
+                for name in self._machine.names(self._secrets):
+                    if name not in names:
+                        self._machine.remove(self._secrets / name)
+
+        return self._machine.in_thread(remove)
+
+    def note_kill(self, task_id: int, by: str) -> None:
+        """Leave word for the next daemon that a kill was asked for."""
+        folder = self._tasks / str(task_id)
+        try:
+            self._machine.make_folder(folder)
+            self._machine.write(folder / "kill", by.encode())
+            self._machine.sync(folder / "kill")
+            self._machine.sync(folder)
+        except OSError as e:
+            _log.error("The kill of task {id} cannot be noted: {e}", id=task_id, e=e)
+
+    def noted_kill(self, task_id: int) -> str | None:
+        """Return who asked for a kill that an earlier daemon has left word of."""
+        with suppress(OSError):
+            path = self._tasks / str(task_id) / "kill"
+            return self._machine.read(path).decode("utf-8", "replace")
+        return None
 
     def _write_spec(self, folder: Path, command: Command, bounds: Bounds) -> None:
         if command.last_line is not None:
             # For whoever reads the result, perhaps a later daemon with other settings.
             # A secret may be in it, and then the output does not have it.
             line = command.last_line.encode()
-            (folder / "promise").write_bytes(mask.masked(line, command.secrets))
+            promise = mask.masked(line, command.secrets)
+            self._machine.write(folder / "promise", promise)
         fields = [
             *(f"{n:.3f}" for n in (bounds.grace, bounds.total, bounds.silence)),
             *(str(n) for n in (bounds.max_output, self._umask, self._files)),
@@ -209,32 +308,14 @@ class ShimExecutor:
         ]
         # Always UTF-8, whatever the locale; odd bytes of our own environment stay as is.
         data = "".join(f"{text}\0" for text in fields).encode("utf-8", "surrogateescape")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        fd = os.open(folder / "spec.tmp", flags, 0o600)
-        with open(fd, "wb") as file:
-            file.write(data)
         # A shim that comes late, from before a restart, must not read half of it.
-        os.rename(folder / "spec.tmp", folder / "spec")
+        self._machine.write(folder / "spec.tmp", data)
+        self._machine.rename(folder / "spec.tmp", folder / "spec")
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    """Write a file that only its owner can read: all or nothing, and on disk."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(os.open(temporary, flags, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _unavailable(path: Path, error: OSError) -> StoreUnavailable:
+    full = error.errno in shim.NO_SPACE
+    return StoreUnavailable(f"{path}: {error.strerror}", full=full)
 
 
 class _Answer(ProcessProtocol):

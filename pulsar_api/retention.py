@@ -1,6 +1,6 @@
 """Removes what need not be kept of the past: records of ended tasks, and their output."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from attrs import define, field
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -9,6 +9,7 @@ from twisted.logger import Logger
 from pulsar_api.background import own
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.ports import Executor, Keep, TaskStore
+from pulsar_api.steady import SteadyClock
 
 _log = Logger()
 
@@ -26,8 +27,7 @@ class Retention:
     _store: TaskStore
     _executor: Executor
     _clock: IReactorTime
-    _now: Callable[[], float]
-    """The seconds since the epoch."""
+    _time: SteadyClock
     _keep: Keep
     _next: IDelayedCall | None = field(default=None, init=False)
     _stopped: bool = field(default=False, init=False)
@@ -48,9 +48,16 @@ class Retention:
         own(self._tidy())
 
     async def _tidy(self) -> None:
+        try:
+            reading = self._time.reading(self._executor.place())
+            await self._store.keep_reading(reading)
+        except (OSError, StoreUnavailable) as e:
+            _log.error("Cannot keep what time it is: {e}", e=e)
+            return
         while not self._stopped:
             try:
-                old = await self._store.expired(self._keep, self._now(), _STEP)
+                steady = self._time.steady()
+                old = await self._store.expired(self._keep, steady, _STEP)
                 await self._store.forget(old)
             except StoreUnavailable as e:
                 _log.error("Cannot remove old tasks: {e}", e=e)

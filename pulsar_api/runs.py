@@ -1,21 +1,23 @@
 """Runs of commands, each below a shim: one of ours, or one of an earlier daemon."""
 
-import fcntl
-import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from attrs import define, evolve, field
+from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
 from twisted.internet.interfaces import IDelayedCall, IProcessTransport, IReactorTime
 from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from pulsar_api import shim, strays
-from pulsar_api.output import Output, Record
-from pulsar_api.ports import Sink
+from pulsar_api import shim
+from pulsar_api.background import own
+from pulsar_api.machine import Machine
+from pulsar_api.output import Record
+from pulsar_api.ports import Bounds, Sink
 from pulsar_api.task import Cause, Exit
 
 _log = Logger()
@@ -23,19 +25,33 @@ _log = Logger()
 LOOK = 0.25
 """Seconds between two looks at a run that was adopted."""
 
-SWEEP = 5.0
-"""Seconds for which the processes of a lost task are killed; some are in the kernel."""
+MARGIN = 5.0
+"""Seconds that a shim is given beyond its own deadlines before the daemon acts."""
+
+AGAIN = 1.0
+"""Seconds until a shim that does not act is told again."""
+
+NOTHING = (FileNotFoundError, NotADirectoryError)
+"""What is raised where there is no file, or no folder in which it could be."""
 
 _PRINTED = frozenset({shim.STDOUT, shim.STDERR})
 _TROUBLE = 4096  # bytes of a shim's own complaint that are kept
 
 
-def read_exit(folder: Path) -> Exit | None:
+def read_exit(machine: Machine, folder: Path) -> Exit | None:
     """Return the result that a shim has written, or None if there is none yet."""
     try:
-        lines = (folder / "exit").read_bytes().decode("utf-8", "replace").split("\n")
-    except FileNotFoundError:
+        data = machine.read(folder / "exit")
+    except NOTHING:
         return None
+    try:
+        return _parse_exit(data)
+    except (KeyError, ValueError):
+        return Exit(error="The file with its result is damaged.", lost=True)
+
+
+def _parse_exit(data: bytes) -> Exit:
+    lines = data.decode("utf-8", "replace").split("\n")
     found = dict(line.partition(" ")[::2] for line in lines)
     number = found.get("signal")
     return Exit(
@@ -56,41 +72,112 @@ def _signal_name(number: int) -> str:
         return f"SIGRTMIN+{number - signal.SIGRTMIN}"
 
 
-def alive(folder: Path) -> int:
+def alive(machine: Machine, folder: Path) -> int:
     """Return the process number of the folder's shim, 0 if it is not alive.
 
     The lock says so beyond doubt; a number alone might be somebody else's by now.
     """
     try:
-        with (folder / "lock").open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return int(file.read() or 0) or -1
-    except FileNotFoundError:
-        pass
-    return 0
+        return machine.holder(folder / "lock")
+    except NOTHING:
+        return 0
 
 
-def terminate(folder: Path) -> None:
-    """Send TERM to the shim of a folder, and to nobody else."""
-    with suppress(OSError):
-        handle = os.pidfd_open(alive(folder))
-        try:
-            # If it still holds the lock, the handle is the shim's.
-            if alive(folder) > 0:
-                signal.pidfd_send_signal(handle, signal.SIGTERM)
-        finally:
-            os.close(handle)
+@define(eq=False)
+class Watch:
+    """Acts for a shim that cannot: one that a task or an operator has stopped.
+
+    It repeats what the shim was told, and wakes it when one of its clocks has run out.
+    If it is still stopped `MARGIN` after it should have been done, ``force`` is called.
+    """
+
+    _machine: Machine
+    _clock: IReactorTime
+    _folder: Path
+    _bounds: Bounds
+    _force: Callable[[Cause], None]
+    _began: float = field(init=False)
+    _printed: float = field(init=False)
+    _killed: bool = field(default=False, init=False)
+    _late: float | None = field(default=None, init=False)
+    """From when on a shim that is stopped is ended by force."""
+    _cause: Cause = field(default=Cause.KILL, init=False)
+    _call: IDelayedCall | None = field(default=None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._began = self._printed = self._clock.seconds()
+        self._wait()
+
+    def printed(self) -> None:
+        """Note that the task has printed something."""
+        self._printed = self._clock.seconds()
+
+    def kill(self) -> None:
+        """Note that the shim was told to end the task."""
+        if not self._killed:
+            self._killed = True
+            self._cause = Cause.KILL
+            self._late = self._clock.seconds() + self._bounds.grace + MARGIN
+            self.stop()
+            self._call = self._clock.callLater(AGAIN, self._look)
+
+    def stop(self) -> None:
+        """Act no more."""
+        if self._call is not None and self._call.active():
+            self._call.cancel()
+
+    def _due(self) -> tuple[float, Cause] | None:
+        """Return when a clock of the shim has run out for certain, and which."""
+        bounds = self._bounds
+        found = []
+        if bounds.total:
+            found.append((self._began + bounds.total + MARGIN, Cause.TIMEOUT))
+        if bounds.silence:
+            found.append((self._printed + bounds.silence + MARGIN, Cause.SILENCE))
+        return min(found, default=None)
+
+    def _wait(self) -> None:
+        due = self._due()
+        if due is not None:
+            wait = max(0.0, due[0] - self._clock.seconds())
+            self._call = self._clock.callLater(wait, self._look)
+
+    def _look(self) -> None:
+        now = self._clock.seconds()
+        if self._late is None:
+            due = self._due()
+            if due is None or now < due[0]:  # it has printed since
+                self._wait()
+                return
+            self._cause = due[1]
+            self._late = now + self._bounds.grace + MARGIN
+        stopped = self._machine.wake(self._folder)
+        if self._killed:
+            self._machine.terminate(self._folder)
+        if stopped and now >= self._late:
+            self._force(self._cause)
+        else:
+            self._call = self._clock.callLater(AGAIN, self._look)
 
 
 @define(eq=False)
 class _Following:
     """What both kinds of run share: telling the sink, once, how it ended."""
 
+    _machine: Machine
     _clock: IReactorTime
     _folder: Path
+    _bounds: Bounds
     _sink: Sink | None
+    _watch: Watch = field(init=False)
+    _ending: bool = field(default=False, init=False)
+    """Whether the daemon itself ends the task by force, or what is left of it."""
+
+    def watch(self) -> None:
+        """Begin to act for a shim that cannot."""
+        self._watch = Watch(
+            self._machine, self._clock, self._folder, self._bounds, self._force
+        )
 
     def end(self, exit: Exit) -> None:
         """Tell the sink soon (never while it is being made) and for the last time."""
@@ -98,40 +185,56 @@ class _Following:
 
     def result(self) -> Exit | None:
         """Return the result that is on disk, judged by the command's promise."""
-        exit = read_exit(self._folder)
+        exit = read_exit(self._machine, self._folder)
         if exit is None or exit.code != 0:
             return exit
         try:
-            promised = (self._folder / "promise").read_bytes()
+            promised = self._machine.read(self._folder / "promise")
         except FileNotFoundError:
             return exit
-        return evolve(exit, good=Output(self._folder).last_line() == promised)
+        last = self._machine.output(self._folder).last_line()
+        return evolve(exit, good=last == promised)
 
-    def lost(self, why: str) -> Exit:
-        """Return the end of a run of which nobody can know how it ended.
+    def lost(self, why: str, *, numbers: bool) -> None:
+        """End what is left of a run of which nobody can know how it ended; then tell.
 
         Raises `OSError` if the folder of all runs is away: then nobody knows yet.
         """
-        os.stat(self._folder.parent)
-        size = Output(self._folder).size()
-        return Exit(error=why, lost=True, output_size=size)
+        self._machine.identity(self._folder.parent)
+        self._end_all(Exit(error=why, lost=True), numbers=numbers)
 
-    def sweep(self, exit: Exit) -> None:
-        """End what a lost task has left, and tell its end when nothing of it is left."""
-        until = self._clock.seconds() + SWEEP
+    def _force(self, cause: Cause) -> None:
+        _log.error("The shim in {folder} is stopped; it is killed", folder=self._folder)
+        self._end_all(Exit(cause=cause, forced=True), numbers=True)
 
-        def again() -> None:
+    def _end_all(self, exit: Exit, *, numbers: bool) -> None:
+        if self._ending:
+            return
+        self._ending = True
+        self._watch.stop()
+        own(self._end_by_force(exit, numbers))
+
+    async def _end_by_force(self, exit: Exit, numbers: bool) -> None:  # noqa: FBT001
+        while True:
             try:
-                found = strays.kill(self._folder)
+                left = await self._machine.end(self._folder, numbers=numbers)
+                size = self._size()
+                found = None if exit.lost else self.result()
             except OSError as e:
                 self.cannot_read(e)
-                found = True
-            if found and self._clock.seconds() < until:
-                self._clock.callLater(0.02, again)
+                wait: Deferred[None] = Deferred()
+                self._clock.callLater(LOOK, wait.callback, None)
+                await wait
             else:
-                self._tell_end(exit)
+                break
+        # It may have done its work in the last moment.
+        self._tell_end(found or evolve(exit, left=left, output_size=size))
 
-        self._clock.callLater(0, again)
+    def _size(self) -> int:
+        try:
+            return self._machine.output(self._folder).size()
+        except NotADirectoryError:
+            return 0
 
     def cannot_read(self, error: OSError) -> None:
         """Log why the end is not known yet: no more descriptors, a disk that is ill."""
@@ -140,9 +243,11 @@ class _Following:
     def detach(self) -> None:
         """Stop telling."""
         self._sink = None
+        self._watch.stop()
 
     def _tell_end(self, exit: Exit) -> None:
         sink, self._sink = self._sink, None
+        self._watch.stop()
         if sink is not None:
             sink.ended(exit)
 
@@ -150,6 +255,7 @@ class _Following:
         if self._sink is None:
             return
         if record.code in _PRINTED:
+            self._watch.printed()
             self._sink.printed(record.number)
         elif record.code == shim.STARTED:
             self._sink.started(record.number)
@@ -166,6 +272,9 @@ class ShimProtocol(_Following, ProcessProtocol):
     _other: "AdoptedRun | None" = field(default=None, init=False)
     """The run of a shim that was faster than ours."""
     transport: IProcessTransport = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.watch()
 
     def detach(self) -> None:
         """Stop telling."""
@@ -206,8 +315,10 @@ class ShimProtocol(_Following, ProcessProtocol):
         if self._other is not None:
             self._other.kill()
         elif self._ready:
+            self._watch.kill()
             with suppress(ProcessExitedAlready):
                 self.transport.signalProcess("TERM")
+                self.transport.signalProcess(signal.SIGCONT)  # it may be stopped
 
     def processEnded(self, reason: Failure) -> None:
         """Take the result from the disk."""
@@ -217,23 +328,28 @@ class ShimProtocol(_Following, ProcessProtocol):
         end = reason.value
         assert isinstance(end, ProcessDone | ProcessTerminated)
         if end.exitCode == shim.TAKEN and self._sink is not None:
-            self._other = AdoptedRun(self._clock, self._folder, self._sink)
+            self._watch.stop()
+            self._other = AdoptedRun(
+                self._machine, self._clock, self._folder, self._bounds, self._sink
+            )
             if self._killed:
                 self._other.kill()
             return
         if not self._ready:
             # Nobody will read it, and it may hold secrets.
             with suppress(OSError):
-                (self._folder / "spec").unlink()
+                self._machine.remove(self._folder / "spec")
         how = _signal_name(end.signal) if end.signal else f"exit status {end.exitCode}"
         self._conclude(trouble.rpartition("\n")[2] or how)
 
     def _conclude(self, why: str) -> None:
+        if self._ending:
+            return
         try:
             exit = self.result()
             if exit is None and self._ready:
-                lost = self.lost(f"The process that watched the command ended: {why}.")
-                self.sweep(lost)
+                why = f"The process that watched the command ended: {why}."
+                self.lost(why, numbers=True)
                 return
         except OSError as e:
             self.cannot_read(e)
@@ -250,20 +366,24 @@ class ShimProtocol(_Following, ProcessProtocol):
 class AdoptedRun(_Following):
     """Follows a shim that is not our child, by looking at its files."""
 
+    _is_valid: Callable[[], bool] = lambda: True
+    """Whether the permit to start it is of this boot, and of this very folder."""
     _seen: int = field(default=0, init=False)
     _killed: bool = field(default=False, init=False)
     _look: IDelayedCall = field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        self.watch()
         # What is on disk is told before anybody can ask for it.
         with suppress(OSError):
             self._news()
         self._look = self._clock.callLater(0, self._check)
 
     def kill(self) -> None:
-        """Let the shim end the tree; asked again at each look, as it may not hear yet."""
+        """Let the shim end the tree; told again for as long as it has not ended."""
         self._killed = True
-        terminate(self._folder)
+        self._watch.kill()
+        self._machine.terminate(self._folder)
 
     def detach(self) -> None:
         """Stop looking."""
@@ -272,34 +392,55 @@ class AdoptedRun(_Following):
             self._look.cancel()
 
     def _check(self) -> None:
+        if self._ending:
+            return
         try:
             self._look_at_it()
         except OSError as e:
             self.cannot_read(e)
-            self._look = self._clock.callLater(LOOK, self._check)
+            self._look_later()
+
+    def _look_later(self) -> None:
+        self._look = self._clock.callLater(LOOK, self._check)
 
     def _look_at_it(self) -> None:
         # In this order: what is dead now has written its result before.
-        begun = self._seen > 0 or not self._never_started()
-        lives = alive(self._folder) != 0
-        self._news()
+        lock = self._folder / "lock"
+        try:
+            begun, lives = True, self._machine.holder(lock) != 0
+        except NOTHING:
+            begun = lives = False
+        with suppress(NotADirectoryError):
+            self._news()
         exit = self.result()
         if exit is not None:
             self._tell_end(exit)
         elif lives:
             if self._killed:
-                terminate(self._folder)
-            self._look = self._clock.callLater(LOOK, self._check)
-        elif not begun:
+                self._machine.terminate(self._folder)
+            self._look_later()
+        elif begun:
+            why = "The process that watched the command is gone and left no result."
+            self.lost(why, numbers=self._is_valid())
+        elif self._is_valid():
             error = "The daemon ended before the command was started."
             self._tell_end(Exit(error=error, unstarted=True))
         else:
-            why = "The process that watched the command is gone and left no result."
-            self.sweep(self.lost(why))
+            # From here on no shim can begin, should one come late.
+            with suppress(*NOTHING):
+                if not self._machine.claim(lock):
+                    self._look_later()
+                    return
+            why = (
+                "The daemon ended when the command was about to start, and nothing proves "
+                "that it did not: the machine has booted since, or the files of the task "
+                "are not those of then."
+            )
+            self.lost(why, numbers=False)
 
     def _news(self) -> None:
         printed = None
-        for record in Output(self._folder).records(self._seen):
+        for record in self._machine.output(self._folder).records(self._seen):
             self._seen += 1
             if record.code in _PRINTED:
                 printed = record
@@ -307,13 +448,3 @@ class AdoptedRun(_Following):
                 self._read(record)
         if printed is not None:
             self._read(printed)
-
-    def _never_started(self) -> bool:
-        """Return whether no shim has begun, and if so make sure that none ever will."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        lock = self._folder / "lock"
-        self._folder.mkdir(mode=0o700, exist_ok=True)
-        with suppress(FileExistsError):
-            os.close(os.open(lock, flags, 0o600))
-        # A shim's lock has its number in it from the first moment on, ours is empty.
-        return lock.stat().st_size == 0

@@ -1,9 +1,9 @@
 """What can be done with tasks: create, find, list, kill; the queue; start and end."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from attrs import define, evolve, field, frozen
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
@@ -19,10 +19,12 @@ from pulsar_api.errors import (
     StoreUnavailable,
     UnknownTask,
 )
-from pulsar_api.ports import Bounds, Executor, Keep, Run, TaskStore
+from pulsar_api.ports import Bounds, Executor, Keep, NewTask, Run, TaskStore
 from pulsar_api.retention import Retention
+from pulsar_api.steady import SteadyClock
 from pulsar_api.task import (
     KEY_LIFE,
+    Cause,
     Command,
     Exit,
     News,
@@ -33,6 +35,7 @@ from pulsar_api.task import (
     TaskSpec,
     Within,
     judge,
+    listed,
 )
 
 _log = Logger()
@@ -40,9 +43,13 @@ _log = Logger()
 RETRY = 1.0
 """Seconds until the next try when the store is not usable."""
 
-MAX_ID = 2**63 - 1
+LEAVE = 5.0
+"""Seconds that a stop waits for records; what is not done then is the next daemon's."""
 
-_RESTART = 1000  # more revisions than one daemon ever announces without saving
+LOOK = 1.0
+"""Seconds between two looks at processes that hold a target."""
+
+MAX_ID = 2**63 - 1
 
 
 @frozen
@@ -65,6 +72,16 @@ class _Live:
     newest: TaskSnapshot
     run: Run | None = None
     kill: bool = False
+    saved: int = 0
+    """The newest revision that is on disk for certain."""
+    pause: Deferred[None] | None = None
+    later: bool = False
+    """Whether the next daemon starts it."""
+
+    def wake(self) -> None:
+        """End the pause of a task that waits for the disk."""
+        if self.pause is not None and not self.pause.called:
+            self.pause.callback(None)
 
     # What a run tells (`Sink`).
 
@@ -95,9 +112,8 @@ class TaskService:
     _store: TaskStore
     _executor: Executor
     _clock: IReactorTime
-    """For durations. Nothing but ``now`` knows the date, which may jump."""
-    _now: Callable[[], float]
-    """The seconds since the epoch."""
+    """For durations. Nothing but ``time`` knows the date, which may jump."""
+    _time: SteadyClock
     _commands: Callable[[], Awaitable[Commands]]
     _limits: Limits
     created: Changes = field(init=False)
@@ -106,10 +122,15 @@ class TaskService:
     """Its version grows with each record; see `news`."""
     _waiting: dict[int, _Live] = field(factory=dict, init=False)
     _running: dict[int, _Live] = field(factory=dict, init=False)
+    _held: dict[int, _Live] = field(factory=dict, init=False)
+    """Tasks that have ended and hold their target."""
     _creating: list[str] = field(factory=list, init=False)
     _keys: set[tuple[str | None, str]] = field(factory=set, init=False)
     _retention: Retention = field(init=False)
     _stopping: bool = field(default=False, init=False)
+    _gone: bool = field(default=False, init=False)
+    """Whether what is not done yet is left to the next daemon."""
+    _pauses: dict[Deferred[None], None] = field(factory=dict, init=False)
     _moved: Changes = field(init=False)
     """Its version grows whenever a run has started or ended."""
 
@@ -118,60 +139,124 @@ class TaskService:
         self.changed = Changes(self._clock)
         self._moved = Changes(self._clock)
         self._retention = Retention(
-            self._store, self._executor, self._clock, self._now, self._limits.keep
+            self._store, self._executor, self._clock, self._time, self._limits.keep
         )
 
     # -- from start to end of the daemon
 
     async def start(self) -> None:
         """Take up every task that has not ended: queue what waits, adopt what runs."""
+        last = await self._store.reading()
+        newest_time = None if last is not None else await self._store.newest_time()
+        self._time.resume(last, newest_time)
+        now = self._time.reading(self._executor.place())
         newest = await self._store.select(TaskQuery(limit=1))
         highest = newest[0].id if newest else 0
         # A database that somebody has set aside knows nothing of what is there: no new
         # task may get the folder of an old one.
         kept = await self._executor.kept()
-        await self._store.reserve(max(kept, default=0))
+        given = await self._store.reserve(max(kept, default=0))
         self.created.advance(highest)
-        for found in await self._store.unfinished():
-            # A change, beyond any that was announced and not saved: whoever waits with a
-            # version from before is answered at once.
-            snapshot = evolve(found, revision=found.revision + _RESTART, pid=None)
-            live = _Live(self, Task(self._clock, snapshot), snapshot)
-            if snapshot.status is Status.CREATED and snapshot.killed_by is not None:
-                self._running[snapshot.id] = live
-                own(self._killed_waiting(live))
-            elif snapshot.status is Status.CREATED:
-                self._waiting[snapshot.id] = live
+        why = None
+        if last is not None and last.elsewhere(now):
+            why = "the state folder is a copy"
+        elif given < max(kept, default=0):
+            why = "the database is older than the folders of the tasks"
+        rebooted = last is not None and last.boot != now.boot
+        found = await self._store.take_up()
+        in_use = {one.secret_file for one in found if not one.status.ended}
+        await self._executor.forget_other_secrets({n for n in in_use if n is not None})
+        if found and why is not None:
+            _log.error("Tasks that have not ended are lost: {why}", why=why)
+        for snapshot in found:
+            if snapshot.status.ended and rebooted:
+                gone = evolve(snapshot, held=False, still_running=())
+                await self._store.save(gone)
             else:
-                self._adopt(live)
+                self._take_up(snapshot, why)
         self._schedule()
         self._retention.start([number for number in kept if number <= highest])
+
+    def _take_up(self, found: TaskSnapshot, doubt: str | None) -> None:
+        """Go on with a task of an earlier daemon.
+
+        ``doubt`` says why one that waits may have been started by another daemon.
+        """
+        snapshot = evolve(found, pid=None)
+        by = found.killed_by
+        if by is None and not found.status.ended:
+            by = self._executor.noted_kill(found.id)
+            snapshot = evolve(snapshot, killed_by=by)
+        live = _Live(self, Task(self._clock, snapshot), snapshot)
+        if found.status.ended:
+            self._hold(live)
+        elif found.status is Status.RUNNING:
+            self._adopt(live)
+        elif by is not None:
+            self._running[found.id] = live
+            own(self._killed_waiting(live))
+        elif doubt is not None:
+            self._running[found.id] = live
+            reason = f"It waited when {doubt}; another daemon may have started it."
+            own(self._finish(live, status=Status.LOST, reason=reason))
+        else:
+            self._waiting[found.id] = live
 
     def _adopt(self, live: _Live) -> None:
         live.kill = live.newest.killed_by is not None
         self._running[live.newest.id] = live
-        live.run = self._executor.adopt(live.newest.id, live)
+        permit, bounds = live.newest.permit, self._limits.bounds
+        live.run = self._executor.adopt(live.newest.id, permit, bounds, live)
         if live.kill:
             live.run.kill()
         _log.info("Task {id} goes on", id=live.newest.id)
 
     async def stop(self, drain: float) -> None:
-        """Take no new tasks, wait for the running ones if told to, then let them go."""
+        """Take no new tasks, wait for the running ones if told to, then let them go.
+
+        It waits `LEAVE` for records, and ``drain`` for tasks, not longer. What is not on
+        record then is logged, and done by the next daemon.
+        """
         self._stopping = True
         self._retention.stop()
-        # One that is between its record and its process goes back to the queue.
-        while any(live.run is None for live in self._running.values()):
-            await self._moved.after(self._moved.version)
-        until = self._clock.seconds() + drain
-        while self._running and (left := until - self._clock.seconds()) > 0:
+        # One that is between its record and its process is started.
+        leave = self._clock.seconds() + LEAVE
+        self._end_pauses()
+
+        def settled() -> bool:
+            return all(live.run or live.later for live in self._running.values())
+
+        await self._until(settled, leave)
+        if self._running and drain > 0:
             _log.info("Waiting for {n} tasks", n=len(self._running))
+        until = self._clock.seconds() + drain
+        await self._until(lambda: not self._running, until)
+        self._gone = True
+        for live in self._running.values():
+            self._let_go(live)
+        self._end_pauses()
+
+    def _end_pauses(self) -> None:
+        for pause in list(self._pauses):
+            pause.callback(None)
+
+    async def _until(self, done: Callable[[], bool], until: float) -> None:
+        """Wait until a condition holds that changes with a start or an end."""
+        while not done() and (left := until - self._clock.seconds()) > 0:
             moved = self._moved.after(self._moved.version)
             await moved.addTimeout(left, self._clock, lambda *_: 0)
-        for live in self._running.values():
-            if live.run is not None:
-                live.run.detach()
-            _log.info("Task {id} is left running", id=live.newest.id)
-            live.task.settle()
+
+    def _let_go(self, live: _Live) -> None:
+        task_id = live.newest.id
+        if live.run is not None:
+            live.run.detach()
+            _log.info("Task {id} is left running", id=task_id)
+        else:
+            _log.error("Task {id} is left as it is on record", id=task_id)
+        if live.kill and live.saved < live.newest.revision:
+            # The next daemon must know of it, even if the database is away for both.
+            self._executor.note_kill(task_id, live.newest.killed_by or "a caller")
+        live.task.settle()
 
     def release(self) -> None:
         """Let everybody who waits for a change go, without one."""
@@ -204,13 +289,13 @@ class TaskService:
             raise KeyInFlight(key)
         self._keys.add(owned)
         try:
-            known = await self._store.by_key(key, spec.user, self._now() - KEY_LIFE)
-            if known is not None and _never_could(known):
-                known = None
+            since = self._time.steady() - KEY_LIFE
+            known = await self._store.by_key(key, spec.user, since)
             if known is None:
                 return await self._create(spec, secrets, key)
             if known.spec != spec:
                 raise KeyReused(key)
+            await self._supply(known, secrets)
             return await self.find(known.id)
         finally:
             self._keys.discard(owned)
@@ -226,34 +311,38 @@ class TaskService:
         if not self._room_for(spec.target):
             raise QueueFull(self._limits.queued)
         self._creating.append(spec.target)
-        why = None
+        secret_file = None
         try:
-            snapshot = await self._store.create(spec, self._now(), key)
             if secrets:
-                why = await self._keep_secrets(snapshot.id, secrets)
+                # Before anybody can find the task: a retry must find both or neither.
+                secret_file = await self._executor.keep_secrets(secrets)
+            wall, steady = self._time.wall(), self._time.steady()
+            new = NewTask(spec, wall, steady, key, secret_file)
+            snapshot = await self._store.create(new)
+        except StoreUnavailable:
+            if secret_file is not None:
+                self._executor.forget_secrets(0, secret_file)
+            raise
         finally:
             self._creating.remove(spec.target)
-        command = commands.command(spec, snapshot.id)
-        snapshot = evolve(snapshot, command=shown(command))
+        snapshot = evolve(snapshot, command=shown(commands.command(spec, snapshot.id)))
         live = _Live(self, Task(self._clock, snapshot), snapshot)
         # Before anybody hears of it: whoever looks for it finds this one.
-        (self._waiting if why is None else self._running)[snapshot.id] = live
+        self._waiting[snapshot.id] = live
         self.changed.advance(self.changed.version + 1)
         _log.info("Task {id} created: {it}", id=snapshot.id, it=snapshot.command)
-        if why is None:
-            self._schedule()
-        else:
-            own(self._finish(live, status=Status.FAILED, reason=why))
+        self._schedule()
         self.created.advance(max(snapshot.id, self.created.version))
         return live.task
 
-    async def _keep_secrets(self, task_id: int, secrets: Mapping[str, str]) -> str | None:
-        """Keep them until the task starts; return why it cannot, or None."""
-        try:
-            await self._executor.keep_secrets(task_id, secrets)
-        except StoreUnavailable as e:
-            return f"Cannot start: its secret variables could not be kept: {e.detail}"
-        return None
+    async def _supply(self, known: TaskSnapshot, secrets: Mapping[str, str]) -> None:
+        """Give a task that waits the secrets of a retry, if its own are lost."""
+        if not secrets or known.status is not Status.CREATED:
+            return
+        name = known.secret_file
+        if name is not None and await self._executor.secrets(known.id, name) is None:
+            _log.warn("Task {id} gets its secrets from a retry", id=known.id)
+            await self._executor.keep_secrets(secrets, name)
 
     def _room_for(self, target: str) -> bool:
         """Return whether a task may be created: it can start, or there is room to wait."""
@@ -264,19 +353,25 @@ class TaskService:
         per_target = self._limits.running_per_target or len(busy) + 1
         return len(busy) < self._limits.running and busy.count(target) < per_target
 
+    def _live(self, task_id: int) -> _Live | None:
+        for lives in (self._waiting, self._running, self._held):
+            if task_id in lives:
+                return lives[task_id]
+        return None
+
     async def find(self, task_id: int) -> Task:
         """Return a task, or raise `UnknownTask`."""
-        live = self._waiting.get(task_id) or self._running.get(task_id)
+        live = self._live(task_id)
         if live is not None:
             return live.task
         if not 0 < task_id <= MAX_ID:
             raise UnknownTask(str(task_id))
         snapshot = await self._store.load(task_id)
         # It may have been recorded, or taken up, only while it was looked for.
-        live = self._waiting.get(task_id) or self._running.get(task_id)
+        live = self._live(task_id)
         if live is None and not snapshot.status.ended and self._creating:
             await self._created(task_id)
-            live = self._waiting.get(task_id) or self._running.get(task_id)
+            live = self._live(task_id)
         return Task(self._clock, snapshot) if live is None else live.task
 
     async def _created(self, task_id: int) -> None:
@@ -315,11 +410,12 @@ class TaskService:
         return await shielded(self._kill(task_id, by))
 
     async def _kill(self, task_id: int, by: str) -> Task:
-        live = self._waiting.get(task_id) or self._running.get(task_id)
+        live = self._live(task_id)
         if live is None:
             return await self.find(task_id)
         if not live.kill and not live.newest.status.ended:
             live.kill = True
+            live.wake()
             _log.info("Task {id}: kill asked for by {by}", id=task_id, by=by)
             if live.run is not None:
                 live.run.kill()
@@ -336,14 +432,14 @@ class TaskService:
     # -- the life of a task
 
     def _current(self, snapshot: TaskSnapshot) -> TaskSnapshot:
-        live = self._waiting.get(snapshot.id) or self._running.get(snapshot.id)
+        live = self._live(snapshot.id)
         return snapshot if live is None else live.task.snapshot
 
     def _schedule(self) -> None:
         """Start what may start, oldest first; a blocked target holds up nobody else."""
-        per_target = self._limits.running_per_target or len(self._running) + 1
+        per_target = self._limits.running_per_target
         busy: dict[str, int] = {}
-        for live in self._running.values():
+        for live in (*self._running.values(), *self._held.values()):
             target = live.newest.spec.target
             busy[target] = busy.get(target, 0) + 1
         for live in [] if self._stopping else list(self._waiting.values()):
@@ -351,86 +447,139 @@ class TaskService:
             why = None
             if len(self._running) >= self._limits.running:
                 why = f"a free place: {len(self._running)} tasks are running"
-            elif self._limits.running_per_target and busy.get(target, 0) >= per_target:
-                why = f"the end of another task on {target}"
+            elif per_target and busy.get(target, 0) >= per_target:
+                why = self._holder(target) or f"the end of another task on {target}"
             if why is None:
                 busy[target] = busy.get(target, 0) + 1
                 del self._waiting[live.newest.id]
                 self._running[live.newest.id] = live
-                own(self._start(live))
+                own(self._guarded(live, self._start(live)))
             elif live.newest.waiting_for != why:
-                live.newest = live.changed(waiting_for=why)
-                live.task.announce(live.newest)
+                self._wait_for(live, why)
+
+    def _holder(self, target: str) -> str | None:
+        """Return what holds a target although its task has ended."""
+        for live in self._held.values():
+            if live.newest.spec.target == target:
+                remains = listed(live.newest.still_running)
+                return f"task {live.newest.id}, of which these still run: {remains}"
+        return None
+
+    def _wait_for(self, live: _Live, why: str) -> None:
+        """Say what a task waits for, without a record: a restart finds it out again."""
+        live.newest = live.changed(waiting_for=why)
+        live.task.announce(live.newest)
+
+    async def _guarded(self, live: _Live, start: Awaitable[None]) -> None:
+        """Await the start of a task; whatever goes wrong, an accepted task ends."""
+        try:
+            await start
+        except (ShuttingDown, CancelledError):
+            return
+        except Exception as e:
+            if live.run is not None:
+                raise
+            _log.failure("Task {id} cannot be started", id=live.newest.id)
+            reason = f"Cannot start: an error in pulsar-api, {e!r}; its log says more."
+            await self._finish(live, status=Status.FAILED, reason=reason)
 
     async def _start(self, live: _Live) -> None:
-        await self._room(live)
-        try:
-            commands = await self._commands()
-            secrets = await self._secrets(live)
-            if secrets is None:
-                reason = "Cannot start: the values of its secret variables are gone."
-                await self._finish(live, status=Status.FAILED, reason=reason)
-                return
-            to_show = commands.command(live.newest.spec, live.newest.id)
-            command = commands.command(live.newest.spec, live.newest.id, secrets)
-        except InvalidInput as e:
-            await self._finish(live, status=Status.FAILED, reason=f"Cannot start: {e}")
+        permit = await self._permit(live)
+        secrets = await self._secrets(live)
+        if live.kill:
+            await self._killed_waiting(live)
+            return
+        if self._stopping or permit is None:
+            # Nothing is recorded of it: the next daemon finds it waiting.
+            del self._running[live.newest.id]
+            self._waiting[live.newest.id] = live
+            self._moved.advance(self._moved.version + 1)
+            return
+        command = await self._command(live, secrets)
+        if command is None:
             return
         # The record that it starts is on disk before the process exists.
         live.newest = live.changed(
             status=Status.RUNNING,
-            command=shown(to_show),
+            command=shown(command),
             waiting_for=None,
-            started_at=self._now(),
+            started_at=self._time.wall(),
+            permit=permit,
         )
-        await self._save(live.newest)
+        await self._save(live)
         if live.kill:
             await self._killed_waiting(live)
-        elif self._stopping:
-            # Nothing was started and nothing will be: back to the queue.
-            live.newest = live.changed(status=Status.CREATED, started_at=None)
-            await self._save(live.newest)
-            del self._running[live.newest.id]
-            self._waiting[live.newest.id] = live
         else:
-            bounds = self._limits.bounds
-            live.run = self._executor.start(live.newest.id, command, bounds, live)
+            self._run(live, command)
+
+    def _run(self, live: _Live, command: Command) -> None:
+        bounds = self._limits.bounds
+        live.run = self._executor.start(live.newest.id, command, bounds, live)
+        if live.kill:
+            live.run.kill()
         self._moved.advance(self._moved.version + 1)
+
+    async def _command(
+        self, live: _Live, secrets: Mapping[str, str] | None
+    ) -> Command | None:
+        """Return what a task runs; None: it cannot be run, and is failed."""
+        reason = "Cannot start: the values of its secret variables are gone."
+        if secrets is not None:
+            try:
+                commands = await self._commands()
+                spec, task_id = live.newest.spec, live.newest.id
+                command = commands.command(spec, task_id, secrets)
+                if not secrets:
+                    return command
+                # What is shown and recorded has no secret in it.
+                to_show = commands.command(spec, task_id).arguments
+                name = live.newest.secret_file
+                return evolve(command, shown=to_show, secret_file=name)
+            except InvalidInput as e:
+                reason = f"Cannot start: {e}"
+        await self._finish(live, status=Status.FAILED, reason=reason)
+        return None
 
     async def _secrets(self, live: _Live) -> Mapping[str, str] | None:
         """Return the values of a task's secret variables; None: they are gone."""
+        task_id, name = live.newest.id, live.newest.secret_file
         while live.newest.spec.secret_names and not (live.kill or self._stopping):
             try:
-                found = await self._executor.secrets(live.newest.id)
+                return await self._executor.secrets(task_id, name)
             except StoreUnavailable as e:
-                _log.error("Task {id} has to wait: {e}", id=live.newest.id, e=e)
-                await self._pause()
-            else:
-                return found
+                await self._disk(live, e)
         return {}
 
-    async def _room(self, live: _Live) -> None:
-        """Wait until what a task prints can be kept, or it is not to start any more."""
+    async def _permit(self, live: _Live) -> str | None:
+        """Return a permit as soon as what the task prints can be kept.
+
+        None: it is not to start any more, or not by this daemon.
+        """
         while not (live.kill or self._stopping):
             try:
                 self._executor.check()
+                return await self._executor.permit(live.newest.id)
             except StoreUnavailable as e:
-                _log.error("Task {id} has to wait: {e}", id=live.newest.id, e=e)
-                live.newest = live.changed(waiting_for=f"the disk: {e.detail}")
-                live.task.announce(live.newest)
-                await self._pause()
-            else:
-                return
+                await self._disk(live, e)
+        return None
+
+    async def _disk(self, live: _Live, error: StoreUnavailable) -> None:
+        """Wait a while for the disk, and say so."""
+        why = f"the disk: {error.detail}"
+        if live.newest.waiting_for != why:
+            _log.error("Task {id} has to wait: {e}", id=live.newest.id, e=error)
+            self._wait_for(live, why)
+        await self._pause(live)
 
     def ended(self, live: _Live, exit: Exit) -> None:
         """Take the result of a run."""
         if exit.unstarted:
-            if live.kill:
-                own(self._killed_waiting(live))
-            elif not self._stopping:
-                own(self._requeue(live))
+            own(self._guarded(live, self._start_again(live, exit)))
             return
         status, reason = judge(exit, live.newest.killed_by)
+        notes = live.newest.notes
+        if exit.open:
+            notes = (*notes, OPEN)
         own(
             self._finish(
                 live,
@@ -438,70 +587,157 @@ class TaskService:
                 reason=reason,
                 exit_code=exit.code,
                 signal=exit.signal,
-                ended_at=exit.ended_at or self._now(),
+                ended_at=exit.ended_at or self._time.wall(),
                 output_size=max(exit.output_size, live.task.snapshot.output_size),
+                still_running=exit.left,
+                held=bool(exit.left) and (exit.lost or exit.cause is not Cause.ITSELF),
+                notes=notes,
             )
         )
 
-    async def _requeue(self, live: _Live) -> None:
-        """Let a task wait again of which it is certain that it was never started."""
-        _log.info("Task {id} was never started and waits again", id=live.newest.id)
-        await self._record(live, status=Status.CREATED, started_at=None)
+    async def _start_again(self, live: _Live, exit: Exit) -> None:
+        """Start a task whose start is on record, and with which no shim has begun."""
         live.run = None
+        if exit.passing:
+            self._wait_for(live, f"another try: {exit.error}")
+            await self._pause(live)
+        secrets = await self._secrets(live)
         if live.kill:
-            await self._killed_waiting(live)
-            return
-        self._running.pop(live.newest.id, None)
-        waiting = {**self._waiting, live.newest.id: live}
-        self._waiting = dict(sorted(waiting.items()))  # in its old place
-        self._schedule()
+            if self._executor.bar(live.newest.id):
+                await self._killed_waiting(live)
+            else:
+                self._adopt(live)
+        elif self._stopping:
+            live.later = True
+            self._moved.advance(self._moved.version + 1)
+        else:
+            _log.info("Task {id} was not started yet; it starts now", id=live.newest.id)
+            command = await self._command(live, secrets)
+            if command is not None:
+                if live.newest.waiting_for is not None:
+                    live.newest = live.changed(waiting_for=None)
+                self._run(live, command)
 
     async def _killed_waiting(self, live: _Live) -> None:
         reason = f"Killed by {live.newest.killed_by} before it started."
         await self._finish(live, status=Status.KILLED, reason=reason, started_at=None)
 
     async def _finish(self, live: _Live, **new: object) -> None:
-        if live.newest.spec.secret_names:
-            self._executor.forget_secrets(live.newest.id)
-        end = {"ended_at": self._now(), "waiting_for": None, **new}
+        end = {
+            "ended_at": self._time.wall(),
+            "ended_steady": self._time.steady(),
+            "waiting_for": None,
+            **new,
+        }
         await self._record(live, **end)
         task_id = live.newest.id
+        if live.newest.spec.secret_names:
+            self._executor.forget_secrets(task_id, live.newest.secret_file)
+        remains = live.newest.still_running
         _log.info(
             "Task {id} {status}: {why}",
             id=task_id,
             status=live.newest.status.value,
             why=live.newest.reason or "",
         )
+        if remains:
+            _log.warn("Of task {id} these still run: {it}", id=task_id, it=listed(remains))
         self._running.pop(task_id, None)
+        if live.newest.held:
+            self._hold(live)
         self._moved.advance(self._moved.version + 1)
         self._schedule()
+
+    def _hold(self, live: _Live) -> None:
+        """Keep the target of a task that has ended from others, until nothing runs."""
+        self._held[live.newest.id] = live
+        own(self._watch_held(live))
+
+    async def _watch_held(self, live: _Live) -> None:
+        task_id = live.newest.id
+        while not self._stopping:
+            before = live.newest.still_running
+            try:
+                left = await self._executor.living(before)
+            except OSError as e:
+                _log.error("Cannot look at what is left of task {id}: {e}", id=task_id, e=e)
+                left = before
+            if not live.newest.held:
+                return
+            if {one.pid for one in left} != {one.pid for one in before}:
+                await self._record(live, still_running=left, held=bool(left))
+            if not left:
+                _log.info("Nothing of task {id} runs any more", id=task_id)
+                self._release(live)
+                return
+            await self._pause(live)
+
+    def _release(self, live: _Live) -> None:
+        self._held.pop(live.newest.id, None)
+        self._schedule()
+
+    async def free(self, target: str, by: str) -> Sequence[int]:
+        """Give back a target that ended tasks hold; return the numbers of those tasks.
+
+        What still runs of them goes on running, and is listed in them.
+        """
+        return await shielded(self._free(target, by))
+
+    async def _free(self, target: str, by: str) -> Sequence[int]:
+        found = [e for e in self._held.values() if e.newest.spec.target == target]
+        for live in found:
+            note = f"{by} gave {target} back while these still ran: "
+            notes = (*live.newest.notes, f"{note}{listed(live.newest.still_running)}.")
+            await self._record(live, held=False, notes=notes)
+            _log.warn("Task {id}: {it}", id=live.newest.id, it=notes[-1])
+            self._release(live)
+        return [live.newest.id for live in found]
 
     async def _record(self, live: _Live, **new: object) -> None:
         """Change a task, and tell about it when the change is on disk."""
         live.newest = snapshot = live.changed(**new)
-        await self._save(snapshot)
+        await self._save(live)
         if snapshot.revision > live.task.snapshot.revision:
             live.task.announce(snapshot)
 
-    async def _save(self, snapshot: TaskSnapshot) -> None:
-        """Save until it is saved: what has happened must not be forgotten."""
-        while True:
+    async def _save(self, live: _Live) -> None:
+        """Save until it is saved: what has happened must not be forgotten.
+
+        Raises `ShuttingDown` when it is left to the next daemon.
+        """
+        snapshot, trouble = live.newest, ""
+        while not self._gone:
             try:
                 await self._store.save(snapshot)
             except StoreUnavailable as e:
-                _log.error("Cannot record task {id}: {e}", id=snapshot.id, e=e)
+                if trouble != str(e):
+                    trouble = str(e)
+                    _log.error("Cannot record task {id}: {e}", id=snapshot.id, e=e)
                 await self._pause()
             else:
+                live.saved = max(live.saved, snapshot.revision)
                 self.changed.advance(self.changed.version + 1)
-                return
+                break
+        if self._gone:
+            raise ShuttingDown
 
-    def _pause(self) -> Deferred[None]:
+    def _pause(self, live: _Live | None = None) -> Deferred[None]:
+        """Return what fires after a while, or when a task is killed, or at the end."""
         wait: Deferred[None] = Deferred()
-        self._clock.callLater(RETRY, wait.callback, None)
-        return wait
+        self._pauses[wait] = None
+        call = self._clock.callLater(RETRY, wait.callback, None)
+        if live is not None:
+            live.pause = wait
+
+        def done(_: object) -> None:
+            del self._pauses[wait]
+            if call.active():
+                call.cancel()
+
+        return wait.addCallback(done)
 
 
-def _never_could(task: TaskSnapshot) -> bool:
-    """Return whether a task never started for want of its secrets: a retry has them."""
-    failed = task.status is Status.FAILED and task.started_at is None
-    return failed and bool(task.spec.secret_names)
+OPEN = (
+    "A background process still held the output at the end; what it prints after that is "
+    "not kept."
+)

@@ -7,16 +7,17 @@ from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
-from attrs import define, field
+from attrs import asdict, astuple, define, field
 from twisted.internet.defer import Deferred
 
 from pulsar_api import database
 from pulsar_api.database import DatabaseThread
 from pulsar_api.errors import UnknownTask
-from pulsar_api.ports import Keep
+from pulsar_api.ports import RESTART, Keep, NewTask, Reading
 from pulsar_api.task import (
     KEY_LIFE,
     News,
+    Process,
     Status,
     TaskQuery,
     TaskSnapshot,
@@ -63,12 +64,31 @@ _SCHEMA = [
     INSERT INTO counter VALUES (0);
     """,
     "ALTER TABLE task ADD COLUMN secret_names TEXT NOT NULL DEFAULT '[]'",
+    """
+    ALTER TABLE task ADD COLUMN permit TEXT;
+    ALTER TABLE task ADD COLUMN secret_file TEXT;
+    ALTER TABLE task ADD COLUMN still_running TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE task ADD COLUMN held INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE task ADD COLUMN notes TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE task ADD COLUMN created_steady REAL;
+    ALTER TABLE task ADD COLUMN ended_steady REAL;
+    UPDATE task SET created_steady = created_at, ended_steady = ended_at;
+    CREATE INDEX task_held ON task (id) WHERE held = 1;
+    CREATE TABLE reading (
+        boot TEXT NOT NULL,
+        uptime REAL NOT NULL,
+        wall REAL NOT NULL,
+        steady REAL NOT NULL,
+        place TEXT NOT NULL
+    ) STRICT;
+    """,
 ]
 
-_COLUMNS = (
-    "revision status command pid exit_code signal reason killed_by "
-    "started_at ended_at output_size"
+_PLAIN = (
+    "revision status command pid exit_code signal reason killed_by started_at ended_at "
+    "output_size permit secret_file held ended_steady"
 ).split()
+_COLUMNS = [*_PLAIN, "still_running", "notes"]
 _UPDATE = (
     f"UPDATE task SET {', '.join(f'{name} = :{name}' for name in _COLUMNS)}, "  # noqa: S608
     "change = :change WHERE id = :id AND revision <= :revision"
@@ -83,12 +103,16 @@ def _snapshot(row: sqlite3.Row) -> TaskSnapshot:
     variables = json.loads(row["variables"])
     secret = frozenset(json.loads(row["secret_names"]))
     spec = TaskSpec(row["app"], row["env"], row["action"], variables, row["user"], secret)
-    rest = {name: row[name] for name in _COLUMNS if name != "status"}
+    rest = {name: row[name] for name in _PLAIN if name not in {"status", "held"}}
     return TaskSnapshot(
         id=row["id"],
         spec=spec,
         created_at=row["created_at"],
+        created_steady=row["created_steady"],
         status=Status(row["status"]),
+        still_running=tuple(Process(*found) for found in json.loads(row["still_running"])),
+        notes=tuple(json.loads(row["notes"])),
+        held=bool(row["held"]),
         **rest,
     )
 
@@ -121,7 +145,12 @@ def _count(db: sqlite3.Connection) -> int:
 
 
 def _values(snapshot: TaskSnapshot) -> dict[str, object]:
-    return {"id": snapshot.id, **{name: getattr(snapshot, name) for name in _COLUMNS}}
+    return {
+        "id": snapshot.id,
+        **{name: getattr(snapshot, name) for name in _PLAIN},
+        "still_running": json.dumps([astuple(one) for one in snapshot.still_running]),
+        "notes": json.dumps(snapshot.notes),
+    }
 
 
 def prepare(path: Path) -> None:
@@ -154,16 +183,16 @@ class SQLiteStore:
         for thread in (self._writer, self._reader, self._keeper):
             await thread.close()
 
-    def create(
-        self, spec: TaskSpec, created_at: float, key: str | None = None
-    ) -> Deferred[TaskSnapshot]:
+    def create(self, new: NewTask) -> Deferred[TaskSnapshot]:
         """Record a new task; its number is higher than any before, for ever."""
+        spec = new.spec
 
         def job(db: sqlite3.Connection) -> TaskSnapshot:
             cursor = db.execute(
                 "INSERT INTO task (revision, status, app, env, action, variables, user,"
-                " secret_names, command, created_at, output_size, idempotency_key, change)"
-                " VALUES (1, ?, ?, ?, ?, ?, ?, ?, '', ?, 0, ?, ?)",
+                " secret_names, secret_file, command, created_at, created_steady,"
+                " output_size, idempotency_key, change)"
+                " VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, '', ?, ?, 0, ?, ?)",
                 (
                     Status.CREATED,
                     spec.app,
@@ -172,13 +201,21 @@ class SQLiteStore:
                     json.dumps(dict(spec.variables)),
                     spec.user,
                     json.dumps(sorted(spec.secret_names)),
-                    created_at,
-                    key,
+                    new.secret_file,
+                    new.created_at,
+                    new.steady,
+                    new.key,
                     _count(db),
                 ),
             )
             assert cursor.lastrowid is not None
-            return TaskSnapshot(cursor.lastrowid, spec, created_at)
+            return TaskSnapshot(
+                cursor.lastrowid,
+                spec,
+                new.created_at,
+                secret_file=new.secret_file,
+                created_steady=new.steady,
+            )
 
         return self._writer.do(job)
 
@@ -187,26 +224,27 @@ class SQLiteStore:
     ) -> Deferred[TaskSnapshot | None]:
         """Fire with the newest task with this key of a user that was created since."""
         text = (
-            "SELECT * FROM task WHERE idempotency_key = ? AND user IS ? AND created_at > ?"
-            " ORDER BY id DESC LIMIT 1"
+            "SELECT * FROM task WHERE idempotency_key = ? AND user IS ?"
+            " AND created_steady > ? ORDER BY id DESC LIMIT 1"
         )
         # By the writer: it has all that was answered, in order.
         return self._writer.do(lambda db: _first(db.execute(text, (key, user, since))))
 
-    def reserve(self, number: int) -> Deferred[None]:
-        """Give no task this number or a lower one any more."""
+    def reserve(self, number: int) -> Deferred[int]:
+        """Give no task this number or a lower one; fires with the last one given."""
 
-        def job(db: sqlite3.Connection) -> None:
-            values = {"number": number}
+        def job(db: sqlite3.Connection) -> int:
             db.execute(
                 "INSERT INTO sqlite_sequence (name, seq) SELECT 'task', 0"
                 " WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'task')"
             )
+            found = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'task'")
+            given: int = found.fetchone()[0]
             db.execute(
-                "UPDATE sqlite_sequence SET seq = :number"
-                " WHERE name = 'task' AND seq < :number",
-                values,
+                "UPDATE sqlite_sequence SET seq = ? WHERE name = 'task'",
+                (max(number, given),),
             )
+            return given
 
         return self._writer.do(job)
 
@@ -277,26 +315,56 @@ class SQLiteStore:
 
         return self._reader.do(job)
 
-    def unfinished(self) -> Deferred[list[TaskSnapshot]]:
-        """Fire with the tasks that have not ended, oldest first."""
-        return self._rows(
-            "SELECT * FROM task WHERE status IN ('created', 'running') ORDER BY id"
-        )
+    def take_up(self) -> Deferred[list[TaskSnapshot]]:
+        """Fire with the tasks that have not ended or hold their target, oldest first."""
+        which = "status IN ('created', 'running') OR held = 1"
 
-    def expired(self, keep: Keep, now: float, limit: int) -> Deferred[list[int]]:
+        def job(db: sqlite3.Connection) -> list[TaskSnapshot]:
+            db.execute(f"UPDATE task SET revision = revision + ? WHERE {which}", (RESTART,))  # noqa: S608
+            rows = db.execute(f"SELECT * FROM task WHERE {which} ORDER BY id")  # noqa: S608
+            return [_snapshot(row) for row in rows]
+
+        return self._writer.do(job)
+
+    def reading(self) -> Deferred[Reading | None]:
+        """Fire with the reading of the clocks that was kept last."""
+
+        def job(db: sqlite3.Connection) -> Reading | None:
+            row = db.execute("SELECT * FROM reading").fetchone()
+            return None if row is None else Reading(**dict(row))
+
+        return self._writer.do(job)
+
+    def keep_reading(self, reading: Reading) -> Deferred[None]:
+        """Keep a reading of the clocks, in place of the last."""
+
+        def job(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM reading")
+            text = "INSERT INTO reading VALUES (:boot, :uptime, :wall, :steady, :place)"
+            db.execute(text, asdict(reading))
+
+        return self._writer.do(job)
+
+    def newest_time(self) -> Deferred[float | None]:
+        """Fire with the newest time in any record."""
+        text = "SELECT max(max(created_at, coalesce(ended_at, 0))) FROM task"
+        return self._writer.do(lambda db: db.execute(text).fetchone()[0])
+
+    def expired(self, keep: Keep, steady: float, limit: int) -> Deferred[list[int]]:
         """Fire with the numbers of ended tasks that need not be kept, oldest first."""
         # The youngest ones are kept until one of the bounds is reached.
         text = """
             SELECT id FROM (
-                SELECT id, ended_at, created_at, idempotency_key,
+                SELECT id, ended_steady, created_steady, idempotency_key, held,
                     row_number() OVER newest AS number,
                     sum(min(output_size, :most)) OVER newest AS size
                 FROM task WHERE ended_at IS NOT NULL
                 WINDOW newest AS (ORDER BY id DESC)
             )
-            WHERE (idempotency_key IS NULL OR created_at < :day_ago) AND (
+            WHERE held = 0
+            AND (idempotency_key IS NULL OR created_steady < :now - :key_life) AND (
                 (:tasks > 0 AND number > :tasks)
-                OR (:seconds > 0 AND ended_at < :now - :seconds)
+                OR (:seconds > 0 AND ended_steady < :now - :seconds)
                 OR (:size > 0 AND size > :size)
             )
             ORDER BY id LIMIT :limit
@@ -306,8 +374,8 @@ class SQLiteStore:
             "seconds": keep.seconds,
             "size": keep.size,
             "most": keep.most or MAX_SIZE,
-            "now": now,
-            "day_ago": now - KEY_LIFE,
+            "now": steady,
+            "key_life": KEY_LIFE,
             "limit": limit,
         }
         return self._keeper.do(lambda db: [row["id"] for row in db.execute(text, values)])
@@ -325,7 +393,7 @@ class SQLiteStore:
 
         def job(db: sqlite3.Connection) -> None:
             db.executemany(
-                "DELETE FROM task WHERE id = ? AND ended_at IS NOT NULL",
+                "DELETE FROM task WHERE id = ? AND ended_at IS NOT NULL AND held = 0",
                 [(number,) for number in task_ids],
             )
 

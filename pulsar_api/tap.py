@@ -6,11 +6,13 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard, cast
+from uuid import uuid4
 
 from attrs import define, evolve, field
 from treq.client import HTTPClient
@@ -35,12 +37,14 @@ from pulsar_api.changes import Changes
 from pulsar_api.command import Commands, Names
 from pulsar_api.errors import CannotListen, SettingsError, StoreUnavailable
 from pulsar_api.lines import LineIndexes
+from pulsar_api.machine import LocalMachine
 from pulsar_api.ports import Bounds, Keep
 from pulsar_api.process import ShimExecutor
 from pulsar_api.renewal import Renewal
 from pulsar_api.rota import Rota
 from pulsar_api.service import Limits, TaskService
 from pulsar_api.settings import Settings
+from pulsar_api.steady import SteadyClock
 from pulsar_api.store import SQLiteStore
 from pulsar_api.task import Command
 from pulsar_api.web.access import Access
@@ -61,6 +65,12 @@ _log = Logger()
 DATABASE = "pulsar-api.db"
 TASKS = "tasks"
 LOG = "pulsar-api.log"
+
+CLOSE = 10.0
+"""Seconds that closing each part of the daemon may take at its end."""
+
+LAST = 30.0
+"""Seconds after all is closed in which the process must end, threads or not."""
 
 _RESERVE = 256
 """Open files that are kept for tasks, the database and the log."""
@@ -329,20 +339,18 @@ class Daemon(MultiService):
             Deferred.fromCoroutine(pulsar.find_out()).addErrback(self._cannot_start)
         tasks = state / TASKS
         tasks.mkdir(mode=0o700, exist_ok=True)
+        machine = LocalMachine(self._reactor, process.compiled(state))
+        machine.sync(state)
         executor = ShimExecutor(
-            self._reactor,
-            self._reactor,
-            tasks,
-            self._umask,
-            self._files[0],
-            process.compiled(state),
+            machine, self._reactor, tasks, lambda: uuid4().hex, self._umask, self._files[0]
         )
+        clock = SteadyClock(time.time, uptime, machine.boot_id())
         bounds = Bounds(s.kill_grace, s.task_timeout, s.silence_timeout, s.max_output_size)
         most = s.max_output_size
         keep = Keep(s.keep_tasks, s.keep_days * 86400, s.max_state_size, most)
         limits = Limits(bounds, s.max_running, s.max_running_per_target, s.max_queued, keep)
         self.tasks = TaskService(
-            self._store, executor, self._reactor, time.time, pulsar.commands, limits
+            self._store, executor, self._reactor, clock, pulsar.commands, limits
         )
         await self.tasks.start()
         access = self._access = self._make_access(self.tasks, state)
@@ -416,20 +424,31 @@ class Daemon(MultiService):
         until = self._reactor.seconds() + 1
         while self.site.serving and self._reactor.seconds() < until:
             await deferLater(self._reactor, 0.01)
-        await MultiService.stopService(self)
-        await self._store.close()
+        await self._within("the connections", MultiService.stopService(self))
+        await self._within("the database", Deferred.fromCoroutine(self._store.close()))
         if self._records is not None:
-            await self._records.close()
+            await self._within("the database of tokens", self._records.close())
         if self._pool is not None:
-            await self._pool.closeCachedConnections()
+            pool = self._pool.closeCachedConnections()
+            await self._within("the connections to the provider", pool)
         os.close(self._lock)
         # What ends from now on is the next daemon's. The reactor now waits for its
         # threads, deaf to signals; a traced thread of CPython 3.11 spins for as long as
         # one is not taken.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # A thread that waits for a dead disk must not keep it.
+        threading.Thread(target=_end, name="end", daemon=True).start()
         # Nor is there anything left to read again; and SIG_DFL would end it by the signal.
         if signal.getsignal(signal.SIGHUP) == self.hang_up:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    async def _within(self, what: str, closing: Deferred[Any]) -> None:
+        """Wait until something is closed, for `CLOSE` seconds at most."""
+
+        def late(*_: object) -> None:
+            _log.error("Closing {what} takes too long; it is left open", what=what)
+
+        await closing.addTimeout(CLOSE, self._reactor, late)
 
     def hang_up(self, *_: object) -> None:
         """Read the certificate files again, as soon as the reactor has time.
@@ -472,6 +491,16 @@ def github(s: Settings, policy: Policy, reactor: Any, pool: HTTPConnectionPool) 
         own,
         oauth,
     )
+
+
+def _end() -> None:
+    time.sleep(LAST)
+    os._exit(1)
+
+
+def uptime() -> float:
+    """Return the seconds since the machine booted, including suspend."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def steady(reactor: Any) -> None:

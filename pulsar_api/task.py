@@ -64,6 +64,26 @@ class Command:
     """If set, exit code 0 is good only if stdout's last line is exactly this."""
     secrets: tuple[bytes, ...] = field(default=(), repr=False)
     """What must not be seen in its output, in each form."""
+    secret_file: str | None = None
+    """See `TaskSnapshot.secret_file`."""
+    shown: tuple[str, ...] | None = None
+    """The arguments as people may see them, if not all of them may be seen."""
+
+
+@frozen
+class Process:
+    """A process of a task that still runs, by its number and the time of its start."""
+
+    pid: int
+    start: int
+    """Clock ticks since the machine booted: field 22 of ``/proc/PID/stat`` (proc(5))."""
+    command: str
+    user: str
+
+
+def listed(processes: Sequence[Process]) -> str:
+    """Return processes as people read them."""
+    return ", ".join(f"{one.pid} {one.command} ({one.user})" for one in processes)
 
 
 class Cause(StrEnum):
@@ -90,7 +110,13 @@ class Exit:
     """TERM was not enough: KILL was sent."""
     output_size: int = 0
     unstarted: bool = False
-    """It is certain that the command was never started, and by this run never will be."""
+    """The permit to start is valid and no shim has begun: it can be started now."""
+    passing: bool = False
+    """With ``unstarted``: it wants something that may come, such as a free descriptor."""
+    left: tuple[Process, ...] = ()
+    """What still runs of the task at its end."""
+    open: bool = False
+    """Whether a background process still held the output; what it prints is not kept."""
     good: bool = True
     """False if the command answered 0 without the line that it promises (`Command`)."""
 
@@ -134,6 +160,19 @@ class TaskSnapshot:
     started_at: float | None = None
     ended_at: float | None = None
     output_size: int = 0
+    permit: str | None = None
+    """Names the permit under which the task was started; see `Executor.permit`."""
+    secret_file: str | None = None
+    """Names where the values of its secret variables are until it starts."""
+    still_running: tuple[Process, ...] = ()
+    """What still ran of the task after its end, when that was last looked at."""
+    held: bool = False
+    """Whether the target stays taken until ``still_running`` is empty."""
+    notes: tuple[str, ...] = ()
+    """Sentences for people about what is unusual with the task."""
+    created_steady: float | None = None
+    """When it was created, by the `SteadyClock`."""
+    ended_steady: float | None = None
     revision: int = 1
     """Counts the changes of all but the output."""
 

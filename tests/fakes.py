@@ -1,25 +1,32 @@
 """Verified fakes: the contract tests hold them to what the real ones do."""
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from fnmatch import fnmatchcase
 
-from attrs import define, field
+from attrs import define, evolve, field
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IReactorTime
 
 from pulsar_api.errors import StoreUnavailable, UnknownTask
-from pulsar_api.ports import Bounds, Keep, Sink
+from pulsar_api.ports import RESTART, Bounds, Keep, NewTask, Reading, Sink
+from pulsar_api.steady import SteadyClock
 from pulsar_api.task import (
     KEY_LIFE,
     Cause,
     Command,
     Exit,
     News,
+    Process,
     TaskQuery,
     TaskSnapshot,
-    TaskSpec,
     Within,
 )
+
+
+def steady_clock(clock: IReactorTime) -> SteadyClock:
+    """Return the clock for ages of a machine whose clocks all agree."""
+    return SteadyClock(clock.seconds, clock.seconds, "a boot")
 
 
 @define(eq=False)
@@ -39,15 +46,21 @@ class MemoryStore:
     """The number of each task's last change."""
     count: int = 0
 
-    def create(
-        self, spec: TaskSpec, created_at: float, key: str | None = None
-    ) -> Deferred[TaskSnapshot]:
+    kept_reading: Reading | None = None
+
+    def create(self, new: NewTask) -> Deferred[TaskSnapshot]:
         if self.broken:
             return fail(StoreUnavailable("the fake is broken"))
         self.last += 1
-        if key is not None:
-            self.keys[spec.user, key] = self.last
-        snapshot = TaskSnapshot(self.last, spec, created_at)
+        if new.key is not None:
+            self.keys[new.spec.user, new.key] = self.last
+        snapshot = TaskSnapshot(
+            self.last,
+            new.spec,
+            new.created_at,
+            secret_file=new.secret_file,
+            created_steady=new.steady,
+        )
         self.rows[self.last] = snapshot
         self._count(self.last)
         return self._written().addCallback(lambda _: snapshot)
@@ -56,25 +69,39 @@ class MemoryStore:
         self, key: str, user: str | None, since: float
     ) -> Deferred[TaskSnapshot | None]:
         found = self.rows.get(self.keys.get((user, key), 0))
-        fits = found is not None and found.created_at > since
+        fits = found is not None and (found.created_steady or 0) > since
         return succeed(found if fits else None)
 
-    def expired(self, keep: Keep, now: float, limit: int) -> Deferred[list[int]]:
+    def reading(self) -> Deferred[Reading | None]:
+        return succeed(self.kept_reading)
+
+    def keep_reading(self, reading: Reading) -> Deferred[None]:
+        if self.broken:
+            return fail(StoreUnavailable("the fake is broken"))
+        self.kept_reading = reading
+        return succeed(None)
+
+    def newest_time(self) -> Deferred[float | None]:
+        times = [max(row.created_at, row.ended_at or 0) for row in self.rows.values()]
+        return succeed(max(times, default=None))
+
+    def expired(self, keep: Keep, steady: float, limit: int) -> Deferred[list[int]]:
         if self.broken:
             return fail(StoreUnavailable("the fake is broken"))
         found = []
         number = size = 0
-        day_ago = now - KEY_LIFE
+        day_ago = steady - KEY_LIFE
         for row in reversed(self.rows.values()):
             if row.ended_at is None:
                 continue
             number += 1
             size += min(row.output_size, keep.most or row.output_size)
-            if (
-                (0 < keep.tasks < number)
-                or (keep.seconds and row.ended_at < now - keep.seconds)
-                or (0 < keep.size < size)
-            ) and (row.id not in self.keys.values() or row.created_at < day_ago):
+            old = keep.seconds and (row.ended_steady or 0) < steady - keep.seconds
+            if (0 < keep.tasks < number or old or 0 < keep.size < size) and (
+                row.id not in self.keys.values() or (row.created_steady or 0) < day_ago
+            ):
+                if row.held:
+                    continue
                 found.append(row.id)
         return succeed(sorted(found)[:limit])
 
@@ -85,13 +112,14 @@ class MemoryStore:
 
     def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
         for number in task_ids:
-            if number in self.rows and self.rows[number].ended_at is not None:
+            row = self.rows.get(number)
+            if row is not None and row.ended_at is not None and not row.held:
                 del self.rows[number]
         return succeed(None)
 
-    def reserve(self, number: int) -> Deferred[None]:
-        self.last = max(self.last, number)
-        return succeed(None)
+    def reserve(self, number: int) -> Deferred[int]:
+        given, self.last = self.last, max(self.last, number)
+        return succeed(given)
 
     def save(self, snapshot: TaskSnapshot) -> Deferred[None]:
         if self.broken:
@@ -157,8 +185,12 @@ class MemoryStore:
         ]
         return succeed(found[0] if found else None)
 
-    def unfinished(self) -> Deferred[list[TaskSnapshot]]:
-        return succeed([row for row in self.rows.values() if not row.status.ended])
+    def take_up(self) -> Deferred[list[TaskSnapshot]]:
+        for number, row in self.rows.items():
+            if row.held or not row.status.ended:
+                self.rows[number] = evolve(row, revision=row.revision + RESTART)
+        rows = self.rows.values()
+        return succeed([row for row in rows if row.held or not row.status.ended])
 
     def finish(self) -> None:
         """Let what was recorded while `slow` be done."""
@@ -233,33 +265,72 @@ class FakeExecutor:
     runs: list[FakeRun] = field(factory=list)
     folders: set[int] = field(factory=set)
     full: bool = False
-    kept_secrets: dict[int, Mapping[str, str]] = field(factory=dict)
+    kept_secrets: dict[str, Mapping[str, str]] = field(factory=dict)
     forgetful: bool = False
     """While set, no secrets can be kept."""
+    where: str = "0 1 2"
+    barred: set[int] = field(factory=set)
+    begun: set[int] = field(factory=set)
+    """Tasks whose shim has begun, although nobody knows."""
+    alive: tuple[Process, ...] = ()
+    kills_noted: dict[int, str] = field(factory=dict)
+    bug: Exception | None = None
+    """Raised when a task is to start."""
 
     def check(self) -> None:
         if self.full:
             raise StoreUnavailable("the fake is full", full=True)
 
+    def place(self) -> str:
+        return self.where
+
+    def permit(self, task_id: int) -> Deferred[str]:
+        if self.bug is not None:
+            raise self.bug
+        return succeed(f"permit for {task_id}")
+
     def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> FakeRun:
         return self._keep(FakeRun(self.clock, task_id, sink, command, bounds, False))
 
-    def adopt(self, task_id: int, sink: Sink) -> FakeRun:
-        return self._keep(FakeRun(self.clock, task_id, sink, None, None, True))
+    def adopt(
+        self, task_id: int, permit: str | None, bounds: Bounds, sink: Sink
+    ) -> FakeRun:
+        return self._keep(FakeRun(self.clock, task_id, sink, None, bounds, True))
 
-    def keep_secrets(self, task_id: int, secrets: Mapping[str, str]) -> Deferred[None]:
+    def bar(self, task_id: int) -> bool:
+        self.barred.add(task_id)
+        return task_id not in self.begun
+
+    def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:
+        return succeed(tuple(one for one in processes if one in self.alive))
+
+    def keep_secrets(
+        self, secrets: Mapping[str, str], name: str | None = None
+    ) -> Deferred[str]:
         if self.forgetful:
             return fail(StoreUnavailable("the fake is forgetful"))
-        self.kept_secrets[task_id] = secrets
-        return succeed(None)
+        name = name or f"secrets-{len(self.kept_secrets)}"
+        self.kept_secrets[name] = secrets
+        return succeed(name)
 
-    def secrets(self, task_id: int) -> Deferred[Mapping[str, str] | None]:
+    def secrets(self, task_id: int, name: str | None) -> Deferred[Mapping[str, str] | None]:
         if self.full:
             return fail(StoreUnavailable("the fake is full", full=True))
-        return succeed(self.kept_secrets.get(task_id))
+        return succeed(self.kept_secrets.get(name or ""))
 
-    def forget_secrets(self, task_id: int) -> None:
-        self.kept_secrets.pop(task_id, None)
+    def forget_secrets(self, task_id: int, name: str | None) -> None:
+        self.kept_secrets.pop(name or "", None)
+
+    def forget_other_secrets(self, names: AbstractSet[str]) -> Deferred[None]:
+        for name in set(self.kept_secrets) - set(names):
+            del self.kept_secrets[name]
+        return succeed(None)
+
+    def note_kill(self, task_id: int, by: str) -> None:
+        self.kills_noted[task_id] = by
+
+    def noted_kill(self, task_id: int) -> str | None:
+        return self.kills_noted.get(task_id)
 
     def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
         self.folders -= set(task_ids)

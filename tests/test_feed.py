@@ -18,7 +18,7 @@ from pulsar_api.service import Limits, TaskService
 from pulsar_api.task import TaskSpec
 from pulsar_api.web.feed import EVERY, HELD, Closed, Feed, Subscription
 from pulsar_api.web.visit import HEARTBEAT, next_frame
-from tests.fakes import FakeExecutor, FakeRun, MemoryStore
+from tests.fakes import FakeExecutor, FakeRun, MemoryStore, steady_clock
 from tests.test_lines import Turns
 from tests.test_output import printed
 
@@ -56,7 +56,7 @@ class World:
 
         clock, limits = self.clock, Limits(Bounds(10))
         self.service = TaskService(
-            self.store, self.executor, clock, clock.seconds, commands, limits
+            self.store, self.executor, clock, steady_clock(clock), commands, limits
         )
         CASE.successResultOf(Deferred.fromCoroutine(self.service.start()))
         self.feed = Feed(self.service, self.folder, clock, Rota(self.turns))

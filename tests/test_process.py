@@ -23,9 +23,10 @@ from twisted.internet.task import deferLater
 
 from pulsar_api import process, shim
 from pulsar_api.errors import StoreUnavailable
+from pulsar_api.machine import USUAL, LocalMachine
 from pulsar_api.output import Output, Record
 from pulsar_api.ports import Bounds, Run
-from pulsar_api.process import USUAL, ShimExecutor
+from pulsar_api.process import ShimExecutor
 from pulsar_api.task import Cause, Command, Exit
 from tests.integration.daemon import PATIENCE, end_shim, marked, wait_for
 
@@ -131,7 +132,7 @@ class Started:
     @property
     def watcher(self) -> int:
         """The process number of the shim."""
-        return int((self.folder / "lock").read_text())
+        return int((self.folder / "lock").read_text().split()[0])
 
     async def prints(self, text: bytes) -> None:
         """Wait until the command has printed something."""
@@ -153,7 +154,12 @@ class Runner:
     def executor(self) -> ShimExecutor:
         """The executor under test."""
         return ShimExecutor(
-            reactor, reactor, self.tasks, self.umask, self.files, self.launcher
+            LocalMachine(reactor, self.launcher),
+            reactor,
+            self.tasks,
+            lambda: uuid4().hex,
+            self.umask,
+            self.files,
         )
 
     @property
@@ -180,6 +186,8 @@ class Runner:
             last_line,
         )
         story = Story()
+        with suppress(OSError):
+            (self.tasks / str(number)).mkdir(exist_ok=True)
         run = self.executor.start(number, command, Bounds(grace, total, silence), story)
         self.runs.append(run)
         return Started(run, story, self.tasks / str(number))
@@ -192,10 +200,10 @@ class Runner:
         """Start a Python script."""
         return self.start(*PYTHON, text, *arguments, grace=grace)
 
-    def adopt(self, number: int = 1) -> Started:
+    def adopt(self, number: int = 1, permit: str | None = None) -> Started:
         """Follow task 1 as a daemon does that did not start it."""
         story = Story()
-        run = self.executor.adopt(number, story)
+        run = self.executor.adopt(number, permit, Bounds(5), story)
         self.runs.append(run)
         return Started(run, story, self.tasks / str(number))
 
@@ -1128,6 +1136,7 @@ _STARTER = """
 import os, signal, sys
 from pathlib import Path
 from twisted.internet import reactor
+from pulsar_api.machine import LocalMachine
 from pulsar_api.ports import Bounds
 from pulsar_api.process import ShimExecutor
 from pulsar_api.task import Command
@@ -1142,7 +1151,9 @@ class Sink:
 
 folder, mark, grace, launcher, *arguments = sys.argv[1:]
 environment = {"PATH": os.environ["PATH"], "TEST_MARK": mark}
-executor = ShimExecutor(reactor, reactor, Path(folder), launcher=launcher.split("|"))
+machine = LocalMachine(reactor, launcher.split("|"))
+executor = ShimExecutor(machine, reactor, Path(folder), str)
+(Path(folder) / "1").mkdir(exist_ok=True)
 executor.start(1, Command(tuple(arguments), environment), Bounds(float(grace)), Sink())
 reactor.run()
 """
@@ -1228,22 +1239,100 @@ def late_shim(folder: Path) -> int:
     return done.returncode
 
 
-async def test_a_run_that_never_began_is_no_riddle(runner: Runner, tmp_path: Path) -> None:
-    """It is certain that it was not started: a shim that comes late refuses to."""
-    adopted = runner.adopt()
-    exit = await adopted.story.end()
-    assert not exit.lost
+async def test_a_run_that_never_began_starts_under_its_permit(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """No shim has begun, the permit is of this boot and of these folders: start it."""
+    permit = await runner.executor.permit(1)
+    exit = await runner.adopt(permit=permit).story.end()
+    assert (exit.unstarted, exit.lost) == (True, False)
     assert exit.error == "The daemon ended before the command was started."
-    assert exit.unstarted
-    # A daemon that dies before it has recorded this asks once more.
-    assert (await runner.adopt().story.end()).unstarted
-    folder = runner.tasks / "1"
-    assert late_shim(folder) == shim.TAKEN
-    # What never began may begin, and does so once.
+    # A daemon that dies before it has started it asks once more.
+    assert (await runner.adopt(permit=permit).story.end()).unstarted
     ran = tmp_path / "ran"
     started = runner.start("touch", str(ran))
     assert (await started.story.end()).code == 0
     assert ran.exists()
+    assert not (await runner.adopt(permit=permit).story.end()).unstarted
+
+
+def _restored(tasks: Path) -> None:
+    """Put a copy of the task's folder in its place, as a restore does."""
+    shutil.copytree(tasks / "1", tasks.parent / "copy")
+    shutil.rmtree(tasks / "1")
+    shutil.copytree(tasks.parent / "copy", tasks / "1")
+
+
+def _other_boot(tasks: Path) -> None:
+    permit = tasks / "1" / "start"
+    boot, _, rest = permit.read_text().partition("\n")
+    permit.write_text(f"{boot[:-1]}x\n{rest}")
+
+
+def _moved_state(tasks: Path) -> None:
+    """Let the state be another folder with the same tasks in it."""
+    other = tasks.parent.with_name("other")
+    tasks.parent.rename(other)
+    tasks.parent.mkdir()
+    (other / "tasks").rename(tasks)
+
+
+def _no_folders(tasks: Path) -> None:
+    shutil.rmtree(tasks)
+    tasks.mkdir()
+
+
+def _folder_is_a_file(tasks: Path) -> None:
+    shutil.rmtree(tasks / "1")
+    (tasks / "1").touch()
+
+
+DOUBTS: dict[str, Callable[[Path], object]] = {
+    "the folder is gone": lambda tasks: shutil.rmtree(tasks / "1"),
+    "all folders are gone": _no_folders,
+    "the folder is a file": _folder_is_a_file,
+    "the permit is gone": lambda tasks: (tasks / "1" / "start").unlink(),
+    "the permit is empty": lambda tasks: (tasks / "1" / "start").write_text(""),
+    "the permit is not text": lambda tasks: (tasks / "1" / "start").write_bytes(b"\xff"),
+    "the permit is of another boot": _other_boot,
+    "the folder was restored": _restored,
+    "the state is another folder": _moved_state,
+    "the lock is empty": lambda tasks: (tasks / "1" / "lock").touch(),
+    "the lock is no number": lambda tasks: (tasks / "1" / "lock").write_bytes(b"\xffx"),
+}
+
+
+@pytest.mark.parametrize("doubt", list(DOUBTS))
+async def test_a_start_in_doubt_is_lost(runner: Runner, tmp_path: Path, doubt: str) -> None:
+    """Nothing but a valid permit without a lock proves that no command was started."""
+    runner.tasks = tmp_path / "state" / "tasks"
+    runner.tasks.mkdir(parents=True)
+    permit = await runner.executor.permit(1)
+    DOUBTS[doubt](runner.tasks)
+    exit = await runner.adopt(permit=permit).story.end()
+    assert (exit.unstarted, exit.lost) == (False, True)
+    # Nor does a shim begin that comes late: one that the dead daemon has started.
+    folder = runner.tasks / "1"
+    if folder.is_dir():
+        assert late_shim(folder) == shim.TAKEN
+
+
+async def test_a_permit_of_another_task_proves_nothing(runner: Runner) -> None:
+    """It has to be the one on record."""
+    permit = await runner.executor.permit(1)
+    await runner.executor.permit(2)
+    exit = await runner.adopt(2, permit).story.end()
+    assert exit.lost
+
+
+async def test_who_is_killed_before_it_began_is_barred(runner: Runner) -> None:
+    """From then on no shim begins; but of one that has begun it is not said."""
+    await runner.executor.permit(1)
+    assert runner.executor.bar(1)
+    assert late_shim(runner.tasks / "1") == shim.TAKEN
+    started = runner.start("true", number=2)
+    await started.story.end()
+    assert not runner.executor.bar(2)
 
 
 async def test_a_run_that_may_have_begun_is_lost(runner: Runner) -> None:
@@ -1474,6 +1563,7 @@ async def test_secrets_are_masked_before_they_are_on_disk(runner: Runner) -> Non
     secrets = (b"password", b"s3cret", b"word")
     command = Command((*PYTHON, code), runner.environment, secrets=secrets)
     story = Story()
+    (runner.tasks / "1").mkdir()
     runner.runs.append(runner.executor.start(1, command, Bounds(5), story))
     exit = await story.end()
     started = Started(runner.runs[0], story, runner.tasks / "1")
@@ -1492,6 +1582,7 @@ async def test_what_is_held_back_is_not_lost_with_a_child_in_the_background(
         secrets=(b"s3cret",),
     )
     story = Story()
+    (runner.tasks / "1").mkdir()
     runner.runs.append(runner.executor.start(1, command, Bounds(5), story))
     exit = await story.end()
     assert exit.code == 3
@@ -1532,6 +1623,7 @@ async def test_a_promised_line_with_a_secret_in_it_is_kept(runner: Runner) -> No
     secrets = (b"production",)
     command = Command(arguments, runner.environment, last_line=line, secrets=secrets)
     story = Story()
+    (runner.tasks / "1").mkdir()
     runner.runs.append(runner.executor.start(1, command, Bounds(5), story))
     exit = await story.end()
     assert (exit.code, exit.good) == (0, True)
@@ -1539,17 +1631,42 @@ async def test_a_promised_line_with_a_secret_in_it_is_kept(runner: Runner) -> No
 
 
 async def test_kept_secrets_are_read_again_and_removed(runner: Runner) -> None:
-    """Only their owner can read the file."""
+    """Only their owner can read the file, which has a name that nobody can guess."""
     executor = runner.executor
-    assert await executor.secrets(7) is None
-    await executor.keep_secrets(7, {"password": "pässword\n"})
-    path = runner.tasks / "7" / "secrets"
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert await executor.secrets(7) == {"password": "pässword\n"}
-    executor.forget_secrets(7)
-    assert await executor.secrets(7) is None
-    (runner.tasks / "8").write_text("in the way")
+    secrets = {"password": "pässword\n"}
+    assert await executor.secrets(7, "unknown") is None
+    name = await executor.keep_secrets(secrets)
+    assert name != await executor.keep_secrets(secrets)
+    folder = runner.tasks.parent / "secrets"
+    assert (folder / name).stat().st_mode & 0o777 == 0o600
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert await executor.secrets(7, name) == secrets
+    # A retry brings them again, under the name that is on record.
+    (folder / name).unlink()
+    assert await executor.keep_secrets({"password": "new"}, name) == name
+    assert await executor.secrets(7, name) == {"password": "new"}
+    await executor.forget_other_secrets({name})
+    assert [path.name for path in folder.iterdir()] == [name]
+    executor.forget_secrets(7, name)
+    assert await executor.secrets(7, name) is None
+
+
+async def test_a_daemon_that_dies_at_the_start_leaves_the_secrets(runner: Runner) -> None:
+    """They are in the task's folder then, where the shim removes them."""
+    executor = runner.executor
+    name = await executor.keep_secrets({"password": "x"})
+    await executor.permit(1)
+    (runner.tasks.parent / "secrets" / name).rename(runner.tasks / "1" / "secrets")
+    assert await executor.secrets(1, name) == {"password": "x"}
+    command = Command(("true",), runner.environment, secret_file=name)
+    story = Story()
+    runner.runs.append(executor.start(1, command, Bounds(5), story))
+    assert (await story.end()).code == 0
+    assert await executor.secrets(1, name) is None
+
+
+async def test_secrets_that_cannot_be_kept_are_an_error(runner: Runner) -> None:
+    """And nothing is left of them."""
+    (runner.tasks.parent / "secrets").touch()
     with pytest.raises(StoreUnavailable):
-        await executor.keep_secrets(8, {"password": "abcd"})
-    with pytest.raises(StoreUnavailable):
-        await executor.secrets(8)
+        await runner.executor.keep_secrets({"password": "x"})

@@ -1,6 +1,7 @@
 """Tests of the life of tasks: queue, limits, kill, end, restart; time stands still."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 from attrs import define, evolve, field
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
+from twisted.logger import LogEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from pulsar_api.command import Commands, parse_template
@@ -23,8 +25,18 @@ from pulsar_api.errors import (
 )
 from pulsar_api.ports import Bounds, Keep
 from pulsar_api.retention import TIDY
-from pulsar_api.service import MAX_ID, RETRY, Limits, TaskService
-from pulsar_api.task import KEY_LIFE, Cause, Status, Task, TaskQuery, TaskSnapshot, TaskSpec
+from pulsar_api.service import LEAVE, LOOK, MAX_ID, RETRY, Limits, TaskService
+from pulsar_api.steady import SteadyClock
+from pulsar_api.task import (
+    KEY_LIFE,
+    Cause,
+    Process,
+    Status,
+    Task,
+    TaskQuery,
+    TaskSnapshot,
+    TaskSpec,
+)
 from tests.fakes import FakeExecutor, MemoryStore
 
 CASE = SynchronousTestCase()
@@ -40,30 +52,42 @@ class World:
     clock: Clock = field(factory=Clock)
     store: MemoryStore = field(factory=MemoryStore)
     template: str = "deploy {app} {env} {action}"
+    wrong: float = 0
+    """Seconds by which the wall clock goes wrong."""
+    secrets: dict[str, Mapping[str, str]] = field(factory=dict)
     executor: FakeExecutor = field(init=False)
     service: TaskService = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.restart()
 
-    def restart(self) -> None:
+    def restart(self, **executor: Any) -> None:
         """Begin again with what the store holds, as a new daemon does."""
-        self.restart_with(set(self.store.rows))
+        self.restart_with(set(self.store.rows), **executor)
 
-    def restart_with(self, folders: set[int]) -> None:
+    def restart_with(self, folders: set[int], **executor: Any) -> None:
         """Begin again where so many runs have left a folder."""
         for call in self.clock.getDelayedCalls():
             call.cancel()
-        self.executor = FakeExecutor(self.clock, folders=folders)
+        executor.setdefault("kept_secrets", self.secrets)
+        self.executor = FakeExecutor(self.clock, folders=folders, **executor)
         commands = Commands(parse_template(self.template), {})
 
         async def give() -> Commands:
             return commands
 
         self.service = TaskService(
-            self.store, self.executor, self.clock, self.clock.seconds, give, self.limits
+            self.store,
+            self.executor,
+            self.clock,
+            SteadyClock(self.wall, self.clock.seconds, "a boot"),
+            give,
+            self.limits,
         )
         CASE.successResultOf(Deferred.fromCoroutine(self.service.start()))
+
+    def wall(self) -> float:
+        return self.clock.seconds() + self.wrong
 
     def create(self, spec: TaskSpec = SPEC) -> Task:
         return CASE.successResultOf(Deferred.fromCoroutine(self.service.create(spec)))
@@ -397,8 +421,8 @@ def test_a_stopping_daemon_does_not_wait_for_ever(world: World) -> None:
     assert world.executor.run(1).sink is None
 
 
-def test_a_stop_between_the_record_and_the_process_puts_it_back(world: World) -> None:
-    """The next daemon starts it; this one has not."""
+def test_a_task_whose_start_is_recorded_during_a_stop_is_started(world: World) -> None:
+    """Nothing goes back to the queue; the next daemon follows it."""
     world.store.slow = True
     made = Deferred.fromCoroutine(world.service.create(SPEC))
     world.store.finish()
@@ -406,10 +430,52 @@ def test_a_stop_between_the_record_and_the_process_puts_it_back(world: World) ->
     stopped = Deferred.fromCoroutine(world.service.stop(0))
     CASE.assertNoResult(stopped)
     world.store.finish()
-    world.store.finish()
     CASE.successResultOf(stopped)
+    assert world.executor.run(1).sink is None
+    assert world.store.rows[1].status is Status.RUNNING
+
+
+def test_a_stop_does_not_wait_for_the_store_for_ever(world: World) -> None:
+    """A start that could not be recorded is no start; the task waits for the next."""
+    world.executor.full = True
+    refused = Deferred.fromCoroutine(world.service.create(SPEC))
+    CASE.failureResultOf(refused, StoreUnavailable)
+    world.executor.full = False
+    world.store.slow = True
+    made = Deferred.fromCoroutine(world.service.create(SPEC))
+    world.store.finish()
+    CASE.successResultOf(made)
+    stopped = Deferred.fromCoroutine(world.service.stop(0))
+    world.clock.advance(LEAVE - 0.1)
+    CASE.assertNoResult(stopped)
+    world.clock.advance(0.2)
+    CASE.successResultOf(stopped)
+    world.store.finish()
     assert world.executor.runs == []
-    assert world.store.rows[1].status is Status.CREATED
+    assert world.clock.getDelayedCalls() == []
+
+
+def test_a_kill_that_a_stop_could_not_record_is_done_by_the_next_daemon() -> None:
+    """The database was away for the one that was asked."""
+    world = limited(running=1)
+    world.create()
+    world.create()
+    world.create()
+    world.store.broken = True
+    killed = Deferred.fromCoroutine(world.service.kill(2, "alice"))
+    CASE.assertNoResult(killed)
+    stopped = Deferred.fromCoroutine(world.service.stop(0))
+    world.clock.advance(LEAVE)
+    CASE.successResultOf(stopped)
+    CASE.failureResultOf(killed, ShuttingDown)
+    assert world.clock.getDelayedCalls() == []
+    assert world.executor.kills_noted == {2: "alice"}
+    world.store.broken = False
+    noted = world.executor.kills_noted
+    world.restart(kills_noted=noted)
+    assert world.find(2).status is Status.KILLED
+    assert "alice" in (world.find(2).reason or "")
+    assert world.find(3).status is Status.CREATED
 
 
 def test_who_waits_is_let_go_at_the_end(world: World) -> None:
@@ -512,6 +578,55 @@ def test_what_was_cut_out_of_an_output_takes_no_room() -> None:
     assert list(world.store.rows) == [2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("days", [370, -370])
+def test_a_wrong_wall_clock_removes_nothing_and_ends_no_key(days: int) -> None:
+    """Ages are those of a clock that nobody can set, also over restarts."""
+    world = keeping(Keep(seconds=90 * 86400))
+    made = Deferred.fromCoroutine(world.service.create(SPEC, "k"))
+    CASE.successResultOf(made)
+    world.executor.run(1).end(0)
+    ended(world, 3)
+    world.wrong = days * 86400.0
+    world.clock.pump([TIDY] * 3)
+    world.restart()
+    world.clock.pump([TIDY] * 3)
+    ended(world, 1)
+    world.wrong = 0
+    world.clock.pump([TIDY] * 3)
+    assert list(world.store.rows) == [1, 2, 3, 4, 5]
+    again = Deferred.fromCoroutine(world.service.create(SPEC, "k"))
+    assert CASE.successResultOf(again).snapshot.id == 1
+
+
+def test_a_wrong_wall_clock_at_a_boot_removes_nothing() -> None:
+    """How long the machine was off nobody can know: it counts for an hour at most."""
+    world = keeping(Keep(seconds=86400))
+    made = Deferred.fromCoroutine(world.service.create(SPEC, "k"))
+    CASE.successResultOf(made)
+    world.executor.run(1).end(0)
+    ended(world, 3)
+    reading = world.store.kept_reading
+    assert reading is not None
+    world.store.kept_reading = evolve(reading, boot="an earlier boot", uptime=1e6)
+    world.wrong = 370 * 86400.0
+    world.restart()
+    world.clock.pump([TIDY] * 3)
+    assert list(world.store.rows) == [1, 2, 3, 4]
+    again = Deferred.fromCoroutine(world.service.create(SPEC, "k"))
+    assert CASE.successResultOf(again).snapshot.id == 1
+
+
+def test_a_first_start_with_a_wrong_wall_clock_removes_nothing() -> None:
+    """The clock begins near the newest record that there is."""
+    world = keeping(Keep(seconds=86400))
+    ended(world, 3)
+    world.store.kept_reading = None
+    world.wrong = 370 * 86400.0
+    world.restart()
+    world.clock.pump([TIDY] * 3)
+    assert list(world.store.rows) == [1, 2, 3]
+
+
 def test_a_task_is_kept_as_long_as_its_key_counts() -> None:
     """Else a retry would start it a second time."""
     world = keeping(Keep(tasks=1))
@@ -546,8 +661,8 @@ def test_what_a_dead_daemon_has_half_removed_is_removed_at_the_start(
     assert world.executor.folders == {2}
 
 
-def test_a_task_that_was_never_started_waits_again_in_its_place() -> None:
-    """A daemon died between the record of the start and the start; no one is skipped."""
+def test_a_task_that_was_never_started_starts_and_stays_running() -> None:
+    """A daemon died between the record of the start and the start; nobody overtakes it."""
     world = limited(running=1)
     first = world.create()
     world.create()
@@ -555,10 +670,24 @@ def test_a_task_that_was_never_started_waits_again_in_its_place() -> None:
     world.executor.run(1).end(error="never", unstarted=True)
     runs = [(run.task_id, run.adopted) for run in world.executor.runs]
     assert runs == [(1, True), (1, False)]
+    assert world.store.rows[1].status is Status.RUNNING
     world.executor.run(1).start()
     world.executor.run(1).end(0)
     assert world.find(first.snapshot.id).status is Status.FINISHED
     assert world.executor.runs[-1].task_id == 2
+
+
+def test_a_killed_task_whose_shim_begins_all_the_same_is_followed(world: World) -> None:
+    """A shim of the dead daemon came late: it is ended like any other."""
+    world.create()
+    world.executor.run(1).deaf = True
+    world.kill(1, "alice")
+    world.restart(begun={1})
+    world.executor.run(1).deaf = True
+    world.executor.run(1).end(error="never", unstarted=True)
+    assert world.find(1).status is Status.RUNNING
+    world.clock.advance(0)
+    assert world.find(1).reason == "Killed by alice."
 
 
 def test_a_task_that_was_never_started_is_left_to_the_next_daemon(world: World) -> None:
@@ -580,7 +709,149 @@ def test_a_killed_task_that_was_never_started_does_not_start(world: World) -> No
     world.executor.run(1).end(error="never", unstarted=True)
     assert world.find(1).reason == "Killed by alice before it started."
     assert world.find(1).status is Status.KILLED
+    assert world.executor.barred == {1}
     assert len(world.executor.runs) == 1
+
+
+def test_what_waits_in_a_copied_state_is_lost() -> None:
+    """The daemon of the original may start it, or have started it."""
+    world = limited(running=1)
+    world.create()
+    world.create()
+    world.restart(where="0 8 9")
+    assert world.find(2).status is Status.LOST
+    assert "copy" in (world.find(2).reason or "")
+    # What runs is decided by its own folder.
+    assert world.find(1).status is Status.RUNNING
+
+
+def test_what_waits_in_a_database_that_is_older_than_the_folders_is_lost() -> None:
+    """It was restored: it does not know what has been started since."""
+    world = limited(running=1)
+    world.create()
+    world.create()
+    world.restart_with({1, 2, 3})
+    assert world.find(2).status is Status.LOST
+    assert "older" in (world.find(2).reason or "")
+    assert world.create().snapshot.id == 4
+
+
+def test_a_device_may_have_another_number_after_a_boot() -> None:
+    """That alone is no copy."""
+    world = limited(running=1)
+    world.create()
+    world.create()
+    reading = world.store.kept_reading
+    assert reading is not None
+    world.store.kept_reading = evolve(reading, boot="an earlier boot")
+    world.restart(where="5 1 2")
+    assert world.find(2).status is Status.CREATED
+
+
+def test_versions_never_go_back_over_restarts() -> None:
+    """Also if changes were announced for as long as one likes and none was recorded."""
+    world = limited(running=1)
+    world.create()
+    waiting = world.create()
+    seen = [waiting.snapshot.version]
+    for _ in range(3):
+        waiting.announce(
+            evolve(waiting.snapshot, revision=waiting.snapshot.revision + 5000)
+        )
+        seen.append(waiting.snapshot.version)
+        world.restart()
+        waiting = CASE.successResultOf(Deferred.fromCoroutine(world.service.find(2)))
+        seen.append(waiting.snapshot.version)
+    assert seen == sorted(set(seen))
+
+
+def test_an_error_of_ours_at_a_start_ends_the_task(
+    world: World, logged_failures: list[LogEvent]
+) -> None:
+    """It does not stay for ever, and a stop does not wait for it."""
+    world.executor.bug = RuntimeError("this is a bug")
+    task = world.create()
+    assert task.snapshot.status is Status.FAILED
+    assert "this is a bug" in (task.snapshot.reason or "")
+    assert logged_failures.pop()["log_failure"].check(RuntimeError)
+    CASE.successResultOf(Deferred.fromCoroutine(world.service.stop(0)))
+
+
+SUDO = Process(4711, 100, "sleep 1000", "root")
+
+
+def test_what_could_not_be_killed_holds_the_target() -> None:
+    """Until it is gone; who waits for the target is told what it waits for."""
+    world = limited(per_target=1)
+    first = world.create()
+    world.executor.run(1).deaf = True
+    world.kill(1)
+    world.executor.alive = (SUDO,)
+    world.executor.run(1).end(cause=Cause.KILL, forced=True, left=(SUDO,))
+    assert (first.snapshot.status, first.snapshot.held) == (Status.KILLED, True)
+    assert first.snapshot.still_running == (SUDO,)
+    second = world.create()
+    assert second.snapshot.status is Status.CREATED
+    assert second.snapshot.waiting_for == (
+        "task 1, of which these still run: 4711 sleep 1000 (root)"
+    )
+    assert world.create(OTHER).snapshot.waiting_for is None
+    world.clock.advance(LOOK)
+    assert world.find(1).held
+    world.restart(alive=(SUDO,))
+    assert world.find(2).waiting_for is not None
+    version = world.find(1).version
+    world.executor.alive = ()
+    world.clock.advance(LOOK)
+    assert (world.find(1).held, world.find(1).still_running) == (False, ())
+    assert world.find(1).version > version
+    assert world.executor.run(2).command is not None
+
+
+def test_an_operator_gives_a_target_back() -> None:
+    """What still runs is listed in the task, and who gave it back."""
+    world = limited(per_target=1)
+    first = world.create()
+    world.executor.alive = (SUDO,)
+    world.executor.run(1).end(lost=True, error="gone", left=(SUDO,))
+    world.create()
+    freed = Deferred.fromCoroutine(world.service.free("site/production", "alice"))
+    assert CASE.successResultOf(freed) == [1]
+    assert (first.snapshot.held, first.snapshot.still_running) == (False, (SUDO,))
+    assert first.snapshot.notes == (
+        "alice gave site/production back while these still ran: 4711 sleep 1000 (root).",
+    )
+    assert world.executor.run(2).command is not None
+    again = Deferred.fromCoroutine(world.service.free("site/production", "alice"))
+    assert CASE.successResultOf(again) == []
+
+
+def test_what_a_task_leaves_behind_holds_nothing() -> None:
+    """It ended by itself; what still runs is listed."""
+    world = limited(per_target=1)
+    first = world.create()
+    world.create()
+    world.executor.alive = (SUDO,)
+    world.executor.run(1).end(0, left=(SUDO,), open=True)
+    assert first.snapshot.status is Status.FINISHED
+    assert (first.snapshot.held, first.snapshot.still_running) == (False, (SUDO,))
+    assert "background process" in first.snapshot.notes[0]
+    assert world.executor.run(2).command is not None
+
+
+def test_after_a_boot_nothing_holds_a_target() -> None:
+    """The numbers of processes mean nothing any more."""
+    world = limited(per_target=1)
+    world.create()
+    world.executor.alive = (SUDO,)
+    world.executor.run(1).end(lost=True, error="gone", left=(SUDO,))
+    world.create()
+    reading = world.store.kept_reading
+    assert reading is not None
+    world.store.kept_reading = evolve(reading, boot="an earlier boot")
+    world.restart(alive=(SUDO,))
+    assert not world.store.rows[1].held
+    assert world.executor.run(2).command is not None
 
 
 def test_what_is_left_is_removed_later_if_the_store_is_broken(world: World) -> None:
@@ -793,19 +1064,6 @@ def test_a_kill_of_a_waiting_task_survives_a_restart() -> None:
     assert [run.task_id for run in world.executor.runs] == [1]
 
 
-def test_a_kill_while_a_task_is_put_back_is_not_forgotten(world: World) -> None:
-    """It does not wait for a free place to be ended."""
-    world.create()
-    world.store.slow = True
-    world.executor.run(1).end(error="never began", unstarted=True)
-    asked = Deferred.fromCoroutine(world.service.kill(1, "bob"))
-    while world.store._pending:
-        world.store.finish()
-    CASE.successResultOf(asked)
-    assert world.find(1).status is Status.KILLED
-    assert len(world.executor.runs) == 1
-
-
 def test_a_kill_while_the_end_is_recorded_changes_nothing(world: World) -> None:
     """What has ended has ended."""
     task = world.create()
@@ -868,10 +1126,12 @@ def test_a_task_that_waits_gets_its_secrets_after_a_restart() -> None:
     world = limited(running=1)
     for spec in (SPEC, HIDDEN, HIDDEN):
         world.create(spec)
-    kept = {2: {"password": "s3cret"}}
-    assert world.executor.kept_secrets == {**kept, 3: kept[2]}
+    names = [world.store.rows[number].secret_file for number in (2, 3)]
+    assert list(world.secrets) == names
+    world.secrets["of nobody"] = {}
     world.restart()
-    world.executor.kept_secrets = dict(kept)
+    assert list(world.secrets) == names
+    del world.secrets[names[1] or ""]
     world.executor.run(1).end(0)
     command = world.executor.run(2).command
     assert command is not None
@@ -888,7 +1148,7 @@ def test_secrets_of_one_that_is_killed_while_it_waits_are_removed() -> None:
     for spec in (SPEC, HIDDEN, HIDDEN):
         world.create(spec)
     world.kill(2)
-    assert world.executor.kept_secrets == {3: {"password": "s3cret"}}
+    assert list(world.secrets) == [world.store.rows[3].secret_file]
 
 
 def test_secrets_that_cannot_be_read_now_are_waited_for() -> None:
@@ -904,11 +1164,40 @@ def test_secrets_that_cannot_be_read_now_are_waited_for() -> None:
     assert [run.task_id for run in world.executor.runs] == [1, 2]
 
 
-def test_a_task_whose_secrets_cannot_be_kept_fails(world: World) -> None:
-    """It has a number by then; nothing is started."""
+def test_a_task_whose_secrets_cannot_be_kept_is_refused(world: World) -> None:
+    """Nothing is recorded; a retry may have more luck."""
     world.executor.forgetful = True
-    found = world.create(HIDDEN).snapshot
-    assert found.status is Status.FAILED
-    assert found.reason is not None
-    assert "could not be kept" in found.reason
-    assert world.executor.runs == []
+    refused = Deferred.fromCoroutine(world.service.create(HIDDEN, "k"))
+    CASE.failureResultOf(refused, StoreUnavailable)
+    assert world.store.rows == {}
+    world.executor.forgetful = False
+    made = Deferred.fromCoroutine(world.service.create(HIDDEN, "k"))
+    assert CASE.successResultOf(made).snapshot.status is Status.CREATED
+
+
+def test_secrets_of_a_task_that_could_not_be_recorded_are_removed(world: World) -> None:
+    """Nobody will ask for them."""
+    world.store.broken = True
+    refused = Deferred.fromCoroutine(world.service.create(HIDDEN))
+    CASE.failureResultOf(refused, StoreUnavailable)
+    assert world.secrets == {}
+
+
+def test_a_retry_brings_secrets_that_are_lost() -> None:
+    """The task still waits, and the first request's are gone."""
+    world = limited(running=1)
+    world.create()
+
+    def post() -> TaskSnapshot:
+        made = Deferred.fromCoroutine(world.service.create(HIDDEN, "k"))
+        return CASE.successResultOf(made).snapshot
+
+    assert post().id == 2
+    world.secrets.clear()
+    assert post().id == 2
+    world.executor.run(1).end(0)
+    command = world.executor.run(2).command
+    assert command is not None
+    assert command.environment["PULSAR_VAR_password"] == "s3cret"
+    world.executor.run(2).start()
+    assert post().status is Status.RUNNING

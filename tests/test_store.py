@@ -15,13 +15,18 @@ from twisted.internet import reactor as global_reactor
 from twisted.internet.defer import gatherResults
 
 from pulsar_api.errors import StoreUnavailable, UnknownTask
-from pulsar_api.ports import Keep, TaskStore
+from pulsar_api.ports import RESTART, Keep, NewTask, Reading, TaskStore
 from pulsar_api.store import _SCHEMA, SQLiteStore, prepare
-from pulsar_api.task import Status, TaskQuery, TaskSpec, Within
+from pulsar_api.task import Process, Status, TaskQuery, TaskSpec, Within
 from tests.fakes import MemoryStore
 
 reactor: Any = global_reactor  # its type knows no threads
 SPEC = TaskSpec("site", "production", "deploy", {"branch": "main"}, "alice")
+
+
+def new(spec: TaskSpec, created_at: float, key: str | None = None) -> NewTask:
+    """Return what is recorded of a new task when no clock is wrong."""
+    return NewTask(spec, created_at, created_at, key)
 
 
 @pytest_twisted.async_yield_fixture
@@ -43,7 +48,7 @@ def store(request: pytest.FixtureRequest) -> TaskStore:
 
 async def test_a_new_task_is_what_was_asked_for(store: TaskStore) -> None:
     """It is created, has a number, and is found again just so."""
-    created = await store.create(SPEC, 12.5)
+    created = await store.create(new(SPEC, 12.5))
     assert (created.spec, created.created_at) == (SPEC, 12.5)
     assert created.status is Status.CREATED
     assert await store.load(created.id) == created
@@ -53,19 +58,19 @@ async def test_which_variables_are_secret_is_kept(store: TaskStore) -> None:
     """Their names, not their values."""
     variables = {"password": "***", "branch": "main"}
     spec = evolve(SPEC, variables=variables, secret_names=frozenset({"password"}))
-    created = await store.create(spec, 1.0)
+    created = await store.create(new(spec, 1.0))
     assert (await store.load(created.id)).spec == spec
 
 
 async def test_numbers_count_up(store: TaskStore) -> None:
     """Also when many are created at once."""
-    found = await gatherResults([store.create(SPEC, 0.0) for _ in range(50)])
+    found = await gatherResults([store.create(new(SPEC, 0.0)) for _ in range(50)])
     assert [task.id for task in found] == list(range(1, 51))
 
 
 async def test_what_is_saved_is_found(store: TaskStore) -> None:
     """Every field that changes comes back."""
-    created = await store.create(SPEC, 1.0)
+    created = await store.create(new(SPEC, 1.0))
     ended = evolve(
         created,
         status=Status.KILLED,
@@ -86,7 +91,7 @@ async def test_what_is_saved_is_found(store: TaskStore) -> None:
 
 async def test_an_older_record_never_replaces_a_newer(store: TaskStore) -> None:
     """Records of one task may be saved in any order."""
-    created = await store.create(SPEC, 1.0)
+    created = await store.create(new(SPEC, 1.0))
     newer = evolve(created, revision=3, status=Status.FINISHED)
     await store.save(newer)
     await store.save(evolve(created, revision=2, status=Status.RUNNING))
@@ -103,7 +108,7 @@ async def test_an_unknown_number_is_an_error(store: TaskStore) -> None:
 async def test_lists_are_newest_first_and_bounded(store: TaskStore) -> None:
     """``before`` goes on where the last page ended."""
     for _ in range(5):
-        await store.create(SPEC, 0.0)
+        await store.create(new(SPEC, 0.0))
     first = await store.select(TaskQuery(limit=2))
     assert [task.id for task in first] == [5, 4]
     rest = await store.select(TaskQuery(limit=9, before=4))
@@ -124,10 +129,10 @@ async def test_lists_can_be_narrowed(
     store: TaskStore, query: TaskQuery, found: list[int]
 ) -> None:
     """By state, app, env and user, also together."""
-    first = await store.create(SPEC, 0.0)
-    await store.create(evolve(SPEC, app="shop"), 0.0)
-    await store.create(evolve(SPEC, env="staging"), 0.0)
-    await store.create(evolve(SPEC, user="bob"), 0.0)
+    first = await store.create(new(SPEC, 0.0))
+    await store.create(new(evolve(SPEC, app="shop"), 0.0))
+    await store.create(new(evolve(SPEC, env="staging"), 0.0))
+    await store.create(new(evolve(SPEC, user="bob"), 0.0))
     await store.save(evolve(first, status=Status.FAILED, revision=2))
     assert [task.id for task in await store.select(query)] == found
 
@@ -153,13 +158,13 @@ async def test_lists_can_be_narrowed(
 async def test_lists_can_be_searched(store: TaskStore, text: str, found: list[int]) -> None:
     """In app, env, action and user; no character is wild."""
     spec = TaskSpec("site", "prod", "deploy")
-    await store.create(spec, 0.0)
-    await store.create(evolve(spec, app="my-shop"), 0.0)
-    await store.create(evolve(spec, env="staging-o"), 0.0)
-    await store.create(evolve(spec, action="deploy:web"), 0.0)
-    await store.create(evolve(spec, user="BoB"), 0.0)
-    await store.create(TaskSpec("a_b", "x", "y"), 0.0)
-    await store.create(TaskSpec("x", "x", "y", user="é"), 0.0)
+    await store.create(new(spec, 0.0))
+    await store.create(new(evolve(spec, app="my-shop"), 0.0))
+    await store.create(new(evolve(spec, env="staging-o"), 0.0))
+    await store.create(new(evolve(spec, action="deploy:web"), 0.0))
+    await store.create(new(evolve(spec, user="BoB"), 0.0))
+    await store.create(new(TaskSpec("a_b", "x", "y"), 0.0))
+    await store.create(new(TaskSpec("x", "x", "y", user="é"), 0.0))
     assert [task.id for task in await store.select(TaskQuery(text=text))] == found
     page = await store.select(TaskQuery(text=text, limit=1, offset=1))
     assert [task.id for task in page] == found[1:2]
@@ -172,25 +177,83 @@ async def test_lists_can_be_searched(store: TaskStore, text: str, found: list[in
 async def test_the_next_task_after_a_number_is_the_oldest(store: TaskStore) -> None:
     """None if there is no newer one."""
     for _ in range(3):
-        await store.create(SPEC, 0.0)
+        await store.create(new(SPEC, 0.0))
     found = await store.after(1)
     assert found is not None
     assert found.id == 2
     assert await store.after(3) is None
 
 
-async def test_unfinished_tasks_are_found_oldest_first(store: TaskStore) -> None:
-    """A starting daemon takes them up."""
-    tasks = [await store.create(SPEC, 0.0) for _ in range(4)]
-    await store.save(evolve(tasks[1], status=Status.FINISHED, revision=2))
+HOLDER = Process(4711, 12, "sleep 1000", "root")
+
+
+async def test_unfinished_tasks_and_holders_are_taken_up_oldest_first(
+    store: TaskStore,
+) -> None:
+    """Each with a revision that no daemon can have announced before, on record."""
+    tasks = [await store.create(new(SPEC, 0.0)) for _ in range(5)]
+    await store.save(evolve(tasks[1], status=Status.FINISHED, revision=2, ended_at=1.0))
     await store.save(evolve(tasks[2], status=Status.RUNNING, revision=2))
-    assert [task.id for task in await store.unfinished()] == [1, 3, 4]
+    held = evolve(tasks[4], status=Status.KILLED, revision=2, ended_at=1.0, held=True)
+    await store.save(evolve(held, still_running=(HOLDER,), notes=("odd",)))
+    found = await store.take_up()
+    assert [task.id for task in found] == [1, 3, 4, 5]
+    assert [task.revision - RESTART for task in found] == [1, 2, 1, 2]
+    assert found[3].still_running == (HOLDER,)
+    assert found[3].notes == ("odd",)
+    again = await store.take_up()
+    assert [task.revision - 2 * RESTART for task in again] == [1, 2, 1, 2]
+
+
+async def test_the_last_reading_of_the_clocks_is_kept(store: TaskStore) -> None:
+    """One, in place of the one before; it is the writer's, so it is the newest."""
+    assert await store.reading() is None
+    for wall in (1.5, 2.5):
+        reading = Reading("boot", 100.0, wall, 3.5, "1 2 3")
+        await store.keep_reading(reading)
+        assert await store.reading() == reading
+
+
+async def test_the_newest_time_in_the_records_is_found(store: TaskStore) -> None:
+    """Of a creation or of an end; None without records."""
+    assert await store.newest_time() is None
+    first = await store.create(new(SPEC, 10.0))
+    await store.create(new(SPEC, 11.0))
+    assert await store.newest_time() == 11.0
+    await store.save(evolve(first, status=Status.FINISHED, revision=2, ended_at=30.0))
+    assert await store.newest_time() == 30.0
+
+
+async def test_ages_and_keys_are_by_the_steady_clock(store: TaskStore) -> None:
+    """Whatever the wall clock said when the task was created and ended."""
+    wrong = 32_000_000.0
+    task = await store.create(NewTask(SPEC, wrong, 100.0, "key"))
+    assert await store.by_key("key", "alice", 99.0) == task
+    assert await store.by_key("key", "alice", 101.0) is None
+    ended = evolve(task, status=Status.FINISHED, revision=2, ended_at=wrong)
+    await store.save(evolve(ended, ended_steady=110.0))
+    day = 86400.0
+    assert await store.expired(Keep(seconds=day), 109.0 + day, 10) == []
+    assert await store.expired(Keep(seconds=day), 111.0 + day, 10) == [1]
+
+
+async def test_a_task_that_holds_its_target_is_kept(store: TaskStore) -> None:
+    """Somebody has to see which processes hold it."""
+    task = await store.create(new(SPEC, 0.0))
+    await store.create(new(SPEC, 0.0))
+    ended = evolve(task, status=Status.KILLED, revision=2, ended_at=1.0, ended_steady=1.0)
+    await store.save(evolve(ended, held=True))
+    assert await store.expired(Keep(seconds=1), 1e6, 10) == []
+    await store.forget([1])
+    assert await store.existing([1]) == {1}
+    await store.save(evolve(ended, revision=3))
+    assert await store.expired(Keep(seconds=1), 1e6, 10) == [1]
 
 
 async def test_a_key_finds_its_task_for_a_time(store: TaskStore) -> None:
     """By who asks for it since when."""
-    created = await store.create(SPEC, 100.0, "key")
-    await store.create(SPEC, 100.0)
+    created = await store.create(new(SPEC, 100.0, "key"))
+    await store.create(new(SPEC, 100.0))
     assert await store.by_key("key", "alice", 99.0) == created
     assert await store.by_key("key", "alice", 100.0) is None
     assert await store.by_key("other", "alice", 0.0) is None
@@ -215,42 +278,43 @@ async def test_only_ended_tasks_beyond_the_bounds_are_expired(
     """Oldest first; running ones and those whose key counts are not among them."""
     limit = 2 if keep == Keep(tasks=1) else 10
     for number in range(1, 6):
-        created = await store.create(SPEC, 0.0, "key" if number == 5 else None)
+        created = await store.create(new(SPEC, 0.0, "key" if number == 5 else None))
         if number > 1:
             ended = evolve(created, status=Status.FINISHED, revision=2, output_size=10)
-            await store.save(evolve(ended, ended_at=10.0 * number))
+            end = 10.0 * number
+            await store.save(evolve(ended, ended_at=end, ended_steady=end))
     assert await store.expired(keep, 90.0, limit) == found
 
 
 async def test_what_is_forgotten_is_gone_unless_it_runs(store: TaskStore) -> None:
     """And its number is not used again."""
-    first = await store.create(SPEC, 0.0)
-    await store.create(SPEC, 0.0)
+    first = await store.create(new(SPEC, 0.0))
+    await store.create(new(SPEC, 0.0))
     await store.save(evolve(first, status=Status.FAILED, revision=2, ended_at=1.0))
     await store.forget([1, 2, 3])
     assert [task.id for task in await store.select(TaskQuery())] == [2]
     assert await store.existing([1, 2, 3]) == {2}
-    assert (await store.create(SPEC, 0.0)).id == 3
+    assert (await store.create(new(SPEC, 0.0))).id == 3
 
 
 async def test_reserved_numbers_are_given_to_nobody(store: TaskStore) -> None:
     """Also before the first task, and a lower one changes nothing."""
-    await store.reserve(7)
-    await store.reserve(3)
-    assert (await store.create(SPEC, 0.0)).id == 8
+    assert await store.reserve(7) == 0
+    assert await store.reserve(3) == 7
+    assert (await store.create(new(SPEC, 0.0))).id == 8
     await store.reserve(20)
-    assert (await store.create(SPEC, 0.0)).id == 21
+    assert (await store.create(new(SPEC, 0.0))).id == 21
 
 
 async def test_news_are_what_was_recorded_since(store: TaskStore) -> None:
     """New tasks first, then changes in their order; each once, and none is passed over."""
     assert await store.last_change() == (0, 0)
-    first = await store.create(SPEC, 0.0)
-    second = await store.create(SPEC, 0.0)
+    first = await store.create(new(SPEC, 0.0))
+    second = await store.create(new(SPEC, 0.0))
     assert (await store.news(0, 0, 10)).created == [first, second]
     change, known = await store.last_change()
     assert known == 2
-    third = await store.create(SPEC, 0.0)
+    third = await store.create(new(SPEC, 0.0))
     for task, revision in ((third, 2), (first, 2), (third, 3)):
         await store.save(evolve(task, revision=revision))
     found = await store.news(change, known, 10)
@@ -268,14 +332,14 @@ async def test_numbers_are_never_used_again(tmp_path: Path) -> None:
     """Not even after the newest row is gone and the database was closed."""
     path = tmp_path / "tasks.db"
     store = SQLiteStore(path, reactor.callFromThread)
-    await store.create(SPEC, 0.0)
-    await store.create(SPEC, 0.0)
+    await store.create(new(SPEC, 0.0))
+    await store.create(new(SPEC, 0.0))
     await store.close()
     with sqlite3.connect(path) as db:
         db.execute("DELETE FROM task WHERE id = 2")
     db.close()
     again = SQLiteStore(path, reactor.callFromThread)
-    assert (await again.create(SPEC, 0.0)).id == 3
+    assert (await again.create(new(SPEC, 0.0))).id == 3
     await again.close()
 
 
@@ -283,7 +347,7 @@ async def test_close_writes_what_was_given(tmp_path: Path) -> None:
     """Nobody has to wait for the answer for a record to be kept."""
     path = tmp_path / "tasks.db"
     store = SQLiteStore(path, reactor.callFromThread)
-    waiting = [store.create(SPEC, 0.0) for _ in range(100)]
+    waiting = [store.create(new(SPEC, 0.0)) for _ in range(100)]
     await store.close()
     await gatherResults(waiting)
     with sqlite3.connect(path) as db:
@@ -293,10 +357,10 @@ async def test_close_writes_what_was_given(tmp_path: Path) -> None:
 
 async def test_who_stopped_waiting_does_no_harm(sqlite: SQLiteStore) -> None:
     """A client may go away while its record is written."""
-    gone = sqlite.create(SPEC, 0.0)
+    gone = sqlite.create(new(SPEC, 0.0))
     gone.addErrback(lambda _: None)
     gone.cancel()
-    assert (await sqlite.create(SPEC, 0.0)).id == 2
+    assert (await sqlite.create(new(SPEC, 0.0))).id == 2
 
 
 async def test_commits_wait_for_the_disk(sqlite: SQLiteStore) -> None:
@@ -317,19 +381,19 @@ async def test_a_locked_database_is_an_error_and_heals(
     other = sqlite3.connect(tmp_path / "tasks.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreUnavailable, match="locked"):
-        await sqlite.create(SPEC, 0.0)
+        await sqlite.create(new(SPEC, 0.0))
     other.execute("ROLLBACK")
     other.close()
-    assert (await sqlite.create(SPEC, 0.0)).id == 1
+    assert (await sqlite.create(new(SPEC, 0.0))).id == 1
 
 
 async def test_a_full_database_says_that_it_is_full(sqlite: SQLiteStore) -> None:
     """The client can be told that the disk is full, and what was there stays."""
-    await sqlite.create(SPEC, 0.0)
+    await sqlite.create(new(SPEC, 0.0))
     await sqlite._writer.do(lambda db: db.execute("PRAGMA max_page_count = 1").fetchall())
     big = evolve(SPEC, variables={"x": "y" * 100_000})
     with pytest.raises(StoreUnavailable) as raised:
-        await sqlite.create(big, 0.0)
+        await sqlite.create(new(big, 0.0))
     assert raised.value.full
     assert len(await sqlite.select(TaskQuery())) == 1
 
@@ -365,7 +429,7 @@ async def test_any_text_comes_back(variables: dict[str, str], user: str | None) 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "tasks.db"
         store = SQLiteStore(path, reactor.callFromThread)
-        await store.create(spec, 0.0)
+        await store.create(new(spec, 0.0))
         await store.close()
         again = SQLiteStore(path, reactor.callFromThread)
         found = await again.load(1)
@@ -385,7 +449,7 @@ async def test_a_database_of_an_older_version_is_brought_up(tmp_path: Path) -> N
     db.close()
     store = SQLiteStore(path, reactor.callFromThread)
     assert (await store.load(1)).spec == TaskSpec("a", "b", "c", {}, None)
-    assert (await store.create(SPEC, 10.0, "key")).id == 2
+    assert (await store.create(new(SPEC, 10.0, "key"))).id == 2
     found = await store.by_key("key", "alice", 0)
     assert found is not None
     assert found.id == 2
@@ -396,8 +460,8 @@ async def test_a_row_that_makes_no_sense_is_an_error_of_its_own(
     sqlite: SQLiteStore, tmp_path: Path
 ) -> None:
     """Who asks for it is told; the others are served, and the threads live on."""
-    await sqlite.create(SPEC, 1.0)
-    await sqlite.create(SPEC, 2.0)
+    await sqlite.create(new(SPEC, 1.0))
+    await sqlite.create(new(SPEC, 2.0))
     with sqlite3.connect(tmp_path / "tasks.db") as db:
         db.execute("UPDATE task SET status = 'odd' WHERE id = 2")
     db.close()
@@ -405,8 +469,8 @@ async def test_a_row_that_makes_no_sense_is_an_error_of_its_own(
         await sqlite.load(2)
     assert (await sqlite.load(1)).id == 1
     with pytest.raises(StoreUnavailable):
-        await sqlite.create(evolve(SPEC, action="\ud800"), 3.0)
-    assert (await sqlite.create(SPEC, 4.0)).id == 3
+        await sqlite.create(new(evolve(SPEC, action="\ud800"), 3.0))
+    assert (await sqlite.create(new(SPEC, 4.0))).id == 3
 
 
 @pytest.mark.parametrize(
@@ -426,7 +490,7 @@ async def test_only_what_counts_is_listed(
 ) -> None:
     """Page by page, and as the next one."""
     for app, env in (("shop", "production"), ("blog", "production"), ("shop", "staging")):
-        await store.create(TaskSpec(app, env, "deploy"), 1.0)
+        await store.create(new(TaskSpec(app, env, "deploy"), 1.0))
     found = await store.select(TaskQuery(within=within))
     assert [task.spec.app for task in found] == apps
     page = await store.select(TaskQuery(within=within, limit=1, offset=1))

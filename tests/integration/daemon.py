@@ -322,12 +322,12 @@ def marked(entry: str) -> list[int]:
 
 def end_shim(lock: Path) -> None:
     """End a task that its test left behind, by the process number in its lock."""
-    text = lock.read_text().strip()
+    text = (lock.read_bytes().split() or [b""])[0].decode("ascii", "replace")
     try:
         line = Path(f"/proc/{text}/cmdline").read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return
-    if text and str(lock.parent).encode() in line:
+    if text.isdigit() and str(lock.parent).encode() in line:
         os.kill(int(text), signal.SIGTERM)
 
 

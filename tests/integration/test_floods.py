@@ -30,7 +30,7 @@ from pulsar_api.task import TaskSpec
 from pulsar_api.web.access import Access
 from pulsar_api.web.origin import Origins
 from pulsar_api.web.tasks import TaskAPI
-from tests.fakes import FakeExecutor, MemoryStore
+from tests.fakes import FakeExecutor, MemoryStore, steady_clock
 from tests.integration.conftest import Start
 from tests.integration.daemon import PATIENCE, SHELL, Daemon, wait_for
 
@@ -338,7 +338,7 @@ class Waiters:
             MemoryStore(),
             self.executor,
             self.clock,
-            self.clock.seconds,
+            steady_clock(self.clock),
             self.commands,
             limits,
         )

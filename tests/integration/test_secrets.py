@@ -165,12 +165,15 @@ def test_who_waits_gets_its_secrets_from_the_next_daemon(
     options = ("--command", "scripts", "--config-repo", str(repo), "--max-running=1")
     daemon = start(*options)
     first = daemon.run("site", "production", "block")
-    second, third = create(daemon, "deploy")["id"], create(daemon, "deploy")["id"]
-    kept = daemon.state / "tasks" / str(second) / "secrets"
+    folder = daemon.state / "secrets"
+    second = create(daemon, "deploy")["id"]
+    [kept] = folder.iterdir()
+    third = create(daemon, "deploy")["id"]
+    [gone] = [path for path in folder.iterdir() if path != kept]
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
     assert json.loads(kept.read_bytes()) == SECRETS
     daemon.kill()
-    (daemon.state / "tasks" / str(third) / "secrets").unlink()
+    gone.unlink()
     for path, data in files(daemon.folder).items():
         if path != str(kept):
             check_clean(data, path)
@@ -186,6 +189,7 @@ def test_who_waits_gets_its_secrets_from_the_next_daemon(
     assert (lost["status"], lost["startedAt"]) == ("failed", None)
     assert lost["reason"] == "Cannot start: the values of its secret variables are gone."
     assert list(daemon.state.glob("tasks/*/secrets*")) == []
+    assert list(folder.iterdir()) == []
     for path, data in files(daemon.folder).items():
         check_clean(data, path)
 

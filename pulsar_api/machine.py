@@ -1,0 +1,291 @@
+"""The files and processes of this host, as far as the executor needs them.
+
+`Machine` is what the executor and its runs ask for; the simulator of the tests has one of
+its own, with a disk that forgets what was not synced.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import stat
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from attrs import frozen
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.threads import deferToThreadPool
+
+from pulsar_api import shim, strays
+from pulsar_api.errors import StoreUnavailable
+from pulsar_api.output import Output, Record
+from pulsar_api.task import Process
+
+T = TypeVar("T")
+
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+ROOM = 1 << 20
+"""Bytes that must be free on the disk for a new task to be taken."""
+
+INODES = 32
+"""Files that one can still make on the disk, for the same."""
+
+SMALL = 1 << 22
+"""Bytes of a small file; one that is larger was not written by us."""
+
+
+@frozen
+class Identity:
+    """Which file or folder a path means, to tell it from another in its place."""
+
+    device: int
+    inode: int
+    changed: int
+    """When it was last changed in any way, nanoseconds; nothing can set this (stat(2))."""
+
+
+class Records(Protocol):
+    """The files that a shim writes, see `Output`."""
+
+    def size(self) -> int:
+        """Return the bytes of output."""
+
+    def records(self, first: int = 0) -> Iterable[Record]:
+        """Return the records from number ``first`` on."""
+
+    def last_line(self) -> bytes:
+        """Return the last line of standard output."""
+
+
+class Machine(Protocol):
+    """Files, processes and threads of one host. What goes wrong is an `OSError`."""
+
+    def boot_id(self) -> str:
+        """Return the kernel's name for this boot."""
+
+    def in_thread(self, work: Callable[[], T]) -> Deferred[T]:
+        """Fire with what the function returns, which may take its time."""
+
+    def check_room(self, folder: Path) -> None:
+        """Raise `StoreUnavailable` if a new task could not be kept in a folder."""
+
+    def read(self, path: Path) -> bytes:
+        """Return a small file."""
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Make or replace a file; nobody else can read it; it is not synced."""
+
+    def claim(self, path: Path) -> bool:
+        """Make an empty file and sync its folder; False: there is one already."""
+
+    def sync(self, path: Path) -> None:
+        """Wait until a file or a folder is on disk."""
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give a file another name, in place of what has that name."""
+
+    def remove(self, path: Path) -> None:
+        """Remove a file, if it is there."""
+
+    def make_folder(self, path: Path) -> None:
+        """Make a folder that nobody else can enter, if it is not there."""
+
+    def remove_folder(self, path: Path) -> None:
+        """Remove a folder and what is in it, as far as possible."""
+
+    def names(self, path: Path) -> list[str]:
+        """Return the names in a folder."""
+
+    def identity(self, path: Path) -> Identity:
+        """Return which file or folder this is."""
+
+    def holder(self, lock: Path) -> int:
+        """Return the number of the shim that holds a lock, 0 if nobody does."""
+
+    def output(self, folder: Path) -> Records:
+        """Return a reader of what a shim has written."""
+
+    def spawn(self, protocol: ProcessProtocol, folder: Path) -> None:
+        """Start the shim of a folder."""
+
+    def terminate(self, folder: Path) -> None:
+        """Send TERM and CONT to the shim of a folder, and to nobody else."""
+
+    def wake(self, folder: Path) -> bool:
+        """Send CONT to the shim of a folder; return whether it was stopped."""
+
+    def end(self, folder: Path, *, numbers: bool) -> Deferred[tuple[Process, ...]]:
+        """Kill the shim of a folder and all of its task; fires with what remains.
+
+        ``numbers``: whether process numbers in the folder's files are to be believed.
+        """
+
+    def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:
+        """Fire with those of the processes, and what is below them, that still run."""
+
+
+USUAL = (sys.executable, "-I", "-S", shim.__file__)
+"""How a shim is started."""
+
+
+@frozen
+class LocalMachine:
+    """The machine that this process runs on."""
+
+    _reactor: Any
+    """Starts processes and has a thread pool; no interface says both."""
+    _launcher: Sequence[str] = USUAL
+
+    def boot_id(self) -> str:
+        """Return the kernel's name for this boot."""
+        with open(BOOT_ID, encoding="ascii") as file:
+            return file.read().strip()
+
+    def in_thread(self, work: Callable[[], T]) -> Deferred[T]:
+        """Fire with what the function returns, which may take its time."""
+        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work)
+
+    def check_room(self, folder: Path) -> None:
+        """Raise `StoreUnavailable` if a new task could not be kept in a folder."""
+        try:
+            disk = os.statvfs(folder)
+        except OSError as e:
+            raise StoreUnavailable(f"{folder}: {e.strerror}") from None
+        if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+            raise StoreUnavailable(f"{folder} is not writable")
+        if disk.f_bavail * disk.f_frsize < ROOM:
+            text = f"less than {ROOM >> 20} MiB is free on the disk of {folder}"
+            raise StoreUnavailable(text, full=True)
+        if disk.f_files and disk.f_favail < INODES:
+            text = f"fewer than {INODES} more files fit on the disk of {folder} (inodes)"
+            raise StoreUnavailable(text, full=True)
+
+    def read(self, path: Path) -> bytes:
+        """Return a small file."""
+        # Not following links, and not waiting for the other end of a FIFO.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        with open(os.open(path, flags), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "is not a regular file", str(path))
+            return file.read(SMALL)
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Make or replace a file; nobody else can read it; it is not synced."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        with open(os.open(path, flags, 0o600), "wb") as file:
+            file.write(data)
+
+    def claim(self, path: Path) -> bool:
+        """Make an empty file and sync its folder; False: there is one already."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            os.close(os.open(path, flags, 0o600))
+        except FileExistsError:
+            return False
+        self.sync(path.parent)
+        return True
+
+    def sync(self, path: Path) -> None:
+        """Wait until a file or a folder is on disk."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give a file another name, in place of what has that name."""
+        os.rename(old, new)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file, if it is there."""
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def make_folder(self, path: Path) -> None:
+        """Make a folder that nobody else can enter, if it is not there."""
+        path.mkdir(mode=0o700, exist_ok=True)
+
+    def remove_folder(self, path: Path) -> None:
+        """Remove a folder and what is in it, as far as possible."""
+        shutil.rmtree(path, ignore_errors=True)
+
+    def names(self, path: Path) -> list[str]:
+        """Return the names in a folder."""
+        return os.listdir(path)
+
+    def identity(self, path: Path) -> Identity:
+        """Return which file or folder this is."""
+        found = os.stat(path, follow_symlinks=False)
+        return Identity(found.st_dev, found.st_ino, found.st_ctime_ns)
+
+    def holder(self, lock: Path) -> int:
+        """Return the number of the shim that holds a lock, 0 if nobody does.
+
+        -1 if its number is not known.
+        """
+        with lock.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found = file.read().split()
+                return int(found[0]) if found and found[0].isdigit() else -1
+        return 0
+
+    def output(self, folder: Path) -> Output:
+        """Return a reader of what a shim has written."""
+        return Output(folder)
+
+    def spawn(self, protocol: ProcessProtocol, folder: Path) -> None:
+        """Start the shim of a folder."""
+        # No path, uid or gid: with them Twisted forks the whole daemon. The shim
+        # changes directory itself.
+        self._reactor.spawnProcess(
+            protocol,
+            self._launcher[0],
+            [*self._launcher, str(folder)],
+            env={},
+            childFDs={0: "w", 1: "r", 2: "r"},
+        )
+
+    def terminate(self, folder: Path) -> None:
+        """Send TERM and CONT to the shim of a folder, and to nobody else."""
+        self._signal(folder, signal.SIGTERM, signal.SIGCONT)
+
+    def wake(self, folder: Path) -> bool:
+        """Send CONT to the shim of a folder; return whether it was stopped."""
+        return self._signal(folder, signal.SIGCONT)
+
+    def end(self, folder: Path, *, numbers: bool) -> Deferred[tuple[Process, ...]]:
+        """Kill the shim of a folder and all of its task; fires with what remains."""
+        return self.in_thread(lambda: self._end(folder))
+
+    def _end(self, folder: Path) -> tuple[Process, ...]:
+        strays.kill(folder)
+        return ()
+
+    def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:
+        """Fire with those of the processes, and what is below them, that still run."""
+        return self.in_thread(tuple)
+
+    def _signal(self, folder: Path, *numbers: signal.Signals) -> bool:
+        with suppress(OSError):
+            lock = folder / "lock"
+            handle = os.pidfd_open(pid := self.holder(lock))
+            try:
+                # If it still holds the lock, the handle is the shim's.
+                if self.holder(lock) == pid:
+                    with open(f"/proc/{pid}/stat", "rb") as file:
+                        stopped = file.read().rpartition(b")")[2].split()[0] in b"tT"
+                    for number in numbers:
+                        signal.pidfd_send_signal(handle, number)
+                    return stopped
+            finally:
+                os.close(handle)
+        return False
