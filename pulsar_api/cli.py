@@ -92,6 +92,9 @@ def parser() -> argparse.ArgumentParser:
     log.add_argument("--stderr", action="store_true", help="its standard error alone")
     add("wait", "wait for the end of a task", ids=True)
     add("kill", "end a task and every process that it has started", ids=True)
+    free = add("free", "give back a target that processes hold which could not be killed")
+    for name, help in (("app", "application"), ("env", "environment")):
+        free.add_argument(name, metavar=name.upper(), help=help)
     _add_local(commands)
     return result
 
@@ -295,6 +298,20 @@ class Session:
             self.console.say(ending(task))
         return 0
 
+    async def free(self) -> int:
+        """Give back a target."""
+        given = self.given
+        freed = await self.client.free(given.app, given.env)
+        target = f"{given.app}/{given.env}"
+        if self.console.as_json:
+            self.console.value({"app": given.app, "env": given.env, "freed": freed})
+        elif freed:
+            tasks = ", ".join(map(str, freed))
+            self.console.say(f"{target} is free; it was held by task {tasks}")
+        else:
+            self.console.say(f"{target} was not held")
+        return 0
+
 
 @define(eq=False)
 class _Leave:
@@ -369,6 +386,7 @@ async def _call(reactor: Any, given: argparse.Namespace) -> None:
             "log": session.log,
             "wait": session.wait,
             "kill": session.kill,
+            "free": session.free,
         }
         # Twisted's own handlers, which it sets when it starts, would end the reactor, and
         # that would look like a success.

@@ -306,6 +306,16 @@ class Client:
         """Ask for the end of a task and all its processes; of an ended one: nothing."""
         return Task(await self._json("POST", f"/task/{task_id}/kill?output=none"))
 
+    async def free(self, app: str, env: str) -> list[int]:
+        """Give back a target that processes hold which could not be killed.
+
+        Returns the ids of the tasks that held it. Needs the right ``admin``.
+        """
+        path = f"/targets/{quote(app, safe='')}/{quote(env, safe='')}/free"
+        answer = await self._json("POST", path)
+        freed: list[int] = answer["freed"]
+        return freed
+
     async def wait(self, task_id: int) -> Task:
         """Return a task when it has ended."""
         while True:

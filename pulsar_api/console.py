@@ -149,6 +149,9 @@ class Console:
             "signal": data["signal"],
             "reason": data["reason"],
             "waits for": data["waitingFor"],
+            "held by": _processes(data["heldBy"]),
+            "still runs": _processes(data["stillRunning"]),
+            "notes": " ".join(data["notes"]),
             "created": _when(data["createdAt"]),
             "took": _took(data, self._now()),
             "output": f"{data['outputSize']} bytes",
@@ -164,6 +167,10 @@ class Console:
         if colour is None or not self.out.isatty() or os.environ.get("NO_COLOR"):
             return text
         return f"\x1b[{colour}m{text}\x1b[0m"
+
+
+def _processes(found: Iterable[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{one['pid']} {one['command']} ({one['user']})" for one in found)
 
 
 def _plain(text: str) -> str:

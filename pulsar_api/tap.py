@@ -58,6 +58,7 @@ from pulsar_api.web.reply import problem
 from pulsar_api.web.signin import SignIn
 from pulsar_api.web.site import BoundedSite, Most
 from pulsar_api.web.sockjs import SockJS
+from pulsar_api.web.targets import TargetAPI
 from pulsar_api.web.tasks import TaskAPI
 
 _log = Logger()
@@ -373,6 +374,7 @@ class Daemon(MultiService):
             self._sockjs.resource(),
             Pages(access).app.resource(),
             sign_in.app.resource(),
+            TargetAPI(access).app.resource(),
             access.origins,
         )
 

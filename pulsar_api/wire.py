@@ -300,6 +300,10 @@ def _time(seconds: float | None) -> str | None:
 
 def task_fields(snapshot: TaskSnapshot, base: str) -> dict[str, object]:
     spec = snapshot.spec
+    remaining = [
+        {"pid": one.pid, "command": one.command, "user": one.user}
+        for one in snapshot.still_running
+    ]
     return {
         "id": snapshot.id,
         "status": snapshot.status,
@@ -316,6 +320,9 @@ def task_fields(snapshot: TaskSnapshot, base: str) -> dict[str, object]:
         "variables": dict(spec.variables),
         "user": spec.user,
         "waitingFor": snapshot.waiting_for,
+        "heldBy": remaining if snapshot.held else [],
+        "stillRunning": [] if snapshot.held else remaining,
+        "notes": list(snapshot.notes),
         "createdAt": _time(snapshot.created_at),
         "startedAt": _time(snapshot.started_at),
         "endedAt": _time(snapshot.ended_at),

@@ -1,6 +1,6 @@
 """What one caller may do with tasks; the one place where rights are asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from attrs import evolve, frozen
 
@@ -77,6 +77,14 @@ class Guard:
         spec = (await self.find(number)).snapshot.spec
         self._note(spec.app, spec.env, spec.action, task=number)
         return await self._service.kill(number, self.caller.who)
+
+    async def free(self, app: str, env: str) -> Sequence[int]:
+        """Give back a target that ended tasks hold, as `TaskService.free`."""
+        _bounded(app=app, env=env)
+        self._check(app, env, None)
+        freed = await self._service.free(f"{app}/{env}", self.caller.who)
+        self._note(app, env, None, freed=list(freed))
+        return freed
 
     # -- many
 

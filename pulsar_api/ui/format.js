@@ -71,8 +71,20 @@ export function span(seconds) {
 
 // What it waits for, or why it did not end well: "" if there is nothing to say.
 export function whyNot(task) {
-  if (task.status !== 'created') return task.reason ?? '';
+  if (task.status !== 'created' && !task.waitingFor) return task.reason ?? '';
   return `waits for ${task.waitingFor ?? 'its turn'}`;
+}
+
+// What is unusual with a task, a sentence each: which of its processes still run, and notes.
+export function remarks(task) {
+  const list = (processes) => processes.map(({ pid, command, user }) => `${pid} ${command} (${user})`).join(', ');
+  const found = [...(task.notes ?? [])];
+  if (task.heldBy?.length) {
+    found.unshift(`These processes could not be ended and hold ${task.app} ${task.env}: ${list(task.heldBy)}. `
+      + `An admin frees it with: pulsar-api free ${task.app} ${task.env}`);
+  }
+  if (task.stillRunning?.length) found.unshift(`Left running by the task: ${list(task.stillRunning)}.`);
+  return found;
 }
 
 // How long it ran, or has run by now: null if it never began.

@@ -1,7 +1,7 @@
 // One task: what it is, what it prints, and what one may do with it.
 
 import { ask, askText, post } from './api.js';
-import { STATUS, badge, bytes, duration, el, ended, say, setBadge, when, whyNot } from './format.js';
+import { STATUS, badge, bytes, duration, el, ended, remarks, say, setBadge, when, whyNot } from './format.js';
 import { Log } from './log.js';
 import { Search } from './search.js';
 import { Terminal, harmless, joined } from './terminal.js';
@@ -46,6 +46,7 @@ export class TaskView {
     this.facts = el('dl', { class: 'facts' });
     this.about = el('details', { class: 'about', open: matchMedia('(min-width: 50rem) and (min-height: 40rem)').matches }, this.brief, this.facts);
     this.reason = el('p', { class: 'reason', hidden: true });
+    this.remarks = el('ul', { class: 'remarks', hidden: true });
     this.search = el('input', { type: 'search', placeholder: 'Search the output', 'aria-label': 'Search the output', maxlength: 200, autocomplete: 'off' });
     this.found = el('span', { class: 'found', role: 'status' });
     const form = el('form', {
@@ -70,6 +71,7 @@ export class TaskView {
         el('div', { class: 'titles' }, this.name, this.state),
         el('div', { class: 'actions' }, this.kill, this.again)),
       this.reason,
+      this.remarks,
       this.about,
       this.bar,
       el('div', { class: 'screen' }, this.scroller, this.empty, this.resume),
@@ -154,6 +156,9 @@ export class TaskView {
     say(this.reason, why);
     this.reason.hidden = !why;
     this.reason.classList.toggle('waits', task.status === 'created');
+    const notes = remarks(task);
+    this.remarks.replaceChildren(...notes.map((text) => el('li', {}, text)));
+    this.remarks.hidden = !notes.length;
     this.#tell(task);
     say(this.resume, ended(task) ? '↓ To the end' : '↓ Follow the end');
     this.#emptiness();

@@ -127,10 +127,12 @@ class Root(Resource):
         sockjs: IResource,
         pages: IResource,
         sign_in: IResource,
+        targets: IResource,
         origins: Origins,
     ) -> None:
         super().__init__()
         self._sign_in = sign_in
+        self._targets = targets
         self._origins = origins
         self._sockjs = sockjs
         self._api = api
@@ -179,6 +181,8 @@ class Root(Resource):
             return self._sign_in
         if segments[0] == b"websocket":
             return self._sockjs
+        if segments[0] == b"targets" and len(segments) == 4:
+            return self._targets
         listing = len(segments) == 3 and segments[2] == b"tasks"
         if segments[0] in {b"job", b"jobs"} or (listing and segments[0] not in _RESERVED):
             return self._jobs

@@ -18,6 +18,7 @@ from pulsar_api.web.pages import Pages
 from pulsar_api.web.parts import PartsAPI
 from pulsar_api.web.signin import SignIn
 from pulsar_api.web.sockjs import SockJS
+from pulsar_api.web.targets import TargetAPI
 from pulsar_api.web.tasks import TaskAPI
 from tests.integration.daemon import PULSAR_API, Answer, Daemon, next_answer, problem
 from tests.integration.sockjs import SOCKJS, Transport
@@ -45,7 +46,7 @@ HAS = {
 def routes() -> dict[str, str]:
     """Return what the code has: each method and path, and the right that it needs."""
     found = {}
-    for api in (TaskAPI, FollowAPI, PartsAPI, JobAPI, SockJS, Pages, SignIn):
+    for api in (*(TaskAPI, FollowAPI, PartsAPI, JobAPI, SockJS, Pages, SignIn, TargetAPI),):
         for rule in api.app.url_map.iter_rules():
             handler = api.app.endpoints[rule.endpoint]
             path = re.sub(r"<(?:\w+:)?(\w+)>", r":\1", rule.rule)
