@@ -354,7 +354,7 @@ class Daemon(MultiService):
             self._store, executor, self._reactor, clock, pulsar.commands, limits
         )
         await self.tasks.start()
-        access = self._access = self._make_access(self.tasks, state)
+        access = self._access = self._make_access(self.tasks, state, clock)
         rota = Rota(self._reactor)
         feed = Feed(self.tasks, tasks, self._reactor, rota)
         api = TaskAPI(access, tasks, self._reactor, s.poll_timeout, feed)
@@ -383,7 +383,7 @@ class Daemon(MultiService):
         found = self._renewal
         return frozenset() if found is None else found.identity.names()
 
-    def _make_access(self, service: TaskService, state: Path) -> Access:
+    def _make_access(self, service: TaskService, state: Path, clock: SteadyClock) -> Access:
         s = self._settings
         log = audit.AuditLog(state / audit.FILE, time.time)
         names = {socket.gethostname().lower(), *(name.lower() for name in s.hosts)}
@@ -404,7 +404,7 @@ class Daemon(MultiService):
             providers.append(self._github)
             self._pool = pool
         gate = Gate(providers, self._reactor)
-        sessions = Sessions(self._records, time.time)
+        sessions = Sessions(self._records, clock.steady)
         return Access(service, log, origins, self._reactor, gate, sessions, policy)
 
     def _cannot_start(self, failure: Any) -> None:

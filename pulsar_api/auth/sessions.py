@@ -39,7 +39,7 @@ class Sessions:
 
     _records: Records
     _now: Callable[[], float]
-    """The seconds since the epoch."""
+    """Seconds by a clock that does not jump, or a wrong one would sign everybody out."""
 
     async def begin(self, user: str, credentials: Credentials) -> str:
         """Return the id of a new session."""
