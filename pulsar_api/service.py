@@ -152,16 +152,14 @@ class TaskService:
         now = self._time.reading(self._executor.place())
         newest = await self._store.select(TaskQuery(limit=1))
         highest = newest[0].id if newest else 0
-        # A database that somebody has set aside knows nothing of what is there: no new
-        # task may get the folder of an old one.
         kept = await self._executor.kept()
-        given = await self._store.reserve(max(kept, default=0))
+        given = await self._store.reserve(0)
         self.created.advance(highest)
         why = None
         if last is not None and last.elsewhere(now):
-            why = "the state folder is a copy"
+            why = "the state folder was copied or its folder of tasks replaced"
         elif given < max(kept, default=0):
-            why = "the database is older than the folders of the tasks"
+            why = "the database was older than the folders of the tasks"
         rebooted = last is not None and last.boot != now.boot
         found = await self._store.take_up()
         in_use = {one.secret_file for one in found if not one.status.ended}
@@ -172,16 +170,26 @@ class TaskService:
             if snapshot.status.ended and rebooted:
                 gone = evolve(snapshot, held=False, still_running=())
                 await self._store.save(gone)
+            elif snapshot.status is Status.CREATED and why is not None:
+                await self._lose(snapshot, why)
             else:
-                self._take_up(snapshot, why)
+                self._take_up(snapshot)
+        # A database that somebody has set aside knows nothing of what is there: no new
+        # task may get the folder of an old one. And not before the doubt is on record,
+        # which this ends.
+        await self._store.reserve(max(kept, default=0))
         self._schedule()
         self._retention.start([number for number in kept if number <= highest])
 
-    def _take_up(self, found: TaskSnapshot, doubt: str | None) -> None:
-        """Go on with a task of an earlier daemon.
+    async def _lose(self, found: TaskSnapshot, doubt: str) -> None:
+        """End a task that waits and that another daemon may have started."""
+        live = _Live(self, Task(self._clock, found), found)
+        self._running[found.id] = live
+        reason = f"It waited, and {doubt}: another daemon may have started it."
+        await self._finish(live, status=Status.LOST, reason=reason)
 
-        ``doubt`` says why one that waits may have been started by another daemon.
-        """
+    def _take_up(self, found: TaskSnapshot) -> None:
+        """Go on with a task of an earlier daemon."""
         snapshot = evolve(found, pid=None)
         by = found.killed_by
         if by is None and not found.status.ended:
@@ -195,10 +203,6 @@ class TaskService:
         elif by is not None:
             self._running[found.id] = live
             own(self._killed_waiting(live))
-        elif doubt is not None:
-            self._running[found.id] = live
-            reason = f"It waited when {doubt}; another daemon may have started it."
-            own(self._finish(live, status=Status.LOST, reason=reason))
         else:
             self._waiting[found.id] = live
 

@@ -720,7 +720,7 @@ def test_what_waits_in_a_copied_state_is_lost() -> None:
     world.create()
     world.restart(where="0 8 9")
     assert world.find(2).status is Status.LOST
-    assert "copy" in (world.find(2).reason or "")
+    assert "copied" in (world.find(2).reason or "")
     # What runs is decided by its own folder.
     assert world.find(1).status is Status.RUNNING
 
