@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import pwd
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from twisted.python.failure import Failure
 from pulsar_api import shim, strays
 from pulsar_api.output import Output, Record
 from pulsar_api.ports import Sink
-from pulsar_api.task import Cause, Exit
+from pulsar_api.task import Cause, Exit, Process
 
 _log = Logger()
 
@@ -38,6 +39,8 @@ def read_exit(folder: Path) -> Exit | None:
         return None
     found = dict(line.partition(" ")[::2] for line in lines)
     number = found.get("signal")
+    left = [line.split(" ", 4)[1:] for line in lines if line.startswith("left ")]
+    users = {user: _user_name(int(user)) for _, _, user, _ in left}
     return Exit(
         ended_at=float(found["ended"]),
         code=int(found["code"]) if "code" in found else None,
@@ -46,7 +49,19 @@ def read_exit(folder: Path) -> Exit | None:
         cause=Cause(found["cause"]),
         forced=found["forced"] == "1",
         output_size=int(found["size"]),
+        open=found.get("open") == "1",
+        left=tuple(
+            Process(int(pid), int(start), name, users[user])
+            for pid, start, user, name in left
+        ),
     )
+
+
+def _user_name(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except (KeyError, OverflowError):
+        return str(number)
 
 
 def _signal_name(number: int) -> str:
@@ -66,7 +81,8 @@ def alive(folder: Path) -> int:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return int(file.read() or 0) or -1
+                word = file.read(64).split(b" ")[0].strip()
+                return (int(word) if word.isdigit() else 0) or -1
     except FileNotFoundError:
         pass
     return 0
@@ -162,6 +178,8 @@ class ShimProtocol(_Following, ProcessProtocol):
     _buffer: bytes = field(default=b"", init=False)
     _trouble: bytes = field(default=b"", init=False)
     _ready: bool = field(default=False, init=False)
+    _over: bool = field(default=False, init=False)
+    """Whether the result was seen; the shim may live on for what the task has left."""
     _killed: bool = field(default=False, init=False)
     _other: "AdoptedRun | None" = field(default=None, init=False)
     """The run of a shim that was faster than ours."""
@@ -209,11 +227,30 @@ class ShimProtocol(_Following, ProcessProtocol):
             with suppress(ProcessExitedAlready):
                 self.transport.signalProcess("TERM")
 
+    def childConnectionLost(self, childFD: int) -> None:
+        """Take the result if there is one: a shim stays for what the task has left."""
+        if childFD == 1 and self._ready:
+            self._look()
+
+    def _look(self) -> None:
+        try:
+            exit = None if self._over else self.result()
+        except OSError as e:
+            self.cannot_read(e)
+            if self._sink is not None:
+                self._clock.callLater(LOOK, self._look)
+            return
+        if exit is not None:
+            self._over = True
+            self._tell_end(exit)
+
     def processEnded(self, reason: Failure) -> None:
-        """Take the result from the disk."""
+        """Take the result from the disk, unless that is done."""
         trouble = self._trouble.decode("utf-8", "replace").strip()
         if trouble:
             _log.error("The shim in {folder} says: {it}", folder=self._folder, it=trouble)
+        if self._over:
+            return
         end = reason.value
         assert isinstance(end, ProcessDone | ProcessTerminated)
         if end.exitCode == shim.TAKEN and self._sink is not None:

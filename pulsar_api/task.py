@@ -76,6 +76,24 @@ class Cause(StrEnum):
 
 
 @frozen
+class Process:
+    """A process of a task that still ran when the task had ended."""
+
+    pid: int
+    start: int
+    """When it was started, in ticks of the clock since the boot (field 22 of proc(5)).
+
+    With this a number means one process only, until the next boot."""
+    command: str
+    """Its short name, without its arguments."""
+    user: str
+    """Who it acts as: a name, or a number that has none."""
+
+    def __str__(self) -> str:
+        return f"{self.pid} {self.command} ({self.user})"
+
+
+@frozen
 class Exit:
     """How a run ended. ``error`` is a sentence and set if it never started or is lost."""
 
@@ -93,27 +111,47 @@ class Exit:
     """It is certain that the command was never started, and by this run never will be."""
     good: bool = True
     """False if the command answered 0 without the line that it promises (`Command`)."""
+    open: bool = False
+    """Some process still held a pipe of the command: what it prints later is not kept."""
+    left: tuple[Process, ...] = ()
+    """Processes of the task that still ran, at most the first fifty."""
+
+
+NAMED = 10
+"""Processes that a reason names."""
 
 
 def judge(exit: Exit, killed_by: str | None) -> tuple[Status, str | None]:
     """Return what a result means, and a sentence if it needs one."""
-    ladder = "; TERM was not enough, KILL was sent" if exit.forced else ""
     if exit.lost:
         return Status.LOST, exit.error
     if exit.cause is Cause.KILL:
         by = killed_by or "a signal from outside to the process that watches the task"
-        return Status.KILLED, f"Killed by {by}{ladder}."
+        return Status.KILLED, _ended(f"Killed by {by}", exit)
+    if exit.cause is Cause.TIMEOUT:
+        what = "It took longer than a task may (--task-timeout)"
+        return Status.FAILED, _ended(what, exit)
+    if exit.cause is Cause.SILENCE:
+        what = "It printed nothing for too long (--silence-timeout)"
+        return Status.FAILED, _ended(what, exit)
     if exit.error is not None:
         return Status.FAILED, exit.error
-    if exit.cause is Cause.TIMEOUT:
-        return Status.FAILED, f"It took longer than a task may (--task-timeout){ladder}."
-    if exit.cause is Cause.SILENCE:
-        limit = "--silence-timeout"
-        return Status.FAILED, f"It printed nothing for too long ({limit}){ladder}."
     if exit.code == 0 and not exit.good:
         reason = "The exit code is 0, but the line that says so is not the last one."
         return Status.FAILED, reason
     return (Status.FINISHED if exit.code == 0 else Status.FAILED), None
+
+
+def _ended(what: str, exit: Exit) -> str:
+    """Say why a task was ended, and what came of it."""
+    if exit.left:
+        names = ", ".join(map(str, exit.left[:NAMED]))
+        more = len(exit.left) - NAMED
+        rest = f" and {more} more" if more > 0 else ""
+        sent = "TERM and KILL were sent" if exit.forced else "TERM was sent"
+        return f"{what}; {sent}, but these processes still run: {names}{rest}."
+    ladder = "; TERM was not enough, KILL was sent" if exit.forced else ""
+    return f"{what}{ladder}." + ("" if exit.error is None else f" {exit.error}")
 
 
 @frozen
