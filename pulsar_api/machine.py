@@ -235,7 +235,7 @@ class LocalMachine:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 found = file.read().split()
-                return int(found[0]) if found and found[0].isdigit() else -1
+                return (int(found[0]) if found and found[0].isdigit() else 0) or -1
         return 0
 
     def output(self, folder: Path) -> Output:

@@ -311,24 +311,39 @@ def marked(entry: str) -> list[int]:
         except OSError:
             return False  # it has just ended
 
+    def threads(folder: Path) -> list[Path]:
+        try:
+            return list((folder / "task").iterdir())
+        except OSError:
+            return []
+
     # A process whose first thread has ended shows its environment at the others only.
     return [
         int(folder.name)
         for folder in Path("/proc").iterdir()
-        if folder.name.isdigit()
-        and (has_it(folder) or any(map(has_it, folder.glob("task/*"))))
+        if folder.name.isdigit() and (has_it(folder) or any(map(has_it, threads(folder))))
     ]
 
 
 def end_shim(lock: Path) -> None:
     """End a task that its test left behind, by the process number in its lock."""
-    text = (lock.read_bytes().split() or [b""])[0].decode("ascii", "replace")
+    if shim_lives(lock):
+        os.kill(shim_of(lock.parent), signal.SIGTERM)
+
+
+def shim_of(folder: Path) -> int:
+    """Return the process number of a task's shim, 0 if a daemon has taken its place."""
+    word = ((folder / "lock").read_bytes().split() or [b""])[0]
+    return int(word) if word.isdigit() else 0
+
+
+def shim_lives(lock: Path) -> bool:
+    """Return whether the process of a task's shim is there, be the task over or not."""
     try:
-        line = Path(f"/proc/{text}/cmdline").read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    if text.isdigit() and str(lock.parent).encode() in line:
-        os.kill(int(text), signal.SIGTERM)
+        line = Path(f"/proc/{shim_of(lock.parent)}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return str(lock.parent).encode() in line
 
 
 def open_url(url: str) -> bytes:

@@ -13,7 +13,15 @@ from attrs import define, field
 from pulsar_api import shim
 from pulsar_api.output import Output
 from tests.integration.conftest import Start
-from tests.integration.daemon import PATIENCE, SHELL, Daemon, Poll, marked, wait_for
+from tests.integration.daemon import (
+    PATIENCE,
+    SHELL,
+    Daemon,
+    Poll,
+    marked,
+    shim_of,
+    wait_for,
+)
 
 GRACE = 2
 LATE = 1.0
@@ -267,8 +275,7 @@ def test_a_kill_from_the_shell_is_a_kill_too(victims: Victims) -> None:
     """TERM to the process that watches the task is what the daemon does itself."""
     victim = victims("echo ready; exec sleep 300")
     victim.ready()
-    lock = victim.daemon.output_file(victim.number).parent / "lock"
-    os.kill(int(lock.read_text()), 15)
+    os.kill(shim_of(victim.daemon.output_file(victim.number).parent), 15)
     ended = victim.daemon.ended(victim.number)
     assert ended["status"] == "killed"
     assert "a signal from outside" in str(ended["reason"])
