@@ -110,7 +110,10 @@ class Executor(Protocol):
         """
 
     def bar(self, task_id: int) -> bool:
-        """Make sure that no shim begins with this task; False: one has."""
+        """Make sure that no shim begins with this task; False: one has.
+
+        Raises `StoreUnavailable` if that cannot be done now.
+        """
 
     def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:
         """Fire with those of the processes, and what is below them, that still run."""
@@ -134,6 +137,9 @@ class Executor(Protocol):
 
     def forget_other_secrets(self, names: AbstractSet[str]) -> Deferred[None]:
         """Remove all secrets but those of these names."""
+
+    def forget_all_secrets(self, task_ids: Sequence[int]) -> Deferred[None]:
+        """Remove what still holds secrets in the folders of ended runs."""
 
     def note_kill(self, task_id: int, by: str) -> None:
         """Leave word for the next daemon that a kill was asked for."""

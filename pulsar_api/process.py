@@ -26,7 +26,7 @@ from pulsar_api import mask, shim, strays
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.machine import USUAL, LocalMachine, Machine
 from pulsar_api.ports import Bounds, Run, Sink
-from pulsar_api.runs import AdoptedRun, ShimProtocol, alive
+from pulsar_api.runs import NOTHING, AdoptedRun, ShimProtocol, alive
 from pulsar_api.task import Command, Exit, Process
 
 _log = Logger()
@@ -71,6 +71,9 @@ def end_all(state: Path) -> list[int]:
 
 PASSING = {*shim.NO_SPACE, EAGAIN, EMFILE, ENFILE, ENOMEM}
 """Errors at a start that come from what is scarce now and may not be later."""
+
+SECRET = ("secrets", "secrets.tmp", "spec", "spec.tmp")
+"""Files in a task's folder that may hold secrets."""
 
 PERMIT = "start"
 """The file in a task's folder that allows a shim to begin."""
@@ -172,10 +175,13 @@ class ShimExecutor:
 
     def bar(self, task_id: int) -> bool:
         """Make sure that no shim begins with this task; False: one has."""
+        lock = self._tasks / str(task_id) / "lock"
         try:
-            return self._machine.claim(self._tasks / str(task_id) / "lock")
-        except FileNotFoundError:
+            return self._machine.claim(lock)
+        except NOTHING:
             return True
+        except OSError as e:
+            raise _unavailable(lock, e) from None
 
     def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:
         """Fire with those of the processes, and what is below them, that still run."""
@@ -224,6 +230,8 @@ class ShimExecutor:
                 machine.sync(self._secrets)
                 machine.sync(self._tasks.parent)
             except OSError as e:
+                with suppress(OSError):
+                    machine.remove(temporary)
                 raise _unavailable(path, e) from None
             return path.name
 
@@ -251,13 +259,21 @@ class ShimExecutor:
 
     def forget_secrets(self, task_id: int, name: str | None) -> None:
         """Remove what holds the secrets of a task that will not start any more."""
-        folder = self._tasks / str(task_id)
-        paths = [folder / name for name in ("secrets", "secrets.tmp", "spec", "spec.tmp")]
+        paths = [self._tasks / str(task_id) / kept for kept in SECRET]
         if name is not None:
             paths += [self._secrets / name, self._secrets / f"{name}.tmp"]
         for path in paths:
             with suppress(OSError):
                 self._machine.remove(path)
+
+    def forget_all_secrets(self, task_ids: Sequence[int]) -> Deferred[None]:
+        """Remove what still holds secrets in the folders of ended runs."""
+
+        def remove() -> None:
+            for task_id in task_ids:
+                self.forget_secrets(task_id, None)
+
+        return self._machine.in_thread(remove)
 
     def forget_other_secrets(self, names: AbstractSet[str]) -> Deferred[None]:
         """Remove all secrets but those of these names."""

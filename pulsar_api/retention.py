@@ -1,6 +1,7 @@
 """Removes what need not be kept of the past: records of ended tasks, and their output."""
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 from attrs import define, field
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -32,10 +33,13 @@ class Retention:
     _next: IDelayedCall | None = field(default=None, init=False)
     _stopped: bool = field(default=False, init=False)
 
-    def start(self, kept: Sequence[int]) -> None:
-        """Begin, also with what an earlier daemon has left of these tasks."""
+    def start(self, kept: Sequence[int], unfinished: AbstractSet[int]) -> None:
+        """Begin, also with what an earlier daemon has left in the folders it kept.
+
+        Tasks that have not ended need their secrets.
+        """
         self._look()
-        own(self._remove_orphans(kept))
+        own(self._remove_left(kept, unfinished))
 
     def stop(self) -> None:
         """Remove nothing more, but for what is under way."""
@@ -69,8 +73,13 @@ class Retention:
             if len(old) < _STEP:
                 return
 
-    async def _remove_orphans(self, kept: Sequence[int]) -> None:
-        """Remove what a daemon has left of tasks that died while it removed them."""
+    async def _remove_left(
+        self, kept: Sequence[int], unfinished: AbstractSet[int]
+    ) -> None:
+        """Remove what a daemon has left that died while it removed tasks or secrets.
+
+        Or that a power cut has brought back.
+        """
         for first in range(0, len(kept), _LOOK):
             some = kept[first : first + _LOOK]
             try:
@@ -78,6 +87,8 @@ class Retention:
             except StoreUnavailable as e:
                 _log.error("Cannot look for what is left of old tasks: {e}", e=e)
                 return
+            ended = [number for number in some if number not in unfinished]
+            await self._executor.forget_all_secrets(ended)
             if orphans:
                 _log.info("Removing what was left of tasks {ids}", ids=orphans)
                 await self._executor.forget(orphans)

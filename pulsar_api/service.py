@@ -179,7 +179,8 @@ class TaskService:
         # which this ends.
         await self._store.reserve(max(kept, default=0))
         self._schedule()
-        self._retention.start([number for number in kept if number <= highest])
+        unfinished = {one.id for one in found if not one.status.ended}
+        self._retention.start([n for n in kept if n <= highest], unfinished)
 
     async def _lose(self, found: TaskSnapshot, doubt: str) -> None:
         """End a task that waits and that another daemon may have started."""
@@ -347,6 +348,9 @@ class TaskService:
         if name is not None and await self._executor.secrets(known.id, name) is None:
             _log.warn("Task {id} gets its secrets from a retry", id=known.id)
             await self._executor.keep_secrets(secrets, name)
+            live = self._live(known.id)
+            if live is None or live.newest.status.ended:  # meanwhile
+                self._executor.forget_secrets(known.id, name)
 
     def _room_for(self, target: str) -> bool:
         """Return whether a task may be created: it can start, or there is room to wait."""
@@ -607,7 +611,7 @@ class TaskService:
             await self._pause(live)
         secrets = await self._secrets(live)
         if live.kill:
-            if self._executor.bar(live.newest.id):
+            if await self._bar(live):
                 await self._killed_waiting(live)
             else:
                 self._adopt(live)
@@ -621,6 +625,15 @@ class TaskService:
                 if live.newest.waiting_for is not None:
                     live.newest = live.changed(waiting_for=None)
                 self._run(live, command)
+
+    async def _bar(self, live: _Live) -> bool:
+        """Make sure that no shim begins with a task; return False if one has."""
+        while not self._gone:
+            try:
+                return self._executor.bar(live.newest.id)
+            except StoreUnavailable as e:
+                await self._disk(live, e)
+        raise ShuttingDown
 
     async def _killed_waiting(self, live: _Live) -> None:
         reason = f"Killed by {live.newest.killed_by} before it started."

@@ -268,12 +268,16 @@ class FakeExecutor:
     kept_secrets: dict[str, Mapping[str, str]] = field(factory=dict)
     forgetful: bool = False
     """While set, no secrets can be kept."""
+    slow: list[Deferred[None]] | None = None
+    """While set, secrets are kept only when the test lets these fire."""
     where: str = "0 1 2"
     barred: set[int] = field(factory=set)
     begun: set[int] = field(factory=set)
     """Tasks whose shim has begun, although nobody knows."""
     alive: tuple[Process, ...] = ()
     kills_noted: dict[int, str] = field(factory=dict)
+    forgotten: set[int] = field(factory=set)
+    """Ended tasks of which a start has removed the secrets."""
     bug: Exception | None = None
     """Raised when a task is to start."""
 
@@ -298,6 +302,7 @@ class FakeExecutor:
         return self._keep(FakeRun(self.clock, task_id, sink, None, bounds, True))
 
     def bar(self, task_id: int) -> bool:
+        self.check()
         self.barred.add(task_id)
         return task_id not in self.begun
 
@@ -310,8 +315,18 @@ class FakeExecutor:
         if self.forgetful:
             return fail(StoreUnavailable("the fake is forgetful"))
         name = name or f"secrets-{len(self.kept_secrets)}"
-        self.kept_secrets[name] = secrets
-        return succeed(name)
+        kept = name
+
+        def keep(_: object) -> str:
+            self.kept_secrets[kept] = secrets
+            return kept
+
+        written: Deferred[None] = Deferred()
+        if self.slow is None:
+            written.callback(None)
+        else:
+            self.slow.append(written)
+        return written.addCallback(keep)
 
     def secrets(self, task_id: int, name: str | None) -> Deferred[Mapping[str, str] | None]:
         if self.full:
@@ -324,6 +339,10 @@ class FakeExecutor:
     def forget_other_secrets(self, names: AbstractSet[str]) -> Deferred[None]:
         for name in set(self.kept_secrets) - set(names):
             del self.kept_secrets[name]
+        return succeed(None)
+
+    def forget_all_secrets(self, task_ids: Sequence[int]) -> Deferred[None]:
+        self.forgotten |= set(task_ids)
         return succeed(None)
 
     def note_kill(self, task_id: int, by: str) -> None:

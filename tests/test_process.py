@@ -2324,6 +2324,33 @@ async def test_kept_secrets_are_read_again_and_removed(runner: Runner) -> None:
     assert await executor.secrets(7, name) is None
 
 
+async def test_secrets_that_cannot_be_kept_leave_nothing(runner: Runner) -> None:
+    """Not even under the name that they have while they are written."""
+    folder = runner.tasks.parent / "secrets"
+    (folder / "name" / "in the way").mkdir(parents=True)
+    with pytest.raises(StoreUnavailable):
+        await runner.executor.keep_secrets({"password": "x"}, "name")
+    assert [path.name for path in folder.iterdir()] == ["name"]
+
+
+async def test_secrets_in_the_folders_of_ended_tasks_are_removed(runner: Runner) -> None:
+    """Those of tasks, with all that may hold them; what a task has printed stays."""
+    for number in (1, 2):
+        (runner.tasks / str(number)).mkdir()
+        for name in ("secrets", "secrets.tmp", "spec", "spec.tmp", "output"):
+            (runner.tasks / str(number) / name).touch()
+    await runner.executor.forget_all_secrets([1, 3])
+    assert [path.name for path in (runner.tasks / "1").iterdir()] == ["output"]
+    assert len(list((runner.tasks / "2").iterdir())) == 5
+
+
+async def test_a_folder_that_cannot_be_used_bars_nobody(runner: Runner) -> None:
+    """Then nobody knows whether a shim begins, and it is tried again later."""
+    (runner.tasks / "1").symlink_to("1")
+    with pytest.raises(StoreUnavailable):
+        runner.executor.bar(1)
+
+
 async def test_a_daemon_that_dies_at_the_start_leaves_the_secrets(runner: Runner) -> None:
     """They are in the task's folder then, where the shim removes them."""
     executor = runner.executor

@@ -713,6 +713,21 @@ def test_a_killed_task_that_was_never_started_does_not_start(world: World) -> No
     assert len(world.executor.runs) == 1
 
 
+def test_a_killed_task_that_cannot_be_barred_yet_waits_for_the_disk(world: World) -> None:
+    """Its end is told when it is certain that no shim begins with it."""
+    world.create()
+    world.executor.run(1).deaf = True
+    world.kill(1, "alice")
+    world.restart()
+    world.executor.full = True
+    world.executor.run(1).end(error="never", unstarted=True)
+    world.clock.advance(RETRY)
+    assert world.find(1).status is Status.RUNNING
+    world.executor.full = False
+    world.clock.advance(RETRY)
+    assert (world.find(1).status, world.executor.barred) == (Status.KILLED, {1})
+
+
 def test_what_waits_in_a_copied_state_is_lost() -> None:
     """The daemon of the original may start it, or have started it."""
     world = limited(running=1)
@@ -1201,3 +1216,30 @@ def test_a_retry_brings_secrets_that_are_lost() -> None:
     assert command.environment["PULSAR_VAR_password"] == "s3cret"
     world.executor.run(2).start()
     assert post().status is Status.RUNNING
+
+
+def test_secrets_of_a_retry_that_comes_too_late_are_removed() -> None:
+    """The task is killed while they are written."""
+    world = limited(running=1)
+    world.create()
+    CASE.successResultOf(Deferred.fromCoroutine(world.service.create(HIDDEN, "k")))
+    world.secrets.clear()
+    world.executor.slow = []
+    retry = Deferred.fromCoroutine(world.service.create(HIDDEN, "k"))
+    world.kill(2)
+    for written in world.executor.slow:
+        written.callback(None)
+    assert CASE.successResultOf(retry).snapshot.status is Status.KILLED
+    assert world.secrets == {}
+
+
+def test_what_a_dead_daemon_has_left_of_secrets_is_removed_at_the_start() -> None:
+    """It died between the record of an end and their removal, or a power cut undid that."""
+    world = limited(running=1)
+    for spec in (HIDDEN, HIDDEN, HIDDEN):
+        world.create(spec)
+    world.executor.run(1).end(0)
+    world.executor.forgotten.clear()
+    world.restart()
+    # Of 2, which runs, the shim needs them, and 3 waits.
+    assert world.executor.forgotten == {1}
