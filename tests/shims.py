@@ -32,6 +32,7 @@ NEW_NUMBERS = (
 """Runs something where process numbers begin anew, and which can choose the next one."""
 
 
+# All of these end by themselves, should their test be killed.
 # Each begets two without environment, in sessions of their own, and goes on begetting.
 BOMB = """
 echo $$
@@ -39,16 +40,17 @@ if [ $1 -gt 0 ]; then
     setsid env -i /bin/sh -c "$0" "$0" $(($1 - 1)) &
     setsid env -i /bin/sh -c "$0" "$0" $(($1 - 1)) &
 fi
-while :; do /bin/sleep 0.5; done
+for i in $(/usr/bin/seq 120); do /bin/sleep 0.5; done
 """
 # One that is never there when somebody looks: each lives as long as a fork takes.
 RUNNER = """
-import os, signal, sys
+import os, signal, sys, time
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+until = time.monotonic() + 60
 if os.fork():
-    signal.pause()
+    time.sleep(60)
 count = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-while True:
+while time.monotonic() < until:
     os.write(count, b".")
     if os.fork():
         os._exit(0)
