@@ -79,6 +79,7 @@ class Daemon:
         trust: Path = CERTIFICATE,
         identity: Path | None = None,  # key and certificate of the clients, if any
         umask: int = -1,
+        state: Path | None = None,
     ) -> None:
         self.folder = folder
         self.headers: dict[str, str] = {}
@@ -86,7 +87,7 @@ class Daemon:
         self.trust = trust
         self.identity = identity
         self.umask = umask
-        self.state = folder / "state"
+        self.state = state or folder / "state"
         self.log = folder / "daemon.log"
         self.environ = dict(os.environ if environ is None else environ)
         port = (
