@@ -24,16 +24,25 @@ from attrs import define, field
 
 from tests.integration.crowd import Follower, Wishing
 from tests.integration.daemon import Daemon
-from tests.integration.machine import Disk, alive, end_all, enter, every, rise, send, stat
+from tests.integration.machine import (
+    STOP_LIMIT,
+    Disk,
+    alive,
+    end_all,
+    enter,
+    rise,
+    send,
+    stat,
+    terminate,
+    within,
+)
 from tests.integration.witness import ENDED, Client, Ledger, Witness
 
 OPTIONS = ("--kill-grace=1", "--max-running-per-target=1", "--poll-timeout=5")
-FREE = 400
+FREE = 1500
 """Inodes that are free while none are missing."""
 OPEN = 40
 """Tasks that have not ended; while there are more, nobody asks for another."""
-STOP_LIMIT = 30.0
-"""Seconds that systemd gives a daemon to end (the unit's ``TimeoutStopSec``)."""
 KILL_LIMIT = 45.0
 """Seconds in which a task has to end after a kill was answered, whatever goes wrong."""
 LEFT = 120.0
@@ -224,7 +233,7 @@ class Chaos:
             if not bag:
                 bag = chance.sample(kinds, len(kinds))
             who, number = bag.pop()
-            every(3, lambda: bool(self.ledger.running()) or self.quiet.is_set())
+            within(3, lambda: bool(self.ledger.running()) or self.quiet.is_set())
             getattr(self, f"attack_{who}")(number, chance)
 
     def attack_daemon(self, number: signal.Signals, chance: random.Random) -> None:
@@ -234,13 +243,14 @@ class Chaos:
         if process.poll() is not None:
             return
         self.fault(f"daemon {number.name}")
-        process.send_signal(number)
-        if number is SIGSTOP:
-            self.thaw_after(chance.uniform(0.3, 4), process.pid, born)
-        elif not every(STOP_LIMIT, lambda: process.poll() is not None):
-            text = f"SIGTERM, and {STOP_LIMIT:.0f} s later it lives"
-            self.witness.violation("a daemon that does not stop", str(process.pid), text)
+        if number is SIGKILL:
             process.kill()
+        elif number is SIGSTOP:
+            process.send_signal(number)
+            self.thaw_after(chance.uniform(0.3, 4), process.pid, born)
+        elif not terminate(process):
+            text = f"not {STOP_LIMIT:.0f} s after SIGTERM"
+            self.witness.violation("a daemon that does not end", str(process.pid), text)
 
     def attack_launcher(self, number: signal.Signals, chance: random.Random) -> None:
         """Kill, stop or end what stays below the daemon and is no shim, if there is any."""
@@ -313,7 +323,7 @@ class Chaos:
         chance = self.chance("disk")
         while self.pause(chance.uniform(3, 20)):
             self.disk.lighten(FREE)
-            every(3, lambda: bool(self.ledger.running()) or self.quiet.is_set())
+            within(3, lambda: bool(self.ledger.running()) or self.quiet.is_set())
             kind = chance.choice(("a full disk", "no inodes"))
             left = chance.randint(0, 4)
             self.fault(kind)
@@ -346,7 +356,7 @@ class Chaos:
 
     def come_to_its_end(self, mark: str) -> None:
         """Wait for the end of what a task has left, and check that it was its own."""
-        every(LEFT, lambda: not self.ledger.entry(mark).living)
+        within(LEFT, lambda: not self.ledger.entry(mark).living)
         if not self.ledger.entry(mark).done:
             text = "it was ended, though nobody killed it"
             self.witness.violation("what a finished task left", mark, text)

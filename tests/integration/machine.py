@@ -23,6 +23,8 @@ from tests.integration.daemon import Daemon, wait_for
 SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN, fs/ext4/ext4.h
 NO_LOG_FLUSH = 2  # EXT4_GOING_FLAGS_NOLOGFLUSH: what the journal has not got is lost
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+STOP_LIMIT = 30.0
+"""Seconds that systemd gives a daemon to end (the unit's ``TimeoutStopSec``)."""
 _INSIDE = "PULSAR_TEST_MACHINE"
 
 
@@ -183,10 +185,20 @@ def rise(daemon: Daemon) -> str:
     return ""
 
 
-def every(seconds: float, until: Callable[[], bool]) -> bool:
-    """Wait so long, or until something is true; return whether it is."""
+def terminate(process: subprocess.Popen[bytes]) -> bool:
+    """End a daemon as systemd does; return whether SIGTERM was enough."""
+    process.terminate()
+    if within(STOP_LIMIT, lambda: process.poll() is not None):
+        return True
+    process.kill()
+    process.wait()
+    return False
+
+
+def within(seconds: float, condition: Callable[[], bool]) -> bool:
+    """Wait until something is true, not longer than this; return whether it is."""
     end = time.monotonic() + seconds
-    while not until():
+    while not condition():
         left = end - time.monotonic()
         if left <= 0:
             return False

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,24 @@ from typing import Any
 from attrs import define, field
 
 from tests.integration.daemon import Daemon, wait_for
-from tests.integration.machine import Boot, Disk, end_all, enter, rise, send, stat
+from tests.integration.machine import (
+    STOP_LIMIT,
+    Boot,
+    Disk,
+    end_all,
+    enter,
+    rise,
+    send,
+    stat,
+    terminate,
+)
 from tests.integration.witness import ENDED, Client, Ledger, Wish, Witness
 
 OPTIONS = ("--kill-grace=1", "--max-running-per-target=1", "--poll-timeout=5")
 DAMAGE = ("removed", "empty", "zeros", "half", "garbage")
 """What may have become of a file."""
-FILES = {"lock": "lock", "permit": "start"}
+FILES = {"lock": "lock", "permit": "start", "index": "output.idx", "exit": "exit"}
+"""Files in the folder of a task, by what they are."""
 LEFT = 60.0
 """Seconds in which every task has to end after a boot."""
 
@@ -99,6 +110,12 @@ class Trials:
             )
         return not why
 
+    def stop(self, daemon: Daemon) -> None:
+        """Stop a daemon as systemd does."""
+        if not terminate(daemon.process):
+            text = f"not {STOP_LIMIT:.0f} s after SIGTERM"
+            self.witness.violation("a daemon that does not end", daemon.log.name, text)
+
     def new_trial(self) -> None:
         """Forget what was told about the trial before."""
         self.witness = Witness(self.ledger)
@@ -107,11 +124,7 @@ class Trials:
     # -- what is asked of it
 
     def wish(
-        self,
-        env: str,
-        seconds: tuple[float, float],
-        kind: str = "sleep",
-        sealed: float = 0.3,
+        self, env: str, seconds: float, kind: str = "sleep", sealed: float = 0.3
     ) -> Wish:
         """Return another task to ask for, with this chance one that has a secret."""
         self._count += 1
@@ -120,7 +133,7 @@ class Trials:
             f"n{self._count}",
             env,
             kind,
-            seconds=chance.uniform(*seconds),
+            seconds=seconds,
             code=chance.choice((0, 0, 3)),
             lines=chance.choice((50, 400)) if kind == "print" else 20_000,
             keyed=chance.random() < 0.7,
@@ -144,6 +157,7 @@ class Trials:
 
     def settle(self) -> None:
         """Ask again for what has a key, wait for all ends, and judge them."""
+        self.ledger.gate.touch()
         for wish in list(self.witness.wishes.values()):
             # Until then who has a key does not know whether there is such a task.
             if wish.keyed:
@@ -209,7 +223,8 @@ def busy(trials: Trials) -> None:
     kinds = ("sleep", "sleep", "print", "flood")
     # Made here: who comes first at them must not change what they are.
     wishes = [
-        trials.wish(chance.choice(envs), (0, 1.5), chance.choice(kinds)) for _ in range(60)
+        trials.wish(chance.choice(envs), chance.uniform(0, 1.5), chance.choice(kinds))
+        for _ in range(60)
     ]
 
     def posts(mine: Iterable[Wish], pauses: random.Random) -> None:
@@ -245,7 +260,7 @@ def busy(trials: Trials) -> None:
 def idle(trials: Trials) -> None:
     """Cut the power while one task runs and nothing else is written."""
     after = trials.chance.uniform(0, trials.idle)  # any moment is meant
-    (number,) = trials.posted(trials.wish("t0", (after + 3, after + 3)))
+    (number,) = trials.posted(trials.wish("t0", after + 3))
     trials.told_running(number)
     time.sleep(after)
     _cut(trials, renewed=trials.chance.random() < 0.5)
@@ -265,13 +280,21 @@ def _boot(trials: Trials) -> None:
 
 def _some(trials: Trials, sealed: float = 0.3) -> list[int]:
     """Ask for tasks of which two run and one waits, or all are about to start."""
-    seconds = (1.0, 3.0)
-    wishes = [trials.wish(env, seconds, sealed=sealed) for env in ("t0", "t0", "t1")]
-    numbers = trials.posted(*wishes)
+    numbers = trials.posted(*_gated(trials, sealed))
     if trials.chance.random() < 0.7:
         trials.told_running(numbers[0])
     time.sleep(trials.chance.choice((0, trials.chance.uniform(0, 0.5))))
     return numbers
+
+
+def _gated(trials: Trials, sealed: float = 0.3) -> list[Wish]:
+    """Return tasks of which most go on only when the daemon is there again."""
+    trials.ledger.gate.unlink(missing_ok=True)
+    kinds = trials.chance.choices(("gate", "sleep"), (3, 1), k=3)
+    return [
+        trials.wish(env, trials.chance.uniform(0, 1), kind, sealed)
+        for env, kind in zip(("t0", "t0", "t1"), kinds, strict=True)
+    ]
 
 
 def _end_some(trials: Trials) -> str:
@@ -295,8 +318,7 @@ def _go_on(trials: Trials) -> None:
         if trials.chance.random() < 0.5:
             trials.daemon.kill()
         else:
-            trials.daemon.process.terminate()
-            trials.daemon.process.wait()
+            trials.stop(trials.daemon)
     if trials.restart():
         trials.settle()
     else:
@@ -332,33 +354,61 @@ def boot(trials: Trials) -> None:
     _go_on(trials)
 
 
-def damaged(file: str, how: str) -> Callable[[Trials], None]:
-    """Return what damages a file of each task."""
+def files(trials: Trials) -> None:
+    """Remove some files of each task, but for what it has printed."""
+    numbers = _some(trials, sealed=0)
+    _end_some(trials)
+    for number in numbers:
+        for path in sorted((trials.daemon.state / "tasks" / str(number)).glob("*")):
+            if path.name != "output" and trials.chance.random() < 0.6:
+                path.unlink(missing_ok=True)  # its owner may have been faster
+                trials.figures[f"{path.name.partition('.')[0]} removed"] += 1
+    _go_on(trials)
+
+
+def damaged(file: str, *hows: str) -> Callable[[Trials], None]:
+    """Return what damages a file of each task in one of some ways."""
 
     def damage(trials: Trials) -> None:
         numbers = _some(trials)
-        _end_some(trials)
+        if file == "exit":
+            trials.daemon.kill()  # else it has read it before it is damaged
+            trials.ledger.gate.touch()
+            wait_for(lambda: not trials.ledger.running(), "the end of what runs")
+        else:
+            _end_some(trials)
         for number in numbers:
-            path = trials.daemon.state / "tasks" / str(number) / FILES[file]
-            if not path.exists():
-                continue
-            trials.figures[how] += 1
-            if how == "removed":
-                path.unlink()
-            else:
-                data = path.read_bytes()
-                garbage = trials.chance.randbytes(trials.chance.randint(1, 200))
-                half = data[: len(data) // 2]
-                kept = {"empty": b"", "zeros": bytes(len(data)), "half": half}
-                path.write_bytes(kept.get(how, garbage))
+            folder = trials.daemon.state / "tasks" / str(number)
+            path = folder / FILES[file]
+            if file == "exit" and (folder / "lock").exists():
+                wait_for(path.exists, "the result")
+            if path.exists():
+                how = trials.chance.choice(hows)
+                trials.figures[how] += 1
+                _damage(path, how, trials.chance)
         _go_on(trials)
 
     return damage
 
 
+def _damage(path: Path, how: str, chance: random.Random) -> None:
+    """Make a file what it may have become."""
+    data = path.read_bytes()
+    kept = {
+        "empty": b"",
+        "zeros": bytes(len(data)),
+        "half": data[: len(data) // 2],
+        "garbage": chance.randbytes(chance.randint(1, 200)),
+    }
+    if how == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(kept[how])
+
+
 def copy(trials: Trials) -> None:
     """Start a second daemon on a copy, beside the first or in its place."""
-    trials.posted(*(trials.wish(env, (1.0, 3.0)) for env in ("t0", "t0", "t1", "t2")))
+    trials.posted(*_gated(trials))
     time.sleep(trials.chance.uniform(0, 0.3))  # before, while or after they start
     other = trials.folder / "other"
     shutil.rmtree(other, ignore_errors=True)
@@ -372,8 +422,7 @@ def copy(trials: Trials) -> None:
     how = trials.chance.choice(("goes on", "is stopped", "is killed"))
     trials.figures[f"the first {how}"] += 1
     if how == "is stopped":
-        first.process.terminate()
-        first.process.wait()
+        trials.stop(first)
     elif how == "is killed":
         first.kill()
     try:
@@ -381,6 +430,7 @@ def copy(trials: Trials) -> None:
     except AssertionError:
         trials.figures["copies that were refused"] += 1
     else:
+        trials.ledger.gate.touch()
         client = Client(second, Witness(trials.ledger))
         client.witness.wishes = trials.witness.wishes
         until = time.monotonic() + LEFT
@@ -389,8 +439,7 @@ def copy(trials: Trials) -> None:
             if all(task["status"] in ENDED for task in found):
                 break
             time.sleep(0.1)
-        second.process.terminate()
-        second.process.wait()
+        trials.stop(second)
     if how == "goes on":
         trials.settle()
     else:
@@ -408,22 +457,25 @@ def _waiting(state: Path, look: Path) -> set[str]:
     return set()
 
 
-KINDS: Mapping[str, Callable[[Trials], None]] = {
+KINDS: dict[str, Callable[[Trials], None]] = {
     "busy": busy,
     "idle": idle,
     "folder": folder,
     "tasks": tasks,
     "boot": boot,
     "copy": copy,
-    **{f"{file}-{how}": damaged(file, how) for file in FILES for how in DAMAGE},
+    "files": files,
+    **{file: damaged(file, *DAMAGE) for file in FILES},
 }
+ONE_WAY = {f"{file}-{how}": damaged(file, how) for file in FILES for how in DAMAGE}
+"""One kind of damage each, for whoever wants figures of it."""
 ON_DISK = frozenset({"busy", "idle"})
 
 
 def main(arguments: list[str]) -> int:
     """Try what the command line asks for; return 1 if a promise was broken."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    wanted = f"KIND=N; a KIND is one of {', '.join(KINDS)}"
+    wanted = f"KIND=N; a KIND is one of {', '.join(KINDS)}, or like lock-empty"
     parser.add_argument("trials", nargs="+", metavar="KIND=N", help=wanted)
     parser.add_argument("--seed", type=int, default=1)
     help = "seconds after which the power is cut at the latest while one task runs"
@@ -450,12 +502,16 @@ def _try(trials: Trials, kind: str, times: int) -> bool:
     for _ in range(times):
         trials.new_trial()
         try:
-            KINDS[kind](trials)
+            (KINDS | ONE_WAY)[kind](trials)
         except AssertionError as e:
             trials.witness.violation("what never came", trials.daemon.log.name, str(e))
+        stuck = {"what never came", "a task that never ended"} & set(
+            trials.witness.violations
+        )
+        trials.conclude()
+        if stuck:  # the next trial is not to suffer from it
             trials.end()
             trials.begin(disk=kind in ON_DISK)
-        trials.conclude()
     trials.end()
     doubles = trials.figures.pop("a double start", 0)
     figures = ", ".join(f"{n} {what}" for what, n in trials.figures.items() if n)

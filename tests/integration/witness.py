@@ -65,13 +65,12 @@ child) "$0" child "$PULSAR_VAR_more" & ;;
 server) "$0" server "$PULSAR_VAR_lines" & ;;
 bare) setsid "$0" bare "$PULSAR_VAR_more" & ;;
 freeze) kill -STOP $PPID ;;
+gate) until [ -e @folder@/gate ]; do sleep 0.05; done ;;
 esac
 sleep "$PULSAR_VAR_seconds"
 say E "$mark" "$PULSAR_VAR_code"
 exit "$PULSAR_VAR_code"
 """
-
-KINDS = ("sleep", "print", "flood", "deaf", "child", "server", "bare", "freeze")
 
 
 @frozen
@@ -157,6 +156,8 @@ class Ledger:
     """The file in which tasks note what they do, and the command that does so."""
 
     def __init__(self, folder: Path) -> None:
+        self.gate = folder / "gate"
+        """Those of the kind ``gate`` go on when it exists."""
         self.path = folder / "ledger"
         self.path.touch()
         self.command = folder / "task"
@@ -330,6 +331,8 @@ def _untrue(task: Mapping[str, Any], entry: Entry, wish: Wish) -> Iterator[tuple
     text = task.get("output")
     if text is None:
         return
+    if status in ENDED and len(text) != task["outputSize"]:
+        yield "a size that is wrong", f"{task['outputSize']} for {len(text)} bytes"
     if status == "lost":
         # After a power cut a file may end in zeros: its size was safe, its last block not.
         text = text.rstrip("\0")
