@@ -92,7 +92,8 @@ REMEMBERED = {
         'print "$$\\n"; sleep 60'
     ),
     "much begetting": (
-        "(setsid env -i sh -c 'echo $$; for i in $(/usr/bin/seq 6000); do setsid sleep 0.01; done' &)"
+        "(setsid env -i sh -c 'echo $$; for i in $(/usr/bin/seq 6000);"
+        " do setsid sleep 0.01; done' &)"
     ),
 }
 

@@ -384,7 +384,9 @@ def test_the_next_daemon_leaves_nothing_of_it_either(mortal: Victims, script: st
 
 STOPS = {
     "once": "kill -STOP $PPID; sleep 300",
-    "again and again": "trap '' TERM; for i in $(seq 6000); do kill -STOP $PPID; sleep 0.01; done",
+    "again and again": (
+        "trap '' TERM; for i in $(seq 6000); do kill -STOP $PPID; sleep 0.01; done"
+    ),
     "from a session without environment": (
         "(setsid env -i SHIM=$PPID sh -c \"trap '' TERM;"
         " for i in \\$(/usr/bin/seq 6000); do"
