@@ -617,6 +617,8 @@ class Shim:
 
     def terminate(self, now: float) -> None:
         """Send TERM to every process of the tree, also to those that escaped."""
+        # If nobody can look now, the grace begins when somebody can.
+        self.kill_at = now + self.spec.grace
         try:
             for _ in range(ROUNDS):
                 new = [found for found in descendants() if found not in self.told]
@@ -624,18 +626,34 @@ class Shim:
                     # CONT: a stopped process would not notice.
                     signal_process(pid, start, _signal.SIGTERM, _signal.SIGCONT)
                     self.told.add((pid, start))
-                if not new:
+                if not new or time.monotonic() >= self.kill_at:
                     break
+            self.due = False
         except OSError as e:
             if e.errno not in PASSING:
                 raise
-            # Nobody can look now. The grace begins when TERM has been sent.
-        else:
-            self.due = False
-        self.kill_at = now + self.spec.grace
+
+    def kill_children(self) -> None:
+        """KILL our own children, which are found quickly, and so who forks without end.
+
+        Whoever loses its parent is one of them. Nobody else gets the number of a child
+        before it is reaped, and that is done here.
+        """
+        for _ in range(ROUNDS):
+            for pid in read_file(f"/proc/self/task/{posix.getpid()}/children").split():
+                try:
+                    posix.kill(int(pid), _signal.SIGKILL)
+                except PermissionError:
+                    pass
+            if not self.reap():
+                break
 
     def kill(self, now: float) -> None:
         """KILL whatever is left of the tree, again until nothing is."""
+        try:
+            self.kill_children()
+        except OSError:
+            pass  # not every kernel has this list
         try:
             obeyed = [signal_process(*it, _signal.SIGKILL) for it in descendants()]
         except OSError as e:

@@ -265,6 +265,13 @@ def runner(tmp_path: Path) -> Iterator[Runner]:
     for lock in locks:
         end_shim(lock)
     wait_for(runner.kill_left, "the end of all that this test started")
+    # One may wait for what a failed test has not given it, even for its lock.
+    for lock in locks:
+        end_shim(lock, signal.SIGKILL)
+    for run in runner.runs:
+        transport = getattr(run, "transport", None)
+        if transport is not None and transport.pid:
+            os.kill(transport.pid, signal.SIGKILL)
     wait_for(lambda: not any(map(shim_lives, locks)), "the end of the shims")
 
 
