@@ -481,7 +481,7 @@ def main(arguments: list[str]) -> int:
     help = "seconds after which the power is cut at the latest while one task runs"
     parser.add_argument("--idle", type=float, default=25.0, help=help)
     parser.add_argument("--folder", type=Path, help="is kept, else one is made and removed")
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_intermixed_args(arguments)
     bad = False
     with tempfile.TemporaryDirectory() as made:
         folder = chosen.folder or Path(made)

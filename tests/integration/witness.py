@@ -309,22 +309,23 @@ class Witness:
 def _untrue(task: Mapping[str, Any], entry: Entry, wish: Wish) -> Iterator[tuple[str, str]]:
     status, code = task["status"], task["exitCode"]
     untrue = "an end that is not true"
+    mine = [number for number, *_ in entry.starts if number == task["id"]]
     if len(entry.starts) > 1:
         yield "a double start", f"{len(entry.starts)} starts"
     if entry.shared:
         yield "a target shared", f"with {entry.shared} others"
     if entry.unsealed:
         yield "a secret that is wrong", "in its environment"
-    if entry.starts and task["startedAt"] is None:
+    if mine and task["startedAt"] is None:
         yield untrue, "it began, and startedAt is null"
     if status not in ENDED:
         yield "a task that never ended", status
     elif status in {"finished", "failed"} and code is not None:
-        if len(entry.starts) == 0 or entry.ends[-1:] != [code] or code != wish.code:
+        if not mine or entry.ends[-1:] != [code] or code != wish.code:
             yield untrue, f"it ends with {wish.code}"
         if (status == "finished") != (code == 0):
             yield untrue, "status and exit code differ"
-    elif status in {"finished", "failed"} and not entry.starts:
+    elif status in {"finished", "failed"} and not mine:
         yield NEVER, task["reason"] or ""
     elif status in {"finished", "failed"}:
         yield untrue, "it has no exit code"
