@@ -237,6 +237,8 @@ class ShimExecutor:
             except OSError as e:
                 with suppress(OSError):
                     machine.remove(temporary)
+                    if name is None:  # else they are of a task that waits for them
+                        machine.remove(path)
                 raise _unavailable(path, e) from None
             return path.name
 
