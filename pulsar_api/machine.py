@@ -11,19 +11,21 @@ import shutil
 import signal
 import stat
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from attrs import frozen
+from attrs import field, frozen
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.threads import deferToThreadPool
 
-from pulsar_api import shim, strays
+from pulsar_api import processes, shim
 from pulsar_api.errors import StoreUnavailable
+from pulsar_api.orphans import Memory
 from pulsar_api.output import Output, Record
+from pulsar_api.proc import Key
 from pulsar_api.task import Process
 
 T = TypeVar("T")
@@ -130,6 +132,19 @@ class Machine(Protocol):
         """Fire with those of the processes, and what is below them, that still run."""
 
 
+def _living(of: Sequence[Process]) -> Iterable[Process]:
+    return processes.living(of)
+
+
+def _named(folder: Path) -> Key | None:
+    """Return the shim that a lock names, living or not; None: it names none."""
+    try:
+        pid, start = (folder / "lock").read_bytes().split()
+        return int(pid), int(start)
+    except (OSError, ValueError):
+        return None
+
+
 USUAL = (sys.executable, "-I", "-S", shim.__file__)
 """How a shim is started."""
 
@@ -141,6 +156,10 @@ class LocalMachine:
     _reactor: Any
     """Starts processes and has a thread pool; no interface says both."""
     _launcher: Sequence[str] = USUAL
+    _own: Container[int] | None = None
+    """The children that this process waits for itself; None: it is no subreaper."""
+    _memories: dict[Path, Memory] = field(factory=dict, init=False)
+    """What is remembered of the processes of tasks, by the folder of the tasks."""
 
     def boot_id(self) -> str:
         """Return the kernel's name for this boot."""
@@ -235,7 +254,7 @@ class LocalMachine:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 found = file.read().split()
-                return int(found[0]) if found and found[0].isdigit() else -1
+                return (int(found[0]) if found and found[0].isdigit() else 0) or -1
         return 0
 
     def output(self, folder: Path) -> Output:
@@ -264,15 +283,34 @@ class LocalMachine:
 
     def end(self, folder: Path, *, numbers: bool) -> Deferred[tuple[Process, ...]]:
         """Kill the shim of a folder and all of its task; fires with what remains."""
-        return self.in_thread(lambda: self._end(folder))
+        return self.in_thread(lambda: self._end(folder, numbers))
 
-    def _end(self, folder: Path) -> tuple[Process, ...]:
-        strays.kill(folder)
-        return ()
+    def _end(self, folder: Path, numbers: bool) -> tuple[Process, ...]:  # noqa: FBT001
+        living = processes.holder(folder)
+        remains = [] if living is None else processes.end_tree(living)
+        dead = _named(folder) if numbers else None
+        memory = self._memory(folder.parent)
+        found = memory.orphans(int(folder.name), dead, believe=numbers)
+        remains += found.end()
+        return tuple(dict.fromkeys(remains))
+
+    def _memory(self, tasks: Path) -> Memory:
+        return self._memories.setdefault(tasks, Memory(tasks, self._own))
+
+    def look(self, tasks: Path, running: Sequence[int]) -> Deferred[float]:
+        """Remember the processes of tasks; fires with the seconds that it took."""
+
+        def look() -> float:
+            found = {number: processes.holder(tasks / str(number)) for number in running}
+            shims = {n: key or _named(tasks / str(n)) for n, key in found.items()}
+            known = {n: key for n, key in shims.items() if key is not None}
+            return self._memory(tasks).look(known)
+
+        return self.in_thread(look)
 
     def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:
         """Fire with those of the processes, and what is below them, that still run."""
-        return self.in_thread(tuple)
+        return self.in_thread(lambda: tuple(_living(processes)))
 
     def _signal(self, folder: Path, *numbers: signal.Signals) -> bool:
         with suppress(OSError):

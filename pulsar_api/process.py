@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import ahocorasick_rs
-from attrs import frozen
+from attrs import define, field, frozen
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.interfaces import (
+    IDelayedCall,
     IReactorProcess,
     IReactorTime,
 )
@@ -22,7 +23,8 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from pulsar_api import mask, shim, strays
+from pulsar_api import mask, orphans, shim
+from pulsar_api.background import own
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.machine import USUAL, LocalMachine, Machine
 from pulsar_api.ports import Bounds, Run, Sink
@@ -68,6 +70,9 @@ def end_all(state: Path) -> list[int]:
         machine.terminate(state / "tasks" / str(number))
     return found
 
+
+LOOK = 2.0
+"""Seconds between two looks at the processes of tasks, if that costs little."""
 
 PASSING = {*shim.NO_SPACE, EAGAIN, EMFILE, ENFILE, ENOMEM}
 """Errors at a start that come from what is scarce now and may not be later."""
@@ -322,7 +327,7 @@ class ShimExecutor:
             *command.arguments,
             *(text.decode() for text in command.secrets),
             *(f"{key}={value}" for key, value in command.environment.items()),
-            f"{strays.MARK}={folder}",
+            f"{orphans.MARK}={folder}",
         ]
         # Always UTF-8, whatever the locale; odd bytes of our own environment stay as is.
         data = "".join(f"{text}\0" for text in fields).encode("utf-8", "surrogateescape")
@@ -334,6 +339,45 @@ class ShimExecutor:
 def _unavailable(path: Path, error: OSError) -> StoreUnavailable:
     full = error.errno in shim.NO_SPACE
     return StoreUnavailable(f"{path}: {error.strerror}", full=full)
+
+
+@define(eq=False)
+class Lookout:
+    """Remembers every few seconds which processes the tasks have, from start to stop.
+
+    So they are found should their shim be killed, whatever they do to their environment.
+    """
+
+    _machine: LocalMachine
+    _clock: IReactorTime
+    _tasks: Path
+    _running: Callable[[], Sequence[int]]
+    """Returns the numbers of the tasks that run."""
+    _next: IDelayedCall | None = field(default=None, init=False)
+    _stopped: bool = field(default=False, init=False)
+
+    def start(self) -> None:
+        """Begin to look."""
+        own(self._go_on())
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stopped = True
+        if self._next is not None and self._next.active():
+            self._next.cancel()
+
+    async def _go_on(self) -> None:
+        took = 0.0
+        running = self._running()
+        if running:
+            try:
+                took = await self._machine.look(self._tasks, running)
+            except OSError as e:
+                _log.error("Cannot look at the processes of tasks: {e}", e=e)
+        if not self._stopped:
+            # Less than a hundredth of one core.
+            wait = max(LOOK, 200 * took)
+            self._next = self._clock.callLater(wait, lambda: own(self._go_on()))
 
 
 class _Answer(ProcessProtocol):

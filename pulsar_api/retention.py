@@ -73,9 +73,7 @@ class Retention:
             if len(old) < _STEP:
                 return
 
-    async def _remove_left(
-        self, kept: Sequence[int], unfinished: AbstractSet[int]
-    ) -> None:
+    async def _remove_left(self, kept: Sequence[int], unfinished: AbstractSet[int]) -> None:
         """Remove what a daemon has left that died while it removed tasks or secrets.
 
         Or that a power cut has brought back.

@@ -1,5 +1,6 @@
 """Runs of commands, each below a shim: one of ours, or one of an earlier daemon."""
 
+import pwd
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +19,7 @@ from pulsar_api.background import own
 from pulsar_api.machine import Machine
 from pulsar_api.output import Record
 from pulsar_api.ports import Bounds, Sink
-from pulsar_api.task import Cause, Exit
+from pulsar_api.task import Cause, Exit, Process
 
 _log = Logger()
 
@@ -54,6 +55,8 @@ def _parse_exit(data: bytes) -> Exit:
     lines = data.decode("utf-8", "replace").split("\n")
     found = dict(line.partition(" ")[::2] for line in lines)
     number = found.get("signal")
+    left = [line.split(" ", 4)[1:] for line in lines if line.startswith("left ")]
+    users = {user: _user_name(int(user)) for _, _, user, _ in left}
     return Exit(
         ended_at=float(found["ended"]),
         code=int(found["code"]) if "code" in found else None,
@@ -62,7 +65,19 @@ def _parse_exit(data: bytes) -> Exit:
         cause=Cause(found["cause"]),
         forced=found["forced"] == "1",
         output_size=int(found["size"]),
+        open=found.get("open") == "1",
+        left=tuple(
+            Process(int(pid), int(start), name, users[user])
+            for pid, start, user, name in left
+        ),
     )
+
+
+def _user_name(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except (KeyError, OverflowError):
+        return str(number)
 
 
 def _signal_name(number: int) -> str:
@@ -268,6 +283,8 @@ class ShimProtocol(_Following, ProcessProtocol):
     _buffer: bytes = field(default=b"", init=False)
     _trouble: bytes = field(default=b"", init=False)
     _ready: bool = field(default=False, init=False)
+    _over: bool = field(default=False, init=False)
+    """Whether the result was seen; the shim may live on for what the task has left."""
     _killed: bool = field(default=False, init=False)
     _other: "AdoptedRun | None" = field(default=None, init=False)
     """The run of a shim that was faster than ours."""
@@ -320,11 +337,30 @@ class ShimProtocol(_Following, ProcessProtocol):
                 self.transport.signalProcess("TERM")
                 self.transport.signalProcess(signal.SIGCONT)  # it may be stopped
 
+    def childConnectionLost(self, childFD: int) -> None:
+        """Take the result if there is one: a shim stays for what the task has left."""
+        if childFD == 1 and self._ready:
+            self._look()
+
+    def _look(self) -> None:
+        try:
+            exit = None if self._over else self.result()
+        except OSError as e:
+            self.cannot_read(e)
+            if self._sink is not None:
+                self._clock.callLater(LOOK, self._look)
+            return
+        if exit is not None:
+            self._over = True
+            self._tell_end(exit)
+
     def processEnded(self, reason: Failure) -> None:
-        """Take the result from the disk."""
+        """Take the result from the disk, unless that is done."""
         trouble = self._trouble.decode("utf-8", "replace").strip()
         if trouble:
             _log.error("The shim in {folder} says: {it}", folder=self._folder, it=trouble)
+        if self._over:
+            return
         end = reason.value
         assert isinstance(end, ProcessDone | ProcessTerminated)
         if end.exitCode == shim.TAKEN and self._sink is not None:

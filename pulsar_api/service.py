@@ -271,6 +271,10 @@ class TaskService:
             live.task.changes.release()
             live.task.end.release()
 
+    def running(self) -> Sequence[int]:
+        """Return the numbers of the tasks that run, or are about to."""
+        return tuple(self._running)
+
     # -- what callers ask for
 
     async def create(self, spec: TaskSpec, key: str | None = None) -> Task:

@@ -26,10 +26,13 @@ TAKEN = 75  # the exit status of a shim that finds another one at its task
 
 PIPE_SIZE = 1 << 20
 READ_SIZE = 1 << 19
-PATIENCE = 1.0  # seconds that background children may hold the pipes after the end
+DROP_SIZE = 1 << 16
+PATIENCE = 3.0  # seconds without output until held pipes are given up after the end
+LONGEST = 30.0  # seconds after the end at which they are given up in any case
 KILL_PATIENCE = 5.0  # seconds after KILL; a process in the kernel cannot be ended
+LISTED = 50  # processes that a result names at most
 ROUNDS = 20  # in which TERM goes to those that were born in the round before
-RETRY = 0.25  # seconds until the next try when the disk is full
+RETRY = 0.25  # seconds until the next try of what could not be done
 PR_SET_CHILD_SUBREAPER = 36
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MEMORY = 1 << 23  # bytes that may be kept for later use
@@ -37,6 +40,12 @@ PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 BLOCK = 4096
 ELSEWHERE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+# Errors that can pass without the task being to blame: nothing fails for them, it waits.
+PASSING = (
+    *(*NO_SPACE, errno.EFBIG, errno.EMFILE, errno.ENFILE),
+    *(errno.ENOMEM, errno.ENOLCK, errno.EAGAIN),
+)
+EXITING = 4  # PF_EXITING, a flag of a process that has begun to end
 
 
 class Spec:
@@ -69,6 +78,30 @@ def read_file(name: bytes | str) -> bytes:
         return file.readall()
 
 
+def write_all(fd: int, data: bytes) -> None:
+    """Write a small file from its begin; a limit may let a part of it through at first."""
+    done = 0
+    while done < len(data):
+        done += posix.pwrite(fd, data[done:], done)
+
+
+def remove(name: str, folder: int | None = None) -> None:
+    """Remove a file that may not be there."""
+    try:
+        posix.unlink(name, dir_fd=folder)
+    except FileNotFoundError:
+        pass
+
+
+def set_soft_limit(limit: int, value: int) -> int:
+    """Set a soft limit, or the hard one where that is lower; return what it was."""
+    soft, hard = resource.getrlimit(limit)
+    if hard != resource.RLIM_INFINITY and not 0 <= value <= hard:
+        value = hard
+    resource.setrlimit(limit, (value, hard))
+    return soft
+
+
 def incomplete(data: bytes) -> int:
     """Return how many bytes at the end begin a UTF-8 character and do not finish it."""
     for back in range(1, min(3, len(data)) + 1):
@@ -80,18 +113,55 @@ def incomplete(data: bytes) -> int:
     return 0
 
 
+def stat(pid: int) -> tuple[bytes, list[bytes]]:
+    """Return a process's name and the fields behind it; no fields if it is no more.
+
+    The first is field 3 of proc(5). Raises `OSError` if nobody can look now, for want of
+    descriptors or memory.
+    """
+    try:
+        data = read_file(f"/proc/{pid}/stat")
+    except OSError as e:
+        if e.errno in PASSING:
+            raise
+        return b"", []
+    # The name in the second field may hold anything, also ") Z 1".
+    head, _, rest = data.rpartition(b")")
+    return head.partition(b"(")[2], rest.split()
+
+
 def process(pid: int) -> tuple[int, int]:
     """Return a process's parent and when it was started; zeros if it is no more.
 
     One that has ended and waits for its parent counts: it may be the first thread of a
     process whose others go on.
     """
+    fields = stat(pid)[1]
+    return (int(fields[1]), int(fields[19])) if fields else (0, 0)
+
+
+def described(pid: int, start: int) -> bytes:
+    """Return a process as a result names it, b"" if it has ended, or is just ending.
+
+    By its short name, never its arguments: they may hold secrets.
+    """
+    name, fields = stat(pid)
+    if not fields or int(fields[19]) != start:
+        return b""
+    ending = fields[0] in (b"Z", b"X") or int(fields[6]) & EXITING
+    if ending and int(fields[17]) <= 1:  # else only its first thread has ended
+        return b""
+    user = b"0"
     try:
-        # The name in the second field may hold anything, also ") Z 1" (proc(5)).
-        fields = read_file(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-    except OSError:
-        return 0, 0
-    return int(fields[1]), int(fields[19])
+        for line in read_file(f"/proc/{pid}/status").split(b"\n"):
+            if line.startswith(b"Uid:"):
+                user = line.split()[2]  # the one that it acts as
+    except OSError as e:
+        if e.errno in PASSING:
+            raise
+        return b""
+    shown = "".join(c if c.isprintable() else "?" for c in name.decode("utf-8", "replace"))
+    return b"left %d %d %b %b" % (pid, start, user, shown.encode())
 
 
 def descendants() -> list[tuple[int, int]]:
@@ -113,21 +183,30 @@ def descendants() -> list[tuple[int, int]]:
     return found
 
 
-def signal_process(pid: int, start: int, *numbers: int) -> None:
-    """Signal a descendant, and never a stranger that got its number meanwhile."""
+def signal_process(pid: int, start: int, *numbers: int) -> bool:
+    """Signal a descendant, and never a stranger that got its number meanwhile.
+
+    Return False if it may not be signalled, as it became somebody else (setuid). Raises
+    `OSError` if nobody can do it now, for want of descriptors or memory.
+    """
     try:
         handle = posix.pidfd_open(pid)
-    except OSError:
-        return
+    except OSError as e:
+        if e.errno in PASSING:
+            raise
+        return True  # it ended by itself
     try:
         # From here on the handle, not the number, says who is meant.
         if process(pid)[1] == start:
             for number in numbers:
                 _signal.pidfd_send_signal(handle, number)
-    except OSError:
-        pass  # it ended by itself, or became somebody else (setuid)
+    except PermissionError:
+        return False
+    except ProcessLookupError:
+        pass
     finally:
         posix.close(handle)
+    return True
 
 
 class LongLong(_ctypes._SimpleCData):  # type: ignore[type-arg]
@@ -171,8 +250,10 @@ def masker(secrets: list[bytes], library: bytes) -> Clear:
     path = sys.path[:]
     sys.path.insert(0, __file__.rpartition("/")[0])
     sys.path.append(library.decode("utf-8", "surrogateescape"))
-    found: Clear = __import__("mask").Masker(secrets)
-    sys.path[:] = path
+    try:
+        found: Clear = __import__("mask").Masker(secrets)
+    finally:
+        sys.path[:] = path
     return found
 
 
@@ -202,33 +283,114 @@ class Stream:
         except BlockingIOError:
             return b""
         if not data:
-            return self.close()
+            posix.close(self.fd)
+            self.fd = -1
+            return self.end()
         self.taken += len(data)
         data = self.held + self.mask.feed(data)
         keep = len(data) - incomplete(data)
         self.held = data[keep:]
         return data[:keep]
 
-    def close(self) -> bytes:
-        """Stop reading and return what was held back."""
-        if self.fd >= 0:
-            posix.close(self.fd)
-        self.fd = -1
+    def end(self) -> bytes:
+        """Return what was held back."""
         held, self.held = self.held + self.mask.close(), b""
         return held
 
 
-class Shim:
-    """One run: from the start of the command to the file ``exit``."""
+class Ear:
+    """Hears signals: a pipe that wakes poll(2), and whether TERM has come."""
 
-    def __init__(self, spec: Spec, wakeup: int, folder: int) -> None:
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.term = False
+        self.told = False
+
+    def take_term(self, *_: object) -> None:
+        """Remember a TERM. The pipe may be full: children may end by the thousand."""
+        self.term = True
+
+    def empty(self) -> None:
+        """Let the pipe wake nobody for what has come so far."""
+        try:
+            posix.read(self.fd, 1 << 16)
+        except BlockingIOError:
+            pass
+
+    def ready(self) -> None:
+        """Tell the daemon, once, that a TERM is understood from here on."""
+        if not self.told:
+            self.told = True
+            try:
+                posix.write(1, bytes(8) + READY.to_bytes(8, "little"))
+            except OSError:
+                pass  # it is gone; the next one looks at the files
+
+    def bear(self, error: OSError) -> None:
+        """Wait until what went wrong may have passed; raise it if it cannot pass."""
+        if error.errno not in PASSING:
+            raise error
+        self.ready()
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        poll.poll(RETRY * 1000)
+        self.empty()
+
+
+class Claim:
+    """The lock of a task's folder: whoever cannot get it knows that the task is alive.
+
+    The name appears with the lock held, and it stays: there is no second start, neither
+    by mistake nor in a race.
+    """
+
+    def __init__(self) -> None:
+        self.lock = -1
+        self.folder = -1
+        self.linked = False
+
+    def take(self, folder: str) -> bool:
+        """Enter a folder and take its lock; return False if another one has it.
+
+        When it returns the lock is on disk, so after a power cut nobody starts the command
+        again. After an error a second call goes on where the first one was.
+        """
+        if self.folder < 0:
+            self.folder = posix.open(folder, posix.O_RDONLY | posix.O_CLOEXEC)
+        posix.fchdir(self.folder)
+        me = posix.getpid()
+        name = f"lock.{me}"
+        if self.lock < 0:
+            remove(name)  # of a shim that had our number before the machine booted
+            flags = posix.O_RDWR | posix.O_CREAT | posix.O_EXCL | posix.O_CLOEXEC
+            self.lock = posix.open(name, flags, 0o600)
+        if not self.linked:
+            fcntl.flock(self.lock, fcntl.LOCK_EX)
+            write_all(self.lock, b"%d %d\n" % (me, process(me)[1]))
+            try:
+                posix.link(name, "lock")
+            except FileExistsError:
+                remove(name)
+                return False
+            self.linked = True
+        remove(name)
+        posix.fsync(self.lock)
+        posix.fsync(self.folder)
+        return True
+
+
+class Shim:
+    """One run: from the start of the command to the end of all that it leaves."""
+
+    def __init__(self, spec: Spec, ear: Ear, claim: Claim) -> None:
         self.spec = spec
-        self.folder = folder
-        self.wakeup = wakeup
+        self.ear = ear
+        self.claim = claim
+        self.folder = claim.folder
+        self.limits: list[tuple[int, int]] = []  # soft ones, which only the command gets
         self.began = time.monotonic()
-        flags = posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND | posix.O_CLOEXEC
-        self.output = posix.open("output", flags, 0o600)
-        self.index = posix.open("output.idx", flags, 0o600)
+        self.output = -1
+        self.index = -1
         self.size = 0
         # Of more than the limit its first half is kept, and its last.
         self.head = spec.limit // 2 // BLOCK * BLOCK
@@ -236,21 +398,23 @@ class Shim:
         self.cut_step = max(BLOCK, spec.limit // 16 // BLOCK * BLOCK)
         self.backlog: list[tuple[int, bytes]] = []  # (code, what is not written yet)
         self.records = b""  # for output.idx, not written yet
+        self.written = 0  # how much of these is, as a limit may cut a record in two
         self.news = b""  # a record that the daemon's pipe had no room for
         self.daemon = 1
-        self.streams = [
-            Stream(code, masker(spec.secrets, spec.library)) for code in (STDOUT, STDERR)
-        ]
+        self.streams: list[Stream] = []
+        self.held: list[int] = []  # pipes that somebody held when they were given up
         self.pid = 0
         self.status: int | None = None
         self.ended_at = 0.0  # seconds since the epoch
         self.last_output = self.began
-        self.pipes_until = 0.0  # patience with the pipes, once the command has ended
+        self.gone = 0.0  # when the command had ended, and the disk had room
         self.cause = "itself"
         self.kill_at = 0.0  # when TERM turns into KILL; 0: nobody asked
         self.killed_at = 0.0
-        self.asked = False
-        self.children = True  # whether any descendant may be left
+        self.due = False  # whether TERM has not been sent yet to all
+        self.told: set[tuple[int, int]] = set()  # who has got it
+        self.refused = False  # whether the last KILL could reach nobody
+        self.children = False  # whether any descendant may be left
 
     # -- writing
 
@@ -276,10 +440,11 @@ class Shim:
         try:
             while self.records or self.backlog:
                 if self.records:
-                    # Never in part: 16 divides the size of a block.
-                    posix.write(self.index, self.records)
-                    records, self.records = self.records, b""
-                    self.tell(records)
+                    # In part only at a limit: 16 divides the size of a block.
+                    self.written += posix.write(self.index, self.records[self.written :])
+                    if self.written == len(self.records):
+                        records, self.records, self.written = self.records, b"", 0
+                        self.tell(records)
                     continue
                 code, data = self.backlog[0]
                 written = posix.write(self.output, data)
@@ -290,7 +455,7 @@ class Shim:
                     self.record(code, self.size)
                     self.trim()
         except OSError as e:
-            if e.errno not in NO_SPACE:
+            if e.errno not in PASSING:
                 raise
 
     def trim(self) -> None:
@@ -340,18 +505,43 @@ class Shim:
 
     # -- the command
 
+    def begin(self) -> None:
+        """Start the command, or raise `CannotStart`; what can pass is waited for."""
+        while not self.pid:
+            try:
+                # It may hold secrets, and it is not needed twice; nor are those of who
+                # waits.
+                remove("spec", self.folder)
+                remove("secrets", self.folder)
+                if self.ear.term:
+                    self.cause = "kill"
+                    raise CannotStart("The command was not started.")
+                self.open_files()
+                self.start()
+            except OSError as e:
+                self.ear.bear(e)
+
+    def open_files(self) -> None:
+        """Open the files and the pipes; after an error, those that are missing."""
+        flags = posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND | posix.O_CLOEXEC
+        if self.output < 0:
+            self.output = posix.open("output", flags, 0o600, dir_fd=self.folder)
+        if self.index < 0:
+            self.index = posix.open("output.idx", flags, 0o600, dir_fd=self.folder)
+        for code in (STDOUT, STDERR)[len(self.streams) :]:
+            mask = masker(self.spec.secrets, self.spec.library)
+            self.streams.append(Stream(code, mask))
+
     def start(self) -> None:
-        """Start the command, or raise `CannotStart`."""
+        """Start the command, or raise `CannotStart`; or `OSError` if that may pass."""
         spec = self.spec
         name = spec.arguments[0]
+        self.began = self.last_output = time.monotonic()
         try:
             posix.chdir(spec.directory or ".")
         except OSError as e:
             raise CannotStart(f"cannot enter {text(spec.directory)}: {e.strerror}") from e
         posix.umask(spec.umask)
-        if spec.files:
-            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            resource.setrlimit(resource.RLIMIT_NOFILE, (spec.files, hard))
         candidates = [name]
         if b"/" not in name:
             folders = spec.environment.get(b"PATH", b"/usr/local/bin:/usr/bin:/bin")
@@ -362,6 +552,8 @@ class Shim:
                 self.pid = self.spawn(path)
                 break
             except OSError as e:
+                if e.errno == errno.ENFILE:
+                    raise  # the machine's limit, not ours
                 # As execvp(3): what cannot be run may stand in a later folder of PATH.
                 if b"/" in name or e.errno not in ELSEWHERE:
                     problem = str(e.strerror)
@@ -372,24 +564,30 @@ class Shim:
             posix.close(stream.write_end)
         if not self.pid:
             raise CannotStart(f"cannot start {text(name)}: {problem}")
+        self.children = True
         self.note(CLOCK, int(time.time() * 1000))
         self.note(STARTED, self.pid)
 
     def spawn(self, path: bytes) -> int:
         out, err = (stream.write_end for stream in self.streams)
-        return posix.posix_spawn(
-            path,
-            self.spec.arguments,
-            self.spec.environment,
-            file_actions=[
-                (posix.POSIX_SPAWN_OPEN, 0, "/dev/null", posix.O_RDONLY, 0),
-                (posix.POSIX_SPAWN_DUP2, out, 1),
-                (posix.POSIX_SPAWN_DUP2, err, 2),
-            ],
-            setpgroup=0,
-            setsigmask=(),
-            setsigdef=range(1, 32),
-        )
+        ours = [(limit, set_soft_limit(limit, soft)) for limit, soft in self.limits]
+        try:
+            return posix.posix_spawn(
+                path,
+                self.spec.arguments,
+                self.spec.environment,
+                file_actions=[
+                    (posix.POSIX_SPAWN_OPEN, 0, "/dev/null", posix.O_RDONLY, 0),
+                    (posix.POSIX_SPAWN_DUP2, out, 1),
+                    (posix.POSIX_SPAWN_DUP2, err, 2),
+                ],
+                setpgroup=0,
+                setsigmask=(),
+                setsigdef=_signal.valid_signals(),
+            )
+        finally:
+            for limit, soft in ours:
+                set_soft_limit(limit, soft)
 
     def reap(self) -> bool:
         """Take what has ended; return whether any descendant may be left."""
@@ -403,75 +601,126 @@ class Shim:
             if pid == self.pid:
                 self.status = status
                 self.ended_at = time.time()
-                self.pipes_until = time.monotonic() + PATIENCE
+                self.gone = time.monotonic()
 
     # -- ending it
 
     def ask(self, cause: str) -> None:
-        """Begin to end the tree: TERM to every process, also to those that escaped."""
-        if self.kill_at:
+        """Begin to end the tree, unless that has begun or there is none."""
+        if self.kill_at or not self.pid:
             return
         if self.status is None:
             self.cause = cause
-        self.kill_at = time.monotonic() + self.spec.grace
+        self.due = True
         self.note(TERM_SENT, self.size)
-        told: set[tuple[int, int]] = set()
+        self.terminate(time.monotonic())
+
+    def terminate(self, now: float) -> None:
+        """Send TERM to every process of the tree, also to those that escaped."""
+        # If nobody can look now, the grace begins when somebody can.
+        self.kill_at = now + self.spec.grace
+        try:
+            for _ in range(ROUNDS):
+                new = [found for found in descendants() if found not in self.told]
+                for pid, start in new:
+                    # CONT: a stopped process would not notice.
+                    signal_process(pid, start, _signal.SIGTERM, _signal.SIGCONT)
+                    self.told.add((pid, start))
+                if not new or time.monotonic() >= self.kill_at:
+                    break
+            self.due = False
+        except OSError as e:
+            if e.errno not in PASSING:
+                raise
+
+    def kill_children(self) -> None:
+        """KILL our own children, which are found quickly, and so who forks without end.
+
+        Whoever loses its parent is one of them. Nobody else gets the number of a child
+        before it is reaped, and that is done here.
+        """
         for _ in range(ROUNDS):
-            new = [found for found in descendants() if found not in told]
-            for pid, start in new:
-                # CONT: a stopped process would not notice.
-                signal_process(pid, start, _signal.SIGTERM, _signal.SIGCONT)
-            told.update(new)
-            if not new:
+            for pid in read_file(f"/proc/self/task/{posix.getpid()}/children").split():
+                try:
+                    posix.kill(int(pid), _signal.SIGKILL)
+                except PermissionError:
+                    pass
+            if not self.reap():
                 break
 
     def kill(self, now: float) -> None:
         """KILL whatever is left of the tree, again until nothing is."""
+        try:
+            self.kill_children()
+        except OSError:
+            pass  # not every kernel has this list
+        try:
+            obeyed = [signal_process(*it, _signal.SIGKILL) for it in descendants()]
+        except OSError as e:
+            if e.errno not in PASSING:
+                raise
+            self.refused = True
+            return
+        self.refused = bool(obeyed) and not any(obeyed)
         if not self.killed_at:
             self.killed_at = now
             self.note(KILL_SENT, self.size)
-        for pid, start in descendants():
-            signal_process(pid, start, _signal.SIGKILL)
 
     def check_clocks(self, now: float) -> None:
         """Act on every deadline that has come."""
         spec = self.spec
         if self.waiting:
             self.last_output = now  # it might print if it could
-        if self.asked:
+            self.gone = now if self.gone else 0.0
+        if self.ear.term:
             self.ask("kill")
         elif self.status is None and not self.kill_at:
             if spec.total and now >= self.began + spec.total:
                 self.ask("timeout")
             elif spec.silence and now >= self.last_output + spec.silence:
                 self.ask("silence")
-        if self.kill_at and self.children and now >= self.kill_at:
+        if self.due:
+            self.terminate(now)
+        elif self.kill_at and self.children and now >= self.kill_at:
             self.kill(now)
+
+    def pipes_until(self) -> float:
+        """Return until when there is patience with the pipes of a command that has ended.
+
+        Whoever prints gets it anew: the last of the output may take its time.
+        """
+        return min(max(self.gone, self.last_output) + PATIENCE, self.gone + LONGEST)
 
     def wait_for(self, now: float) -> float:
         """Return the seconds until the next deadline; negative: none."""
         spec, deadlines = self.spec, []
         if self.waiting:
             deadlines.append(now + RETRY)
-        elif self.status is not None and self.pipes_until > now:
-            deadlines.append(self.pipes_until)
+        elif self.status is not None and self.pipes_until() > now:
+            deadlines.append(self.pipes_until())
         if self.status is None and not self.kill_at:
             if spec.total:
                 deadlines.append(self.began + spec.total)
             if spec.silence:
                 deadlines.append(self.last_output + spec.silence)
-        if self.kill_at and self.children:
-            deadlines.append(max(self.kill_at, now + 0.02))
+        if self.due:
+            deadlines.append(now + RETRY)
+        elif self.kill_at and self.children:
+            # What was of no effect need not be done again at once.
+            pause = RETRY if self.refused else 0.02
+            deadlines.append(max(self.kill_at, now + pause))
         return max(0.0, min(deadlines) - now) if deadlines else -1.0
 
     def over(self, now: float) -> bool:
         """Return whether there is nothing left to wait for."""
         if self.waiting:
             return False
+        if not self.pid:
+            return True
         if self.status is None or (self.kill_at and self.children):
             # Killed, yet in the kernel for good: nobody can wait for that.
             return bool(self.killed_at) and now >= self.killed_at + KILL_PATIENCE
-        return now >= self.pipes_until or all(s.fd < 0 for s in self.streams)
+        return now >= self.pipes_until() or all(s.fd < 0 for s in self.streams)
 
     def run(self) -> None:
         """Copy, watch and wait until it is over."""
@@ -491,7 +740,11 @@ class Shim:
                 data = stream.read()
                 if data:
                     self.backlog.append((stream.code, data))
-            self.keep(stream.code, stream.close())
+            if stream.fd >= 0:
+                self.held.append(stream.fd)
+                stream.fd = -1
+                self.keep(stream.code, stream.end())
+        self.flush()
         while not self.over(time.monotonic()):
             self.wait(self.wait_for(time.monotonic()))
 
@@ -504,15 +757,15 @@ class Shim:
     def poll(self, seconds: float) -> None:
         """Wait for output, a signal or a deadline, and deal with it."""
         poll = select.poll()
-        poll.register(self.wakeup, select.POLLIN)
+        poll.register(self.ear.fd, select.POLLIN)
         open_streams = [] if self.waiting else [s for s in self.streams if s.fd >= 0]
         for stream in open_streams:
             poll.register(stream.fd, select.POLLIN)
         if self.news:
             poll.register(self.daemon, select.POLLOUT)
         ready = {fd for fd, _ in poll.poll(None if seconds < 0 else seconds * 1000 + 1)}
-        if self.wakeup in ready:
-            self.asked |= _signal.SIGTERM in posix.read(self.wakeup, 4096)
+        if self.ear.fd in ready:
+            self.ear.empty()
         if self.news and self.daemon in ready:
             self.tell(self.news)
         self.flush()
@@ -521,37 +774,99 @@ class Shim:
                 self.last_output = time.monotonic()
                 self.keep(stream.code, stream.read())
 
-    def finish(self, error: str = "") -> None:
-        """Write ``exit``: all or nothing, and only when the output is safe."""
-        status = self.status
+    def result(self, error: str) -> bytes:
+        """Return what stands in ``exit``."""
         lines = [
             b"ended %r" % (self.ended_at or time.time()),
             b"cause " + self.cause.encode(),
             b"forced %d" % bool(self.killed_at),
             b"size %d" % self.size,
         ]
+        if self.held:
+            lines.append(b"open 1")
         if error:
             lines.append(b"error " + error.encode("utf-8", "replace"))
-        elif status is None:
+        elif self.status is None:
             lines.append(b"error The command does not end, not even by KILL.")
-        elif posix.WIFSIGNALED(status):
-            lines.append(b"signal %d" % posix.WTERMSIG(status))
+        elif posix.WIFSIGNALED(self.status):
+            lines.append(b"signal %d" % posix.WTERMSIG(self.status))
         else:
-            lines.append(b"code %d" % posix.WEXITSTATUS(status))
-        result = b"\n".join([*lines, b""])
+            lines.append(b"code %d" % posix.WEXITSTATUS(self.status))
+        if self.children:
+            lines += self.left()
+        return b"\n".join([*lines, b""])
+
+    def left(self) -> list[bytes]:
+        """Return a line for each process that is left, up to a bound."""
+        lines: list[bytes] = []
+        for pid, start in descendants():
+            line = described(pid, start)
+            if line:
+                lines.append(line)
+            if len(lines) == LISTED:
+                break
+        return lines
+
+    def finish(self, error: str = "") -> None:
+        """Write ``exit``: all or nothing, and only when the output is safe."""
         while True:
             try:
+                self.children = self.children and self.reap()
+                result = self.result(error)
                 if self.size:
                     posix.fdatasync(self.output)
                     posix.fdatasync(self.index)
                 write_synced(self.folder, "exit.tmp", result)
-                break
+                here = self.folder
+                posix.rename("exit.tmp", "exit", src_dir_fd=here, dst_dir_fd=here)
+                posix.fsync(here)
             except OSError as e:
-                if e.errno not in NO_SPACE:
+                if e.errno not in PASSING:
                     raise
-                self.wait(RETRY)
-        posix.rename("exit.tmp", "exit", src_dir_fd=self.folder, dst_dir_fd=self.folder)
-        posix.fsync(self.folder)
+            else:
+                return
+            self.wait(RETRY)
+            while not self.over(time.monotonic()):
+                self.wait(self.wait_for(time.monotonic()))
+
+    def linger(self) -> None:
+        """Stay with what the task has left behind until nothing of it is left.
+
+        It is still ours: we are its parent, and read what it prints, else it would die of
+        its next line. But the task has ended: nothing of it is kept, and the folder and
+        the daemon are let go.
+        """
+        if not self.children:
+            return
+        _signal.signal(_signal.SIGTERM, _signal.SIG_IGN)
+        posix.chdir("/")
+        # The lock first: who hears that the pipe is closed finds nobody alive here.
+        opened = (self.claim.lock, self.folder, self.output, self.index, 0, 1, 2)
+        for fd in opened:
+            posix.close(fd)
+        self.streams.clear()
+        for values in (self.spec.arguments, self.spec.secrets):
+            values.clear()
+        self.spec.environment.clear()
+        give_memory_back()
+        poll = select.poll()
+        for fd in (self.ear.fd, *self.held):
+            poll.register(fd, select.POLLIN)
+        while self.reap():
+            for fd, _ in poll.poll():
+                if fd == self.ear.fd:
+                    self.ear.empty()
+                elif drained(fd):
+                    poll.unregister(fd)
+                    posix.close(fd)
+
+
+def drained(fd: int) -> bool:
+    """Read a piece from a pipe for nobody; return whether its end has come."""
+    try:
+        return not posix.read(fd, DROP_SIZE)
+    except BlockingIOError:
+        return False
 
 
 def write_synced(folder: int, name: str, data: bytes) -> None:
@@ -559,7 +874,7 @@ def write_synced(folder: int, name: str, data: bytes) -> None:
     flags = posix.O_WRONLY | posix.O_CREAT | posix.O_TRUNC | posix.O_CLOEXEC
     fd = posix.open(name, flags, 0o600, dir_fd=folder)
     try:
-        posix.write(fd, data)
+        write_all(fd, data)
         posix.fsync(fd)
     finally:
         posix.close(fd)
@@ -582,49 +897,75 @@ def keep_memory() -> None:
         pass  # it is glibc's; without it all works, too
 
 
+def give_memory_back() -> None:
+    """Keep no more memory than is needed (malloc_trim(3))."""
+    try:
+        c_function("malloc_trim", 0)
+    except (OSError, AttributeError):
+        pass  # as above
+
+
+def listen() -> Ear:
+    """Return what hears TERM and CHLD. No other signal that can be caught ends us.
+
+    A task may send any of them to its parent; the command gets the usual ones.
+    """
+    while True:
+        try:
+            fd, write_end = posix.pipe2(posix.O_CLOEXEC | posix.O_NONBLOCK)
+            break
+        except OSError as e:
+            if e.errno not in PASSING:
+                raise
+            time.sleep(RETRY)
+    ear = Ear(fd)
+    _signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    _signal.signal(_signal.SIGTERM, ear.take_term)
+    _signal.signal(_signal.SIGCHLD, lambda *_: None)
+    ours = {_signal.SIGTERM, _signal.SIGCHLD, _signal.SIGKILL, _signal.SIGSTOP}
+    for number in _signal.valid_signals() - ours:
+        _signal.signal(number, _signal.SIG_IGN)
+    return ear
+
+
+def take(folder: str, ear: Ear) -> Shim | None:
+    """Return the shim of a folder, None if there is one already."""
+    # Ours would end us in the middle of an output; a hard limit is like a full disk.
+    soft = set_soft_limit(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
+    claim = Claim()
+    while True:
+        try:
+            if not claim.take(folder):
+                return None
+            shim = Shim(Spec(read_file("spec")), ear, claim)
+        except OSError as e:
+            ear.bear(e)
+        else:
+            shim.limits.append((resource.RLIMIT_FSIZE, soft))
+            if shim.spec.files:
+                shim.limits.append((resource.RLIMIT_NOFILE, shim.spec.files))
+            return shim
+
+
 def main(folder: str) -> int:
     """Run the task of a folder, once: a second start finds the lock and does nothing."""
     posix.setsid()
-    wakeup, write_end = posix.pipe2(posix.O_CLOEXEC | posix.O_NONBLOCK)
-    _signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    for number in (_signal.SIGTERM, _signal.SIGCHLD):
-        _signal.signal(number, lambda *_: None)
-    for number in (_signal.SIGHUP, _signal.SIGINT, _signal.SIGQUIT):
-        _signal.signal(number, _signal.SIG_IGN)
-    posix.chdir(folder)
-    # Whoever cannot get this lock knows that the task is alive. The name appears with the
-    # lock held, and it stays: there is no second start, neither by mistake nor in a race.
-    name = f"lock.{posix.getpid()}"
-    flags = posix.O_RDWR | posix.O_CREAT | posix.O_EXCL | posix.O_CLOEXEC
-    lock = posix.open(name, flags, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    posix.write(lock, b"%d\n" % posix.getpid())
-    try:
-        posix.link(name, "lock")
-    except FileExistsError:
-        return TAKEN
-    finally:
-        posix.unlink(name)
+    ear = listen()
     posix.set_blocking(1, False)
+    shim = take(folder, ear)
+    if shim is None:
+        return TAKEN
     become_subreaper()
     keep_memory()
-    here = posix.open(".", posix.O_RDONLY | posix.O_CLOEXEC)
-    shim = Shim(Spec(read_file("spec")), wakeup, here)
-    # From here on a TERM is understood.
-    shim.tell(bytes(8) + READY.to_bytes(8, "little"))
-    # It may hold secrets, and it is not needed twice; nor are those of who waits.
-    posix.unlink("spec")
+    ear.ready()
     try:
-        posix.unlink("secrets")
-    except FileNotFoundError:
-        pass
-    try:
-        shim.start()
+        shim.begin()
     except CannotStart as e:
         shim.finish(str(e))
     else:
         shim.run()
         shim.finish()
+        shim.linger()
     return 0
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard, cast
@@ -18,14 +19,24 @@ from attrs import define, evolve, field
 from treq.client import HTTPClient
 from twisted.application.service import MultiService, Service
 from twisted.internet.defer import Deferred
-from twisted.internet.task import deferLater
+from twisted.internet.process import reapProcessHandlers
+from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
 from twisted.python import usage
 from twisted.web.client import Agent, HTTPConnectionPool
 from twisted.web.resource import Resource
 from twisted.web.server import Request
 
-from pulsar_api import __version__, command, listener, process, settings, store, tls
+from pulsar_api import (
+    __version__,
+    command,
+    listener,
+    process,
+    processes,
+    settings,
+    store,
+    tls,
+)
 from pulsar_api.auth import audit, records
 from pulsar_api.auth.gate import Gate, Provider
 from pulsar_api.auth.github import DEADLINE, GitHub, Members, OAuth
@@ -66,6 +77,9 @@ _log = Logger()
 DATABASE = "pulsar-api.db"
 TASKS = "tasks"
 LOG = "pulsar-api.log"
+
+REAP = 1.0
+"""Seconds between two looks for children that nobody else waits for."""
 
 CLOSE = 10.0
 """Seconds that closing each part of the daemon may take at its end."""
@@ -313,6 +327,8 @@ class Daemon(MultiService):
         self._records: Records | None = None
         self._github: GitHub | None = None
         self._pool: HTTPConnectionPool | None = None
+        self._lookout: process.Lookout | None = None
+        self._reaper: LoopingCall | None = None
 
     def startService(self) -> None:
         """Open the state, take up the tasks, and then serve."""
@@ -340,7 +356,14 @@ class Daemon(MultiService):
             Deferred.fromCoroutine(pulsar.find_out()).addErrback(self._cannot_start)
         tasks = state / TASKS
         tasks.mkdir(mode=0o700, exist_ok=True)
-        machine = LocalMachine(self._reactor, process.compiled(state))
+        # What a killed shim leaves becomes a child of this process, and is found as such.
+        processes.become_subreaper()
+        own_children = reapProcessHandlers
+        self._reaper = LoopingCall(_reap, processes.Reaper(own_children))
+        self._reaper.clock = self._reactor
+        self._reaper.start(REAP)
+        launcher = process.compiled(state)
+        machine = LocalMachine(self._reactor, launcher, own_children)
         machine.sync(state)
         executor = ShimExecutor(
             machine, self._reactor, tasks, lambda: uuid4().hex, self._umask, self._files[0]
@@ -354,6 +377,9 @@ class Daemon(MultiService):
             self._store, executor, self._reactor, clock, pulsar.commands, limits
         )
         await self.tasks.start()
+        running = self.tasks.running
+        self._lookout = process.Lookout(machine, self._reactor, tasks, running)
+        self._lookout.start()
         access = self._access = self._make_access(self.tasks, state, clock)
         rota = Rota(self._reactor)
         feed = Feed(self.tasks, tasks, self._reactor, rota)
@@ -418,6 +444,10 @@ class Daemon(MultiService):
         if self.tasks is not None:
             await self.tasks.stop(self._settings.drain_timeout)
             self.tasks.release()
+        if self._lookout is not None:
+            self._lookout.stop()
+        if self._reaper is not None and self._reaper.running:
+            self._reaper.stop()
         if self._sockjs is not None:
             self._sockjs.release()
         if self._access is not None:
@@ -493,6 +523,11 @@ def github(s: Settings, policy: Policy, reactor: Any, pool: HTTPConnectionPool) 
         own,
         oauth,
     )
+
+
+def _reap(reaper: processes.Reaper) -> None:
+    with suppress(OSError):  # for want of descriptors; the next one has more luck
+        reaper.reap()
 
 
 def _end() -> None:

@@ -70,22 +70,6 @@ class Command:
     """The arguments as people may see them, if not all of them may be seen."""
 
 
-@frozen
-class Process:
-    """A process of a task that still runs, by its number and the time of its start."""
-
-    pid: int
-    start: int
-    """Clock ticks since the machine booted: field 22 of ``/proc/PID/stat`` (proc(5))."""
-    command: str
-    user: str
-
-
-def listed(processes: Sequence[Process]) -> str:
-    """Return processes as people read them."""
-    return ", ".join(f"{one.pid} {one.command} ({one.user})" for one in processes)
-
-
 class Cause(StrEnum):
     """Why the command ended."""
 
@@ -93,6 +77,24 @@ class Cause(StrEnum):
     KILL = "kill"
     TIMEOUT = "timeout"
     SILENCE = "silence"
+
+
+@frozen
+class Process:
+    """A process of a task that still runs, or did when the task had ended."""
+
+    pid: int
+    start: int
+    """When it was started, in ticks of the clock since the boot (field 22 of proc(5)).
+
+    With this a number means one process only, until the next boot."""
+    command: str
+    """Its short name, without its arguments."""
+    user: str
+    """Who it acts as: a name, or a number that has none."""
+
+    def __str__(self) -> str:
+        return f"{self.pid} {self.command} ({self.user})"
 
 
 @frozen
@@ -113,33 +115,53 @@ class Exit:
     """The permit to start is valid and no shim has begun: it can be started now."""
     passing: bool = False
     """With ``unstarted``: it wants something that may come, such as a free descriptor."""
-    left: tuple[Process, ...] = ()
-    """What still runs of the task at its end."""
-    open: bool = False
-    """Whether a background process still held the output; what it prints is not kept."""
     good: bool = True
     """False if the command answered 0 without the line that it promises (`Command`)."""
+    open: bool = False
+    """Some process still held a pipe of the command: what it prints later is not kept."""
+    left: tuple[Process, ...] = ()
+    """Processes of the task that still ran, at most the first fifty."""
+
+
+NAMED = 10
+"""Processes that a reason names."""
+
+
+def listed(processes: Sequence[Process]) -> str:
+    """Return processes as people read them; of many the first."""
+    names = ", ".join(map(str, processes[:NAMED]))
+    more = len(processes) - NAMED
+    return f"{names} and {more} more" if more > 0 else names
 
 
 def judge(exit: Exit, killed_by: str | None) -> tuple[Status, str | None]:
     """Return what a result means, and a sentence if it needs one."""
-    ladder = "; TERM was not enough, KILL was sent" if exit.forced else ""
     if exit.lost:
         return Status.LOST, exit.error
     if exit.cause is Cause.KILL:
         by = killed_by or "a signal from outside to the process that watches the task"
-        return Status.KILLED, f"Killed by {by}{ladder}."
+        return Status.KILLED, _ended(f"Killed by {by}", exit)
+    if exit.cause is Cause.TIMEOUT:
+        what = "It took longer than a task may (--task-timeout)"
+        return Status.FAILED, _ended(what, exit)
+    if exit.cause is Cause.SILENCE:
+        what = "It printed nothing for too long (--silence-timeout)"
+        return Status.FAILED, _ended(what, exit)
     if exit.error is not None:
         return Status.FAILED, exit.error
-    if exit.cause is Cause.TIMEOUT:
-        return Status.FAILED, f"It took longer than a task may (--task-timeout){ladder}."
-    if exit.cause is Cause.SILENCE:
-        limit = "--silence-timeout"
-        return Status.FAILED, f"It printed nothing for too long ({limit}){ladder}."
     if exit.code == 0 and not exit.good:
         reason = "The exit code is 0, but the line that says so is not the last one."
         return Status.FAILED, reason
     return (Status.FINISHED if exit.code == 0 else Status.FAILED), None
+
+
+def _ended(what: str, exit: Exit) -> str:
+    """Say why a task was ended, and what came of it."""
+    if exit.left:
+        sent = "TERM and KILL were sent" if exit.forced else "TERM was sent"
+        return f"{what}; {sent}, but these processes still run: {listed(exit.left)}."
+    ladder = "; TERM was not enough, KILL was sent" if exit.forced else ""
+    return f"{what}{ladder}." + ("" if exit.error is None else f" {exit.error}")
 
 
 @frozen

@@ -1,14 +1,24 @@
 """What every test is held to: nothing left behind, no error that nobody handled."""
 
 import gc
+import json
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 from twisted.internet import reactor
 from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
 from zope.interface import implementer
+
+from tests.shims import Trees
+
+ROOT = Path(__file__).parents[1]
 
 # How long an example takes says more about the machine than about the example.
 settings.register_profile("patient", deadline=None)
@@ -51,3 +61,45 @@ def environ() -> dict[str, str]:
     """Return an environment in which nothing of ours is set."""
     kept = ("PATH", "HOME", "LANG", "COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START")
     return {name: os.environ[name] for name in kept if name in os.environ}
+
+
+@pytest.fixture
+def trees(tmp_path: Path) -> Iterator[Trees]:
+    """Return what starts tasks; they end with the test."""
+    trees = Trees(tmp_path / "tasks")
+    yield trees
+    trees.end()
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Callable[..., Any]:
+    """Return what runs a script in a process of its own and returns what it prints.
+
+    It has what the tests here have, and a folder ``tmp``. What it prints is JSON.
+    """
+
+    def run(script: str, *before: str, argument: str = "") -> Any:
+        begin = f"""
+            import json, os, signal, subprocess, sys, time
+            from pathlib import Path
+            sys.path.insert(0, {str(ROOT)!r})
+            from pulsar_api import orphans, proc, processes, shim
+            from pulsar_api.orphans import Memory
+            from pulsar_api.proc import Entry, Table, lives
+            from tests.integration.daemon import wait_for
+            from tests.shims import PYTHON, RUNNER, Trees, runs
+            tmp = Path({str(tmp_path)!r})
+            trees = Trees(tmp / "tasks")
+        """
+        path = tmp_path / "script.py"
+        path.write_text(textwrap.dedent(begin) + textwrap.dedent(script))
+        done = subprocess.run(
+            [*before, sys.executable, path, argument],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            timeout=60,
+            check=True,
+        )
+        return json.loads(done.stdout)
+
+    return run

@@ -1,12 +1,15 @@
 """Tests of runs: the real shim, real processes, the real reactor."""
 
+import fcntl
 import os
+import pwd
 import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,8 +30,16 @@ from pulsar_api.machine import USUAL, LocalMachine
 from pulsar_api.output import Output, Record
 from pulsar_api.ports import Bounds, Run
 from pulsar_api.process import ShimExecutor
-from pulsar_api.task import Cause, Command, Exit
-from tests.integration.daemon import PATIENCE, end_shim, marked, wait_for
+from pulsar_api.runs import alive, read_exit
+from pulsar_api.task import Cause, Command, Exit, Process, Status, judge
+from tests.integration.daemon import (
+    PATIENCE,
+    end_shim,
+    marked,
+    shim_lives,
+    shim_of,
+    wait_for,
+)
 
 T = TypeVar("T")
 
@@ -43,8 +54,25 @@ MEASURED = (
 )
 """How the daemon starts a shim, but with its lines counted if those of the tests are."""
 
+
+def adjusted(*lines: str, launcher: Sequence[str] = MEASURED) -> Sequence[str]:
+    """Return how a shim is started in which lines of Python have changed something."""
+    begin = ("import os, sys", f"sys.path.insert(0, {str(Path(shim.__file__).parent)!r})")
+    code = "\n".join([*begin, "import shim", *lines, "os._exit(shim.main(sys.argv[1]))"])
+    return (*launcher[:-1], "-c", code)
+
+
+def held(go: Path) -> Sequence[str]:
+    """Return how a shim is started that waits for a file first."""
+    wait = f'while ! [ -e {shlex.quote(str(go))} ]; do sleep 0.01; done; exec "$@"'
+    return ("/bin/sh", "-c", wait, "sh", *MEASURED)
+
+
 PYTHON = (sys.executable, "-I", "-S", "-c")
 MARK = "TEST_MARK"
+MACHINE = LocalMachine(reactor)
+SPEC = b"5\x000\x000\x000\x0018\x000\x001\x000\x00/\x00true\x00"
+"""The orders of a shim that a test makes itself."""
 
 LATE = 1.0
 """Seconds after the grace within which nothing of a task is left."""
@@ -130,9 +158,14 @@ class Started:
         return (self.folder / "exit").stat().st_mtime
 
     @property
+    def shim(self) -> int:
+        """The process number of the shim, which may have no lock yet."""
+        return int(self.run.transport.pid)  # type: ignore[attr-defined]
+
+    @property
     def watcher(self) -> int:
         """The process number of the shim."""
-        return int((self.folder / "lock").read_text().split()[0])
+        return shim_of(self.folder)
 
     async def prints(self, text: bytes) -> None:
         """Wait until the command has printed something."""
@@ -228,9 +261,18 @@ def runner(tmp_path: Path) -> Iterator[Runner]:
     yield runner
     for run in runner.runs:
         run.detach()
-    for lock in tmp_path.glob("**/lock"):
+    locks = list(tmp_path.glob("**/lock"))
+    for lock in locks:
         end_shim(lock)
     wait_for(runner.kill_left, "the end of all that this test started")
+    # One may wait for what a failed test has not given it, even for its lock.
+    for lock in locks:
+        end_shim(lock, signal.SIGKILL)
+    for run in runner.runs:
+        transport = getattr(run, "transport", None)
+        if transport is not None and transport.pid:
+            os.kill(transport.pid, signal.SIGKILL)
+    wait_for(lambda: not any(map(shim_lives, locks)), "the end of the shims")
 
 
 # -- how a command ends
@@ -616,7 +658,7 @@ async def test_times_never_go_back(runner: Runner) -> None:
     assert records[1].number == started.story.pids[0]
     times = [r.at for r in records]
     assert times == sorted(times)
-    assert times[-1] - times[0] >= 80
+    assert times[-1] >= 80
     assert begin - 1 < started.at(shim.STDOUT) <= ended_at(exit) + 0.01
 
 
@@ -689,11 +731,11 @@ while not os.path.exists(go):
 # -- background children
 
 
-async def test_a_background_child_does_not_delay_the_end(runner: Runner) -> None:
-    """It holds the pipes: after a second of patience the run is over, output kept."""
+async def test_a_background_child_delays_the_end_by_the_patience(runner: Runner) -> None:
+    """It holds the pipes and is silent: then the run is over, and that is said."""
     started = runner.sh("echo one; sleep 60 & echo two; exit 5")
     exit = await started.story.end()
-    assert (exit.code, exit.forced) == (5, False)
+    assert (exit.code, exit.forced, exit.open) == (5, False, True)
     assert started.output == b"one\ntwo\n"
     took = started.result_at - ended_at(exit)
     assert shim.PATIENCE - 0.1 < took < shim.PATIENCE + NOISE
@@ -702,23 +744,50 @@ async def test_a_background_child_does_not_delay_the_end(runner: Runner) -> None
 
 async def test_what_a_background_child_prints_soon_is_kept(runner: Runner) -> None:
     """It ends within the patience, and the run then does not wait longer."""
-    started = runner.sh("(sleep 0.2; echo late) & echo soon; exit 0")
+    started = runner.sh("echo soon; (sleep 0.2; echo late) & exit 0")
     exit = await started.story.end()
     assert started.output == b"soon\nlate\n"
     assert exit.output_size == len(started.output)
+    assert (exit.open, exit.left) == (False, ())
+
+
+@pytest.mark.parametrize("pause", [0.4, 1])
+async def test_the_last_of_the_output_may_take_its_time(
+    runner: Runner, pause: float
+) -> None:
+    """Who prints line by line gets the patience anew with each line."""
+    filter = f'while read -r l; do sleep {pause}; echo "[log] $l"; done'
+    script = f"exec > >({filter}); for i in 1 2 3 4 5 6; do echo $i; done"
+    started = runner.start("/bin/bash", "-c", script)
+    exit = await started.story.end()
+    assert started.output == b"".join(b"[log] %d\n" % n for n in range(1, 7))
+    assert (exit.code, exit.open) == (0, False)
+
+
+def test_patience_with_the_pipes_has_a_bound() -> None:
+    """However often somebody prints; silence ends it earlier."""
+    watcher = shim.Shim(shim.Spec(SPEC), shim.Ear(-1), shim.Claim())
+    watcher.last_output, watcher.gone = 900.0, 1000.0
+    assert watcher.pipes_until() == 1000 + shim.PATIENCE
+    watcher.last_output = 1002.0
+    assert watcher.pipes_until() == 1002 + shim.PATIENCE
+    watcher.last_output = 1029.0
+    assert watcher.pipes_until() == 1000 + shim.LONGEST
 
 
 async def test_a_background_child_that_prints_for_ever_cannot_keep_the_run(
     runner: Runner,
 ) -> None:
     """What it has printed so far is kept, to the byte that the result says."""
+    runner.launcher = adjusted("shim.LONGEST = 1.5")
     # In small pieces, so that there are very many of them when the run ends.
     started = runner.sh("while :; do echo more; done & exit 6")
     exit = await started.story.end()
-    assert (exit.code, exit.error) == (6, None)
+    assert (exit.code, exit.error, exit.open) == (6, None, True)
     assert len(started.output) == exit.output_size
     assert (b"more\n" * (exit.output_size // 5 + 1)).startswith(started.output)
-    await until(lambda: not runner.left(), "the end of who prints into nothing")
+    assert 1.4 < started.result_at - ended_at(exit) < 1.5 + NOISE
+    assert [process.pid for process in exit.left] == runner.left()
 
 
 async def test_what_is_in_the_pipes_when_the_patience_ends_is_kept(
@@ -761,9 +830,10 @@ def test_any_number_of_pieces_may_wait_to_be_written(
     """They are written in their order, each with its record."""
     monkeypatch.chdir(tmp_path)
     here = os.open(".", os.O_RDONLY)
-    watcher = shim.Shim(
-        shim.Spec(b"5\x000\x000\x000\x0018\x000\x001\x000\x00/\x00true\x00"), -1, here
-    )
+    claim = shim.Claim()
+    claim.folder = here
+    watcher = shim.Shim(shim.Spec(SPEC), shim.Ear(-1), claim)
+    watcher.open_files()
     watcher.daemon = -1
     watcher.backlog = [(shim.STDOUT + n % 2, b"%d\n" % n) for n in range(5000)]
     watcher.flush()
@@ -771,7 +841,7 @@ def test_any_number_of_pieces_may_wait_to_be_written(
         os.close(fd)
     for stream in watcher.streams:
         os.close(stream.write_end)
-        stream.close()
+        os.close(stream.fd)
     assert (tmp_path / "output").read_text().split() == [str(n) for n in range(5000)]
     records = list(Output(tmp_path).records())
     assert len(records) == 5000
@@ -785,6 +855,189 @@ async def test_streams_may_be_closed_early(runner: Runner) -> None:
     assert exit.code == 4
     assert started.output == b"a\nb\n"
     assert ended_at(exit) - started.at(shim.STDERR) > 0.2
+
+
+# -- what a task leaves behind
+
+SERVER = """
+import os, sys, time
+os.write(1, b"up\\n")
+if os.fork():
+    os._exit(4)
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.01)
+for number in range(40):
+    os.write(1 + number % 2, b"x" * (1 << 16))
+os.mkdir(sys.argv[2])
+time.sleep(60)
+"""
+"""A server that is left behind and prints more than the pipes hold."""
+
+
+def descriptors(pid: int) -> list[str]:
+    """Return what the descriptors of a process are."""
+    found = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # that of this very listing
+            found.append(str(path.readlink()))
+    return sorted(found)
+
+
+async def test_what_a_task_leaves_behind_lives_on(runner: Runner, tmp_path: Path) -> None:
+    """Somebody reads what it prints, else it would die of SIGPIPE or wait for ever."""
+    go, wrote = tmp_path / "go", tmp_path / "wrote"
+    runner.launcher = adjusted("shim.PATIENCE = 0.2")
+    started = runner.python(SERVER, str(go), str(wrote))
+    exit = await started.story.end()
+    assert (exit.code, exit.open, exit.cause) == (4, True, Cause.ITSELF)
+    go.touch()
+    await until(wrote.exists, "the end of what it prints")
+    assert len(runner.left()) == 1
+    # What is printed after the end of a task is not kept.
+    assert started.output == b"up\n"
+    assert exit.output_size == 3
+
+
+async def test_a_result_says_what_still_runs(runner: Runner) -> None:
+    """Number, time of start, name and user; whether or not it holds the pipes."""
+    started = runner.sh("sleep 60 >/dev/null 2>&1 & echo $!; exit 3")
+    exit = await started.story.end()
+    (left,) = exit.left
+    assert (left.pid, exit.code, exit.open) == (int(started.output), 3, False)
+    assert (left.command, left.start) == ("sleep", shim.process(left.pid)[1])
+    assert left.user == pwd.getpwuid(os.getuid()).pw_name
+    assert str(left) == f"{left.pid} sleep ({left.user})"
+
+
+async def test_who_has_ended_is_not_left(runner: Runner) -> None:
+    """A process that only waits for its parent does not count, its parent does."""
+    started = runner.python(
+        """
+import os, time
+if os.fork():
+    time.sleep(0.1)
+    os._exit(0)
+if os.fork() == 0:
+    os._exit(0)
+time.sleep(60)
+"""
+    )
+    exit = await started.story.end()
+    assert len(exit.left) == 1
+    assert [process.pid for process in exit.left] == runner.left()
+
+
+async def test_who_goes_on_without_its_first_thread_is_left(runner: Runner) -> None:
+    """It looks like a process that has ended, and runs."""
+    code = HEADLESS.replace("import ctypes", "import os, ctypes").replace(
+        "threading.Thread", "os.fork() and (time.sleep(0.5), os._exit(0))\nthreading.Thread"
+    )
+    started = runner.python(code)
+    exit = await started.story.end()
+    assert started.output == b"ready\n"
+    assert [process.pid for process in exit.left] == runner.left()
+    assert len(exit.left) == 1
+
+
+async def test_the_name_of_what_is_left_is_one_line(runner: Runner) -> None:
+    """Whatever a process calls itself; and nothing of its arguments is told."""
+    started = runner.python(
+        """
+import os, time
+if os.fork():
+    time.sleep(0.3)
+    os._exit(0)
+open("/proc/self/comm", "wb").write(b"a b\\ncode 0\\x1b\\xff)")
+time.sleep(60)
+""",
+        "s3cret",
+    )
+    exit = await started.story.end()
+    assert [process.command for process in exit.left] == ["a b?code 0?\ufffd)"]
+    assert exit.code == 0
+    assert b"s3cret" not in (started.folder / "exit").read_bytes()
+
+
+async def test_a_result_names_at_most_fifty(runner: Runner) -> None:
+    """It stays small, however many are left."""
+    script = "for i in $(seq 60); do sleep 60 >/dev/null 2>&1 & done"
+    exit = await runner.sh(script).story.end()
+    assert len({process.pid for process in exit.left}) == shim.LISTED == 50
+
+
+def test_a_user_without_a_name_is_a_number(tmp_path: Path) -> None:
+    """A result may name whoever has no account here."""
+    lines = ["ended 1.5", "cause kill", "forced 1", "size 7", "open 1", "signal 9"]
+    left = ["left 12 345 54321 one", "left 13 346 0 two words", "left 14 347 0 "]
+    (tmp_path / "exit").write_text("\n".join([*lines, *left, ""]))
+    exit = read_exit(MACHINE, tmp_path)
+    assert exit is not None
+    assert (exit.signal, exit.open, exit.output_size) == ("SIGKILL", True, 7)
+    assert [(p.pid, p.start, p.command, p.user) for p in exit.left] == [
+        (12, 345, "one", "54321"),
+        (13, 346, "two words", "root"),
+        (14, 347, "", "root"),
+    ]
+
+
+async def test_a_shim_that_stays_holds_nothing_of_its_task(runner: Runner) -> None:
+    """Nobody is alive in the folder, which can go; it ends with the last process."""
+    before = descriptors(os.getpid())
+    started = runner.start(
+        *("/bin/sh", "-c", "sleep 60 & exit 3"),
+        directory=str(runner.tasks),
+    )
+    exit = await started.story.end()
+    (left,) = exit.left
+    watcher = started.watcher
+    assert alive(MACHINE, started.folder) == 0
+    await until(lambda: descriptors(os.getpid()) == before, "the last pipe to close")
+    shutil.rmtree(started.folder)
+    await until(lambda: len(descriptors(watcher)) == 4, "the last descriptors to close")
+    assert all(path.startswith("pipe:") for path in descriptors(watcher))
+    assert os.readlink(f"/proc/{watcher}/cwd") == "/"
+    assert shim.process(left.pid)[0] == watcher
+    os.kill(left.pid, signal.SIGKILL)
+    await until(lambda: shim.process(watcher)[0] == 0, "the end of the shim")
+    await deferLater(reactor, 0.05)
+    assert started.story.exits == [exit]
+
+
+async def test_a_shim_that_stays_costs_nothing(runner: Runner) -> None:
+    """It sleeps until something is printed or ends, also without any pipe."""
+    script = "exec 3>&1; sleep 60 & exec 3>&-; sleep 60 >/dev/null 2>&1 & exit 3"
+    started = runner.sh(script)
+    await started.story.end()
+    watcher = started.watcher
+    await until(lambda: idles(watcher), "the shim to have nothing to do")
+    before = switches(watcher)
+    await deferLater(reactor, 1)
+    assert switches(watcher) - before < 5
+    os.kill(runner.left()[0], signal.SIGKILL)
+    await until(lambda: len(runner.left()) == 1, "the end of the first")
+    assert shim.process(watcher)[0] > 0
+
+
+async def test_a_kill_after_the_end_leaves_alone_what_is_left(runner: Runner) -> None:
+    """Neither the daemon nor a signal from the shell ends it any more."""
+    started = runner.sh("sleep 60 >/dev/null 2>&1 & exit 3")
+    exit = await started.story.end()
+    watcher = started.watcher
+    await until(lambda: idles(watcher), "the shim to have nothing to do")
+    started.run.kill()
+    os.kill(watcher, signal.SIGTERM)
+    MACHINE.terminate(started.folder)
+    await deferLater(reactor, 0.2)
+    assert [process.pid for process in exit.left] == runner.left()
+    assert shim.process(watcher)[0] > 0
+    assert (await runner.adopt().story.end()) == exit
+
+
+async def test_who_leaves_nothing_pays_nothing(runner: Runner) -> None:
+    """Nobody looks through all processes if the kernel knows that there is no child."""
+    runner.launcher = adjusted("shim.descendants = None", "shim.Shim.terminate = None")
+    exit = await runner.sh("sleep 0.1 & wait; (exit 0 &); exit 3").story.end()
+    assert (exit.code, exit.left, exit.open) == (3, (), False)
 
 
 # -- the kill ladder
@@ -1007,8 +1260,7 @@ async def test_a_kill_before_the_shim_can_hear_it_is_not_lost(
 ) -> None:
     """It is sent as soon as the shim says that it listens."""
     go = tmp_path / "go"
-    wait = f'while ! [ -e {shlex.quote(str(go))} ]; do sleep 0.01; done; exec "$@"'
-    runner.launcher = ("/bin/sh", "-c", wait, "sh", *MEASURED)
+    runner.launcher = held(go)
     started = runner.sh("sleep 60")
     started.run.kill()
     await deferLater(reactor, 0.05)
@@ -1071,6 +1323,104 @@ def test_the_name_of_a_process_does_not_confuse(tmp_path: Path) -> None:
         wait_for(lambda: name.read_text() == "x) Z 1 (y\n", "the new name")
         assert shim.process(sleeper.pid)[0] == os.getpid()
         sleeper.kill()
+
+
+# -- who may not be signalled
+
+
+def _may_become_root() -> bool:
+    """Return whether a program here can become root (setuid), with root to arrange it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    gained = "NoNewPrivs:\t0" in lines
+    return os.geteuid() == 0 and gained and not os.statvfs("/tmp").f_flag & os.ST_NOSUID
+
+
+if _may_become_root():  # else these tests do not exist
+
+    @pytest.fixture
+    def become_root(runner: Runner) -> Iterator[str]:
+        """Return a program that becomes root; shims and commands are not it."""
+        with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+            os.chmod(folder, 0o755)
+            program = Path(folder) / "become-root"
+            shutil.copyfile(shutil.which("setpriv") or "", program)
+            program.chmod(0o4755)
+            # The folder is entered before, as those above are root's.
+            nobody = (
+                "os.chdir(sys.argv[1])",
+                "for name in ('.', *os.listdir('.')): os.chown(name, 65534, 65534)",
+                "os.setgroups([]); os.setgid(65534); os.setuid(65534)",
+                "sys.argv[1] = '.'",
+                "shim.KILL_PATIENCE = 1",
+            )
+            runner.launcher = adjusted(*nobody, launcher=USUAL)
+            yield f"{program} --reuid 0 --clear-groups sleep 1234"
+
+    def _root(left: Sequence[Process]) -> list[tuple[str, str]]:
+        return [(process.command, process.user) for process in left]
+
+    async def test_who_cannot_be_killed_is_named(runner: Runner, become_root: str) -> None:
+        """A process that became root runs on, and nobody says otherwise."""
+        started = runner.sh(f"{become_root} & echo ready; wait", grace=0.2)
+        await started.prints(b"ready")
+        await until(lambda: _is_root(runner), "the process to become root")
+        started.run.kill()
+        exit = await started.story.end()
+        assert (exit.signal, exit.cause, exit.forced) == ("SIGTERM", Cause.KILL, True)
+        assert _root(exit.left) == [("sleep", "root")]
+        assert [process.pid for process in exit.left] == runner.left()
+        name = str(exit.left[0])
+        reason = (
+            f"Killed by me; TERM and KILL were sent, but these processes still run: {name}."
+        )
+        assert judge(exit, "me") == (Status.KILLED, reason)
+        # It is still watched over.
+        assert shim.process(exit.left[0].pid)[0] == started.watcher
+        os.kill(exit.left[0].pid, signal.SIGKILL)
+        await until(lambda: not shim_lives(started.folder / "lock"), "the shim's end")
+
+    @pytest.mark.parametrize("cause", [Cause.KILL, Cause.TIMEOUT, Cause.SILENCE])
+    async def test_a_command_that_cannot_be_killed_has_no_code(
+        runner: Runner, become_root: str, cause: Cause
+    ) -> None:
+        """Status and reason are those of who ended it, and say that it has not ended."""
+        started = runner.start(
+            *("/bin/sh", "-c", f"exec {become_root}"),
+            grace=0.2,
+            total=1 if cause is Cause.TIMEOUT else 0,
+            silence=1 if cause is Cause.SILENCE else 0,
+        )
+        await until(lambda: _is_root(runner), "the command to become root")
+        if cause is Cause.KILL:
+            started.run.kill()
+        exit = await started.story.end()
+        assert (exit.code, exit.signal, exit.cause) == (None, None, cause)
+        assert _root(exit.left) == [("sleep", "root")]
+        assert exit.left[0].pid == started.story.pids[0]
+        status, reason = judge(exit, "me")
+        assert status is (Status.KILLED if cause is Cause.KILL else Status.FAILED)
+        assert f"still run: {exit.left[0]}." in str(reason)
+
+    async def test_who_cannot_be_killed_and_ends_by_itself_is_not_named(
+        runner: Runner, become_root: str
+    ) -> None:
+        """Within the time that there is for it; the shim does not rush meanwhile."""
+        script = become_root.replace("sleep 1234", "sleep 2")
+        runner.launcher = [*runner.launcher]
+        runner.launcher[-1] = runner.launcher[-1].replace("KILL_PATIENCE = 1", "x = 0")
+        started = runner.sh(f"{script} & echo ready; wait", grace=0.1)
+        await until(lambda: _is_root(runner), "the process to become root")
+        started.run.kill()
+        exit = await started.story.end()
+        assert (exit.left, exit.forced, exit.cause) == ((), True, Cause.KILL)
+        assert runner.left() == []
+
+    def _is_root(runner: Runner) -> bool:
+        status = (Path(f"/proc/{pid}/status") for pid in runner.left())
+        return any(
+            "Name:\tsleep\n" in text and "Uid:\t0\t0\t0\t0" in text
+            for text in (path.read_text() for path in status)
+        )
 
 
 # -- bounds
@@ -1165,6 +1515,24 @@ def start_and_die(runner: Runner, script: str, grace: float = 5) -> None:
     command = [sys.executable, "-c", _STARTER, *settings, "/bin/sh", "-c", script]
     done = subprocess.run(command, check=False)
     assert done.returncode == -signal.SIGKILL
+
+
+def start_and_stop(runner: Runner, script: str) -> None:
+    """Run task 1 by a daemon that stops when it hears of the end."""
+    stopping = _STARTER.replace("os.kill(os.getpid(), signal.SIGKILL)", "pass").replace(
+        'sys.exit(f"ended: {exit}")', "reactor.stop()"
+    )
+    settings = (str(runner.tasks), runner.mark, "5", "|".join(runner.launcher))
+    command = [sys.executable, "-c", stopping, *settings, "/bin/sh", "-c", script]
+    subprocess.run(command, check=True, timeout=PATIENCE)
+
+
+async def test_a_daemon_does_not_wait_for_what_a_task_has_left(runner: Runner) -> None:
+    """It hears of the end while the shim stays, and can stop itself."""
+    start_and_stop(runner, "sleep 60 >/dev/null 2>&1 & exit 3")
+    assert len(runner.left()) == 1
+    exit = await runner.adopt().story.end()
+    assert [process.pid for process in exit.left] == runner.left()
 
 
 async def test_a_run_goes_on_without_its_daemon_and_is_followed_by_the_next(
@@ -1369,6 +1737,223 @@ async def test_an_adopted_run_whose_shim_is_killed_is_lost(runner: Runner) -> No
     assert later.lost
 
 
+# -- what can pass
+
+
+def idles(pid: int) -> bool:
+    """Return whether a process sleeps as a shim does that waits for something."""
+    place = Path(f"/proc/{pid}/wchan").read_bytes()
+    return b"poll" in place or b"nanosleep" in place
+
+
+async def waits(started: Started) -> None:
+    """Wait until the shim of a task waits for something; fail if the run ends instead."""
+    await until(lambda: started.story.exits or idles(started.shim), "the shim to wait")
+    assert started.story.exits == []
+
+
+@pytest.mark.parametrize(
+    ("content", "number"),
+    [(b"4711 99\n", 4711), (b"4711\n", 4711), (b"", -1), (b"\xffx 1\n", -1), (b"0 0", -1)],
+)
+def test_a_lock_names_its_shim(tmp_path: Path, content: bytes, number: int) -> None:
+    """By the first number in it, if there is one; without a lock nobody is alive."""
+    assert alive(MACHINE, tmp_path) == 0
+    with (tmp_path / "lock").open("wb", buffering=0) as lock:
+        lock.write(content)
+        assert alive(MACHINE, tmp_path) == 0
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert alive(MACHINE, tmp_path) == number
+
+
+async def test_a_lock_says_which_process_holds_it(runner: Runner) -> None:
+    """Its number and when it was started: together they mean nobody else."""
+    started = runner.sh("echo ready; exec sleep 60")
+    await started.prints(b"ready")
+    number, start = map(int, (started.folder / "lock").read_text().split())
+    assert alive(MACHINE, started.folder) == number == started.shim
+    assert start == shim.process(number)[1] > 0
+
+
+@pytest.mark.parametrize("linked", [False, True])
+async def test_what_a_shim_with_our_number_has_left_is_in_nobodys_way(
+    runner: Runner, *, linked: bool
+) -> None:
+    """The machine stopped when its lock was half made, or had just been made."""
+    link = "ln lock.$$ lock;" if linked else ""
+    leave = f'for it; do :; done; (cd "$it"; echo "$$ 1" >lock.$$; {link}); exec "$@"'
+    runner.launcher = ("/bin/sh", "-c", leave, "sh", *MEASURED)
+    started = runner.sh("exit 3")
+    exit = await started.story.end()
+    assert (exit.code, exit.lost) == ((None, True) if linked else (3, False))
+    assert (started.folder / "lock").read_text().endswith(" 1\n") == linked
+    assert list(started.folder.glob("lock.*")) == []
+
+
+async def test_no_signal_of_a_task_ends_its_shim(runner: Runner) -> None:
+    """Only TERM says something to it; KILL and STOP nobody can ignore."""
+    started = runner.python(
+        """
+import os, signal
+for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM}:
+    os.kill(os.getppid(), number)
+print("done", flush=True)
+os._exit(3)
+"""
+    )
+    exit = await started.story.end()
+    assert (exit.code, exit.cause, started.output) == (3, Cause.ITSELF, b"done\n")
+
+
+def limit(started: Started, which: int, value: int) -> None:
+    """Change a limit of a shim while it runs, as an operator does by prlimit(1)."""
+    resource.prlimit(started.shim, which, (value, resource.getrlimit(which)[1]))
+
+
+# It has 0 to 2, two for signals, the folder, the lock, both files, four ends of pipes, and
+# opens others for a moment.
+@pytest.mark.parametrize("files", range(4, 13))
+async def test_without_descriptors_a_shim_waits(runner: Runner, files: int) -> None:
+    """At whichever step: the task is not to blame, and goes on when there are some."""
+    runner.launcher = ("prlimit", f"--nofile={files}:", *MEASURED)
+    started = runner.sh("echo ready; exit 3")
+    await waits(started)
+    limit(started, resource.RLIMIT_NOFILE, 100)
+    exit = await started.story.end()
+    assert (exit.code, exit.error, started.output) == (3, None, b"ready\n")
+
+
+async def test_without_descriptors_a_shim_waits_to_mask_secrets(runner: Runner) -> None:
+    """It can load what it masks them with only when there are some."""
+    runner.launcher = ("prlimit", "--nofile=9:", *MEASURED)
+    secrets = (b"s3cret",)
+    command = Command(("echo", "a s3cret."), runner.environment, secrets=secrets)
+    (runner.tasks / "1").mkdir()
+    story = Story()
+    runner.runs.append(runner.executor.start(1, command, Bounds(5), story))
+    started = Started(runner.runs[0], story, runner.tasks / "1")
+    await waits(started)
+    assert (started.folder / "output.idx").exists()
+    limit(started, resource.RLIMIT_NOFILE, 100)
+    assert (await story.end()).code == 0
+    assert started.output == b"a ***.\n"
+
+
+# With ten it waits for a pipe, and can write the result all the same.
+@pytest.mark.parametrize("files", [6, 8, 10])
+async def test_a_kill_works_while_a_shim_waits_before_the_start(
+    runner: Runner, tmp_path: Path, files: int
+) -> None:
+    """The command never runs, and the result says who ended what."""
+    runner.launcher = ("prlimit", f"--nofile={files}:", *MEASURED)
+    ran = tmp_path / "ran"
+    started = runner.start("touch", str(ran), total=0.1)
+    await waits(started)
+    started.run.kill()
+    if files < 10:
+        await deferLater(reactor, 2 * shim.RETRY)
+        limit(started, resource.RLIMIT_NOFILE, 100)
+    exit = await started.story.end()
+    assert (exit.cause, exit.code, exit.forced) == (Cause.KILL, None, False)
+    assert judge(exit, "me") == (
+        Status.KILLED,
+        "Killed by me. The command was not started.",
+    )
+    assert (started.story.pids, ran.exists()) == ([], False)
+    assert not (started.folder / "spec").exists()
+
+
+async def test_a_kill_without_descriptors_is_done_when_there_are_some(
+    runner: Runner,
+) -> None:
+    """Whom a shim cannot look for is not taken for gone; the grace begins later."""
+    started = runner.sh(IGNORES, grace=0.5)
+    await started.prints(b"ready")
+    limit(started, resource.RLIMIT_NOFILE, 3)
+    started.run.kill()
+    await until(lambda: shim.TERM_SENT in {r.code for r in started.records}, "the kill")
+    await deferLater(reactor, 0.5 + 2 * shim.RETRY)
+    assert len(runner.left()) > 0
+    assert shim.KILL_SENT not in {r.code for r in started.records}
+    limit(started, resource.RLIMIT_NOFILE, 100)
+    exit = await started.story.end()
+    assert (exit.signal, exit.cause, exit.forced) == ("SIGKILL", Cause.KILL, True)
+    assert (runner.left(), exit.left) == ([], ())
+
+
+async def test_a_soft_limit_of_file_sizes_is_the_commands(runner: Runner) -> None:
+    """The shim writes more than that; the command has it as it was."""
+    runner.launcher = ("prlimit", "--fsize=1000:", *MEASURED)
+    show = "prlimit --fsize --noheadings --output=SOFT"
+    started = runner.sh(f"{show}; {show} --pid=$PPID; printf '%5000s' end; exit 3")
+    exit = await started.story.end()
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    most = b"unlimited" if hard == resource.RLIM_INFINITY else b"%d" % hard
+    assert started.output.split() == [b"1000", most, b"end"]
+    assert (exit.code, exit.output_size) == (3, len(started.output))
+
+
+def sized(most: int) -> Sequence[str]:
+    """Return how a shim is started that cannot raise its limit of file sizes.
+
+    Hard limits, which are meant, can be lifted by few.
+    """
+    return adjusted(
+        "import resource",
+        "hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]",
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, hard))",
+        "shim.set_soft_limit = lambda *_: 0",
+    )
+
+
+# 0: it cannot write its lock. 1000: of the 63rd record a half fits.
+@pytest.mark.parametrize("most", [0, 1000])
+async def test_a_hard_limit_of_file_sizes_is_like_a_full_disk(
+    runner: Runner, most: int
+) -> None:
+    """The command waits until it is lifted, and nothing is lost."""
+    runner.launcher = sized(most)
+    output, index = (runner.tasks / "1" / name for name in ("output", "output.idx"))
+    started = runner.python(
+        """
+import os, sys, time
+for number in range(100):
+    os.write(1 + number % 2, b"oe"[number % 2:][:1])
+    while os.stat(sys.argv[1]).st_size <= number:
+        time.sleep(0.001)
+os._exit(3)
+""",
+        str(output),
+    )
+    if most:
+        await until(lambda: index.exists() and index.stat().st_size == most, "the limit")
+    await waits(started)
+    await deferLater(reactor, 2 * shim.RETRY)
+    assert started.story.exits == []
+    limit(started, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
+    exit = await started.story.end()
+    assert (exit.code, exit.output_size, exit.error) == (3, 100, None)
+    assert started.output == b"oe" * 50
+    assert started.stream(shim.STDOUT) == b"o" * 50
+    assert started.story.sizes[-1] == 100
+    assert {r.code for r in started.records} == {1, 2, shim.STARTED, shim.CLOCK}
+
+
+async def test_a_kill_works_at_a_limit_of_file_sizes(runner: Runner) -> None:
+    """The tree ends at once, the result is there when it can be written."""
+    runner.launcher = sized(1000)
+    started = runner.sh("while :; do echo more; done", grace=30)
+    output = started.folder / "output"
+    await until(lambda: output.exists() and output.stat().st_size == 1000, "the limit")
+    started.run.kill()
+    await until(lambda: not runner.left(), "the end of the tree")
+    assert started.story.exits == []
+    limit(started, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
+    exit = await started.story.end()
+    assert (exit.signal, exit.cause, exit.forced) == ("SIGTERM", Cause.KILL, False)
+    assert exit.output_size == len(started.output) > 1000
+
+
 # -- a full disk
 
 
@@ -1391,8 +1976,11 @@ if _may_mount():  # else these tests do not exist: nothing else is full so truly
         yield path
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
+    def _remount(disk: Path, option: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{option}", str(disk)], check=True)
+
     def _enlarge(disk: Path) -> None:
-        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        _remount(disk, "size=16m")
 
     TALKER = """
 import os, sys
@@ -1499,6 +2087,98 @@ sys.exit(3)
         filler.unlink()
         exit = await started.story.end()
         assert (exit.signal, exit.cause) == ("SIGTERM", Cause.KILL)
+
+    @pytest.mark.parametrize("free", range(3))
+    @pytest.mark.parametrize("killed", [False, True])
+    async def test_without_inodes_a_task_waits(
+        runner: Runner, disk: Path, tmp_path: Path, free: int, *, killed: bool
+    ) -> None:
+        """For its lock, for its files, or to write its result; it does not fail."""
+        runner.tasks = disk / "tasks"
+        runner.tasks.mkdir(exist_ok=True)
+        go, ran = tmp_path / "go", tmp_path / "ran"
+        runner.launcher = held(go)
+        started = runner.sh(f"echo x >>{shlex.quote(str(ran))}; exit 3")
+        _remount(disk, "nr_inodes=32")
+        fillers = [disk / str(number) for number in range(32)]
+        with suppress(OSError):
+            for filler in fillers:
+                filler.touch()
+        for filler in fillers[:free]:
+            filler.unlink()
+        go.touch()
+        await waits(started)
+        if killed:
+            started.run.kill()
+        await deferLater(reactor, 2 * shim.RETRY)
+        assert started.story.exits == []
+        _remount(disk, "nr_inodes=64")
+        exit = await started.story.end()
+        assert not (free == 0 and killed and ran.exists())
+        if exit.cause is Cause.KILL:
+            assert (killed, exit.code, ran.exists()) == (True, None, False)
+        else:
+            assert (exit.code, exit.error, ran.read_text()) == (3, None, "x\n")
+
+
+if _may_mount() and os.path.exists("/dev/loop-control"):
+
+    @define
+    class Machine:
+        """A disk that forgets whatever it has not been made to keep."""
+
+        image: Path
+        disk: Path
+
+        def boot(self) -> None:
+            """Take the disk up."""
+            self._run("mount", "-o", "loop", str(self.image), str(self.disk))
+
+        def stop(self) -> None:
+            """Take it down."""
+            self._run("umount", str(self.disk))
+
+        def cut_power(self) -> None:
+            """Let ext4 write nothing more, not even its log."""
+            shutdown, no_log_flush = 0x8004587D, 2  # EXT4_IOC_SHUTDOWN
+            fd = os.open(self.disk, os.O_RDONLY)
+            try:
+                fcntl.ioctl(fd, shutdown, no_log_flush.to_bytes(4, sys.byteorder))
+            finally:
+                os.close(fd)
+
+        def _run(self, *command: str) -> None:
+            subprocess.run(command, check=True)
+
+    @pytest.fixture
+    def machine(tmp_path: Path) -> Iterator[Machine]:
+        """Return a machine with a disk of 16 MiB."""
+        machine = Machine(tmp_path / "image", tmp_path / "disk")
+        machine.disk.mkdir()
+        with machine.image.open("wb") as file:
+            file.truncate(16 << 20)
+        subprocess.run(["mkfs.ext4", "-q", str(machine.image)], check=True)
+        machine.boot()
+        yield machine
+        subprocess.run(["umount", "--lazy", str(machine.disk)], check=True)
+
+    async def test_a_power_cut_leaves_the_lock_of_what_has_begun(
+        runner: Runner, machine: Machine
+    ) -> None:
+        """Else nobody could tell that it has, and it would be started again."""
+        runner.tasks = machine.disk / "tasks"
+        runner.tasks.mkdir()
+        started = runner.sh("echo ready; exec sleep 60")
+        await started.prints(b"ready")
+        content = (started.folder / "lock").read_text()
+        watcher = started.shim
+        machine.cut_power()
+        os.kill(watcher, signal.SIGKILL)
+        assert (await started.story.end()).lost
+        await until(runner.kill_left, "the end of the command")
+        machine.stop()
+        machine.boot()
+        assert (started.folder / "lock").read_text() == content
 
 
 # -- the rest of the module

@@ -4,7 +4,17 @@ import pytest
 from attrs import evolve
 from twisted.internet.task import Clock
 
-from pulsar_api.task import COALESCE, Status, Task, TaskSnapshot, TaskSpec
+from pulsar_api.task import (
+    COALESCE,
+    Cause,
+    Exit,
+    Process,
+    Status,
+    Task,
+    TaskSnapshot,
+    TaskSpec,
+    judge,
+)
 
 SPEC = TaskSpec("site", "production", "deploy")
 
@@ -74,3 +84,60 @@ def test_the_end_is_announced_at_once_and_leaves_no_clock(clock: Clock, task: Ta
     task.refresh()
     assert task.snapshot.version == 4
     assert clock.getDelayedCalls() == []
+
+
+ROOT = Process(4711, 99, "sleep", "root")
+RUN = "TERM and KILL were sent, but these processes still run: 4711 sleep (root)"
+FORCED = "TERM was not enough, KILL was sent"
+STAYS = "The command does not end, not even by KILL."
+
+
+@pytest.mark.parametrize(
+    ("exit", "status", "reason"),
+    [
+        (Exit(cause=Cause.KILL), "killed", "Killed by me."),
+        (
+            Exit(cause=Cause.KILL, forced=True),
+            "killed",
+            f"Killed by me; {FORCED}.",
+        ),
+        (
+            Exit(cause=Cause.KILL, forced=True, left=(ROOT,)),
+            "killed",
+            f"Killed by me; {RUN}.",
+        ),
+        (
+            Exit(cause=Cause.KILL, forced=True, left=(ROOT,) * 12, error=STAYS),
+            "killed",
+            f"Killed by me; {RUN}{', 4711 sleep (root)' * 9} and 2 more.",
+        ),
+        (
+            Exit(cause=Cause.KILL, left=(ROOT,)),
+            "killed",
+            f"Killed by me; {RUN.replace('TERM and KILL were', 'TERM was')}.",
+        ),
+        (
+            Exit(cause=Cause.KILL, error="The command was not started."),
+            "killed",
+            "Killed by me. The command was not started.",
+        ),
+        (
+            Exit(cause=Cause.TIMEOUT, forced=True, error=STAYS, left=(ROOT,)),
+            "failed",
+            f"It took longer than a task may (--task-timeout); {RUN}.",
+        ),
+        (
+            Exit(cause=Cause.SILENCE, code=0, forced=True),
+            "failed",
+            f"It printed nothing for too long (--silence-timeout); {FORCED}.",
+        ),
+        (Exit(code=0, left=(ROOT,), open=True), "finished", None),
+        (Exit(code=0, forced=True, left=(ROOT,)), "finished", None),
+        (Exit(error="cannot start x: not found"), "failed", "cannot start x: not found"),
+    ],
+)
+def test_a_reason_claims_only_what_has_happened(
+    exit: Exit, status: str, reason: str | None
+) -> None:
+    """What could not be ended is named; what a command leaves behind is no fault."""
+    assert judge(exit, "me") == (status, reason)

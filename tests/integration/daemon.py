@@ -13,6 +13,7 @@ import termios
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,6 +80,7 @@ class Daemon:
         trust: Path = CERTIFICATE,
         identity: Path | None = None,  # key and certificate of the clients, if any
         umask: int = -1,
+        state: Path | None = None,
     ) -> None:
         self.folder = folder
         self.headers: dict[str, str] = {}
@@ -86,7 +88,7 @@ class Daemon:
         self.trust = trust
         self.identity = identity
         self.umask = umask
-        self.state = folder / "state"
+        self.state = state or folder / "state"
         self.log = folder / "daemon.log"
         self.environ = dict(os.environ if environ is None else environ)
         port = (
@@ -311,24 +313,40 @@ def marked(entry: str) -> list[int]:
         except OSError:
             return False  # it has just ended
 
+    def threads(folder: Path) -> list[Path]:
+        try:
+            return list((folder / "task").iterdir())
+        except OSError:
+            return []
+
     # A process whose first thread has ended shows its environment at the others only.
     return [
         int(folder.name)
         for folder in Path("/proc").iterdir()
-        if folder.name.isdigit()
-        and (has_it(folder) or any(map(has_it, folder.glob("task/*"))))
+        if folder.name.isdigit() and (has_it(folder) or any(map(has_it, threads(folder))))
     ]
 
 
-def end_shim(lock: Path) -> None:
+def end_shim(lock: Path, number: int = signal.SIGTERM) -> None:
     """End a task that its test left behind, by the process number in its lock."""
-    text = (lock.read_bytes().split() or [b""])[0].decode("ascii", "replace")
+    if shim_lives(lock):
+        with suppress(ProcessLookupError):
+            os.kill(shim_of(lock.parent), number)
+
+
+def shim_of(folder: Path) -> int:
+    """Return the process number of a task's shim, 0 if a daemon has taken its place."""
+    word = ((folder / "lock").read_bytes().split() or [b""])[0]
+    return int(word) if word.isdigit() else 0
+
+
+def shim_lives(lock: Path) -> bool:
+    """Return whether the process of a task's shim is there, be the task over or not."""
     try:
-        line = Path(f"/proc/{text}/cmdline").read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    if text.isdigit() and str(lock.parent).encode() in line:
-        os.kill(int(text), signal.SIGTERM)
+        line = Path(f"/proc/{shim_of(lock.parent)}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return str(lock.parent).encode() in line
 
 
 def open_url(url: str) -> bytes:

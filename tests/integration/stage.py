@@ -13,7 +13,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 from tests.integration.browser import chromium
-from tests.integration.daemon import PATIENCE, Daemon, wait_for
+from tests.integration.daemon import PATIENCE, Daemon, shim_of, wait_for
 from tests.integration.github import CLIENT_ID, CLIENT_SECRET, github
 
 HUGE = 200_000
@@ -191,8 +191,7 @@ class Stage:
         self.daemon.post(f"/task/{killed}/kill")
         until(killed, "killed")
         lost = printed(run("alice", "site", "staging", "backup"), "Dumping")
-        lock = self.daemon.output_file(lost).with_name("lock")
-        os.kill(int(lock.read_text()), signal.SIGKILL)
+        os.kill(shim_of(self.daemon.output_file(lost).parent), signal.SIGKILL)
         numbers["lost"] = until(lost, "lost")
         variables = {"branch": "release-41", "notify": "#deployments"}
         running = run("alice", "shop", "production", "deploy", **variables)

@@ -24,6 +24,7 @@ from tests.integration.daemon import (
     PULSAR_API,
     SHELL,
     Daemon,
+    shim_of,
     wait_for,
 )
 
@@ -85,8 +86,7 @@ def test_every_end_has_its_status(daemon: Daemon) -> None:
     )
     assert run(daemon, "exec sleep 60", "--detach").stdout == "3\n"
     wait_for(lambda: daemon.task(3)["pid"], "the start")
-    lock = daemon.output_file(3).with_name("lock")
-    os.kill(int(lock.read_text()), signal.SIGKILL)
+    os.kill(shim_of(daemon.output_file(3).parent), signal.SIGKILL)
     assert call(daemon, "wait", "3").returncode == 120
     wrong = call(daemon, "run", "site")
     assert wrong.returncode == 2

@@ -22,7 +22,15 @@ import pytest
 
 import pulsar_api
 from tests.integration.conftest import Start
-from tests.integration.daemon import SHELL, Answer, Daemon, Poll, marked, wait_for
+from tests.integration.daemon import (
+    SHELL,
+    Answer,
+    Daemon,
+    Poll,
+    marked,
+    shim_of,
+    wait_for,
+)
 
 ROOT = Path(__file__).parents[2]
 FAULTS = ROOT / "docs" / "faults.rst"
@@ -341,7 +349,7 @@ def test_a_shim_that_is_killed(daemon: Daemon) -> None:
     for restart in (False, True):
         number = daemon.sh("sleep 61 & setsid sleep 61 & echo ready; wait")
         wait_for(lambda n=number: daemon.task(n)["output"], "the start")  # type: ignore[misc]
-        watcher = int(daemon.output_file(number).with_name("lock").read_text())
+        watcher = shim_of(daemon.output_file(number).parent)
         assert len(processes(daemon, number)) == 3
         if restart:
             daemon.kill()
@@ -362,7 +370,7 @@ def test_a_new_boot(daemon: Daemon, tmp_path: Path) -> None:
     number, _ = waiter(daemon, tmp_path, "exit 3")
     lock = daemon.output_file(number).with_name("lock")
     daemon.kill()
-    watcher = int(lock.read_text())
+    watcher = shim_of(lock.parent)
     os.kill(watcher, 9)
     for process in processes(daemon, number):
         os.kill(process, 9)

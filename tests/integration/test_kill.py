@@ -1,19 +1,31 @@
 """A kill by HTTP: whatever a task has started is gone soon, and the task says so."""
 
 import os
+import signal
+import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 from attrs import define, field
 
-from pulsar_api import shim
+from pulsar_api import proc, shim
+from pulsar_api.orphans import read_sessions
 from pulsar_api.output import Output
 from tests.integration.conftest import Start
-from tests.integration.daemon import PATIENCE, SHELL, Daemon, Poll, marked, wait_for
+from tests.integration.daemon import (
+    PATIENCE,
+    PULSAR_API,
+    SHELL,
+    Daemon,
+    Poll,
+    marked,
+    shim_of,
+    wait_for,
+)
 
 GRACE = 2
 LATE = 1.0
@@ -267,8 +279,7 @@ def test_a_kill_from_the_shell_is_a_kill_too(victims: Victims) -> None:
     """TERM to the process that watches the task is what the daemon does itself."""
     victim = victims("echo ready; exec sleep 300")
     victim.ready()
-    lock = victim.daemon.output_file(victim.number).parent / "lock"
-    os.kill(int(lock.read_text()), 15)
+    os.kill(shim_of(victim.daemon.output_file(victim.number).parent), 15)
     ended = victim.daemon.ended(victim.number)
     assert ended["status"] == "killed"
     assert "a signal from outside" in str(ended["reason"])
@@ -303,3 +314,125 @@ def test_nothing_of_a_task_is_left_in_the_process_table(mortal: Victims) -> None
         lambda: all(path.read_text() == "" for path in children),
         "the daemon to have no child",
     )
+
+
+# -- a shim that is killed, or stopped
+
+CLEARED = {
+    "environment": "echo $$; exec env -i sleep 300",
+    "session": "(setsid env -i sh -c 'echo $$; exec sleep 300' &); exec sleep 300",
+    "daemon": (
+        "(setsid env -i sh -c 'sh -c \"echo \\$\\$; exec sleep 300\" &' &); exec sleep 300"
+    ),
+    "name": (
+        'perl -e \'use POSIX; fork and exit; setsid; %ENV = (); $0 = "x" x 9000;'
+        '$| = 1; print "$$\\n"; sleep 300\'; exec sleep 300'
+    ),
+}
+
+
+def printed(victim: Victim) -> proc.Key:
+    """Wait until a task has printed the number of a process, and return the process."""
+    path = victim.daemon.output_file(victim.number)
+    wait_for(lambda: path.exists() and path.read_text().endswith("\n"), "the process")
+    found = proc.Entry.of(int(path.read_text()))
+    assert found is not None
+    return found.key
+
+
+def watcher(victim: Victim) -> int:
+    """Return the number of a task's shim."""
+    lock = victim.daemon.output_file(victim.number).with_name("lock")
+    return int(lock.read_text().split()[0])
+
+
+@pytest.mark.parametrize("script", CLEARED.values(), ids=CLEARED.keys())
+def test_nothing_is_left_of_a_task_whose_shim_was_killed(
+    mortal: Victims, script: str
+) -> None:
+    """However soon after its start, and whatever it did to be nobody's."""
+    victim = mortal(script)
+    process = printed(victim)
+    try:
+        os.kill(watcher(victim), signal.SIGKILL)
+        assert victim.daemon.ended(victim.number)["status"] == "lost"
+        assert not proc.lives(process)
+        assert victim.left() == []
+    finally:
+        proc.send(process, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("script", CLEARED.values(), ids=CLEARED.keys())
+def test_the_next_daemon_leaves_nothing_of_it_either(mortal: Victims, script: str) -> None:
+    """The daemon is killed together with the shim, some seconds after the start."""
+    victim = mortal(script)
+    process = printed(victim)
+    entry = proc.Entry.of(process[0])
+    assert entry is not None
+    folder = victim.daemon.output_file(victim.number).parent
+    try:
+        wait_for(lambda: entry.session in read_sessions(folder), "the look of the daemon")
+        victim.daemon.kill()
+        os.kill(watcher(victim), signal.SIGKILL)
+        victim.daemon.start()
+        assert victim.daemon.ended(victim.number)["status"] == "lost"
+        assert not proc.lives(process)
+        assert victim.left() == []
+    finally:
+        proc.send(process, signal.SIGKILL)
+
+
+STOPS = {
+    "once": "kill -STOP $PPID; sleep 300",
+    "again and again": (
+        "trap '' TERM; for i in $(seq 6000); do kill -STOP $PPID; sleep 0.01; done"
+    ),
+    "from a session without environment": (
+        "(setsid env -i SHIM=$PPID sh -c \"trap '' TERM;"
+        " for i in \\$(/usr/bin/seq 6000); do"
+        ' kill -STOP \\$SHIM; sleep 0.01; done" &); exec sleep 300'
+    ),
+}
+
+
+@pytest.mark.parametrize("restart", ["same", "next"])
+@pytest.mark.parametrize("script", STOPS.values(), ids=STOPS.keys())
+def test_a_task_that_stops_its_shim_is_killed(
+    start: Start, script: str, restart: str
+) -> None:
+    """The daemon wakes the shim, and does its work where that is not enough."""
+    options = ("--command", SHELL, "--kill-grace=1", "--max-running-per-target=1")
+    victims = Victims(start(*options))
+    victim = victims(f"echo ready; {script}")
+    victim.ready()
+    number = watcher(victim)
+    try:
+        stat = Path(f"/proc/{number}/stat")
+        wait_for(lambda: b") T " in stat.read_bytes(), "the stop")
+        if restart == "next":
+            victim.daemon.kill()
+            victim.daemon.start()
+        ended = victim.kill()
+        assert ended["status"] == "killed"
+        assert str(ended["reason"]).startswith("Killed by 127.0.0.1")
+        assert victim.left() == []
+        wait_for(lambda: proc.Entry.of(number) is None, "the end of the shim")
+        assert victims.daemon.ended(victims("exit 0").number)["status"] == "finished"
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGCONT)
+
+
+def test_a_task_whose_shim_an_operator_has_stopped_is_ended_by_end_tasks(
+    mortal: Victims,
+) -> None:
+    """The shim is woken to hear it."""
+    victim = mortal("echo ready; exec sleep 300")
+    victim.ready()
+    os.kill(watcher(victim), signal.SIGSTOP)
+    victim.daemon.kill()
+    end = [*PULSAR_API, "end-tasks", "--state-dir", str(victim.daemon.state)]
+    subprocess.run(end, check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL)
+    wait_for(lambda: not victim.left(), "the end of the task")
+    victim.daemon.start()
+    assert victim.daemon.ended(victim.number)["status"] == "killed"

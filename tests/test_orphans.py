@@ -1,0 +1,452 @@
+"""Tests of what a killed shim leaves: real shims, real processes."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from pulsar_api import orphans, proc, shim
+from pulsar_api.orphans import MARK, Memory, Session, read_sessions
+from pulsar_api.proc import Entry, Table, lives
+from tests.integration.daemon import wait_for
+from tests.shims import (
+    BOMB,
+    NEW_NUMBERS,
+    PYTHON,
+    RUNNER,
+    Elsewhere,
+    Trees,
+    runs,
+    with_argument,
+)
+
+
+@pytest.fixture
+def memory(trees: Trees) -> Memory:
+    """Return the memory of a daemon."""
+    return Memory(trees.tasks)
+
+
+def perl(text: str) -> str:
+    """Return a line of shell that runs a program of one line."""
+    return f"perl -e '{text}'"
+
+
+# What is found without that anybody has looked before.
+BY_ITSELF = {
+    "mark": "echo $$; exec sleep 60",
+    "session": "echo $$; exec env -i sleep 60",
+    "session of one with the mark": (
+        "setsid sh -c '(env -i sleep 60 & echo $!); exec sleep 60'"
+    ),
+    "below one with the mark": "setsid env -i sleep 60 & echo $!; echo $$; wait",
+    "below one in the session": (
+        "env -i sh -c 'setsid sh -c \"echo \\$\\$; exec sleep 60\" & wait' & echo $$; wait"
+    ),
+    "daemon": (
+        "sh -c '(setsid sh -c \"trap : HUP TERM; sleep 60 & echo \\$!; wait\" &)'; exit 0"
+    ),
+    "another name": perl(
+        '%ENV = (); $0 = "[kworker/0:1]" . " " x 9000; $| = 1; print "$$\\n"; sleep 60'
+    ),
+    "without its first thread": (
+        f"{PYTHON} -I -c 'import ctypes, os, threading, time;"
+        "threading.Thread(target=lambda: (print(os.getpid(), flush=True), time.sleep(60)))"
+        ".start(); ctypes.CDLL(None).syscall(60, 0)'"
+    ),
+    "stopped": "setsid sh -c 'echo $$; kill -STOP $$; sleep 60' & wait",
+}
+
+
+@pytest.mark.parametrize("script", BY_ITSELF.values(), ids=BY_ITSELF.keys())
+def test_orphans_are_known_by_what_they_carry(
+    trees: Trees, memory: Memory, script: str
+) -> None:
+    """The mark in the environment, the shim's session, or being below such a process."""
+    tree = trees.sh(script)
+    count = script.count("echo ") or 1
+    wait_for(lambda: tree.output.count("\n") == count, "the start")
+    tree.pids(count)
+    tree.kill_shim()
+    found = memory.orphans(1, tree.key)
+    assert {(p.pid, p.start) for p in found.find()} >= set(tree.left()) != set()
+    assert found.end() == []
+    assert tree.left() == []
+    assert found.find() == []
+
+
+# What was seen while the shim lived.
+REMEMBERED = {
+    "session": "(setsid env -i sh -c 'echo $$; exec sleep 60' &)",
+    "session without a leader": (
+        "(setsid env -i sh -c 'sh -c \"echo \\$\\$; exec sleep 60\" &' &)"
+    ),
+    "another name": perl(
+        'use POSIX; fork and exit; setsid; %ENV = (); $0 = "x" x 9000; $| = 1;'
+        'print "$$\\n"; sleep 60'
+    ),
+    "much begetting": (
+        "(setsid env -i sh -c 'echo $$; for i in $(/usr/bin/seq 6000);"
+        " do setsid sleep 0.01; done' &)"
+    ),
+}
+
+
+@pytest.mark.parametrize("daemon", ["same", "next"])
+@pytest.mark.parametrize("script", REMEMBERED.values(), ids=REMEMBERED.keys())
+def test_orphans_are_known_by_what_is_remembered(
+    trees: Trees, memory: Memory, script: str, daemon: str
+) -> None:
+    """Also by a daemon that never saw the shim alive: it reads what another one wrote."""
+    tree = trees.sh(script + "; sleep 60")
+    tree.pids(1)
+    memory.look({1: tree.key})
+    tree.kill_shim()
+    memory.look({1: tree.key})
+    if daemon == "same":
+        (tree.folder / orphans.SESSIONS).unlink()
+    then = memory if daemon == "same" else Memory(trees.tasks)
+    assert then.orphans(1, tree.key).end() == []
+    assert tree.left() == []
+
+
+def test_what_is_written_is_for_this_boot_and_for_nobody_else(
+    trees: Trees, memory: Memory
+) -> None:
+    """After another boot the numbers are those of others."""
+    tree = trees.sh("(setsid env -i sh -c 'echo $$; exec sleep 60' &); sleep 60")
+    (sleeper,) = tree.pids(1)
+    memory.look({1: tree.key})
+    path = tree.folder / orphans.SESSIONS
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    sessions = read_sessions(tree.folder)
+    assert set(sessions) == {tree.key[0], sleeper[0]}
+    assert sessions[sleeper[0]].leader == sleeper[1]
+    before = path.stat()
+    memory.look({1: tree.key})
+    assert os.path.samestat(path.stat(), before)  # it was not written again
+    tree.kill_shim()
+    data = path.read_bytes()
+    for other in (
+        b"x" + data[1:],
+        data.replace(b" ", b" x"),
+        data + b"1\n",
+        b"",
+        data[:20],
+    ):
+        path.write_bytes(other)
+        Memory(trees.tasks).orphans(1, None).end()
+        assert lives(sleeper)
+    path.write_bytes(data)
+    assert Memory(trees.tasks).orphans(1, None).end() == []
+    assert not lives(sleeper)
+
+
+def test_what_is_written_stays_enough_for_the_next_daemon(
+    trees: Trees, memory: Memory
+) -> None:
+    """It is written anew when nobody lives any more by whom a session would be known."""
+    tree = trees.sh(
+        "(setsid env -i sh -c 'sh -c \""
+        "echo \\$\\$; sleep 1.5; sleep 60 & echo \\$!\" &' &); sleep 60"
+    )
+    (before,) = tree.pids(1)
+    memory.look({1: tree.key})
+    (sleeper,) = set(tree.pids(2)) - {before}
+    wait_for(lambda: not lives(before), "its end")
+    # Whoever was in its session at the first look is gone, and its leader was then.
+    memory.look({1: tree.key})
+    tree.kill_shim()
+    assert Memory(trees.tasks).orphans(1, tree.key).end() == []
+    assert not lives(sleeper)
+
+
+def test_a_session_is_known_by_the_start_of_its_leader() -> None:
+    """Its number alone may have been given to somebody else in the meantime."""
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as sleeper:
+        table = Table()
+        known = Session.of(table, sleeper.pid)
+        assert known.goes_on(table)
+        start = table.entries[sleeper.pid].start
+        for other in (
+            Session(sleeper.pid, start - 1, table.at),
+            Session(sleeper.pid, 0, table.at),
+        ):
+            assert not other.goes_on(table)
+        sleeper.kill()
+
+
+@pytest.mark.parametrize("leader", ["alive", "dead"])
+def test_a_number_that_came_round_again_is_a_strangers(
+    elsewhere: Elsewhere, leader: str
+) -> None:
+    """Whether its process lives or only the session that it has made."""
+    found = elsewhere(
+        """
+        memory = Memory(tmp / "tasks")
+        tree = trees.sh("(setsid env -i sh -c 'echo $$; exec sleep 60' &); sleep 60")
+        (sleeper,) = tree.pids(1)
+        memory.look({1: tree.key})
+        numbers = [tree.key[0], sleeper[0]]
+        every = [one.key for n in numbers for one in Table().members(n)]
+        for key in every:
+            proc.send(key, signal.SIGKILL)
+        tree.wait()
+        wait_for(lambda: not any(Entry.of(n) for n, _ in every), "their end")
+        time.sleep(orphans._AGAIN / proc.TICKS + 0.05)  # sooner no number comes round
+        for number in numbers:
+            Path("/proc/sys/kernel/ns_last_pid").write_text(str(number - 1))
+            pid = os.fork()
+            if pid == 0:
+                os.setsid()
+                end = "& exit" if sys.argv[1] == "dead" else "& wait"
+                os.execlp("sh", "sh", "-c", f"sleep 60 {end}")
+            assert pid == number
+            wait_for(lambda: len(Table().members(pid)) == 2, "the session")
+            if sys.argv[1] == "dead":
+                os.waitpid(pid, 0)
+        strangers = [one.key for n in numbers for one in Table().members(n)]
+        left = [
+            search.find() + search.end()
+            for one in (memory, Memory(tmp / "tasks"))
+            for search in [one.orphans(1, tree.key)]
+        ]
+        print(json.dumps([left, len(strangers), all(map(lives, strangers))]))
+        """,
+        *NEW_NUMBERS,
+        argument=leader,
+    )
+    assert found == [[[], []], 2 if leader == "dead" else 4, True]
+
+
+def test_strangers_are_not_touched(trees: Trees, memory: Memory) -> None:
+    """Neither those of another task nor who has nothing to do with any."""
+    tree = trees.sh("env -i sleep 60 & echo $!; setsid sleep 60 & echo $!; wait")
+    other = trees.sh("env -i sleep 60 & echo $!; setsid sleep 60 & echo $!; wait", 2)
+    tree.pids(2)
+    other.pids(2)
+    with (
+        subprocess.Popen(["sleep", "60"]) as one,
+        subprocess.Popen(["sleep", "60"], start_new_session=True) as two,
+        subprocess.Popen(["sleep", "60"], env={MARK: f"{tree.folder}1"}) as three,
+    ):
+        memory.look({1: tree.key, 2: other.key})
+        tree.kill_shim()
+        memory.look({1: tree.key, 2: other.key})
+        assert memory.orphans(1, tree.key).end() == []
+        assert tree.left() == []
+        assert other.left() == other.printed
+        assert lives(other.key)
+        for stranger in (one, two, three):
+            assert stranger.poll() is None
+            stranger.kill()
+
+
+def test_the_tasks_of_another_daemon_are_not_touched(
+    trees: Trees, memory: Memory, tmp_path: Path
+) -> None:
+    """A task may have started one, so their shims were below its own."""
+    others = Trees(tmp_path / "others")
+    folder = others.prepare("/bin/sh", "-c", "env -i sleep 60 & echo $!; echo $$; wait")
+    begin = f"env -i {PYTHON} -I -S {shim.__file__} {folder}"
+    tree = trees.sh(f"{begin} >/dev/null & echo $!; env -i sleep 60 & echo $!; wait")
+    other, sleeper = tree.pids(2)
+    output = folder / "output"
+    wait_for(lambda: output.exists() and output.read_text().count("\n") == 2, "the start")
+    below = [Entry.of(int(word)) for word in output.read_text().split()]
+    keys = [one.key for one in below if one is not None]
+    try:
+        memory.look({1: tree.key})
+        tree.kill_shim()
+        left = memory.orphans(1, tree.key)
+        assert [(p.pid, p.start) for p in left.find() if p.command == "sleep"] == [sleeper]
+        assert left.end() == []
+        assert not lives(sleeper)
+        assert lives(other)
+        assert len(keys) == 2
+        assert all(map(lives, keys))
+    finally:
+        for key in [*keys, other]:
+            proc.send(key, signal.SIGKILL)
+
+
+def test_a_daemon_that_a_task_has_started_does_not_end_itself(
+    trees: Trees, tmp_path: Path
+) -> None:
+    """Nor what it has started, although all of it has the mark of that task."""
+    go, done = tmp_path / "go", tmp_path / "done"
+    text = f"""
+import os, subprocess, sys, time
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from pulsar_api.orphans import Memory
+from pulsar_api.proc import now
+mine = subprocess.Popen(["sleep", "60"])
+print(os.getpid(), mine.pid, sep="\\n", flush=True)
+go, done = Path({str(go)!r}), Path({str(done)!r})
+while not go.exists():
+    time.sleep(0.01)
+number, start = map(int, go.read_text().split())
+left = Memory(Path({str(trees.tasks)!r})).orphans(1, (number, start), now()).end()
+done.write_text(repr(left))
+time.sleep(60)
+"""
+    (tmp_path / "daemon.py").write_text(text)
+    tree = trees.sh(f"sleep 60 & echo $!; {PYTHON} {tmp_path}/daemon.py & echo $!; wait")
+    sleeper, daemon, *_ = tree.pids(4)
+    tree.kill_shim()
+    (tmp_path / "go.tmp").write_text("{} {}".format(*tree.key))
+    (tmp_path / "go.tmp").rename(go)
+    wait_for(lambda: done.exists() and done.read_text(), "the daemon")
+    assert done.read_text() == "[]"
+    assert not lives(sleeper)
+    assert set(tree.left()) == {daemon, *tree.printed[2:]}
+
+
+def test_who_is_born_while_the_others_are_ended_is_ended(
+    trees: Trees, memory: Memory
+) -> None:
+    """Although nothing speaks for it when the one that begot it is no more."""
+    life = f"60.{uuid4().int % 10**9}"
+    begets = f"setsid env -i /bin/sleep {life} & sleep 0.002"
+    # Nothing is printed, or it would end by SIGPIPE.
+    tree = trees.sh(f"exec >&- 2>&-; for n in $(seq 3000); do {begets}; done; sleep 60")
+    wait_for(lambda: len(with_argument(life)) > 20, "the start")
+    tree.kill_shim()
+    assert memory.orphans(1, tree.key).end(30) == []
+    left = with_argument(life)
+    for key in left:
+        proc.send(key, signal.SIGKILL)
+    assert left == []
+
+
+def test_a_bomb_without_its_shim_is_ended(trees: Trees, memory: Memory) -> None:
+    """255 that have no environment and sessions of their own, and go on begetting."""
+    bomb = f"# {uuid4().hex}{BOMB}"
+    tree = trees("/bin/sh", "-c", bomb, bomb, "7")
+    tree.pids(255)
+    tree.kill_shim()
+    assert memory.orphans(1, tree.key).end(30) == []
+    assert with_argument(bomb) == []
+
+
+def test_one_that_runs_from_child_to_child_is_ended(
+    trees: Trees, memory: Memory, tmp_path: Path
+) -> None:
+    """It is in no table, as each lives as long as a fork takes; but it has a session."""
+    count = tmp_path / "count"
+    run = ("/usr/bin/env", "-i", PYTHON, "-I", "-S", "-c", RUNNER, str(count), "plain")
+    tree = trees(*run)
+    wait_for(lambda: runs(count), "the start")
+    tree.kill_shim()
+    assert memory.orphans(1, tree.key, proc.now()).end(30) == []
+    assert not runs(count)
+
+
+def test_memory_is_bounded(
+    trees: Trees, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a task with too many sessions and processes the oldest are remembered."""
+    monkeypatch.setattr(orphans, "MOST_SESSIONS", 2)
+    monkeypatch.setattr(orphans, "MOST_PROCESSES", 3)
+    tree = trees.sh("for n in 1 2 3 4; do setsid sleep 60 & echo $!; done; wait")
+    tree.pids(4)
+    memory.look({1: tree.key})
+    assert len(read_sessions(tree.folder)) == 2
+    assert tree.key[0] in read_sessions(tree.folder)
+    assert len(memory._known[1].processes) == 3
+    memory.look({})
+    assert memory._known == {}
+
+
+def test_a_folder_that_cannot_be_written_disturbs_nobody(
+    trees: Trees, memory: Memory
+) -> None:
+    """What could not be written is at the next look."""
+    tree = trees.sh("echo $$; exec sleep 60")
+    tree.pids(1)
+    away = tree.folder.with_name("away")
+    tree.folder.rename(away)
+    memory.look({1: tree.key})
+    away.rename(tree.folder)
+    assert memory.look({1: tree.key}) < time.thread_time()
+    assert set(read_sessions(tree.folder)) == {tree.key[0]}
+
+
+# -- a daemon that gets what loses its parent
+
+
+def test_what_nobody_has_ever_seen_becomes_a_child_of_the_daemon(
+    elsewhere: Elsewhere,
+) -> None:
+    """And is ended with its task; what others have left there before is not."""
+    found = elsewhere(
+        """
+        processes.become_subreaper()
+        own = set()
+        memory = Memory(tmp / "tasks", own)
+        line = "(setsid env -i sh -c 'echo $$; exec sleep 60' &); sleep 60"
+
+        go = tmp / "go"
+        second = trees.sh(f"while ! [ -e {go} ]; do sleep 0.01; done; {line}", 2)
+        own.add(second.key[0])
+        # What this daemon does not wait for, but another task has left.
+        first = trees.sh(line, 1)
+        own.add(first.key[0])
+        (left,) = first.pids(1)
+        first.kill_shim()
+        memory.look({1: first.key, 2: second.key})
+        go.touch()
+        second.pids(1)
+        # A shim that begins, of which nobody knows yet.
+        begins = "import os, time; os.setsid(); print(1, flush=True); time.sleep(60)"
+        young = subprocess.Popen(
+            [PYTHON, "-c", begins, str(tmp / "tasks" / "3")], stdout=subprocess.PIPE
+        )
+        young.stdout.readline()
+        waited = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        own.add(waited.pid)
+        mine = subprocess.Popen(["sleep", "60"])
+        third = trees.sh("echo $$; exec sleep 60", 4)
+        third.pids(1)
+        second.kill_shim()
+        found = memory.orphans(2, second.key).end()
+        result = [
+            found, second.left(), lives(left), third.left() == third.printed,
+            young.poll(), waited.poll(), mine.poll(),
+        ]
+        memory.orphans(1, first.key).end()
+        result.append(lives(left))
+        for child in (young, waited, mine):
+            child.kill()
+        trees.end()
+        print(json.dumps(result))
+        """
+    )
+    assert found == [[], [], True, True, None, None, None, False]
+
+
+def test_one_that_runs_through_sessions_becomes_a_child_of_the_daemon(
+    elsewhere: Elsewhere,
+) -> None:
+    """Each generation for a moment; one of them is hit."""
+    found = elsewhere(
+        """
+        processes.become_subreaper()
+        count = tmp / "count"
+        tree = trees(
+            "/usr/bin/env", "-i", PYTHON, "-I", "-S", "-c", RUNNER, str(count), "session"
+        )
+        wait_for(lambda: runs(count), "the start")
+        tree.kill_shim()
+        left = Memory(tmp / "tasks", set()).orphans(1, tree.key).end(30)
+        print(json.dumps([left, runs(count)]))
+        """
+    )
+    assert found == [[], False]
