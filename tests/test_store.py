@@ -1,7 +1,7 @@
 """One contract for every `TaskStore`, and what only the real database has to stand."""
 
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +19,7 @@ from pulsar_api.ports import RESTART, Keep, NewTask, Reading, TaskStore
 from pulsar_api.store import _SCHEMA, SQLiteStore, prepare
 from pulsar_api.task import Process, Status, TaskQuery, TaskSpec, Within
 from tests.fakes import MemoryStore
+from tests.simulation.store import Database, SimulatedStore
 
 reactor: Any = global_reactor  # its type knows no threads
 SPEC = TaskSpec("site", "production", "deploy", {"branch": "main"}, "alice")
@@ -37,11 +38,25 @@ async def sqlite(tmp_path: Path) -> AsyncIterator[SQLiteStore]:
     await store.close()
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+def simulated() -> SimulatedStore:
+    """Return a store as the simulation has it, of a daemon that never dies."""
+
+    def soon(call: Callable[..., object], *args: object) -> None:
+        reactor.callLater(0, call, *args)
+
+    def later(_: float, call: Callable[..., object], *args: object) -> None:
+        soon(call, *args)
+
+    return SimulatedStore(Database(), soon, later)
+
+
+@pytest.fixture(params=["memory", "sqlite", "simulated"])
 def store(request: pytest.FixtureRequest) -> TaskStore:
     """Return each implementation of the port in turn."""
     if request.param == "memory":
         return MemoryStore()
+    if request.param == "simulated":
+        return simulated()
     found: SQLiteStore = request.getfixturevalue("sqlite")
     return found
 

@@ -1,0 +1,191 @@
+"""Mends of the core that can be taken out, to see that the simulation finds each."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred, succeed
+
+from pulsar_api import service
+from pulsar_api.ports import NewTask
+from pulsar_api.process import ShimExecutor
+from pulsar_api.service import TaskService, _Live
+from pulsar_api.steady import SteadyClock
+from pulsar_api.task import TaskSnapshot
+from tests import fakes
+from tests.simulation.machine import SimulatedMachine
+from tests.simulation.shims import Shim
+from tests.simulation.store import SimulatedStore
+
+
+@contextmanager
+def _patched(owner: object, name: str, value: object) -> Iterator[None]:
+    old = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, old)
+
+
+@contextmanager
+def no_boot() -> Iterator[None]:
+    """A1: a permit counts after a boot, and a shim does not sync its lock."""
+    permitted = ShimExecutor._permitted
+
+    def without_boot(executor: ShimExecutor, folder: Path) -> bytes:
+        return permitted(executor, folder).partition(b"\n")[2]
+
+    with (
+        _patched(ShimExecutor, "_permitted", without_boot),
+        _patched(Shim, "syncs", False),
+    ):
+        yield
+
+
+@contextmanager
+def no_folders() -> Iterator[None]:
+    """A2: a permit counts for any folder, and a folder that is gone was never begun."""
+
+    def is_valid(executor: ShimExecutor, folder: Path, permit: str | None) -> bool:
+        executor._machine.make_folder(folder.parent)
+        executor._machine.make_folder(folder)
+        boot = f"boot {executor._machine.boot_id()}\n"
+        return permit is not None and permit.startswith(boot)
+
+    with _patched(ShimExecutor, "_is_valid", is_valid):
+        yield
+
+
+@contextmanager
+def secrets_last() -> Iterator[None]:
+    """A8: secrets are kept after the record of their task, and a retry brings none."""
+    keep, create = ShimExecutor.keep_secrets, SimulatedStore.create
+    later: dict[str, tuple[ShimExecutor, Mapping[str, str]]] = {}
+
+    def keep_later(
+        executor: ShimExecutor, secrets: Mapping[str, str], name: str | None = None
+    ) -> Deferred[str]:
+        name = executor._new_name()
+        later[name] = executor, secrets
+        return succeed(name)
+
+    def create_first(store: SimulatedStore, new: NewTask) -> Deferred[TaskSnapshot]:
+        def and_keep(made: TaskSnapshot) -> Deferred[TaskSnapshot]:
+            assert new.secret_file is not None
+            executor, secrets = later.pop(new.secret_file)
+            kept: Deferred[Any] = keep(executor, secrets, new.secret_file)
+            return kept.addCallback(lambda _: made)
+
+        made = create(store, new)
+        return made if new.secret_file is None else made.addCallback(and_keep)
+
+    async def supply(*_: object) -> None:
+        pass
+
+    with (
+        _patched(ShimExecutor, "keep_secrets", keep_later),
+        _patched(SimulatedStore, "create", create_first),
+        _patched(TaskService, "_supply", supply),
+    ):
+        yield
+
+
+@contextmanager
+def wall_clock() -> Iterator[None]:
+    """A9: what expires expires by the wall clock."""
+    with _patched(SteadyClock, "steady", SteadyClock.wall):
+        yield
+
+
+@contextmanager
+def endless_stop() -> Iterator[None]:
+    """A10: a stop waits for records as long as it takes."""
+    with _patched(service, "LEAVE", 1e9):
+        yield
+
+
+@contextmanager
+def no_jump() -> Iterator[None]:
+    """Versions go on after a restart where the record says."""
+    with _patched(fakes, "RESTART", 1):
+        yield
+
+
+@contextmanager
+def unbarred() -> Iterator[None]:
+    """A killed task that has not begun is told killed although its shim may begin."""
+    with _patched(ShimExecutor, "bar", lambda *_: True):
+        yield
+
+
+@contextmanager
+def free_targets() -> Iterator[None]:
+    """A task whose processes could not be killed gives its target back."""
+    hold = TaskService._finish
+
+    async def finish(service: TaskService, live: _Live, **new: object) -> None:
+        await hold(service, live, **{**new, "held": False, "still_running": ()})
+
+    with _patched(TaskService, "_finish", finish):
+        yield
+
+
+@contextmanager
+def keys_at_once() -> Iterator[None]:
+    """Two requests with one key may be under way at once."""
+
+    class Forgetful(set[tuple[str | None, str]]):
+        def __contains__(self, _: object) -> bool:
+            return False
+
+    init = TaskService.__attrs_post_init__
+
+    def post_init(service: TaskService) -> None:
+        init(service)
+        service._keys = Forgetful()
+
+    with _patched(TaskService, "__attrs_post_init__", post_init):
+        yield
+
+
+@contextmanager
+def told_early() -> Iterator[None]:
+    """A change is told before it is on record."""
+
+    async def record(service: TaskService, live: _Live, **new: object) -> None:
+        live.newest = live.changed(**new)
+        live.task.announce(live.newest)
+        await service._save(live)
+
+    with _patched(TaskService, "_record", record):
+        yield
+
+
+@contextmanager
+def left_alive() -> Iterator[None]:
+    """What a lost task has left is not killed."""
+
+    def end(*_: object, **__: object) -> Deferred[Any]:
+        return succeed(())
+
+    with _patched(SimulatedMachine, "end", end):
+        yield
+
+
+Mutation = Callable[[], AbstractContextManager[None]]
+
+MUTATIONS: dict[str, Mutation] = {
+    "A1": no_boot,
+    "A2": no_folders,
+    "A8": secrets_last,
+    "A9": wall_clock,
+    "A10": endless_stop,
+    "versions": no_jump,
+    "bar": unbarred,
+    "held": free_targets,
+    "keys": keys_at_once,
+    "told": told_early,
+    "left": left_alive,
+}

@@ -1,0 +1,93 @@
+"""What a seed means: how the world is made, who asks for what, and which faults happen."""
+
+from random import Random
+
+from attrs import field, frozen
+
+from pulsar_api.ports import Bounds, Keep
+from pulsar_api.service import Limits
+
+
+@frozen
+class Fault:
+    """Something that breaks, at a step of the scheduler."""
+
+    step: int
+    kind: str
+    seed: int
+
+
+@frozen
+class Plan:
+    """One world. Two worlds of equal plans are equal in every step."""
+
+    seed: int
+    salt: int = 0
+    """Another order of steps with the same clients and faults; for shrinking."""
+    clients: tuple[int, ...] = ()
+    faults: tuple[Fault, ...] = ()
+    steps: int = 0
+    """How many steps are taken before everything is mended."""
+    limits: Limits = field(factory=lambda: Limits(Bounds(10)))
+    preempt: float = 0.0
+    """How likely it is that others come in between of two operations of a process."""
+    drift: float = 0.0
+    latency: float = 0.001
+    drain: float = 0.0
+
+
+KINDS: dict[str, int] = {
+    "kill": 6,
+    "kill_soon": 8,
+    "stop": 4,
+    "power": 6,
+    "detach": 1,
+    "shim_killed": 2,
+    "shim_stopped": 2,
+    "folder_removed": 2,
+    "copied": 2,
+    "moved": 2,
+    "restored": 2,
+    "lock_emptied": 1,
+    "clock": 4,
+    "store": 5,
+    "full": 2,
+    "inodes": 2,
+    "asleep": 1,
+    "crowd": 1,
+    "choked": 2,
+}
+"""Faults, and how often each happens; `faults` has a function for each."""
+
+
+def make_plan(seed: int) -> Plan:
+    """Return the world of a seed."""
+    rng = Random(seed)
+    choice = rng.choice
+    # Not all kinds in each world: those that are left get deeper.
+    kinds = [kind for kind in KINDS if rng.random() < 0.5] or ["kill_soon"]
+    weights = [KINDS[kind] for kind in kinds]
+    steps = choice((100, 200, 400, 700))
+    found = [
+        Fault(rng.randrange(10, steps), kind, rng.getrandbits(32))
+        for kind in rng.choices(kinds, weights, k=choice((0, 1, 2, 2, 3, 4, 6)))
+    ]
+    total, silence = choice(((0.0, 0.0), (30.0, 0.0), (0.0, 20.0), (60.0, 30.0)))
+    limits = Limits(
+        Bounds(choice((0.5, 2.0, 10.0)), total, silence),
+        running=choice((1, 2, 4)),
+        running_per_target=choice((0, 1, 1, 2)),
+        queued=choice((2, 100)),
+        keep=Keep(seconds=choice((0.0, 7 * 86400.0))),
+    )
+    return Plan(
+        seed,
+        clients=tuple(range(choice((1, 2, 2, 3, 4)))),
+        faults=tuple(sorted(found, key=lambda fault: fault.step)),
+        steps=steps,
+        limits=limits,
+        preempt=choice((0.0, 0.1, 0.3, 0.6)),
+        drift=choice((0.0, 0.0, 0.02, 0.1)),
+        latency=choice((0.0005, 0.005, 0.05)),
+        drain=choice((0.0, 0.0, 3.0)),
+    )
