@@ -201,18 +201,19 @@ class Trials:
 # -- power
 
 
-def _cut(trials: Trials, *, renewed: bool) -> None:
-    """Cut the power, and boot."""
+def _cut(trials: Trials) -> bool:
+    """Cut the power, and boot; return whether the boot id is still the same."""
     disk = trials.disk
     assert disk is not None
     disk.cut_power()
     end_all()
     trials.daemon.process.wait()
     disk.unmount()
-    if renewed:
+    same = trials.chance.random() < 0.5
+    if not same:
         trials.boot.renew()
     trials.mount()
-    trials.figures["same boot id"] += not renewed
+    return same
 
 
 def busy(trials: Trials) -> None:
@@ -250,11 +251,11 @@ def busy(trials: Trials) -> None:
     for thread in threads:
         thread.start()
     time.sleep(chance.uniform(0, 3))  # any moment is meant
-    _cut(trials, renewed=chance.random() < 0.5)
+    same = _cut(trials)
     over.set()
     for thread in threads:
         thread.join()
-    _boot(trials)
+    _after(trials, same=same)
 
 
 def idle(trials: Trials) -> None:
@@ -263,16 +264,19 @@ def idle(trials: Trials) -> None:
     (number,) = trials.posted(trials.wish("t0", after + 3))
     trials.told_running(number)
     time.sleep(after)
-    _cut(trials, renewed=trials.chance.random() < 0.5)
-    _boot(trials)
+    _after(trials, same=_cut(trials))
 
 
-def _boot(trials: Trials) -> None:
+def _after(trials: Trials, *, same: bool) -> None:
+    """Start the daemon after a cut, judge, and count what an old boot id may cause."""
+    trials.figures["with the same boot id"] += same
     if trials.restart():
         trials.settle()
     else:
         trials.end()
         trials.begin(disk=True)
+    doubles = trials.witness.violations.get("a double start", {})
+    trials.figures["double with the same boot id"] += len(doubles) if same else 0
 
 
 # -- lost files
