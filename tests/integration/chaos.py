@@ -43,7 +43,7 @@ FREE = 1500
 """Inodes that are free while none are missing."""
 OPEN = 40
 """Tasks that have not ended; while there are more, nobody asks for another."""
-KILL_LIMIT = 45.0
+KILL_LIMIT = 90.0
 """Seconds in which a task has to end after a kill was answered, whatever goes wrong."""
 LEFT = 120.0
 """Seconds in which every task has to end when nothing goes wrong any more."""
