@@ -1,6 +1,7 @@
 """What can be done with tasks: create, find, list, kill; the queue; start and end."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 
 from attrs import define, evolve, field, frozen
 from twisted.internet.defer import CancelledError, Deferred
@@ -378,13 +379,18 @@ class TaskService:
             return live.task
         if not 0 < task_id <= MAX_ID:
             raise UnknownTask(str(task_id))
-        snapshot = await self._store.load(task_id)
-        # It may have been recorded, or taken up, only while it was looked for.
-        live = self._live(task_id)
-        if live is None and not snapshot.status.ended and self._creating:
-            await self._created(task_id)
+        while True:
+            snapshot = await self._store.load(task_id)
+            # It may have been recorded, or taken up, only while it was looked for.
             live = self._live(task_id)
-        return Task(self._clock, snapshot) if live is None else live.task
+            if live is None and not snapshot.status.ended and self._creating:
+                await self._created(task_id)
+                live = self._live(task_id)
+            if live is not None:
+                return live.task
+            if snapshot.status.ended or self._gone:
+                return Task(self._clock, snapshot)
+            # It has ended while it was looked for: what was read is of before.
 
     async def _created(self, task_id: int) -> None:
         """Wait until a task whose record is on disk is one of ours as well."""
@@ -393,14 +399,16 @@ class TaskService:
 
     async def list(self, query: TaskQuery) -> list[TaskSnapshot]:
         """Return the tasks that match, newest first."""
-        return [self._current(found) for found in await self._store.select(query)]
+        found = await self._store.select(query)
+        current = [await self._current(one) for one in found]
+        return [one for one in current if one is not None]
 
     async def next_after(self, task_id: int, within: Within = None) -> TaskSnapshot | None:
         """Return the oldest task that counts and whose number is higher, or None."""
         if task_id >= self.created.version:
             return None
         found = await self._store.after(task_id, within)
-        return None if found is None else self._current(found)
+        return None if found is None else await self._current(found) or found
 
     async def listing(self, app: str, env: str) -> Command:
         """Return what lists the actions of an app, or raise `InvalidInput`, `NoListing`."""
@@ -443,9 +451,16 @@ class TaskService:
 
     # -- the life of a task
 
-    def _current(self, snapshot: TaskSnapshot) -> TaskSnapshot:
+    async def _current(self, snapshot: TaskSnapshot) -> TaskSnapshot | None:
+        """Return how a task stands that was read a moment ago; None: it is removed."""
         live = self._live(snapshot.id)
-        return snapshot if live is None else live.task.snapshot
+        if live is not None:
+            return live.task.snapshot
+        if snapshot.status.ended:
+            return snapshot
+        with suppress(UnknownTask):
+            return (await self.find(snapshot.id)).snapshot
+        return None
 
     def _schedule(self) -> None:
         """Start what may start, oldest first; a blocked target holds up nobody else."""

@@ -1120,6 +1120,54 @@ def test_who_is_faster_than_the_answer_gets_the_living_task(world: World) -> Non
     assert CASE.successResultOf(found) is CASE.successResultOf(made)
 
 
+@define(eq=False)
+class LateStore(MemoryStore):
+    """A store whose answers come late, with what there was when it was asked."""
+
+    late: list[Callable[[], None]] = field(factory=list)
+
+    def _later(self, answer: Deferred[Any]) -> Deferred[Any]:
+        found: Deferred[Any] = Deferred()
+        self.late.append(lambda: answer.chainDeferred(found))
+        return found
+
+    def load(self, task_id: int) -> Deferred[TaskSnapshot]:
+        return self._later(super().load(task_id))
+
+    def select(self, query: TaskQuery) -> Deferred[list[TaskSnapshot]]:
+        return self._later(super().select(query))
+
+    def answer(self) -> None:
+        """Let what was asked for be answered."""
+        late, self.late = self.late, []
+        for one in late:
+            one()
+
+
+@pytest.mark.parametrize("how", ["find", "list"])
+def test_what_ends_while_it_is_looked_for_is_shown_as_it_is(how: str) -> None:
+    """Else its version would go back, and whoever waits for its end waits for ever."""
+    world = World()
+    task = world.create()
+    row = world.store.rows[1]
+    late = LateStore(rows=world.store.rows)
+    world.service._store = late
+    # As if it had been created by a POST that was not answered yet.
+    live = world.service._running.pop(1)
+    found: Deferred[Any] = Deferred.fromCoroutine(
+        world.service.find(1) if how == "find" else world.service.list(TaskQuery())
+    )
+    world.service._running[1] = live
+    world.executor.run(1).end(0)
+    assert task.snapshot.status is Status.FINISHED
+    late.answer()
+    late.answer()
+    result = CASE.successResultOf(found)
+    snapshot = result.snapshot if how == "find" else result[0]
+    assert row.status is not Status.FINISHED
+    assert snapshot == task.snapshot
+
+
 HIDDEN = evolve(SPEC, variables={"password": "s3cret", "branch": "main"})
 
 
