@@ -1124,7 +1124,7 @@ def test_who_is_faster_than_the_answer_gets_the_living_task(world: World) -> Non
 class LateStore(MemoryStore):
     """A store whose answers come late, with what there was when it was asked."""
 
-    late: list[Callable[[], None]] = field(factory=list)
+    late: list[Callable[[], object]] = field(factory=list)
 
     def _later(self, answer: Deferred[Any]) -> Deferred[Any]:
         found: Deferred[Any] = Deferred()
