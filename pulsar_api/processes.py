@@ -52,7 +52,7 @@ def holder(folder: Path) -> Key | None:
                 number = file.read(64).split()[:1]
                 found = Entry.of(int(number[0])) if number else None
                 return None if found is None else found.key
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     return None
 
