@@ -21,7 +21,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.threads import deferToThreadPool
 
-from pulsar_api import processes, shim
+from pulsar_api import proc, processes, shim
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.orphans import Memory
 from pulsar_api.output import Output, Record
@@ -286,7 +286,11 @@ class LocalMachine:
         return self.in_thread(lambda: self._end(folder, numbers))
 
     def _end(self, folder: Path, numbers: bool) -> tuple[Process, ...]:  # noqa: FBT001
-        living = processes.holder(folder)
+        try:
+            living = processes.holder(folder)
+        except OSError as e:
+            proc.gone(e)  # raises it for want of descriptors or memory
+            living = None  # the disk is ill; what runs is known without it
         remains = [] if living is None else processes.end_tree(living)
         dead = _named(folder) if numbers else None
         memory = self._memory(folder.parent)
