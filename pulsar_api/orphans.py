@@ -44,8 +44,8 @@ MOST_PROCESSES = 4096
 
 _AGAIN = TICKS  # within that time no number of a process comes round again
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-_ROUNDS = 20  # in which those are stopped that were born in the round before
-_CHASE = 0.3  # seconds in which somebody is looked for whom no table has
+_ROUNDS = 20  # in which processes are stopped that were started in the round before
+_CHASE = 0.3  # seconds in which a process is looked for that no table has
 
 
 @frozen
@@ -240,11 +240,12 @@ class Orphans:
     _sessions: dict[int, Session]
     _processes: set[Key]
     _strangers: frozenset[Key]
+    """Processes that other tasks have or have left."""
     _strange: frozenset[int]
     """Sessions of other tasks."""
     _is_left: Callable[[Entry, Entry], bool]
     _own: set[int] = field(init=False)
-    """Sessions in which a process of the task was seen by itself."""
+    """The session of the shim, and those in which a process of the task was found."""
 
     def __attrs_post_init__(self) -> None:
         self._own = set() if self._shim is None else {self._shim[0]}
@@ -263,7 +264,7 @@ class Orphans:
         while True:
             table, found = self._freeze()
             groups = [one.group for one in found if one.session in self._own]
-            # Children first: the end of a parent may wake who is stopped.
+            # Children first: the end of a parent may wake a child that is stopped.
             keys = [entry.key for entry in reversed(found)]
             denied = kill_all(keys, until - time.monotonic(), groups)
             if time.monotonic() >= until:
@@ -275,7 +276,10 @@ class Orphans:
                 self._chase()
 
     def _dead(self, table: Table) -> set[Key]:
-        """Return what has ended as a child of this daemon that waits for nobody of it."""
+        """Return what of the task has ended as a child of this daemon.
+
+        New ones say that there is one which no table has.
+        """
         me = table.entries[os.getpid()]
         return {
             one.key
@@ -284,7 +288,7 @@ class Orphans:
         }
 
     def _chase(self) -> None:
-        """KILL one that no table has, if there is one."""
+        """KILL a process that no table has, if there is one."""
         me = Entry.of(os.getpid())
         assert me is not None
 
@@ -301,8 +305,8 @@ class Orphans:
     def _freeze(self) -> tuple[Table, list[Entry]]:
         """Stop what runs of the task and return it, with the table that has it.
 
-        Nobody begets any more who is stopped. So a look that finds nobody new has found
-        all, and nobody gets away while others are killed.
+        A stopped process starts no other. So a look that finds no new one has found all,
+        and none gets away by the death of its parent.
         """
         stopped: set[Key] = set()
         for _ in range(_ROUNDS):
@@ -335,7 +339,7 @@ class Orphans:
                     whole.add(number)
                     near += table.members(number)
             new = near
-        # What they beget is found also when they are no more.
+        # What they start is found also when they are no more.
         self._processes.update(entry.key for entry in found.values())
         self._own |= whole
         self._sessions.update((number, Session.of(table, number)) for number in whole)

@@ -23,7 +23,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 _FIELDS = (1, 2, 3, 17, 19)  # of a process's line, counted from its state
 _REREADS = 3  # of processes that changed their parent while the table was read
-_QUIET = 0.02  # seconds in which nobody was begotten
+_QUIET = 0.02  # seconds in which no process was started
 _WANT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -76,6 +76,8 @@ class Entry(NamedTuple):
             return None
         finally:
             os.close(fd)
+        if not data:
+            return None
         # The name in the second field may hold anything, also ") Z 1" (proc(5)).
         end = data.rindex(b")")
         fields = data[end + 2 :].split()
@@ -98,12 +100,12 @@ class Table:
         self.at = now()
         """When the reading began, in ticks since the boot."""
         self.entries: dict[int, Entry] = {}
-        # The newest first: it may not be there for long.
+        # The newest first: they may not be there for long.
         for name in reversed(os.listdir("/proc")):
             if name.isdigit():
                 self._add(int(name))
         for _ in range(_REREADS):
-            # Whose parent ended meanwhile has another one by now.
+            # If its parent ended meanwhile, a process has another one by now.
             adrift = [e for e in self.entries.values() if self._adrift(e)]
             for found in adrift:
                 del self.entries[found.pid]
@@ -180,11 +182,10 @@ def kill_groups(numbers: Iterable[int]) -> None:
 
 
 def chase(ours: Callable[[Entry], bool], seconds: float) -> bool:
-    """KILL one that is never there when somebody looks; return whether it was hit.
+    """KILL a process that is never there when a table is read; return whether it was hit.
 
-    That is a process which only begets another one and ends. It is gone before a table
-    is read, but often it is the newest process of all. If none is begotten at all for a
-    moment, there is no such process.
+    It only starts another one like it and ends. But often it is the newest process of
+    all. If no process is started at all for a moment, there is no such one.
     """
     until = time.monotonic() + seconds
     last, since = 0, 0.0
@@ -220,7 +221,7 @@ def send(key: Key, *numbers: int) -> Answer:
         gone(e)
         return Answer.GONE
     try:
-        # From here on the handle, not the number, says who is meant.
+        # From here on the handle names the process, not the number.
         found = Entry.of(key[0])
         if found is None or found.key != key:
             return Answer.GONE

@@ -33,7 +33,7 @@ KILL_PATIENCE = 5.0
 """Seconds from KILL until a process counts as one that does not end."""
 
 _PAUSE = 0.005  # seconds between two looks whether something has ended
-_CHASE = 0.1  # seconds until the next look at all
+_CHASE = 0.1  # seconds in which a process is looked for that no table has
 
 
 # -- a shim and its lock
@@ -107,7 +107,7 @@ def is_shim(found: Entry) -> bool:
 
 
 class Guard:
-    """Says which processes are left alone, whatever speaks for their being a task's."""
+    """Says which processes are left alone, even if they count as a task's."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
@@ -126,7 +126,7 @@ class Guard:
             return False
         for one in self._table.line(found):
             if one.pid == self.me.pid:
-                # What has become its child by the death of a parent is of elsewhere.
+                # What became its child by the death of a parent has another session.
                 return found.session != one.session
             # A shim that this daemon itself is below says nothing about what else is.
             if one.pid not in self._above - {found.pid} and self._is_shim(one):
@@ -210,7 +210,8 @@ def end_tree(top: Key, patience: float = KILL_PATIENCE) -> list[Process]:
         denied = {e.key for e in left if send(e.key, signal.SIGKILL) is Answer.DENIED}
         if time.monotonic() >= until:
             break
-        # Nobody takes what ends below it; so where nobody ended, nobody was.
+        # The shim takes no exit status now. So while no more zombies come, nothing ends
+        # below it, and a process that no table has would end all the time.
         zombies = [one for one in table.children(shim) if not one.alive]
         before, dead = dead, {one.key for one in zombies}
         kill_groups({one.group for one in [*left, *zombies]} - {shim.group})

@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 from attrs import define, field
 
-from pulsar_api import proc, shim
+from pulsar_api import proc, processes, shim
 from pulsar_api.orphans import read_sessions
 from pulsar_api.output import Output
 from tests.integration.conftest import Start
@@ -403,24 +403,27 @@ def test_a_task_that_stops_its_shim_is_killed(
     """The daemon wakes the shim, and does its work where that is not enough."""
     options = ("--command", SHELL, "--kill-grace=1", "--max-running-per-target=1")
     victims = Victims(start(*options))
-    victim = victims(f"echo ready; {script}")
-    victim.ready()
-    number = watcher(victim)
+    victim = victims(script)
+    lock = victim.daemon.output_file(victim.number).with_name("lock")
+    wait_for(lambda: lock.exists() and lock.read_bytes(), "the shim")
+    watched = proc.Entry.of(watcher(victim))
+    assert watched is not None
     try:
-        stat = Path(f"/proc/{number}/stat")
+        stat = Path(f"/proc/{watched.pid}/stat")
         wait_for(lambda: b") T " in stat.read_bytes(), "the stop")
         if restart == "next":
             victim.daemon.kill()
             victim.daemon.start()
-        ended = victim.kill()
+        assert victim.daemon.post(f"/task/{victim.number}/kill").status == 200
+        wait_for(lambda: victim.daemon.task(victim.number)["endedAt"], "the end")
+        ended = victim.daemon.task(victim.number)
         assert ended["status"] == "killed"
         assert str(ended["reason"]).startswith("Killed by 127.0.0.1")
         assert victim.left() == []
-        wait_for(lambda: proc.Entry.of(number) is None, "the end of the shim")
+        assert not proc.lives(watched.key)
         assert victims.daemon.ended(victims("exit 0").number)["status"] == "finished"
     finally:
-        with suppress(ProcessLookupError):
-            os.kill(number, signal.SIGCONT)
+        processes.end_tree(watched.key)
 
 
 def test_a_task_whose_shim_an_operator_has_stopped_is_ended_by_end_tasks(
@@ -429,10 +432,15 @@ def test_a_task_whose_shim_an_operator_has_stopped_is_ended_by_end_tasks(
     """The shim is woken to hear it."""
     victim = mortal("echo ready; exec sleep 300")
     victim.ready()
-    os.kill(watcher(victim), signal.SIGSTOP)
+    number = watcher(victim)
+    os.kill(number, signal.SIGSTOP)
     victim.daemon.kill()
     end = [*PULSAR_API, "end-tasks", "--state-dir", str(victim.daemon.state)]
-    subprocess.run(end, check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL)
-    wait_for(lambda: not victim.left(), "the end of the task")
+    try:
+        subprocess.run(end, check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL)
+        wait_for(lambda: not victim.left(), "the end of the task")
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGCONT)
     victim.daemon.start()
     assert victim.daemon.ended(victim.number)["status"] == "killed"
