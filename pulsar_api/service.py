@@ -75,6 +75,8 @@ class _Live:
     kill: bool = False
     saved: int = 0
     """The newest revision that is on disk for certain."""
+    kill_revision: int = 0
+    """The first revision that tells that a kill was asked for, if this daemon was asked."""
     pause: Deferred[None] | None = None
     later: bool = False
     """Whether the next daemon starts it."""
@@ -435,6 +437,7 @@ class TaskService:
             return await self.find(task_id)
         if not live.kill and not live.newest.status.ended:
             live.kill = True
+            live.kill_revision = live.newest.revision + 1
             live.wake()
             _log.info("Task {id}: kill asked for by {by}", id=task_id, by=by)
             if live.run is not None:
@@ -447,6 +450,11 @@ class TaskService:
                 await self._killed_waiting(live)
             else:
                 await self._record(live, killed_by=by, reason=reason)
+        # Nor is the kill of somebody else forgotten that was answered.
+        while live.saved < live.kill_revision:
+            if self._gone:
+                raise ShuttingDown
+            await self.changed.after(self.changed.version)
         return live.task
 
     # -- the life of a task

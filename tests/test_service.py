@@ -1066,6 +1066,40 @@ def test_a_client_that_goes_away_does_not_stop_its_kill() -> None:
     CASE.successResultOf(Deferred.fromCoroutine(world.service.stop(0)))
 
 
+@pytest.mark.parametrize("running", [1, 2])
+def test_a_second_kill_is_answered_when_the_first_is_on_record(running: int) -> None:
+    """Of a task that waits or runs: else the daemon could die and know of neither."""
+    world = limited(running=running)
+    world.create()
+    world.create()
+    world.executor.runs[-1].deaf = True
+    world.store.slow = True
+    first = Deferred.fromCoroutine(world.service.kill(2, "bob"))
+    second = Deferred.fromCoroutine(world.service.kill(2, "alice"))
+    if running == 2:
+        world.executor.run(2).start()  # announces what is not on record yet
+    CASE.assertNoResult(second)
+    world.store.finish()
+    assert CASE.successResultOf(second) is CASE.successResultOf(first)
+    assert world.store.rows[2].killed_by == "bob"
+
+
+def test_a_second_kill_does_not_outlast_the_daemon() -> None:
+    """It is refused when the first one is left to the next daemon."""
+    world = limited(running=1)
+    world.create()
+    world.create()
+    world.store.slow = True
+    kills = [Deferred.fromCoroutine(world.service.kill(2, by)) for by in ("bob", "al")]
+    stopped = Deferred.fromCoroutine(world.service.stop(0))
+    world.clock.advance(LEAVE)
+    CASE.successResultOf(stopped)
+    world.service.release()
+    CASE.failureResultOf(kills[1], ShuttingDown)
+    kills[0].addErrback(lambda _: None)
+    world.store.finish()
+
+
 def test_a_kill_of_a_waiting_task_survives_a_restart() -> None:
     """It was answered, so the task never starts."""
     world = limited(running=1)
