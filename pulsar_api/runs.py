@@ -298,15 +298,9 @@ class AdoptedRun(_Following):
             self.sweep(self.lost(why))
 
     def _news(self) -> None:
-        printed = None
-        for record in Output(self._folder).records(self._seen):
-            self._seen += 1
-            if record.code in _PRINTED:
-                printed = record
-            else:
-                self._read(record)
-        if printed is not None:
-            self._read(printed)
+        for number, record in Output(self._folder).news(self._seen):
+            self._seen = number + 1
+            self._read(record)
 
     def _never_started(self) -> bool:
         """Return whether no shim has begun, and if so make sure that none ever will."""
