@@ -46,6 +46,7 @@ def read_exit(folder: Path) -> Exit | None:
         cause=Cause(found["cause"]),
         forced=found["forced"] == "1",
         output_size=int(found["size"]),
+        index_size=Output(folder).index_size(),
     )
 
 
@@ -113,8 +114,9 @@ class _Following:
         Raises `OSError` if the folder of all runs is away: then nobody knows yet.
         """
         os.stat(self._folder.parent)
-        size = Output(self._folder).size()
-        return Exit(error=why, lost=True, output_size=size)
+        output = Output(self._folder)
+        size, index = output.size(), output.index_size()
+        return Exit(error=why, lost=True, output_size=size, index_size=index)
 
     def sweep(self, exit: Exit) -> None:
         """End what a lost task has left, and tell its end when nothing of it is left."""

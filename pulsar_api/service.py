@@ -440,6 +440,7 @@ class TaskService:
                 signal=exit.signal,
                 ended_at=exit.ended_at or self._now(),
                 output_size=max(exit.output_size, live.task.snapshot.output_size),
+                index_size=exit.index_size,
             )
         )
 

@@ -63,11 +63,14 @@ _SCHEMA = [
     INSERT INTO counter VALUES (0);
     """,
     "ALTER TABLE task ADD COLUMN secret_names TEXT NOT NULL DEFAULT '[]'",
+    """
+    ALTER TABLE task ADD COLUMN index_size INTEGER NOT NULL DEFAULT 0;
+    """,
 ]
 
 _COLUMNS = (
     "revision status command pid exit_code signal reason killed_by "
-    "started_at ended_at output_size"
+    "started_at ended_at output_size index_size"
 ).split()
 _UPDATE = (
     f"UPDATE task SET {', '.join(f'{name} = :{name}' for name in _COLUMNS)}, "  # noqa: S608
@@ -290,7 +293,7 @@ class SQLiteStore:
             SELECT id FROM (
                 SELECT id, ended_at, created_at, idempotency_key,
                     row_number() OVER newest AS number,
-                    sum(min(output_size, :most)) OVER newest AS size
+                    sum(min(output_size, :most) + index_size) OVER newest AS size
                 FROM task WHERE ended_at IS NOT NULL
                 WINDOW newest AS (ORDER BY id DESC)
             )

@@ -89,6 +89,8 @@ class Exit:
     forced: bool = False
     """TERM was not enough: KILL was sent."""
     output_size: int = 0
+    index_size: int = 0
+    """Bytes that are kept of the index of the output."""
     unstarted: bool = False
     """It is certain that the command was never started, and by this run never will be."""
     good: bool = True
@@ -134,6 +136,8 @@ class TaskSnapshot:
     started_at: float | None = None
     ended_at: float | None = None
     output_size: int = 0
+    index_size: int = 0
+    """Bytes that are kept of the index of the output, when the task has ended."""
     revision: int = 1
     """Counts the changes of all but the output."""
 

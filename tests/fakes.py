@@ -70,6 +70,7 @@ class MemoryStore:
                 continue
             number += 1
             size += min(row.output_size, keep.most or row.output_size)
+            size += row.index_size
             if (
                 (0 < keep.tasks < number)
                 or (keep.seconds and row.ended_at < now - keep.seconds)
