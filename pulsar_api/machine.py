@@ -58,8 +58,11 @@ class Records(Protocol):
     def size(self) -> int:
         """Return the bytes of output."""
 
-    def records(self, first: int = 0) -> Iterable[Record]:
-        """Return the records from number ``first`` on."""
+    def index_size(self) -> int:
+        """Return the bytes of the index of the output that are on disk."""
+
+    def news(self, first: int) -> Iterable[tuple[int, Record]]:
+        """Return what is new since record ``first``, with the numbers: see `Output`."""
 
     def last_line(self) -> bytes:
         """Return the last line of standard output."""

@@ -22,6 +22,8 @@ NAMES = {STDOUT: "stdout", STDERR: "stderr"}
 """The streams, by their numbers in a record."""
 _PRINTED = frozenset(NAMES)
 _Decoder = getincrementaldecoder("utf-8")
+_FAR = 1 << 63  # more than the size of any file
+_NOTES = 64  # records that are not of output and stand together, at most
 
 
 @frozen
@@ -41,6 +43,52 @@ class Record:
         """Make a record of its 16 bytes."""
         number, rest = _FIELDS.unpack(data)
         return cls(rest & 0xFF, number, rest >> 8)
+
+
+class Damaged(OSError):
+    """A file of a task makes no sense, and never will."""
+
+
+class Cut(NamedTuple):
+    """What was cut out of the middle of an output and of its index; nothing if empty."""
+
+    start: int = 0
+    end: int = 0
+    """Of the output the bytes from ``start`` to before ``end``."""
+    first: int = 0
+    next: int = 0
+    """Of the index the records from number ``first`` to before ``next``.
+
+    All of them are of bytes that were cut.
+    """
+
+    @classmethod
+    def parse(cls, data: bytes) -> "Cut":
+        """Return what the file ``cut`` says, or raise ValueError.
+
+        Without the last two numbers an older shim has written it, which cuts no index.
+        """
+        numbers = [int(text) for text in data.split()]
+        start, end, first, stop = numbers if len(numbers) != 2 else (*numbers, 0, 0)
+        if not (0 <= start <= end < _FAR and 0 <= first <= stop < _FAR):
+            raise ValueError(data)
+        return cls(start, end, first // RECORD, stop // RECORD)
+
+    def holds(self, offset: int) -> bool:
+        """Return whether this byte of the output was cut."""
+        return self.start <= offset < self.end
+
+
+class Block(NamedTuple):
+    """Some thousands of records."""
+
+    first: int
+    """The number of the first one."""
+    data: bytes
+    more: bool
+    """Whether there may be more behind them."""
+    cut: Cut
+    """What was cut, looked at after they were read."""
 
 
 @frozen
@@ -64,13 +112,19 @@ class Output:
         """Raise OSError if there is no output any more; it costs next to nothing."""
         os.stat(self.folder / "output")
 
+    def index_size(self) -> int:
+        """Return how many bytes of the index are kept."""
+        try:
+            size = os.stat(self.folder / "output.idx").st_size
+        except FileNotFoundError:
+            return 0
+        cut = self._known_holes()
+        return max(0, size - (cut.next - cut.first) * RECORD)
+
     def weight(self) -> int:
         """Return how much work it is to read all of it, in bytes: small pieces are dear."""
-        try:
-            records = os.stat(self.folder / "output.idx").st_size
-        except FileNotFoundError:
-            records = 0
-        return self.size() + 4 * records
+        cut = self._known_holes()
+        return self.size() - (cut.end - cut.start) + 4 * self.index_size()
 
     def read(self, start: int, end: int) -> bytes:
         """Return the bytes from ``start`` to before ``end``, which are not too many."""
@@ -90,14 +144,31 @@ class Output:
 
     def cut(self) -> tuple[int, int]:
         """Return from which byte to before which byte the output was cut, or (0, 0)."""
-        path = os.path.join(self.folder, "cut")
-        if not os.path.exists(path):
-            return 0, 0
+        return self.holes()[:2]
+
+    def holes(self) -> Cut:
+        """Return what was cut of the output and of its index.
+
+        The shim says it before it cuts. So bytes that were read before this call, and that
+        it does not name, were read as they were written.
+
+        Raises: `Damaged` if the file that says it makes no sense.
+        """
+        path = self.folder / "cut"
         try:
-            start, end = map(int, Path(path).read_bytes().split())
+            return Cut.parse(path.read_bytes())
+        except FileNotFoundError:
+            return _WHOLE
         except ValueError as e:
-            raise OSError(EIO, "the file that says what was cut is damaged", path) from e
-        return start, end
+            message = "the file that says what was cut is damaged"
+            raise Damaged(EIO, message, str(path)) from e
+
+    def _known_holes(self) -> Cut:
+        """Return the same; if it is damaged, take nothing for cut."""
+        try:
+            return self.holes()
+        except Damaged:
+            return _WHOLE
 
     def character_start(self, offset: int) -> int:
         """Return where the character begins that ``offset`` is in the middle of."""
@@ -127,10 +198,27 @@ class Output:
 
     def records(self, first: int = 0) -> Iterator[Record]:
         """Yield the records of the index, beginning with number ``first``."""
-        while block := self.block(first):
-            for number, rest in _FIELDS.iter_unpack(block):
+        while (block := self.block(first)).data:
+            for number, rest in _FIELDS.iter_unpack(block.data):
                 yield Record(rest & 0xFF, number, rest >> 8)
-            first += len(block) // RECORD
+            first = block.first + len(block.data) // RECORD
+
+    def news(self, first: int) -> Iterator[tuple[int, Record]]:
+        """Yield the records that say more than the next one, from number ``first`` on.
+
+        These are, with their numbers, all that are not of output, and of those that are
+        the last of some thousands.
+        """
+        while (block := self.block(first)).data:
+            codes = block.data[8::RECORD]
+            wanted = [max(codes.rfind(code) for code in _PRINTED)]
+            if codes.translate(None, bytes(_PRINTED)):
+                wanted += [at for at, code in enumerate(codes) if code not in _PRINTED]
+            for at in sorted(wanted):
+                if at >= 0:
+                    data = block.data[at * RECORD : (at + 1) * RECORD]
+                    yield block.first + at, Record.parse(data)
+            first = block.first + len(codes)
 
     def stdout(self, end: int, start: int = 0) -> Iterator[str]:
         """Yield the text of standard output alone, from ``start`` to before ``end``."""
@@ -145,19 +233,32 @@ class Output:
                 parts, size = [], 0
         yield "".join(parts)
 
-    def block(self, first: int) -> bytes:
-        """Return some thousands of records as they are, from number ``first`` on."""
+    def block(self, first: int) -> Block:
+        """Return some thousands of records as they are, from number ``first`` on.
+
+        If that one was cut, from the first one behind what was cut.
+        """
         try:
             fd = os.open(self.folder / "output.idx", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            return b""
+            return Block(first, b"", more=False, cut=_WHOLE)
         try:
-            # A client may have made the number up.
-            at = min(first * RECORD, os.fstat(fd).st_size)
-            data = os.pread(fd, BLOCK * RECORD, at)
+            while True:
+                # A client may have made the number up.
+                at = min(first * RECORD, os.fstat(fd).st_size)
+                data = os.pread(fd, BLOCK * RECORD, at)
+                # Looked at after the read: what was cut meanwhile has been read as zeros.
+                cut = self.holes()
+                if not cut.first <= first < cut.next:
+                    break
+                first = cut.next
         finally:
             os.close(fd)
-        return data[: len(data) // RECORD * RECORD]
+        size = len(data) // RECORD
+        if first < cut.first < min(cut.next, first + size):
+            size = cut.first - first
+            return Block(first, data[: size * RECORD], more=True, cut=cut)
+        return Block(first, data[: size * RECORD], size == BLOCK, cut)
 
     def record_at(self, offset: int) -> int:
         """Return the number of the record of the byte at ``offset``, or one before it."""
@@ -167,10 +268,16 @@ class Output:
             return 0
         try:
             low, high = 0, os.fstat(fd).st_size // RECORD
+            cut = self.holes()
+            if cut.first < cut.next <= high:
+                low, high = (cut.next, high) if offset >= cut.end else (0, cut.first)
             while low < high:
                 middle = found = (low + high) // 2
                 record = Record.parse(os.pread(fd, RECORD, found * RECORD))
-                while record.code not in _PRINTED and found + 1 < high:
+                # Records that are cut meanwhile read as code 0, millions of them.
+                while record.code not in _PRINTED and found + 1 < min(
+                    high, middle + _NOTES
+                ):
                     found += 1
                     record = Record.parse(os.pread(fd, RECORD, found * RECORD))
                 if record.code not in _PRINTED or record.number > offset:
@@ -191,30 +298,43 @@ class Output:
         return None
 
     def last_line(self, limit: int = 4096) -> bytes:
-        """Return the last line of standard output; of a longer one, its last bytes."""
+        """Return the last line of standard output; of a longer one, its last bytes.
+
+        If a part of the line was cut, return the rest; b"" if nobody knows the line.
+        """
         tail = b""
         end = None
-        for record in self._backwards():
+        try:
+            cut = self.holes()
+        except Damaged:
+            return b""
+        for record in self._backwards(cut):
             if record.code not in {STDOUT, STDERR}:
                 continue
             if end is not None:
                 start = max(record.number, end - limit - 1)
-                tail = self.read(start, end) + tail
+                tail = self._kept(start, end, cut) + tail
                 end = None
                 if b"\n" in tail.rstrip(b"\n") or len(tail) > limit:
                     break
             if record.code == STDOUT:
                 end = record.number
         if end is not None:
-            tail = self.read(max(0, end - limit - 1), end) + tail
+            tail = self._kept(max(0, end - limit - 1), end, cut) + tail
         return tail.removesuffix(b"\n").rpartition(b"\n")[2]
 
-    def _backwards(self) -> Iterator[Record]:
+    def _kept(self, start: int, end: int, cut: Cut) -> bytes:
+        """Return the bytes from ``start`` to before ``end`` that are not before a hole."""
+        return self.read(cut.end if start < cut.end < end else start, end)
+
+    def _backwards(self, cut: Cut) -> Iterator[Record]:
+        """Yield records from the last one on, as far back as there is a hole."""
         try:
             with (self.folder / "output.idx").open("rb") as file:
                 at = file.seek(0, os.SEEK_END) // RECORD
-                while at > 0:
-                    first = max(0, at - BLOCK)
+                least = cut.next if cut.first < cut.next else 0
+                while at > least:
+                    first = max(least, at - BLOCK)
                     file.seek(first * RECORD)
                     data = file.read((at - first) * RECORD)
                     codes = data[8::RECORD]
@@ -228,6 +348,9 @@ class Output:
                     at = first
         except FileNotFoundError:
             return
+
+
+_WHOLE = Cut()
 
 
 def begin_of_character(data: bytes, at: int) -> int:
@@ -258,15 +381,13 @@ class Span(NamedTuple):
     """Milliseconds since the shim began."""
 
 
-def _spans(
-    block: bytes, first: int, start: int, end: int, *, timed: bool
-) -> Iterator[Span]:
+def _spans(block: Block, start: int, end: int, *, timed: bool) -> Iterator[Span]:
     """Yield which stream printed what from ``start`` to ``end``, as far as records say.
 
     Neighbours of one stream are one span, up to `PIECE`; if ``timed``, those of one time.
     """
-    stream, begin, known, at = 0, start, first, 0
-    for record, (stop, rest) in enumerate(_FIELDS.iter_unpack(block), first):
+    stream, begin, known, at = 0, start, block.first, 0
+    for record, (stop, rest) in enumerate(_FIELDS.iter_unpack(block.data), block.first):
         code = rest & 0xFF
         if stop <= start or code not in _PRINTED:
             continue
@@ -315,27 +436,37 @@ class Reader:
         """
         window = _Window(self.output)
         while self.offset < end:
-            first = self.record
-            block = self.output.block(first)
-            last = max(first, first + len(block) // RECORD - 1)
+            block = self.output.block(self.record)
+            if block.first > self.record and block.cut.holds(self.offset):
+                yield self._pass(block)
+                continue
             yield from self._known(window, block, end)
             if self.offset >= end:
                 return
+            behind = block.first + len(block.data) // RECORD
             if window.passed:
                 # Behind what was cut; its records are not read, they may be millions.
                 self.record = self.output.record_at(self.offset)
                 window.passed = False
-            elif len(block) == BLOCK * RECORD:
-                self.record = last
+            elif block.more:
+                self.record = behind
             else:
                 # The shim was killed between the bytes and their record.
+                last = max(block.first, behind - 1)
                 yield from self._read(window, Span(None, self.offset, end, last, 0), end)
                 window.passed = False
                 continue
             yield Chunk(None, self.offset, b"", 0)
 
-    def _known(self, window: "_Window", block: bytes, end: int) -> Iterator[Chunk]:
-        for span in _spans(block, self.record, self.offset, end, timed=self.timed):
+    def _pass(self, block: Block) -> Chunk:
+        """Go on behind what was cut with its records: nobody knows who printed it."""
+        start, end = self.offset, block.cut.end
+        self.offset, self.record = end, block.first
+        at = Record.parse(block.data[:RECORD]).at if block.data else 0
+        return Chunk(None, start, _marker(start, end).encode(), at)
+
+    def _known(self, window: "_Window", block: Block, end: int) -> Iterator[Chunk]:
+        for span in _spans(block, self.offset, end, timed=self.timed):
             if self.stream is not None and span.stream != self.stream:
                 self.offset, self.record = span.end, span.record
                 continue

@@ -45,7 +45,7 @@ class Bounds:
     total: float = 0
     silence: float = 0
     max_output: int = 0
-    """Bytes of output that are kept; of more the middle is cut. 0: all."""
+    """Bytes of output, and of its index; of more the middle is cut. 0: all is kept."""
 
 
 @frozen
@@ -55,7 +55,7 @@ class Keep:
     tasks: int = 0
     seconds: float = 0
     size: int = 0
-    """Bytes of output of all ended tasks."""
+    """Bytes of output of all ended tasks, with its indexes."""
     most: int = 0
     """Bytes of output that one task has on disk at most; see `Bounds.max_output`."""
 

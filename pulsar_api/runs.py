@@ -46,9 +46,10 @@ def read_exit(machine: Machine, folder: Path) -> Exit | None:
     except NOTHING:
         return None
     try:
-        return _parse_exit(data)
-    except (KeyError, ValueError):
+        exit = _parse_exit(data)
+    except (KeyError, ValueError, OverflowError):
         return Exit(error="The file with its result is damaged.", lost=True)
+    return evolve(exit, index_size=machine.output(folder).index_size())
 
 
 def _parse_exit(data: bytes) -> Exit:
@@ -233,7 +234,7 @@ class _Following:
         while True:
             try:
                 left = await self._machine.end(self._folder, numbers=numbers)
-                size = self._size()
+                size, index = self._sizes()
                 found = None if exit.lost else self.result()
             except OSError as e:
                 self.cannot_read(e)
@@ -243,13 +244,15 @@ class _Following:
             else:
                 break
         # It may have done its work in the last moment.
-        self._tell_end(found or evolve(exit, left=left, output_size=size))
+        exit = evolve(exit, left=left, output_size=size, index_size=index)
+        self._tell_end(found or exit)
 
-    def _size(self) -> int:
+    def _sizes(self) -> tuple[int, int]:
+        output = self._machine.output(self._folder)
         try:
-            return self._machine.output(self._folder).size()
+            return output.size(), output.index_size()
         except NotADirectoryError:
-            return 0
+            return 0, 0
 
     def cannot_read(self, error: OSError) -> None:
         """Log why the end is not known yet: no more descriptors, a disk that is ill."""
@@ -475,12 +478,6 @@ class AdoptedRun(_Following):
             self.lost(why, numbers=False)
 
     def _news(self) -> None:
-        printed = None
-        for record in self._machine.output(self._folder).records(self._seen):
-            self._seen += 1
-            if record.code in _PRINTED:
-                printed = record
-            else:
-                self._read(record)
-        if printed is not None:
-            self._read(printed)
+        for number, record in self._machine.output(self._folder).news(self._seen):
+            self._seen = number + 1
+            self._read(record)

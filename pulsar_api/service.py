@@ -627,6 +627,7 @@ class TaskService:
                 still_running=exit.left,
                 held=bool(exit.left) and (exit.lost or exit.cause is not Cause.ITSELF),
                 notes=notes,
+                index_size=exit.index_size,
             )
         )
 

@@ -181,11 +181,11 @@ class Settings:
         parse.days, "days for which an ended task is kept, 0: for ever", 365.0
     )
     max_state_size: int = _option(
-        parse.size, "bytes of output of ended tasks that are kept, 0: all", 0
+        parse.size, "bytes of output and index of ended tasks that are kept, 0: all", 0
     )
     max_output_size: int = _option(
         parse.size,
-        "bytes of output of one task; of more the middle is cut, 0: never",
+        "bytes of output of one task, and of its index; else the middle is cut, 0: never",
         1 << 30,
     )
     app_pattern: re.Pattern[str] | None = _option(

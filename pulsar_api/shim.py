@@ -229,6 +229,103 @@ def punch(fd: int, start: int, end: int) -> bool:
     return c_function("fallocate64", fd, PUNCH_HOLE, LongLong(start), length) == 0
 
 
+class Middle:
+    """What is cut out of an output that becomes too large, and out of its index.
+
+    Both are bounded: an output by ``limit`` and a sixteenth, its index by ``limit``, and
+    both by some blocks if that is less. The middle of both files becomes a hole, so offsets
+    stay what they are. The file ``cut`` says where both holes are, and it says so before it
+    is true.
+
+    A place is a pair: so many bytes of output, and so many of the records of them.
+    """
+
+    def __init__(self, limit: int, folder: int) -> None:
+        self.limit = max(limit, 2 * BLOCK) if limit else 0  # 0: all is kept
+        self.index_limit = max(limit, 16 * BLOCK)
+        self.half = self.limit // 2 // BLOCK * BLOCK
+        self.step = max(BLOCK, self.limit // 16 // BLOCK * BLOCK)
+        self.folder = folder
+        self.files = (-1, -1)  # the output and its index
+        self.begin = self.end = self.marked = (0, 0)  # of the holes; the newest place
+        self.places: list[tuple[int, int]] = []  # between two pieces, behind the holes
+        # The newest record of each code that is not of output, and where it is.
+        self.notes: dict[int, tuple[int, bytes]] = {}
+
+    def part(self, size: int, data: bytes) -> bytes:
+        """Return what of a piece is written at once: all, or up to where holes begin."""
+        end = self.half - size + 3
+        if not self.limit or self.begin[1] or len(data) <= end:
+            return data
+        return data[: end - incomplete(data[:end])]
+
+    def mark(self, size: int, indexed: int) -> None:
+        """Note that a piece and its record end here; the holes may begin here."""
+        if not self.limit:
+            return
+        if not self.begin[1]:
+            # The first half of either is kept.
+            if size >= self.half or indexed >= self.index_limit // 2:
+                self.begin = self.end = self.marked = (min(size, self.half), indexed)
+            return
+        before, indexed_before = self.marked
+        far = indexed >= indexed_before + self.index_limit // 16
+        if far or size >= before + self.step:
+            self.marked = (size, indexed)
+            self.places.append(self.marked)
+
+    def make_room(self, size: int, indexed: int, more: int) -> list[bytes]:
+        """Cut, if ``more`` bytes of output would be too many, or one more record.
+
+        Of the output its last half stays, unless its index is too large. If that is less
+        than ``more``, the hole ends behind the output: what is missing need not be written.
+        Returns records to be written again: those that are not of output and were cut.
+        """
+        if not (self.limit and self.begin[1]):
+            return []
+        (begin, index_begin), (end, index_end) = self.begin, self.end
+        if begin + size + more - end > self.limit + self.step:
+            end = (size + more - self.limit // 2) // BLOCK * BLOCK
+        # A few records that are not of output may come with the next one.
+        if index_begin + indexed + 16 * RECORD - index_end > self.index_limit:
+            least = indexed - self.index_limit // 4
+            end = max(end, next((o for o, i in self.places if i >= least), 0))
+        if end <= self.end[0]:
+            return []
+        passed = [place for place in self.places if place[0] <= end]
+        if passed:
+            index_end = passed[-1][1]
+        self.cut((end, index_end))
+        del self.places[: len(passed)]
+        lost = range(index_begin, self.end[1])
+        return [record for at, record in self.notes.values() if at in lost]
+
+    def cut(self, end: tuple[int, int]) -> None:
+        """Let the holes end further back; if that cannot be, never cut again."""
+        self.announce(end)
+        done = list(self.end)
+        for number, fd in enumerate(self.files):
+            if end[number] > done[number] and punch(fd, self.begin[number], end[number]):
+                done[number] = end[number]
+        self.end = (done[0], done[1])
+        if self.end == end:
+            return
+        # The file system cannot do it: keep all from here on rather than lose some
+        # unannounced. What was cut before stays announced.
+        self.limit = 0
+        if self.end == self.begin:
+            posix.unlink("cut", dir_fd=self.folder)
+        else:
+            self.announce(self.end)
+        complain("Nothing more is cut, however much is printed: fallocate(2) has failed.")
+
+    def announce(self, end: tuple[int, int]) -> None:
+        """Say where the holes begin and end: two numbers each."""
+        text = b"%d %d %d %d\n" % (self.begin[0], end[0], self.begin[1], end[1])
+        write_synced(self.folder, "cut.tmp", text)
+        posix.rename("cut.tmp", "cut", src_dir_fd=self.folder, dst_dir_fd=self.folder)
+
+
 class Clear:
     """What a stream goes through if there is nothing to mask (see ``mask.py``)."""
 
@@ -392,10 +489,8 @@ class Shim:
         self.output = -1
         self.index = -1
         self.size = 0
-        # Of more than the limit its first half is kept, and its last.
-        self.head = spec.limit // 2 // BLOCK * BLOCK
-        self.cut = self.head  # where what is cut ends
-        self.cut_step = max(BLOCK, spec.limit // 16 // BLOCK * BLOCK)
+        self.indexed = 0  # the size of the index with what waits to be written
+        self.middle = Middle(spec.limit, claim.folder)
         self.backlog: list[tuple[int, bytes]] = []  # (code, what is not written yet)
         self.records = b""  # for output.idx, not written yet
         self.written = 0  # how much of these is, as a limit may cut a record in two
@@ -432,8 +527,11 @@ class Shim:
     def record(self, code: int, number: int) -> None:
         """Let a record wait to be written."""
         since = int((time.monotonic() - self.began) * 1000)
-        self.records += number.to_bytes(8, "little")
-        self.records += (since << 8 | code).to_bytes(8, "little")
+        record = number.to_bytes(8, "little") + (since << 8 | code).to_bytes(8, "little")
+        if code not in (STDOUT, STDERR):
+            self.middle.notes[code] = (self.indexed, record)
+        self.records += record
+        self.indexed += RECORD
 
     def flush(self) -> None:
         """Write what waits; if the disk is full leave it, and the command waits too."""
@@ -446,45 +544,34 @@ class Shim:
                         records, self.records, self.written = self.records, b"", 0
                         self.tell(records)
                     continue
+                self.trim()
                 code, data = self.backlog[0]
-                written = posix.write(self.output, data)
+                piece = self.middle.part(self.size, data)
+                written = posix.write(self.output, piece)
                 self.size += written
                 self.backlog[0] = (code, data[written:])
+                if written == len(piece):
+                    self.record(code, self.size)
+                    self.middle.mark(self.size, self.indexed)
                 if written == len(data):
                     del self.backlog[0]
-                    self.record(code, self.size)
-                    self.trim()
         except OSError as e:
             if e.errno not in PASSING:
                 raise
 
     def trim(self) -> None:
-        """Cut the middle out of an output that has become too large.
-
-        Offsets stay what they are: the middle becomes a hole. The file ``cut`` says from
-        where to where, and it says so before it is true.
-        """
-        if not self.spec.limit or self.size <= self.spec.limit:
-            return
-        end = (self.size - self.spec.limit // 2) // BLOCK * BLOCK
-        if end < self.cut + self.cut_step:
-            return
-        self.announce_cut(end)
-        if punch(self.output, self.cut, end):
-            self.cut = end
-        else:
-            # The file system cannot do it: keep all rather than lose some unannounced.
-            # What was cut before stays announced.
-            self.spec.limit = 0
-            if self.cut > self.head:
-                self.announce_cut(self.cut)
-            else:
-                posix.unlink("cut", dir_fd=self.folder)
-
-    def announce_cut(self, end: int) -> None:
-        """Say from where to where the output is cut."""
-        write_synced(self.folder, "cut.tmp", b"%d %d\n" % (self.head, end))
-        posix.rename("cut.tmp", "cut", src_dir_fd=self.folder, dst_dir_fd=self.folder)
+        """Cut the middle out of what would be too large with the next piece."""
+        code, data = self.backlog[0]
+        for record in self.middle.make_room(self.size, self.indexed, len(data)):
+            self.middle.notes[record[8]] = (self.indexed, record)
+            self.records += record
+            self.indexed += RECORD
+        skip = self.middle.end[0] - self.size
+        if skip > 0:
+            # The begin of this piece is cut as well, and never written.
+            posix.ftruncate(self.output, self.size + skip)
+            self.size += skip
+            self.backlog[0] = (code, data[skip:])
 
     def tell(self, record: bytes) -> None:
         """Send news to the daemon, the newest if it reads slowly, none if it is gone."""
@@ -528,6 +615,7 @@ class Shim:
             self.output = posix.open("output", flags, 0o600, dir_fd=self.folder)
         if self.index < 0:
             self.index = posix.open("output.idx", flags, 0o600, dir_fd=self.folder)
+        self.middle.files = (self.output, self.index)
         for code in (STDOUT, STDERR)[len(self.streams) :]:
             mask = masker(self.spec.secrets, self.spec.library)
             self.streams.append(Stream(code, mask))
@@ -867,6 +955,14 @@ def drained(fd: int) -> bool:
         return not posix.read(fd, DROP_SIZE)
     except BlockingIOError:
         return False
+
+
+def complain(text: str) -> None:
+    """Tell the daemon, for its log, if it is still there."""
+    try:
+        posix.write(2, text.encode() + b"\n")
+    except OSError:
+        pass
 
 
 def write_synced(folder: int, name: str, data: bytes) -> None:

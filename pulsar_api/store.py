@@ -65,6 +65,7 @@ _SCHEMA = [
     """,
     "ALTER TABLE task ADD COLUMN secret_names TEXT NOT NULL DEFAULT '[]'",
     """
+    ALTER TABLE task ADD COLUMN index_size INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE task ADD COLUMN permit TEXT;
     ALTER TABLE task ADD COLUMN secret_file TEXT;
     ALTER TABLE task ADD COLUMN still_running TEXT NOT NULL DEFAULT '[]';
@@ -86,7 +87,7 @@ _SCHEMA = [
 
 _PLAIN = (
     "revision status command pid exit_code signal reason killed_by started_at ended_at "
-    "output_size permit secret_file held ended_steady"
+    "output_size index_size permit secret_file held ended_steady"
 ).split()
 _COLUMNS = [*_PLAIN, "still_running", "notes"]
 _UPDATE = (
@@ -357,7 +358,7 @@ class SQLiteStore:
             SELECT id FROM (
                 SELECT id, ended_steady, created_steady, idempotency_key, held,
                     row_number() OVER newest AS number,
-                    sum(min(output_size, :most)) OVER newest AS size
+                    sum(min(output_size, :most) + index_size) OVER newest AS size
                 FROM task WHERE ended_at IS NOT NULL
                 WINDOW newest AS (ORDER BY id DESC)
             )

@@ -111,6 +111,8 @@ class Exit:
     forced: bool = False
     """TERM was not enough: KILL was sent."""
     output_size: int = 0
+    index_size: int = 0
+    """Bytes that are kept of the index of the output."""
     unstarted: bool = False
     """The permit to start is valid and no shim has begun: it can be started now."""
     passing: bool = False
@@ -182,6 +184,8 @@ class TaskSnapshot:
     started_at: float | None = None
     ended_at: float | None = None
     output_size: int = 0
+    index_size: int = 0
+    """Bytes that are kept of the index of the output, when the task has ended."""
     permit: str | None = None
     """Names the permit under which the task was started; see `Executor.permit`."""
     secret_file: str | None = None

@@ -96,6 +96,7 @@ class MemoryStore:
                 continue
             number += 1
             size += min(row.output_size, keep.most or row.output_size)
+            size += row.index_size
             old = keep.seconds and (row.ended_steady or 0) < steady - keep.seconds
             if (0 < keep.tasks < number or old or 0 < keep.size < size) and (
                 row.id not in self.keys.values() or (row.created_steady or 0) < day_ago

@@ -399,13 +399,22 @@ def test_a_time_that_nobody_knows_is_not_shown(folder: Path) -> None:
     assert timed.moment(Chunk(1, 0, b"one\n", 0)) is None
 
 
-@pytest.mark.parametrize("damage", [b"", b"7", b"seven eight", b"1 2 3", b"\xff \xff"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(b"", b"7", b"seven eight", b"1 2 3", b"\xff \xff", b"2 1", b"-1 2"),
+        *(b"1 2 3 4 5", b"1 2 4 3", b"1 2 -3 4", b"1 2 3 %d" % (1 << 63)),
+    ],
+)
 def test_what_says_what_was_cut_may_be_damaged(folder: Path, damage: bytes) -> None:
-    """Then the output cannot be read, as if the disk were broken."""
+    """Then the output cannot be read, as if the disk were broken; its size is known."""
     output = printed(folder, [(shim.STDOUT, b"one\n")])
     (folder / "cut").write_bytes(damage)
     try:
         with pytest.raises(OSError, match="damaged"):
             output.cut()
+        # How a task has ended is known all the same.
+        assert output.last_line() == b""
+        assert output.index_size() == (folder / "output.idx").stat().st_size
     finally:
         (folder / "cut").unlink()

@@ -538,11 +538,12 @@ def keeping(keep: Keep) -> World:
     return World(Limits(Bounds(10), keep=keep))
 
 
-def ended(world: World, count: int, size: int = 0) -> None:
+def ended(world: World, count: int, size: int = 0, index: int = 0) -> None:
     """Let so many tasks run and end."""
     for _ in range(count):
         task = world.create()
-        world.executor.run(task.snapshot.id).end(0, output_size=size)
+        run = world.executor.run(task.snapshot.id)
+        run.end(0, output_size=size, index_size=index)
 
 
 def test_old_tasks_go_with_their_output_and_running_ones_stay() -> None:
@@ -625,6 +626,14 @@ def test_a_first_start_with_a_wrong_wall_clock_removes_nothing() -> None:
     world.restart()
     world.clock.pump([TIDY] * 3)
     assert list(world.store.rows) == [1, 2, 3]
+
+
+def test_the_index_of_an_output_takes_room_as_well() -> None:
+    """A task that printed byte by byte has more of it than of output."""
+    world = keeping(Keep(size=50, most=5))
+    ended(world, 6, size=10, index=20)
+    world.clock.advance(TIDY)
+    assert list(world.store.rows) == [5, 6]
 
 
 def test_a_task_is_kept_as_long_as_its_key_counts() -> None:

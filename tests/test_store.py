@@ -98,6 +98,7 @@ async def test_what_is_saved_is_found(store: TaskStore) -> None:
         started_at=2.0,
         ended_at=3.0,
         output_size=99,
+        index_size=32,
         revision=5,
     )
     await store.save(ended)
@@ -280,9 +281,10 @@ async def test_a_key_finds_its_task_for_a_time(store: TaskStore) -> None:
     [
         (Keep(), []),
         (Keep(tasks=2), [2, 3]),
-        (Keep(tasks=2, size=15), [2, 3, 4]),
-        (Keep(size=25), [2, 3]),
-        (Keep(size=12, most=5), [2, 3]),
+        (Keep(tasks=2, size=22), [2, 3, 4]),
+        (Keep(size=24, most=5), [2, 3]),
+        (Keep(size=23, most=5), [2, 3, 4]),
+        (Keep(size=34), [2, 3]),
         (Keep(seconds=65), [2]),
         (Keep(tasks=1), [2, 3]),
     ],
@@ -290,14 +292,18 @@ async def test_a_key_finds_its_task_for_a_time(store: TaskStore) -> None:
 async def test_only_ended_tasks_beyond_the_bounds_are_expired(
     store: TaskStore, keep: Keep, found: list[int]
 ) -> None:
-    """Oldest first; running ones and those whose key counts are not among them."""
+    """Oldest first; running ones and those whose key counts are not among them.
+
+    An output counts as far as it is kept, and its index with it.
+    """
     limit = 2 if keep == Keep(tasks=1) else 10
     for number in range(1, 6):
         created = await store.create(new(SPEC, 0.0, "key" if number == 5 else None))
         if number > 1:
             ended = evolve(created, status=Status.FINISHED, revision=2, output_size=10)
             end = 10.0 * number
-            await store.save(evolve(ended, ended_at=end, ended_steady=end))
+            ended = evolve(ended, ended_at=end, ended_steady=end, index_size=7)
+            await store.save(ended)
     assert await store.expired(keep, 90.0, limit) == found
 
 

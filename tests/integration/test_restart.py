@@ -11,11 +11,12 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from http.client import HTTPException
 from pathlib import Path
 from threading import Thread
@@ -267,7 +268,11 @@ def test_an_output_that_is_too_large_loses_its_middle_and_says_so(
     start: Start, repo: Path, script: Script
 ) -> None:
     """Begin and end are kept byte for byte, offsets stay what they are."""
-    code = "import os\nfor n in range(100000): os.write(1, b'%09d\\n' % n)\n"
+    # Not line by line, or the index might be too large before the output is.
+    code = (
+        "import os\nfor first in range(0, 100000, 100):\n"
+        "    os.write(1, b''.join(b'%09d\\n' % n for n in range(first, first + 100)))\n"
+    )
     script("talk", f"#!{sys.executable} -IS\n{code}")
     daemon = start("--command=scripts", f"--config-repo={repo}", "--max-output-size=256K")
     number = daemon.run("site", "prod", "talk")
@@ -287,6 +292,48 @@ def test_an_output_that_is_too_large_loses_its_middle_and_says_so(
     assert hashlib.sha256(text.encode()).digest() == (
         hashlib.sha256(expected.encode()).digest()
     )
+
+
+def test_an_index_that_is_too_large_loses_its_middle_over_a_restart(
+    start: Start, repo: Path, script: Script, tmp_path: Path
+) -> None:
+    """A byte at a time on both streams: whoever follows, or comes later, reads on."""
+    go = tmp_path / "go"
+    # With O_DIRECT each byte is read by itself, however slowly.
+    code = (
+        "import fcntl, os, time\n"
+        "for fd in (1, 2): fcntl.fcntl(fd, fcntl.F_SETFL, os.O_WRONLY | os.O_DIRECT)\n"
+        "def alternate():\n"
+        "    for _ in range(6000): os.write(1, b'o'); os.write(2, b'e')\n"
+        f"alternate()\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\n"
+        "alternate()\nprint('end')\n"
+    )
+    script("talk", f"#!{sys.executable} -IS\n{code}")
+    daemon = start("--command=scripts", f"--config-repo={repo}", "--max-output-size=20K")
+    daemon.arguments[daemon.arguments.index("--port") + 1] = str(daemon.port)
+    number = daemon.run("site", "prod", "talk")
+    index = daemon.output_file(number).with_name("output.idx")
+    wait_for(lambda: daemon.task(number)["outputSize"] == 12_000, "the first half")
+    assert daemon.task(number)["outputCut"]["from"] > 0
+    daemon.kill()
+    go.touch()
+    wait_for(lambda: index.stat().st_size > 20_000 * 16, "the second half")
+    daemon.start()
+    task = daemon.ended(number)
+    assert (task["exitCode"], task["outputSize"]) == (0, 24_004)
+    assert index.stat().st_size > 24_000 * 16
+    assert index.stat().st_blocks * 512 < 80_000
+    cut = daemon.task(number)["outputCut"]
+    line = f"\n[bytes {cut['from']} to {cut['to']} were cut: --max-output-size]\n"
+    for stream, letter in (("stdout", "o"), ("stderr", "e")):
+        text = daemon.get(f"/task/{number}/log?stream={stream}").body.decode()
+        before, _, after = text.partition(line)
+        assert set(before + after.removesuffix("end\n")) == {letter}
+        assert abs(len(before) - cut["from"] / 2) <= 1
+        assert abs(len(after) - (24_004 - cut["to"]) / 2) <= 4
+    with closing(sqlite3.connect(daemon.state / "pulsar-api.db")) as db:
+        (kept,) = db.execute("SELECT index_size FROM task").fetchone()
+    assert 0 < kept <= 65_536
 
 
 def test_old_tasks_are_removed_with_their_output(

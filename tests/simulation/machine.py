@@ -363,11 +363,15 @@ class Written:
         """Return the bytes of output."""
         return len(self._machine.content(self._folder / "output"))
 
-    def records(self, first: int = 0) -> Iterator[Record]:
-        """Return the records from number ``first`` on."""
+    def index_size(self) -> int:
+        """Return the bytes of the index."""
+        return len(self._machine.content(self._folder / "output.idx"))
+
+    def news(self, first: int) -> Iterator[tuple[int, Record]]:
+        """Return the records from number ``first`` on, with their numbers."""
         data = self._machine.content(self._folder / "output.idx")
         for at in range(first * RECORD, len(data) // RECORD * RECORD, RECORD):
-            yield Record.parse(data[at : at + RECORD])
+            yield at // RECORD, Record.parse(data[at : at + RECORD])
 
     def last_line(self) -> bytes:
         """Return nothing: no simulated command promises a line."""
