@@ -40,10 +40,10 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 class Spec:
-    """What to run, from the file ``spec``: fields, each ended by NUL."""
+    """What to run, from the file ``spec``: fields, each with its length before it."""
 
     def __init__(self, data: bytes) -> None:
-        fields = data.split(b"\0")
+        fields = split(data)
         self.grace, self.total, self.silence = (float(field) for field in fields[:3])
         numbers = [int(field) for field in fields[3:8]]
         self.limit, self.umask, self.files, count, secrets = numbers
@@ -51,7 +51,22 @@ class Spec:
         self.arguments = fields[10 : 10 + count]
         self.secrets = fields[10 + count : 10 + count + secrets]
         pairs = fields[10 + count + secrets :]
-        self.environment = dict(pair.split(b"=", 1) for pair in pairs if pair)
+        self.environment = dict(zip(pairs[::2], pairs[1::2], strict=True))
+
+
+def split(data: bytes) -> list[bytes]:
+    """Return the fields of a ``spec``; `ValueError` if it does not end with one.
+
+    The first of them says how many there are.
+    """
+    fields, at = [], 0
+    while at < len(data):
+        begin = at + 8
+        at = begin + int.from_bytes(data[at:begin], "little")
+        fields.append(data[begin:at])
+    if at != len(data) or not fields or int(fields[0]) != len(fields) - 1:
+        raise ValueError("the file spec is not whole")
+    return fields[1:]
 
 
 class CannotStart(Exception):
@@ -346,8 +361,9 @@ class Shim:
         name = spec.arguments[0]
         try:
             posix.chdir(spec.directory or ".")
-        except OSError as e:
-            raise CannotStart(f"cannot enter {text(spec.directory)}: {e.strerror}") from e
+        except (OSError, ValueError) as e:  # ValueError: NUL
+            why = getattr(e, "strerror", e)
+            raise CannotStart(f"cannot enter {text(spec.directory)}: {why}") from e
         posix.umask(spec.umask)
         if spec.files:
             hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -377,19 +393,23 @@ class Shim:
 
     def spawn(self, path: bytes) -> int:
         out, err = (stream.write_end for stream in self.streams)
-        return posix.posix_spawn(
-            path,
-            self.spec.arguments,
-            self.spec.environment,
-            file_actions=[
-                (posix.POSIX_SPAWN_OPEN, 0, "/dev/null", posix.O_RDONLY, 0),
-                (posix.POSIX_SPAWN_DUP2, out, 1),
-                (posix.POSIX_SPAWN_DUP2, err, 2),
-            ],
-            setpgroup=0,
-            setsigmask=(),
-            setsigdef=range(1, 32),
-        )
+        try:
+            return posix.posix_spawn(
+                path,
+                self.spec.arguments,
+                self.spec.environment,
+                file_actions=[
+                    (posix.POSIX_SPAWN_OPEN, 0, "/dev/null", posix.O_RDONLY, 0),
+                    (posix.POSIX_SPAWN_DUP2, out, 1),
+                    (posix.POSIX_SPAWN_DUP2, err, 2),
+                ],
+                setpgroup=0,
+                setsigmask=(),
+                setsigdef=range(1, 32),
+            )
+        except ValueError as e:  # NUL in an argument, = in the name of a variable
+            name = text(self.spec.arguments[0])
+            raise CannotStart(f"cannot start {name}: {e}") from e
 
     def reap(self) -> bool:
         """Take what has ended; return whether any descendant may be left."""
