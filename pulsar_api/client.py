@@ -9,7 +9,8 @@ All of it works on any Twisted reactor; nothing here starts or stops one::
     print((await client.wait(task.id)).exit_code)
 
 Connections that break and a daemon that is started again are not errors: what can be
-repeated is, for ``patience`` seconds without any answer.
+repeated is, for ``patience`` seconds without any answer. A server that accepts and does not
+answer is one, after ``deadline`` seconds; so is one that answers without end.
 """
 
 import json
@@ -20,7 +21,6 @@ from typing import Any, NoReturn, cast
 from urllib.parse import quote, urlencode
 from uuid import uuid4
 
-import treq
 from attrs import define, field, frozen
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import load_pem_x509_certificates
@@ -31,6 +31,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import (
     ConnectError,
     ConnectingCancelledError,
+    ConnectionAborted,
     ConnectionLost,
     DNSLookupError,
 )
@@ -40,7 +41,6 @@ from twisted.internet.ssl import Certificate, trustRootFromCertificates
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 from twisted.web.client import (
-    Agent,
     BrowserLikePolicyForHTTPS,
     HTTPConnectionPool,
     ResponseDone,
@@ -51,18 +51,33 @@ from twisted.web.error import SchemeNotSupported
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
+from pulsar_api.http_client import Body, Late, TooLarge, bounded_agent
+
 PATIENCE = 60.0
 """Seconds without any answer after which a client gives up."""
 FIRST = 3.0
 """The same, before the daemon has answered for the first time."""
+ANSWER = 20.0
+"""Seconds within which an answer must begin; and within which a small one must end."""
 SILENCE = 45.0
-"""Seconds without a byte after which an event stream is taken for dead.
+"""Seconds without a line after which an event stream is taken for dead.
 
 The daemon says each 15 seconds that it is alive.
 """
-_CONNECT = 10.0
+POLL = 25.0
+"""Seconds for which a long-poll asks the daemon to wait, if its settings allow so much."""
 _PAUSES = (0.05, 0.1, 0.2, 0.5, 1.0)  # seconds between two tries, the last one again
 _MANY = 1 << 20  # bytes that wait to be read before the daemon is asked to wait
+_LINE = 4 << 20  # bytes of one line of an event stream
+_TASK = 2 << 20  # bytes of a task without its output, and of an error
+_LISTED = 100  # tasks of that size in a list
+_FIELDS = frozenset(
+    {
+        *("id", "status", "app", "env", "action", "exitCode", "outputSize", "command"),
+        *("signal", "reason", "variables", "waitingFor", "url"),
+        *("createdAt", "startedAt", "endedAt"),
+    }
+)
 _BROKEN = (
     ConnectError,
     ConnectionLost,
@@ -181,6 +196,10 @@ class _Lines(Protocol):
     def dataReceived(self, data: bytes) -> None:
         """Take bytes."""
         *whole, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _LINE:
+            self._rest = b""
+            self.close()
+            self._end = Failure(TooLarge(_LINE))
         self._lines.extend(whole)
         self._held += len(data)
         if self._held > _MANY and not self._paused:
@@ -190,7 +209,7 @@ class _Lines(Protocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Take the end."""
-        self._end = reason
+        self._end = self._end or reason
         self._wake()
 
     def _wake(self) -> None:
@@ -207,6 +226,7 @@ class _Lines(Protocol):
             if self._end is not None:
                 if self._end.check(ResponseDone):
                     return None
+                self._end.trap(*_BROKEN)  # anything else is no reason to try again
                 raise ResponseFailed([self._end])
             if self._paused:
                 self._paused = False
@@ -232,7 +252,8 @@ class Client:
     """Talks to one daemon.
 
     ``ca_file``: certificates (PEM) to trust instead of those of the system. ``token`` is
-    sent as a bearer token.
+    sent as a bearer token. Each call ends: with what it is for, or with `Refused` or
+    `Unreachable`, whatever the server does.
     """
 
     _reactor: Any
@@ -240,6 +261,9 @@ class Client:
     token: str | None = None
     ca_file: Path | None = None
     patience: float = PATIENCE
+    deadline: float = ANSWER
+    silence: float = SILENCE
+    poll: float = POLL
     _new_key: Callable[[], str] = lambda: uuid4().hex
     met: bool = field(default=False, init=False)
     """Whether the daemon has answered anything."""
@@ -259,8 +283,7 @@ class Client:
             ]
             policy = BrowserLikePolicyForHTTPS(trustRootFromCertificates(found))
         self._pool = HTTPConnectionPool(self._reactor, persistent=True)
-        agent = Agent(self._reactor, policy, connectTimeout=_CONNECT, pool=self._pool)
-        self._http = HTTPClient(agent)
+        self._http = HTTPClient(bounded_agent(self._reactor, policy, self._pool))
 
     async def close(self) -> None:
         """Close the connections that are kept for later."""
@@ -286,11 +309,15 @@ class Client:
         body = {"action": action, "variables": dict(variables or {})}
         headers = {"Idempotency-Key": key or self._new_key()}
         made = await self._json("POST", path, body, headers)
+        if not isinstance(made.get("id"), int):
+            raise self._no_daemon("there is no number of a task")
         return await self.get(made["id"])
 
     async def get(self, task_id: int, output: str = "none") -> Task:
         """Return a task; with its output: ``full`` or ``tail``."""
-        return Task(await self._json("GET", f"/task/{task_id}?output={output}"))
+        most = None if output == "full" else _TASK
+        path = f"/task/{task_id}?output={output}"
+        return self._task(await self._json("GET", path, most=most))
 
     async def tasks(self, **query: object) -> list[Task]:
         """Return tasks, newest first.
@@ -298,13 +325,17 @@ class Client:
         Filters: limit, before, status, app, env, user, output.
         """
         given = {"output": "none", **query}
-        answer = await self._json("GET", f"/tasks?{urlencode(given)}")
-        tasks = [Task(data) for data in answer["tasks"].values()]
+        most = None if given["output"] == "full" else _LISTED * _TASK
+        answer = await self._json("GET", f"/tasks?{urlencode(given)}", most=most)
+        found = answer.get("tasks")
+        if not isinstance(found, dict):
+            raise self._no_daemon("there is no list of tasks")
+        tasks = [self._task(data) for data in found.values()]
         return sorted(tasks, key=lambda task: -task.id)
 
     async def kill(self, task_id: int) -> Task:
         """Ask for the end of a task and all its processes; of an ended one: nothing."""
-        return Task(await self._json("POST", f"/task/{task_id}/kill?output=none"))
+        return self._task(await self._json("POST", f"/task/{task_id}/kill?output=none"))
 
     async def free(self, app: str, env: str) -> list[int]:
         """Give back a target that processes hold which could not be killed.
@@ -319,9 +350,18 @@ class Client:
     async def wait(self, task_id: int) -> Task:
         """Return a task when it has ended."""
         while True:
-            answer = await self._json("GET", f"/task/{task_id}/state?output=none")
-            if answer["changed"] and Task(answer["task"]).ended:
-                return Task(answer["task"])
+            path = f"/task/{task_id}/state?output=none&timeout={self.poll:g}"
+            try:
+                answer = await self._json("GET", path, wait=self.poll)
+            except Refused as e:
+                if e.kind != "invalid-input" or self.poll <= 1:
+                    raise
+                self.poll = max(1.0, self.poll / 2)  # its settings allow less
+                continue
+            if answer.get("changed"):
+                task = self._task(answer.get("task"))
+                if task.ended:
+                    return task
 
     async def follow(self, task_id: int, offset: int = 0) -> AsyncIterator[Piece]:
         """Yield what a task prints, as it comes, from a byte of its output on.
@@ -346,8 +386,10 @@ class Client:
                     yield event
                     if event.kind == "end":
                         return
-            except (Refused, *_BROKEN) as e:
+            except (Refused, Late, *_BROKEN) as e:
                 error = e
+            except TooLarge as e:
+                raise self._no_daemon(e) from None
             await tries.again(error)
 
     async def _stream(
@@ -361,22 +403,27 @@ class Client:
         try:
             while (line := await self._line(lines)) is not None:
                 tries.begin()  # also a comment says that the daemon is there
-                name, _, value = line.decode().partition(": ")
+                name, _, value = line.decode("utf-8", "replace").partition(": ")
                 if name == "event":
                     kind = value
                 elif name == "id":
                     cursor = value
                 elif name == "data":
-                    end = int(cursor.partition("-")[0])
-                    yield Event(kind, json.loads(value), end), cursor
+                    yield self._event(kind, value, cursor), cursor
         finally:
             lines.close()
 
+    def _event(self, kind: str, text: str, cursor: str) -> Event:
+        try:
+            return Event(kind, json.loads(text), int(cursor.partition("-")[0]))
+        except (ValueError, RecursionError) as e:
+            raise self._no_daemon(e) from None
+
     async def _line(self, lines: _Lines) -> bytes | None:
         def silent(*_: object) -> NoReturn:
-            raise ConnectionLost("no byte for too long")
+            raise Late(self.silence)
 
-        return await lines.next().addTimeout(SILENCE, self._reactor, silent)
+        return await lines.next().addTimeout(self.silence, self._reactor, silent)
 
     async def _json(
         self,
@@ -384,22 +431,50 @@ class Client:
         path: str,
         body: object = None,
         headers: Mapping[str, str] | None = None,
-    ) -> Any:
-        """Send a request that may be repeated until it is answered; return its JSON."""
+        *,
+        wait: float = 0.0,
+        most: int | None = _TASK,
+    ) -> dict[str, Any]:
+        """Send a request that may be repeated until it is answered; return its JSON.
+
+        ``wait``: seconds for which the daemon may wait before it answers. ``most``: bytes
+        that the answer may have.
+        """
         tries = _Tries(self, self._reactor)
         while True:
             try:
-                response = await self._answer(method, path, body, headers or {})
-                return await treq.json_content(response)
-            except _BROKEN as e:
+                response = await self._answer(method, path, body, headers or {}, wait)
+                value = json.loads(await self._content(response, most))
+            except (Refused, Late, *_BROKEN) as e:
                 await tries.again(e)
-            except Refused as e:
-                await tries.again(e)
-            except json.JSONDecodeError as e:
-                raise Unreachable(self.url, f"what answers is no daemon ({e})") from None
+            except (TooLarge, ValueError, RecursionError) as e:
+                raise self._no_daemon(e) from None
+            else:
+                self.met = True
+                if isinstance(value, dict):
+                    return value
+                raise self._no_daemon("that is no object")
+
+    def _no_daemon(self, why: object) -> Unreachable:
+        return Unreachable(self.url, f"what answers is no daemon ({why})")
+
+    def _task(self, data: object) -> Task:
+        if isinstance(data, dict) and data.keys() >= _FIELDS:
+            return Task(data)
+        raise self._no_daemon("that is no task")
+
+    def _content(self, response: IResponse, most: int | None) -> Deferred[bytes]:
+        body = Body(self._reactor, self.deadline, most)
+        response.deliverBody(body)
+        return body.whole
 
     async def _answer(
-        self, method: str, path: str, body: object, headers: Mapping[str, str]
+        self,
+        method: str,
+        path: str,
+        body: object,
+        headers: Mapping[str, str],
+        wait: float = 0.0,
     ) -> IResponse:
         given = Headers({name: [value] for name, value in headers.items()})
         data = None
@@ -409,9 +484,7 @@ class Client:
         if self.token is not None:
             given.setRawHeaders("Authorization", [f"Bearer {self.token}"])
         try:
-            response: Any = await self._http.request(
-                method, self.url + path, data=data, headers=given, allow_redirects=False
-            )
+            response = await self._head(method, path, data, given, wait + self.deadline)
         except (SSL.Error, *_BROKEN) as e:
             why = _tls_reason(e)
             if why:
@@ -421,22 +494,44 @@ class Client:
             raise CancelledError from None
         except (ValueError, TypeError, SchemeNotSupported) as e:
             raise Unreachable(self.url, f"no address of a daemon: {e}") from None
+        if response.code >= 300:
+            raise await self._refusal(response)
+        return cast("IResponse", response)
+
+    def _head(
+        self, method: str, path: str, data: bytes | None, headers: Headers, seconds: float
+    ) -> Deferred[Any]:
+        """Send a request; fire with the head of its answer, or fail with `Late`."""
+
+        def late(*_: object) -> NoReturn:
+            raise Late(seconds)
+
+        answer: Deferred[Any] = self._http.request(
+            method,
+            self.url + path,
+            data=data,
+            headers=headers,
+            allow_redirects=False,
+            unbuffered=True,  # else treq would keep all that is ever followed
+        )
+        return answer.addTimeout(seconds, self._reactor, late)
+
+    async def _refusal(self, response: Any) -> ClientError:
+        """Return what an answer that is no success means."""
+        text = await self._content(response, _TASK)
         self.met = True
-        if response.code < 300:
-            return cast("IResponse", response)
-        text = await treq.content(response)
         try:
             problem = json.loads(text)
             kind = problem["type"].rpartition(":")[2]
-            detail = problem["detail"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            detail = f"what answers is no daemon (status {response.code})"
+            detail = str(problem["detail"])
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            error = self._no_daemon(f"status {response.code}")
             if response.code in _GATEWAY:
-                raise Refused(response.code, "gateway", detail) from None
-            raise Unreachable(self.url, detail) from None
+                return Refused(response.code, "gateway", error.detail)
+            return error
         after = response.headers.getRawHeaders("retry-after", [None])[0]
         wait = None if after is None or not after.isdigit() else float(after)
-        raise Refused(response.code, kind, detail, wait)
+        return Refused(response.code, kind, detail, wait)
 
 
 def _tls_reason(error: BaseException) -> str:
@@ -465,6 +560,7 @@ class _Tries:
 
     def begin(self) -> None:
         """There was an answer."""
+        self.client.met = True
         self._count = 0
         self._since = None
 
@@ -478,10 +574,11 @@ class _Tries:
                 raise error
             seconds = min(error.retry_after or 0.0, 5.0)
         now = self._reactor.seconds()
-        self._since = now if self._since is None else self._since
+        waited = error.seconds if isinstance(error, Late) else 0.0
+        since = self._since = now - waited if self._since is None else self._since
         client = self.client
         patience = client.patience if client.met else min(client.patience, FIRST)
-        if now >= self._since + patience:
+        if now >= since + patience:
             if isinstance(error, Refused):
                 raise error
             raise Unreachable(client.url, _reason(error)) from None
@@ -490,7 +587,9 @@ class _Tries:
         await deferLater(self._reactor, max(pause, seconds))
 
 
-def _reason(error: Exception | None) -> str:
+def _reason(error: BaseException | None) -> str:
     if isinstance(error, ResponseFailed):
-        return "; ".join(failure.getErrorMessage() for failure in error.reasons)
+        return "; ".join(_reason(failure.value) for failure in error.reasons)
+    if isinstance(error, ConnectionAborted):  # by nobody but us
+        return "the head of its answer does not end"
     return str(error) if error is not None else "the connection is closed again and again"

@@ -203,6 +203,8 @@ class Commands:
             raise InvalidInput("action", f"at most {MAX_ACTION} characters are allowed")
         if action in self.names.forbidden_actions:
             raise InvalidInput("action", "the settings of this daemon forbid it")
+        if spec.user is not None:
+            check_printable("user", spec.user)
         self._check_variables(spec.variables)
 
     def _check_variables(self, variables: Mapping[str, str]) -> None:
@@ -214,6 +216,9 @@ class Commands:
             where = f"variables.{key[:MAX_NAME]}"
             if not self.names.variable.fullmatch(key):
                 raise InvalidInput(where, f"a key must match {self.names.variable.pattern}")
+            check_printable(where, key)
+            if "=" in key:
+                raise InvalidInput(where, "a key must not contain =")
             if self.template.word_keys and not re.fullmatch(r"\w+", key, re.ASCII):
                 raise InvalidInput(where, "for this command a key is only A-Z a-z 0-9 _")
             by_name = self.template.into_environment or self.template.word_keys
@@ -309,33 +314,55 @@ class Commands:
 
 
 def shown(command: Command) -> str:
-    """Return a command as one line for reading; nobody runs it.
+    """Return a command as one line of printable characters, as a shell would read it.
 
-    Bytes of our own settings that are no UTF-8 are shown as U+FFFD.
+    For people and logs; nobody runs it.
     """
-    line = shlex.join(command.shown or command.arguments)
-    return line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return " ".join(map(_quoted, command.shown or command.arguments))
+
+
+_ESCAPES = {"\n": r"\n", "\r": r"\r", "\t": r"\t", "\\": r"\\", "'": r"\'"}
+
+
+def _quoted(argument: str) -> str:
+    if argument.isprintable():
+        return shlex.quote(argument)
+    return "$'" + "".join(map(_escaped, argument)) + "'"
+
+
+def _escaped(character: str) -> str:
+    if character in _ESCAPES:
+        return _ESCAPES[character]
+    if character.isprintable():
+        return character
+    # Three digits always: what follows must not become a part of the number.
+    data = character.encode("utf-8", "surrogateescape")
+    return "".join(f"\\{byte:03o}" for byte in data)
+
+
+def check_printable(field: str, text: str) -> None:
+    """Raise `InvalidInput` for what no name may be, whatever the settings allow.
+
+    NUL would end an argument or a variable, a line's end would begin another line in a log
+    or a record, and a program would take what begins with a hyphen for an option.
+    """
+    if not text:
+        raise InvalidInput(field, "must not be empty")
+    if text.startswith("-"):
+        raise InvalidInput(field, "must not begin with -")
+    if not text.isprintable():
+        raise InvalidInput(field, "must consist of printable characters")
 
 
 def _check_name(field: str, value: str, pattern: re.Pattern[str], limit: int) -> None:
     if len(value) > limit:
         raise InvalidInput(field, f"at most {limit} characters are allowed")
-    odd = any("\ud800" <= character <= "\udfff" for character in value)
-    if not pattern.fullmatch(value) or ".." in value or odd:
+    if not pattern.fullmatch(value) or ".." in value:
         raise InvalidInput(
             field, f"must match {pattern.pattern}, without two dots in a row"
         )
+    check_printable(field, value)
 
 
 def _fill(argument: str, places: Mapping[str, str | None]) -> str:
-    def value(found: re.Match[str]) -> str:
-        text = places[found[1]] or ""
-        if (
-            found.start() == 0
-            and text.startswith("-")
-            and found[1] in {"app", "env", "action"}
-        ):
-            raise InvalidInput(found[1], "must not begin with -")
-        return text
-
-    return _PLACES.sub(value, argument)
+    return _PLACES.sub(lambda found: places[found[1]] or "", argument)

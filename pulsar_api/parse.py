@@ -14,6 +14,15 @@ def text(value: object) -> str:
     return value
 
 
+def name(value: object) -> str:
+    found = text(value)
+    if found.startswith("-") or not found.isprintable():
+        raise ValueError(
+            "needs a name of printable characters that does not begin with a hyphen"
+        )
+    return found
+
+
 def flag(value: object) -> bool:
     # On the command line a flag is 0 or 1.
     if not isinstance(value, bool) and value not in (0, 1):

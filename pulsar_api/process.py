@@ -326,11 +326,14 @@ class ShimExecutor:
             command.directory or "/",
             *command.arguments,
             *(text.decode() for text in command.secrets),
-            *(f"{key}={value}" for key, value in command.environment.items()),
-            f"{orphans.MARK}={folder}",
+            *(text for pair in command.environment.items() for text in pair),
+            *(orphans.MARK, str(folder)),
         ]
         # Always UTF-8, whatever the locale; odd bytes of our own environment stay as is.
-        data = "".join(f"{text}\0" for text in fields).encode("utf-8", "surrogateescape")
+        encoded = [text.encode("utf-8", "surrogateescape") for text in fields]
+        encoded.insert(0, b"%d" % len(encoded))
+        # Lengths, as no sign is safe from standing in a text.
+        data = b"".join(len(text).to_bytes(8, "little") + text for text in encoded)
         # A shim that comes late, from before a restart, must not read half of it.
         self._machine.write(folder / "spec.tmp", data)
         self._machine.rename(folder / "spec.tmp", folder / "spec")

@@ -64,7 +64,7 @@ class Settings:
         file_only=True,
     )
     auth_username: str | None = _option(
-        parse.text, "static: who is let in; github: the daemon's own user there"
+        parse.name, "static: who is let in; github: the daemon's own user there"
     )
     auth_password: str | None = _option(
         parse.text,

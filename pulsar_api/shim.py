@@ -49,10 +49,10 @@ EXITING = 4  # PF_EXITING, a flag of a process that has begun to end
 
 
 class Spec:
-    """What to run, from the file ``spec``: fields, each ended by NUL."""
+    """What to run, from the file ``spec``: fields, each with its length before it."""
 
     def __init__(self, data: bytes) -> None:
-        fields = data.split(b"\0")
+        fields = split(data)
         self.grace, self.total, self.silence = (float(field) for field in fields[:3])
         numbers = [int(field) for field in fields[3:8]]
         self.limit, self.umask, self.files, count, secrets = numbers
@@ -60,7 +60,22 @@ class Spec:
         self.arguments = fields[10 : 10 + count]
         self.secrets = fields[10 + count : 10 + count + secrets]
         pairs = fields[10 + count + secrets :]
-        self.environment = dict(pair.split(b"=", 1) for pair in pairs if pair)
+        self.environment = dict(zip(pairs[::2], pairs[1::2], strict=True))
+
+
+def split(data: bytes) -> list[bytes]:
+    """Return the fields of a ``spec``; `ValueError` if it does not end with one.
+
+    The first of them says how many there are.
+    """
+    fields, at = [], 0
+    while at < len(data):
+        begin = at + 8
+        at = begin + int.from_bytes(data[at:begin], "little")
+        fields.append(data[begin:at])
+    if at != len(data) or not fields or int(fields[0]) != len(fields) - 1:
+        raise ValueError("the file spec is not whole")
+    return fields[1:]
 
 
 class CannotStart(Exception):
@@ -627,8 +642,9 @@ class Shim:
         self.began = self.last_output = time.monotonic()
         try:
             posix.chdir(spec.directory or ".")
-        except OSError as e:
-            raise CannotStart(f"cannot enter {text(spec.directory)}: {e.strerror}") from e
+        except (OSError, ValueError) as e:  # ValueError: NUL
+            why = getattr(e, "strerror", e)
+            raise CannotStart(f"cannot enter {text(spec.directory)}: {why}") from e
         posix.umask(spec.umask)
         candidates = [name]
         if b"/" not in name:
@@ -673,6 +689,9 @@ class Shim:
                 setsigmask=(),
                 setsigdef=_signal.valid_signals(),
             )
+        except ValueError as e:  # NUL in an argument, = in the name of a variable
+            name = text(self.spec.arguments[0])
+            raise CannotStart(f"cannot start {name}: {e}") from e
         finally:
             for limit, soft in ours:
                 set_soft_limit(limit, soft)

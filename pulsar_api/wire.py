@@ -42,7 +42,7 @@ class UnsupportedMedia(PulsarError):
 
 def parse_query(query: bytes) -> dict[str, str]:
     """Return the parameters of a URL; of a repeated one the last."""
-    return _fields("query", query)
+    return _without_nul("query", _fields("query", query))
 
 
 def _fields(where: str, data: bytes) -> dict[str, str]:
@@ -60,6 +60,13 @@ def _fields(where: str, data: bytes) -> dict[str, str]:
     except ValueError:
         raise InvalidInput(where, f"at most {_MAX_FIELDS} fields are allowed") from None
     return dict(pairs)
+
+
+def _without_nul(where: str, fields: dict[str, str]) -> dict[str, str]:
+    for name, value in fields.items():
+        if "\0" in name or "\0" in value:
+            raise InvalidInput(where if "\0" in name else name, "NUL is not allowed")
+    return fields
 
 
 @frozen
@@ -119,7 +126,7 @@ def parse_form(content_type: str, body: bytes) -> dict[str, str]:
         != "application/x-www-form-urlencoded"
     ):
         raise UnsupportedMedia(content_type[:100])
-    return _fields("body", body)
+    return _without_nul("body", _fields("body", body))
 
 
 def parse_key(given: Sequence[str] | None) -> str | None:

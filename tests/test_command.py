@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 
 import pytest
 from attrs import evolve
@@ -18,7 +19,7 @@ from pulsar_api.command import (
     shown,
 )
 from pulsar_api.errors import InvalidInput, SettingsError
-from pulsar_api.task import TaskSpec
+from pulsar_api.task import Command, TaskSpec
 
 SPEC = TaskSpec("site", "production", "deploy", {"branch": "main", "tag": "a b"}, "alice")
 BASE = {"PATH": "/bin", "HOME": "/home/d", "NOTIFY_SOCKET": "/run/x", "PULSAR_VAR_old": "1"}
@@ -267,6 +268,54 @@ def test_patterns_are_settings() -> None:
         loose.check(evolve(SPEC, action="shell"))
 
 
+_ALL = re.compile(r"(?s:.*)")
+ANYTHING = Names(_ALL, _ALL, _ALL, _ALL)
+"""What an operator sets who wants to allow everything."""
+NO_NAMES = [
+    *("", "-x", "--config", "-"),
+    *("deploy\0LD_PRELOAD=/tmp/x.so", "a\nTask 5 finished:", "a\rb", "a\x1b[2K", "a\x7f"),
+    *("a\x85b", "a\u2028b", "\u202eyolped", "\ud800", "a\udfff"),
+]
+
+
+def everything_allowed(name: str) -> Commands:
+    """Return what makes commands of a preset where every pattern matches everything."""
+    return evolve(commands(name), names=ANYTHING)
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "run --for={user} {app} {env} {action}"])
+@pytest.mark.parametrize("field", ["app", "env", "action", "user"])
+@pytest.mark.parametrize("bad", NO_NAMES, ids=ascii)
+def test_no_pattern_allows_what_no_name_may_be(name: str, field: str, bad: str) -> None:
+    """No NUL, no option, no line of a log, nothing that cannot be seen."""
+    loose = everything_allowed(name)
+    spec = evolve(SPEC, variables={}, **{field: bad})  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput) as raised:
+        loose.check(spec)
+    assert raised.value.field == field
+    good = evolve(SPEC, variables={}, **{field: "to be - ö; $(id)"})  # type: ignore[arg-type]
+    loose.check(good)
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "run {variables}"])
+@pytest.mark.parametrize("bad", [*NO_NAMES, "x=1\0FORGED", "a=b", "=", "LD_PRELOAD=x"])
+def test_no_pattern_allows_what_no_key_may_be(name: str, bad: str) -> None:
+    """Nor a sign that would make a name and a value of it."""
+    with pytest.raises(InvalidInput) as raised:
+        everything_allowed(name).check(evolve(SPEC, variables={bad: "1"}))
+    assert raised.value.field == f"variables.{bad}"
+
+
+@pytest.mark.parametrize("field", ["app", "env"])
+def test_a_listing_checks_names_like_a_task(field: str) -> None:
+    """It runs a program with them, too."""
+    for bad in NO_NAMES:
+        names = {"app": "site", "env": "production", field: bad}
+        with pytest.raises(InvalidInput) as raised:
+            everything_allowed("scripts").listing(**names)
+        assert raised.value.field == field
+
+
 values = st.text(
     st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=50
 )
@@ -302,6 +351,18 @@ def test_a_command_is_shown_as_one_line() -> None:
     """Quoted for reading."""
     command = Commands(Template(("a", "b c", "$d")), {}).command(SPEC, 1)
     assert shown(command) == "a 'b c' '$d'"
+
+
+def test_no_value_begins_a_line_where_a_command_is_shown() -> None:
+    """Logs show it: each sign that is no text is written as a shell reads it."""
+    data = [bytes([n]) for n in range(1, 256)]
+    texts = [n.decode("utf-8", "surrogateescape") for n in data]
+    texts += ["", "a\nTask 5 finished:", "\r'\\\n", "\x85 \u2028", "ü\t𝄞", "\u202e1"]
+    line = shown(Command(("printf", r"%s\0", *texts), {}))
+    assert line.isprintable()
+    told = subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout
+    expected = [text.encode("utf-8", "surrogateescape") for text in texts]
+    assert told.split(b"\0")[:-1] == expected
 
 
 @pytest.mark.parametrize("name", list(PRESETS))

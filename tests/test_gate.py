@@ -224,6 +224,13 @@ def test_credentials_do_not_show_their_secret() -> None:
     assert Credentials("a", "b").key != Credentials("ab", "").key
 
 
+def test_no_two_credentials_are_remembered_as_one() -> None:
+    """However the signs are shared out between name and password."""
+    texts = ["", "a", "b", "\0", "a\0", "\0b", "a\0b", "1", "1:", ":", "1:a", "11", "é"]
+    keys = {Credentials(user, secret).key for user in texts for secret in texts}
+    assert len(keys) == len(texts) ** 2
+
+
 def test_one_who_hangs_up_has_guessed_all_the_same(world: World) -> None:
     """Else the brake, and the audit log, could be passed by not waiting."""
     heard: list[str] = []

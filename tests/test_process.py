@@ -20,11 +20,13 @@ from uuid import uuid4
 import ahocorasick_rs
 import pytest
 from attrs import define, field
+from hypothesis import given
+from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.task import deferLater
+from twisted.internet.task import Clock, deferLater
 
-from pulsar_api import process, shim
+from pulsar_api import orphans, process, shim
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.machine import USUAL, LocalMachine
 from pulsar_api.output import Output, Record
@@ -354,6 +356,63 @@ async def test_a_promised_last_line_decides_whether_code_0_is_good(
     assert (exit.code, exit.good) == (0, good)
 
 
+# -- what it is told to do
+
+texts = st.text(
+    st.characters(exclude_categories=["Cs"]) | st.sampled_from("\0=\udc80\udcff")
+)
+
+
+def raw(text: str) -> bytes:
+    """Return a text as the kernel gets it."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+class NoProcess:
+    """Stands for a reactor that starts nothing, so that the file ``spec`` stays."""
+
+    def spawnProcess(self, *_: object, **__: object) -> None:
+        """Start nothing."""
+
+
+def written(folder: str, command: Command, bounds: Bounds) -> bytes:
+    """Return what a shim is told."""
+    machine = LocalMachine(NoProcess())
+    executor = ShimExecutor(machine, Clock(), Path(folder), str, 0o27, 99)
+    (Path(folder) / "1").mkdir()
+    executor.start(1, command, bounds, Story())
+    return (Path(folder) / "1" / "spec").read_bytes()
+
+
+@given(
+    st.lists(texts, min_size=1),
+    st.dictionaries(texts, texts),
+    st.lists(st.text().map(str.encode)),
+)
+def test_a_shim_reads_what_was_written_for_it(
+    arguments: list[str], environment: dict[str, str], secrets: list[bytes]
+) -> None:
+    """Whatever stands in a text, it is that text: no sign separates one from the next."""
+    command = Command(tuple(arguments), environment, secrets=tuple(secrets))
+    with tempfile.TemporaryDirectory() as folder:
+        spec = shim.Spec(written(folder, command, Bounds(1.5, 2, 3, 4)))
+    assert (spec.grace, spec.total, spec.silence) == (1.5, 2, 3)
+    assert (spec.limit, spec.umask, spec.files) == (4, 0o27, 99)
+    assert (spec.arguments, spec.secrets) == (list(map(raw, arguments)), secrets)
+    assert spec.directory == b"/"
+    pairs = {raw(key): raw(value) for key, value in environment.items()}
+    assert spec.environment == {**pairs, raw(orphans.MARK): raw(f"{folder}/1")}
+
+
+def test_a_spec_that_was_cut_is_not_read(tmp_path: Path) -> None:
+    """Half of an environment would be another one."""
+    whole = written(str(tmp_path), Command(("x", "y"), {"a": "b"}), Bounds(1))
+    shim.Spec(whole)
+    for length in range(len(whole)):
+        with pytest.raises(ValueError):  # noqa: PT011 - of several kinds
+            shim.Spec(whole[:length])
+
+
 # -- what cannot be started
 
 
@@ -366,6 +425,19 @@ async def has_not_started(started: Started) -> str:
     assert "Traceback" not in exit.error
     assert "\n" not in exit.error
     return exit.error
+
+
+async def test_nul_sets_no_other_variable(runner: Runner) -> None:
+    """Nor ends an argument: the command is not started, and the reason says why."""
+    forged = {"x=1\0FORGED": "1"}, {"x": "1\0FORGED=1"}, {"a=b": "c"}
+    for number, more in enumerate(forged, 1):
+        environment = {**runner.environment, **more}
+        why = await has_not_started(
+            runner.start("/usr/bin/env", environment=environment, number=number)
+        )
+        assert why.startswith("cannot start /usr/bin/env: ")
+    why = await has_not_started(runner.start("/bin/echo", "a\0b", number=9))
+    assert why == "cannot start /bin/echo: embedded null byte"
 
 
 async def test_a_command_that_is_in_no_folder_of_path_is_an_error(runner: Runner) -> None:
@@ -830,9 +902,10 @@ def test_any_number_of_pieces_may_wait_to_be_written(
     """They are written in their order, each with its record."""
     monkeypatch.chdir(tmp_path)
     here = os.open(".", os.O_RDONLY)
+    told = written(str(tmp_path), Command(("true",), {}), Bounds(5))
     claim = shim.Claim()
     claim.folder = here
-    watcher = shim.Shim(shim.Spec(SPEC), shim.Ear(-1), claim)
+    watcher = shim.Shim(shim.Spec(told), shim.Ear(-1), claim)
     watcher.open_files()
     watcher.daemon = -1
     watcher.backlog = [(shim.STDOUT + n % 2, b"%d\n" % n) for n in range(5000)]

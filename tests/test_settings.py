@@ -560,6 +560,15 @@ class TestTogether:
         """Nor everybody."""
         assert refusal(given).startswith(said)
 
+    @pytest.mark.parametrize(
+        "name", ["-x", "a\nTask 1 killed", "a\rb", "\x1b[2K", "a\u2028"]
+    )
+    def test_a_user_is_named_in_one_line(self, name: str) -> None:
+        """It stands in logs, in the environment of tasks and perhaps in an argument."""
+        text = refusal({"auth-username": name})
+        assert text.startswith("--auth-username: needs a name")
+        assert "\n" not in text
+
     def test_any_auth_option_means_github(self) -> None:
         """As the document has it; and without one nobody is asked."""
         assert load({"auth-members": "a, b"}, {}).auth_provider == "github"

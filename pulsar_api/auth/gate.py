@@ -38,7 +38,8 @@ class Credentials:
     @property
     def key(self) -> bytes:
         """What to remember them by."""
-        text = f"{self.user}\0{self.secret}".encode("utf-8", "surrogatepass")
+        # The length says where the name ends, whatever sign is in it.
+        text = f"{len(self.user)}:{self.user}{self.secret}".encode("utf-8", "surrogatepass")
         return hashlib.sha256(text).digest()
 
 

@@ -88,7 +88,7 @@ cat /proc/$$/environ
 class Printer:
     """A daemon whose only program prints what it was given, byte for byte."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self.marker = folder / "marker"
         """Is there as soon as the program has run."""
         self.program = folder / "print arguments"
@@ -97,7 +97,7 @@ class Printer:
         template = (
             f"{shlex.quote(str(self.program))} {{app}} {{env}} {{action}} {{variables}}"
         )
-        self.daemon = Daemon(folder, "--command", template)
+        self.daemon = Daemon(folder, *options, "--command", template)
 
     def traces(self) -> tuple[set[str], set[str], bool]:
         """Return which tasks are recorded, which had a folder, and whether one ran."""
@@ -245,6 +245,65 @@ def test_a_path_of_another_form_is_refused(refusing: Printer, path: str) -> None
     answer = refusing.post(f"{path}?action=run")
     assert answer.status in {400, 404, 405}
     problem(answer, answer.status, answer.json().get("field"))
+
+
+# -- whatever the settings allow
+
+ALL = "".join(f"{name}-pattern = '(?s:.*)'\n" for name in ("app", "env", "action"))
+
+
+@pytest.fixture(scope="module")
+def loose(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Printer]:
+    """Return a daemon whose settings allow every name."""
+    folder = tmp_path_factory.mktemp("loose")
+    (folder / "all.toml").write_text(f"{ALL}variable-pattern = '(?s:.*)'\n")
+    printer = Printer(folder, "--config", str(folder / "all.toml"))
+    yield printer
+    printer.daemon.stop()
+    assert "Traceback" not in printer.daemon.log.read_text()
+
+
+UNNAMEABLE = [
+    *("deploy\0LD_PRELOAD=/tmp/x.so", "\0", "-x", "--config", "", "a\nTask 1 killed: x"),
+    *("a\r\nb", "\x1b]0;x\x07", "a\x85b", "a\u2028b"),
+]
+
+
+@pytest.mark.parametrize("name", UNNAMEABLE, ids=short)
+def test_a_pattern_that_allows_everything_allows_no_forgery(
+    loose: Printer, name: str
+) -> None:
+    """No other variable, no option, no line of a log; each field is named."""
+    encoded = quote(name, safe="")
+    site = "/site/production"
+    if name:
+        refused(loose.post(f"/{encoded}/production?action=run"), "app")
+        refused(loose.post(f"/site/{encoded}?action=run"), "env")
+    refused(loose.post(site, json.dumps({"action": name}), JSON), "action")
+    refused(loose.post(f"{site}?action={encoded}"), "action")
+    for key in (name, "x=1\0FORGED", "a=b"):
+        body = json.dumps({"action": "run", "variables": {key: "1"}})
+        refused(loose.post(site, body, JSON), f"variables.{key}")
+        form = urlencode({"action": "run", f"variables[{key}]": "1"})
+        refused(loose.post(site, form, FORM), f"variables.{key}")
+    if "\0" in name:
+        refused(loose.daemon.get(f"/tasks?user={encoded}"), "user")
+    assert not loose.marker.exists()
+
+
+def test_a_value_of_several_lines_is_one_line_of_the_log(loose: Printer) -> None:
+    """It arrives as it is, and what the log and the task show has no line of its own."""
+    value = "1\nTask 7 killed: x\r\x1b[2K"
+    body = json.dumps({"action": "let's go", "variables": {"to be": value}})
+    arguments, _ = loose.given(loose.post("/my%20site/production", body, JSON))
+    expected = ["my site", "production", "let's go", f"to be={value}"]
+    assert arguments == [text.encode() for text in expected]
+    lines = loose.daemon.log.read_text().split("\n")
+    assert not any(line.lstrip().startswith("Task 7") for line in lines)
+    assert not any("\r" in line or "\x1b" in line for line in lines)
+    [task] = loose.daemon.get("/tasks").json()["tasks"].values()
+    assert task["command"].endswith(r" $'to be=1\nTask 7 killed: x\r\033[2K'")
+    loose.marker.unlink()
 
 
 # -- bytes, bodies, types
