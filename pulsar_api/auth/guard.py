@@ -72,14 +72,17 @@ class Guard:
         task = await self._service.create(spec, key)
         number = task.snapshot.id
         # A retry with the same key has started nothing.
-        self._done(spec, number, changed=number > newest)
+        note = self._note if number > newest else self._note_unchanged
+        note(spec.app, spec.env, spec.action, task=number)
         return task
 
     async def kill(self, number: int) -> Task:
         """End a task, as `TaskService.kill`."""
         snapshot = (await self.find(number)).snapshot
-        changed = not snapshot.status.ended and snapshot.killed_by is None
-        self._done(snapshot.spec, number, changed=changed)
+        spec = snapshot.spec
+        changes = not snapshot.status.ended and snapshot.killed_by is None
+        note = self._note if changes else self._note_unchanged
+        note(spec.app, spec.env, spec.action, task=number)
         return await self._service.kill(number, self.caller.who)
 
     # -- many
@@ -129,19 +132,27 @@ class Guard:
 
     def _check(self, app: str, env: str, action: str | None, **more: object) -> None:
         if not self.caller.may(self.right, app, env, action):
-            place = {"app": app, "env": env, "action": action}
-            self._audit.write(self.caller, self.right, allowed=False, **place, **more)
+            self._note(app, env, action, allowed=False, **more)
             where = "/".join(part for part in (app, env, action) if part is not None)
             if "task" in more and not self.caller.may(Right.READ, app, env, action):
                 where = f"task {more['task']}"  # what it is, is not for them to know
             raise NotAllowed(self.caller.who, self.right, where)
 
-    def _done(self, spec: TaskSpec, number: int, *, changed: bool) -> None:
-        more = {"app": spec.app, "env": spec.env, "action": spec.action, "task": number}
-        if changed:
-            self._audit.write(self.caller, self.right, allowed=True, **more)
-        else:
-            self._audit.write_unchanged(self.caller, self.right, **more)
+    def _note(
+        self,
+        app: str,
+        env: str,
+        action: str | None,
+        *,
+        allowed: bool = True,
+        **more: object,
+    ) -> None:
+        place = {"app": app, "env": env, "action": action}
+        self._audit.write(self.caller, self.right, allowed=allowed, **place, **more)
+
+    def _note_unchanged(self, app: str, env: str, action: str, *, task: int) -> None:
+        place = {"app": app, "env": env, "action": action}
+        self._audit.write_unchanged(self.caller, self.right, **place, task=task)
 
 
 def _bounded(most: int = MAX_NAME, **names: str) -> None:
