@@ -243,6 +243,8 @@ def _line(entry: dict[str, Any]) -> str:
         for name in ("task", "user", "token", "times"):
             if entry.get(name) is not None:
                 yield f"{name} {entry[name]}"
+        if isinstance(entry.get("tasks"), list):
+            yield f"tasks {' to '.join(map(str, entry['tasks']))}"
 
     # What was said from outside shows as it is, not as what a terminal makes of it.
     text = "  ".join(word for word in words() if word)

@@ -940,12 +940,11 @@ class Shim:
         """Stay with what the task has left behind until nothing of it is left.
 
         It is still ours: we are its parent, and read what it prints, else it would die of
-        its next line. But the task has ended: nothing of it is kept, and the folder and
-        the daemon are let go.
+        its next line. But the task has ended: nothing of it is kept, TERM does nothing,
+        and the folder and the daemon are let go.
         """
         if not self.children:
             return
-        _signal.signal(_signal.SIGTERM, _signal.SIG_IGN)
         posix.chdir("/")
         # The lock first: who hears that the pipe is closed finds nobody alive here.
         opened = (self.claim.lock, self.folder, self.output, self.index, 0, 1, 2)

@@ -459,7 +459,8 @@ class Daemon(MultiService):
         await self._within("the connections", MultiService.stopService(self))
         await self._within("the database", Deferred.fromCoroutine(self._store.close()))
         if self._records is not None:
-            await self._within("the database of tokens", self._records.close())
+            closing = Deferred.fromCoroutine(self._records.close())
+            await self._within("the database of tokens", closing)
         if self._pool is not None:
             pool = self._pool.closeCachedConnections()
             await self._within("the connections to the provider", pool)

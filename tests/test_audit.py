@@ -5,8 +5,10 @@ import multiprocessing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from twisted.internet.task import Clock
 
 from pulsar_api.auth import audit
 from pulsar_api.auth.audit import AuditLog
@@ -36,7 +38,9 @@ def test_an_entry_has_all_that_is_promised(tmp_path: Path) -> None:
             "task": 47,
         }
     ]
-    assert (tmp_path / "audit.log").stat().st_mode & 0o777 == 0o600
+    log.write(JOE, "kill", allowed=True)
+    for name in ("audit.log", "audit-access.log"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
 
 
 @given(text=st.text(st.characters(exclude_categories=[]), max_size=400))
@@ -71,6 +75,68 @@ def _write_many(folder: Path, name: str) -> None:
     log = log_in(folder)
     for number in range(300):
         log.write(Caller(name, "", ""), "run", allowed=True, task=number, more="x" * 250)
+
+
+@pytest.mark.parametrize(
+    ("what", "allowed", "changed"),
+    [
+        ("sign-in", True, True),
+        ("sign-out", True, True),
+        ("sign-in", False, True),
+        ("kill", False, True),
+        ("kill", True, False),
+    ],
+)
+def test_what_was_done_is_never_pushed_out(
+    tmp_path: Path,
+    what: str,
+    allowed: bool,  # noqa: FBT001
+    changed: bool,  # noqa: FBT001
+) -> None:
+    """Not by sign-ins, refusals, or requests without effect, however many there are."""
+    clock = Clock()
+    log = AuditLog(tmp_path / "audit.log", clock.seconds, max_size=1000)
+    log.write(JOE, "run", allowed=True, task=1)
+    for _ in range(20):
+        clock.advance(60)
+        for _ in range(audit.REFUSALS + 10):
+            if changed:
+                log.write(JOE, what, allowed=allowed)
+            else:
+                log.write_unchanged(JOE, what)
+    clock.advance(1)
+    log.write(JOE, "stop", allowed=True, task=1)
+    found = [entry["what"] for entry in log.read()]
+    assert (found[0], found[-1]) == ("run", "stop")
+    assert len(found) > 40
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 14_000
+
+
+def test_one_user_has_so_many_lines_in_a_minute(tmp_path: Path) -> None:
+    """Of what is beyond there is a line for each kind; others have lines of their own."""
+    clock = Clock()
+    log = AuditLog(tmp_path / "audit.log", clock.seconds)
+    eve = Caller("eve", "192.0.2.2", "static")
+    for number in range(1, audit.DEEDS + 6):
+        log.write(JOE, "run", allowed=True, task=number)
+    for _ in range(audit.VISITS + 3):
+        log.write(JOE, "sign-in", allowed=True)
+    log.write(eve, "sign-in", allowed=True)
+    log.write(eve, "kill", allowed=True, task=7)
+    clock.advance(60)
+    log.write(JOE, "run", allowed=True, task=5000)
+    assert next(entry for entry in log.read() if entry.get("task") == 5000)
+    found = list(log.read())
+    more = [entry for entry in found if entry["what"] == "more of it"]
+    assert [(e["who"], e["allowed"], e["times"], e.get("tasks")) for e in more] == [
+        ("joe", True, 5, [audit.DEEDS + 1, audit.DEEDS + 5]),
+        ("joe", True, 3, None),
+    ]
+    assert [entry["what"] for entry in found if entry["who"] == "eve"] == [
+        "kill",
+        "sign-in",
+    ]
+    assert len(found) == audit.DEEDS + audit.VISITS + 5
 
 
 def test_two_programs_write_without_harm_to_each_other(tmp_path: Path) -> None:

@@ -9,7 +9,14 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent
 from twisted.trial.unittest import SynchronousTestCase
 
-from pulsar_api.auth.gate import ASKED, FAILURES, Brake, Credentials, Gate
+from pulsar_api.auth.gate import (
+    ASKED,
+    FAILURES,
+    PATIENCE,
+    Brake,
+    Credentials,
+    Gate,
+)
 from pulsar_api.auth.rights import Identity
 from pulsar_api.errors import NotAuthenticated, ProviderUnavailable, TooManyFailures
 
@@ -70,6 +77,16 @@ class World:
         """Return why nobody is let in."""
         error: BaseException = CASE.failureResultOf(self.begin(shown, address)).value
         return error
+
+    def answer_all(self) -> None:
+        """Let the provider answer whatever it is asked."""
+        while self.provider.waiting:
+            self.provider.waiting.pop(0).callback(None)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is kept of look-ups that are over."""
+        return not self.gate._lines and not self.gate._waiting
 
     def guess(self, number: int, address: str = HERE) -> BaseException:
         """Try one of many wrong tokens."""
@@ -162,16 +179,85 @@ def test_the_same_wrong_token_again_and_again_is_guessing_too(world: World) -> N
 
 
 def test_many_guesses_at_the_same_time_are_braked_as_well(world: World) -> None:
-    """Before the first of them is answered; others are not held up."""
+    """No more are tried than one by one; others are not held up."""
     world.provider.slow = True
-    guesses = [world.begin(Credentials("", f"guess {n}")) for n in range(ASKED)]
-    assert isinstance(world.guess(ASKED), TooManyFailures)
+    guesses = [world.begin(Credentials("", f"guess {n}")) for n in range(5 * ASKED)]
     elsewhere = world.begin(ALICE, THERE)
-    for waiting in world.provider.waiting:
-        waiting.callback(None)
+    assert len(world.provider.asked) == ASKED + 1
+    world.answer_all()
     assert CASE.successResultOf(elsewhere).name == "alice"
-    for guess in guesses:
+    for guess in guesses[:FAILURES]:
         CASE.failureResultOf(guess, NotAuthenticated)
+    for guess in guesses[FAILURES:]:
+        CASE.failureResultOf(guess, TooManyFailures)
+    assert len(world.provider.asked) == FAILURES + 1
+    assert world.idle
+
+
+def test_right_credentials_are_let_in_however_many_come_at_once(world: World) -> None:
+    """They wait for each other; 429 is for wrong ones."""
+    world.provider.slow = True
+    world.provider.known.update({f"token {n}": f"bot {n}" for n in range(6 * ASKED)})
+    asking = [world.begin(Credentials("", f"token {n}")) for n in range(6 * ASKED)]
+    most = 0
+    while world.provider.waiting:
+        most = max(most, len(world.provider.waiting))
+        world.provider.waiting.pop(0).callback(None)
+    assert most == ASKED
+    names = [CASE.successResultOf(one).name for one in asking]
+    assert names == [f"bot {n}" for n in range(6 * ASKED)]
+    assert world.idle
+
+
+def test_after_failures_as_many_are_looked_up_as_may_still_fail(world: World) -> None:
+    """The right ones among them are let in until there were ten wrong ones."""
+    for number in range(FAILURES - 1):
+        world.guess(number)
+    world.provider.slow = True
+    right, wrong, late = (
+        world.begin(shown) for shown in (ALICE, Credentials("", "w"), Credentials("", "l"))
+    )
+    assert len(world.provider.waiting) == 1
+    world.answer_all()
+    assert CASE.successResultOf(right).name == "alice"
+    CASE.failureResultOf(wrong, NotAuthenticated)
+    CASE.failureResultOf(late, TooManyFailures)
+    assert world.idle
+
+
+def test_nobody_waits_for_ever_to_be_looked_up(world: World) -> None:
+    """It is 503, not 429: nobody has shown anything wrong."""
+    world.provider.slow = True
+    for number in range(ASKED):
+        world.provider.known[f"slow {number}"] = f"bot {number}"
+        world.begin(Credentials("", f"slow {number}"))
+    late = world.begin(ALICE)
+    world.clock.advance(PATIENCE - 1)
+    CASE.assertNoResult(late)
+    gone = world.begin(Credentials("", "gone"))
+    gone.cancel()
+    CASE.failureResultOf(gone)
+    world.clock.advance(1)
+    assert CASE.failureResultOf(late).check(ProviderUnavailable)
+    world.answer_all()
+    # Who hung up has guessed all the same.
+    assert world.provider.asked[-1] == "gone"
+    assert world.idle
+    assert world.clock.getDelayedCalls() == []
+
+
+def test_what_was_proved_is_looked_up_without_waiting(world: World) -> None:
+    """Streams that are open are not held up by who comes."""
+    assert world.ask(ALICE) == "alice"
+    world.clock.advance(60)
+    world.provider.slow = True
+    for number in range(2 * ASKED):
+        world.provider.known[f"slow {number}"] = f"bot {number}"
+        world.begin(Credentials("", f"slow {number}"))
+    again = world.begin(ALICE)
+    world.provider.waiting.pop().callback(None)
+    assert CASE.successResultOf(again).name == "alice"
+    world.answer_all()
 
 
 def test_those_who_ask_the_same_share_one_answer(world: World) -> None:

@@ -1600,6 +1600,19 @@ def start_and_stop(runner: Runner, script: str) -> None:
     subprocess.run(command, check=True, timeout=PATIENCE)
 
 
+async def test_what_is_left_is_nobodys_when_its_shim_is_killed(runner: Runner) -> None:
+    """The task has ended, and its folder may be gone: nothing is lost or swept."""
+    started = runner.sh("sleep 60 >/dev/null 2>&1 & exit 3")
+    exit = await started.story.end()
+    watcher = started.watcher
+    shutil.rmtree(started.folder)
+    os.kill(watcher, signal.SIGKILL)
+    await until(lambda: shim.process(watcher)[0] == 0, "the end of the shim")
+    await deferLater(reactor, 0.2)
+    assert [process.pid for process in exit.left] == runner.left()
+    assert started.story.exits == [exit]
+
+
 async def test_a_daemon_does_not_wait_for_what_a_task_has_left(runner: Runner) -> None:
     """It hears of the end while the shim stays, and can stop itself."""
     start_and_stop(runner, "sleep 60 >/dev/null 2>&1 & exit 3")
@@ -1936,13 +1949,15 @@ async def test_a_kill_works_while_a_shim_waits_before_the_start(
     assert not (started.folder / "spec").exists()
 
 
+# With 11 there is one, which is not enough to signal a process, and none but it.
+@pytest.mark.parametrize("files", [3, 11])
 async def test_a_kill_without_descriptors_is_done_when_there_are_some(
-    runner: Runner,
+    runner: Runner, files: int
 ) -> None:
     """Whom a shim cannot look for is not taken for gone; the grace begins later."""
     started = runner.sh(IGNORES, grace=0.5)
     await started.prints(b"ready")
-    limit(started, resource.RLIMIT_NOFILE, 3)
+    limit(started, resource.RLIMIT_NOFILE, files)
     started.run.kill()
     await until(lambda: shim.TERM_SENT in {r.code for r in started.records}, "the kill")
     await deferLater(reactor, 0.5 + 2 * shim.RETRY)

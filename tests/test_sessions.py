@@ -9,8 +9,10 @@ import pytest_twisted
 from attrs import define, field
 from twisted.internet import reactor
 
+from pulsar_api import database
+from pulsar_api.auth import records
 from pulsar_api.auth.gate import Credentials
-from pulsar_api.auth.records import Records, digest
+from pulsar_api.auth.records import MOST_SESSIONS, Records, digest
 from pulsar_api.auth.sessions import IDLE, TOTAL, Sessions
 
 SHOWN = Credentials("joe", "hunter2")
@@ -117,3 +119,88 @@ async def test_a_record_that_was_changed_is_no_session(world: World) -> None:
     world.open()
     assert await world.find(id) is None
     assert await world.find(other) == SHOWN
+
+
+async def test_of_many_sessions_of_a_user_the_longest_unused_end(world: World) -> None:
+    """Those of others stay, and a new one always begins."""
+    other = await world.begin("eve")
+    ids = []
+    for _ in range(MOST_SESSIONS):
+        ids.append(await world.begin())
+        world.now += 1
+    world.now += 120
+    assert await world.find(ids[0]) == SHOWN  # by that it was used
+    ids.append(await world.begin())
+    ids.append(await world.begin())
+    left = [id for id in ids if await world.find(id) is not None]
+    assert left == [ids[0], *ids[3:]]
+    assert await world.find(other) == SHOWN
+    # What is in use stays, however fast others begin.
+    for _ in range(2 * MOST_SESSIONS):
+        world.now += 0.001
+        assert await world.find(ids[0]) == SHOWN
+        await world.begin()
+    world.now -= 3600  # somebody has set the clock back
+    late = await world.begin()
+    assert await world.find(late) == SHOWN
+
+
+async def test_what_a_sign_in_costs_does_not_grow_with_the_sessions(world: World) -> None:
+    """Each of its statements looks up an index; none reads the whole table."""
+    seen: list[str] = []
+
+    def watch(db: sqlite3.Connection) -> None:
+        db.set_trace_callback(seen.append)
+
+    threads = world.records._reader, world.records._writer
+    for thread in threads:
+        await thread.do(watch)
+    id = await world.begin()
+    await world.find(id)
+    await world.sessions.end_all("joe")
+    statements = [text for text in seen if "session" in text]
+    assert len(statements) == 6
+
+    def plans(db: sqlite3.Connection) -> list[str]:
+        rows = [db.execute(f"EXPLAIN QUERY PLAN {text}").fetchall() for text in statements]
+        return [row["detail"] for found in rows for row in found]
+
+    for thread in threads:
+        await thread.do(lambda db: db.set_trace_callback(None))
+    found = await world.records._reader.do(plans)
+    assert found
+    assert [detail for detail in found if detail.startswith("SCAN")] == []
+    assert [detail for detail in found if "TEMP B-TREE" in detail] == []
+
+
+def fill(path: Path, **users: int) -> None:
+    """Write many sessions as the first version kept them."""
+    database.prepare(path, records._SCHEMA[:1])
+    with sqlite3.connect(path) as db:
+        for user, number in users.items():
+            rows = [(f"{user} {n}", user, 1e9 + n, 1e9 + n) for n in range(number)]
+            db.executemany("INSERT INTO session VALUES (?, ?, x'00', ?, ?)", rows)
+    db.close()
+
+
+def kept(path: Path) -> set[str]:
+    """Return the digests of the sessions that are kept."""
+    with records.opened(path) as db:
+        return {row["digest"] for row in db.execute("SELECT digest FROM session")}
+
+
+async def test_very_many_sessions_are_forgotten_little_by_little(tmp_path: Path) -> None:
+    """No sign-in waits for more than some hundreds; in the end the newest are left."""
+    fill(tmp_path / "auth.db", joe=5000, eve=3)
+    world = World(tmp_path, now=1e9 + 5000)
+    world.open()
+    id = await world.begin()
+    assert len(kept(tmp_path / "auth.db")) >= 5004 - 100
+    for _ in range(1000):
+        await world.find(id)
+        if len(kept(tmp_path / "auth.db")) == MOST_SESSIONS + 3:
+            break
+    assert kept(tmp_path / "auth.db") == {digest(id), "eve 0", "eve 1", "eve 2"} | {
+        f"joe {n}" for n in range(5000 - MOST_SESSIONS + 1, 5000)
+    }
+    await world.close()

@@ -1,8 +1,9 @@
 """The audit log: who wanted what, from where, and whether they got it."""
 
+import heapq
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,22 @@ from pulsar_api.auth.rights import Caller
 _log = Logger()
 
 FILE = "audit.log"
+"""What was done."""
+ACCESS_FILE = "audit-access.log"
+"""Who signed in and out, what was refused, and what changed nothing."""
 MAX_SIZE = 10 << 20
 """Bytes after which a new file is begun."""
 REFUSALS = 100
 """Refusals of one user, or of all who are not known, that are written in a minute."""
+VISITS = 100
+"""Sign-ins, sign-outs and requests without effect of one user, likewise."""
+DEEDS = 1000
+"""Things that one user has done, likewise."""
 KEPT = 9
 """Files that are kept beside the newest one: ``audit.log.1`` is the youngest of them."""
+_MOST = {"done": DEEDS, "refused": REFUSALS, "visits": VISITS}
 _MOST_TEXT = 300  # characters of a text from outside
+_VISITS = frozenset({"sign-in", "sign-out", "sign-out everywhere"})
 
 
 def _shortened(value: object) -> object:
@@ -29,44 +39,71 @@ def _shortened(value: object) -> object:
 
 
 @define(eq=False)
-class AuditLog:
-    """Lines of JSON in a file that only grows, and begins anew when it is large.
+class _More:
+    """Lines of one kind and one user within a minute."""
 
-    Of what one user, or all who are not known, may not, so many lines are written in a
-    minute: else a flood of them would push everything else out. Each line is written with
-    one system call at the end of the file, so that the daemon and the command line can
-    both write, and what was written survives ``kill -9``.
+    lines: int = 0
+    tasks: list[int] = field(factory=list)
+    """The first and the last task of those that had no line of their own."""
+
+
+@define(eq=False)
+class AuditLog:
+    """Lines of JSON in files that only grow, and begin anew when they are large.
+
+    What was done has a file of its own, so that no number of visits and refusals pushes it
+    out. Of each kind one user, or all who are not known, has so many lines in a minute;
+    what is beyond that is one line with its number. Each line is written with one system
+    call at the end of the file, so that the daemon and the command line can both write,
+    and what was written survives ``kill -9``.
     """
 
     path: Path
+    """Of the file of what was done; the other one is beside it."""
     _now: Callable[[], float]
     """The seconds since the epoch."""
     max_size: int = MAX_SIZE
     _minute: float = field(default=0.0, init=False)
-    _refusals: dict[str | None, int] = field(factory=dict, init=False)
-    """By whom, since then."""
+    _written: dict[tuple[str | None, str], _More] = field(factory=dict, init=False)
+    """By whom and of which kind, since then."""
 
     def write(self, caller: Caller, what: str, *, allowed: bool, **more: object) -> None:
         """Note what somebody wanted; if it cannot be written, in the daemon's log."""
-        if not allowed:
-            if not 0 <= self._now() - self._minute < 60:
-                self.close()
-                self._minute = self._now()
-            self._refusals[caller.name] = self._refusals.get(caller.name, 0) + 1
-            if self._refusals[caller.name] > REFUSALS:
-                return
-        self._write(caller, what, allowed=allowed, **more)
+        kind = "visits" if what in _VISITS else "done"
+        self._count(kind if allowed else "refused", caller, what, more)
+
+    def write_unchanged(self, caller: Caller, what: str, **more: object) -> None:
+        """Note what somebody was allowed to do, and nothing has come of it."""
+        self._count("visits", caller, what, more)
+
+    def _count(
+        self, kind: str, caller: Caller, what: str, more: Mapping[str, object]
+    ) -> None:
+        if not 0 <= self._now() - self._minute < 60:
+            self.close()
+            self._minute = self._now()
+        written = self._written.setdefault((caller.name, kind), _More())
+        written.lines += 1
+        if written.lines <= _MOST[kind]:
+            self._write(kind, caller, what, more)
+        elif isinstance(task := more.get("task"), int):
+            written.tasks[1:] = [task]
 
     def close(self) -> None:
-        """Say how many refusals were not written down one by one."""
-        for name, times in self._refusals.items():
-            if times > REFUSALS:
+        """Say how much was not written down one by one."""
+        for (name, kind), written in self._written.items():
+            times = written.lines - _MOST[kind]
+            if times > 0:
                 caller = Caller(name, "here and there", "unknown")
-                more = times - REFUSALS
-                self._write(caller, "more of it", allowed=False, times=more)
-        self._refusals.clear()
+                more: dict[str, object] = {"times": times}
+                if written.tasks:
+                    more["tasks"] = [written.tasks[0], written.tasks[-1]]
+                self._write(kind, caller, "more of it", more)
+        self._written.clear()
 
-    def _write(self, caller: Caller, what: str, *, allowed: bool, **more: object) -> None:
+    def _write(
+        self, kind: str, caller: Caller, what: str, more: Mapping[str, object]
+    ) -> None:
         at = datetime.fromtimestamp(self._now(), UTC).isoformat(timespec="milliseconds")
         entry = {
             "at": at.replace("+00:00", "Z"),
@@ -74,14 +111,15 @@ class AuditLog:
             "from": caller.address,
             "means": caller.means,
             "what": what,
-            "allowed": allowed,
+            "allowed": kind != "refused",
             **more,
         }
         entry = {name: _shortened(value) for name, value in entry.items()}
         line = json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        path = self.path if kind == "done" else self._access
         try:
-            fd = os.open(self.path, flags, 0o600)
+            fd = os.open(path, flags, 0o600)
             try:
                 written = os.write(fd, line)
                 if written < len(line):
@@ -90,31 +128,42 @@ class AuditLog:
             finally:
                 os.close(fd)
             if full:
-                self._rotate()
+                _rotate(path)
         except OSError as e:
-            _log.error("Cannot write {path}: {e}: {line}", path=self.path, e=e, line=entry)
+            _log.error("Cannot write {path}: {e}: {line}", path=path, e=e, line=entry)
 
-    def _rotate(self) -> None:
-        for number in range(KEPT - 1, -1, -1):
-            old = self._numbered(number)
-            if old.exists():
-                old.replace(self._numbered(number + 1))
-
-    def _numbered(self, number: int) -> Path:
-        return self.path.with_name(f"{self.path.name}.{number}") if number else self.path
+    @property
+    def _access(self) -> Path:
+        return self.path.with_name(ACCESS_FILE)
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Yield all that is kept, oldest first; a line that is no JSON is passed over."""
-        for number in range(KEPT, -1, -1):
-            try:
-                file = self._numbered(number).open(encoding="utf-8", errors="replace")
-            except FileNotFoundError:
-                continue
-            with file:
-                for line in file:
-                    try:
-                        entry = json.loads(line)
-                    except ValueError:
-                        continue
-                    if isinstance(entry, dict):
-                        yield entry
+        files = (_entries(self.path), _entries(self._access))
+        yield from heapq.merge(*files, key=lambda entry: str(entry.get("at", "")))
+
+
+def _rotate(path: Path) -> None:
+    for number in range(KEPT - 1, -1, -1):
+        old = _numbered(path, number)
+        if old.exists():
+            old.replace(_numbered(path, number + 1))
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.{number}") if number else path
+
+
+def _entries(path: Path) -> Iterator[dict[str, Any]]:
+    for number in range(KEPT, -1, -1):
+        try:
+            file = _numbered(path, number).open(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            continue
+        with file:
+            for line in file:
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(entry, dict):
+                    yield entry

@@ -5,7 +5,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from ipaddress import IPv6Address, ip_address
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from attrs import define, field, frozen
 from twisted.internet.defer import Deferred
@@ -14,7 +14,12 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from pulsar_api.auth.rights import Identity
-from pulsar_api.errors import NotAuthenticated, PulsarError, TooManyFailures
+from pulsar_api.errors import (
+    NotAuthenticated,
+    ProviderUnavailable,
+    PulsarError,
+    TooManyFailures,
+)
 
 _log = Logger()
 
@@ -22,7 +27,9 @@ FAILURES = 10
 """Wrong credentials from one address in a minute, after which it is not heard."""
 MINUTE = 60.0
 ASKED = 10
-"""Credentials of one address that are being looked at, at the same time."""
+"""New credentials of one address that are looked up at the same time; others wait."""
+PATIENCE = 10.0
+"""Seconds that a look-up waits for earlier ones of its address."""
 _REMEMBERED = 10_000  # credentials, and addresses
 _PROVED = 3600.0  # seconds for which who was let in is heard in spite of the brake
 
@@ -67,16 +74,21 @@ class Brake:
 
     _clock: IReactorTime
     _failed: OrderedDict[str, list[float]] = field(factory=OrderedDict)
-    _asked: dict[str, int] = field(factory=dict)
 
     def check(self, address: str) -> None:
         """Raise `TooManyFailures` if this address is not heard now."""
-        now = self._clock.seconds()
-        failed = [at for at in self._failed.get(_network(address), ()) if at > now - MINUTE]
+        failed = self._recent(address)
         if len(failed) >= FAILURES:
-            raise TooManyFailures(math.ceil(failed[-FAILURES] + MINUTE - now))
-        if self._asked.get(_network(address), 0) >= ASKED:
-            raise TooManyFailures(1)
+            wait = failed[-FAILURES] + MINUTE - self._clock.seconds()
+            raise TooManyFailures(math.ceil(wait))
+
+    def left(self, address: str) -> int:
+        """Return how many more failures this address may have before it is not heard."""
+        return FAILURES - len(self._recent(address))
+
+    def _recent(self, address: str) -> list[float]:
+        begin = self._clock.seconds() - MINUTE
+        return [at for at in self._failed.get(_network(address), ()) if at > begin]
 
     def failed(self, address: str) -> None:
         """Count a failure."""
@@ -88,18 +100,6 @@ class Brake:
         while len(self._failed) > _REMEMBERED:
             self._failed.popitem(last=False)
 
-    def begin(self, address: str) -> None:
-        """Count that something is being looked at."""
-        name = _network(address)
-        self._asked[name] = self._asked.get(name, 0) + 1
-
-    def end(self, address: str) -> None:
-        """Count that it is no more."""
-        name = _network(address)
-        self._asked[name] -= 1
-        if not self._asked[name]:
-            del self._asked[name]
-
 
 def _network(address: str) -> str:
     try:
@@ -109,6 +109,30 @@ def _network(address: str) -> str:
     if isinstance(found, IPv6Address) and found.ipv4_mapped is None:
         return found.exploded[:19]
     return address
+
+
+@define(eq=False)
+class _Line:
+    """The look-ups of one address: how many are under way, and which wait for them."""
+
+    asked: int = 0
+    waiting: dict[Deferred[None], None] = field(factory=dict)
+
+    def wait(self) -> Deferred[None]:
+        """Fire when there may be room for one more. Cancelling leaves the line."""
+        waiter: Deferred[None] = Deferred(self._forget)
+        self.waiting[waiter] = None
+        return waiter
+
+    def wake(self, number: int) -> None:
+        """Let the first ones look again whether there is room."""
+        for waiter in list(self.waiting)[:number]:
+            if waiter in self.waiting:
+                del self.waiting[waiter]
+                waiter.callback(None)
+
+    def _forget(self, waiter: Deferred[None]) -> None:
+        self.waiting.pop(waiter, None)
 
 
 @define(eq=False)
@@ -125,6 +149,8 @@ class Gate:
     _waiting: dict[bytes, list[Deferred[Identity | None]]] = field(factory=dict)
     """Who waits for the same answer."""
     _proved: OrderedDict[bytes, float] = field(factory=OrderedDict)
+    _lines: dict[str, _Line] = field(factory=dict)
+    """By address, or network; only those in which something is under way."""
 
     def __attrs_post_init__(self) -> None:
         self.brake = Brake(self._clock)
@@ -142,15 +168,16 @@ class Gate:
         if key in self._waiting:
             identity = await self._ask(key)
         elif until <= now:
-            if guess and self._proved.get(key, -_PROVED) <= now - _PROVED:
+            new = guess and self._proved.get(key, -_PROVED) <= now - _PROVED
+            if new:
                 self.brake.check(address)
             # It goes on if who asked does not wait any more: others may, and one who hangs
             # up has guessed all the same.
             self._waiting[key] = []
             answer = self._ask(key)
-            self.brake.begin(address)
-            looking = Deferred.fromCoroutine(self._look(key, credentials))
-            looking.addBoth(self._tell, credentials, address, guess)
+            look = self._look_in_turn if new else self._look
+            looking = Deferred.fromCoroutine(look(credentials, address, guess=guess))
+            looking.addBoth(self._tell, key)
             identity = await answer
         elif identity is None and guess:
             self.brake.check(address)
@@ -168,28 +195,57 @@ class Gate:
         self._waiting[key].append(answer)
         return answer
 
-    def _tell(
-        self,
-        result: Identity | Failure | None,
-        credentials: Credentials,
-        address: str,
-        guess: bool,  # noqa: FBT001
-    ) -> None:
-        self.brake.end(address)
-        if isinstance(result, Failure):
-            if not result.check(PulsarError):
-                _log.failure("A provider has failed", result)
-        elif result is None and guess:
-            self._failed(credentials, address)
-        for answer in self._waiting.pop(credentials.key):
+    def _tell(self, result: Identity | Failure | None, key: bytes) -> None:
+        if isinstance(result, Failure) and not result.check(PulsarError):
+            _log.failure("A provider has failed", result)
+        for answer in self._waiting.pop(key):
             if not answer.called:
                 answer.callback(result)  # a Failure is an errback
 
-    async def _look(self, key: bytes, credentials: Credentials) -> Identity | None:
+    async def _look_in_turn(
+        self, credentials: Credentials, address: str, *, guess: bool
+    ) -> Identity | None:
+        """Look up who it is when there is room for it.
+
+        Never are more looked up than may fail before the address is not heard: so any
+        number of right ones are let in, and no more wrong ones are tried than if they had
+        come one by one.
+        """
+        name = _network(address)
+        line = self._lines.setdefault(name, _Line())
+        try:
+            await self._room(line, address)
+            line.asked += 1
+            try:
+                return await self._look(credentials, address, guess=guess)
+            finally:
+                line.asked -= 1
+                left = self.brake.left(address)
+                # To those behind the last failure there is nothing to say but no.
+                room = max(0, min(ASKED, left) - line.asked)
+                line.wake(room if left > 0 else len(line.waiting))
+        finally:
+            if not line.asked and not line.waiting:
+                self._lines.pop(name, None)
+
+    async def _room(self, line: _Line, address: str) -> None:
+        """Wait until one more may be looked up; raise `TooManyFailures` if none may."""
+        until = self._clock.seconds() + PATIENCE
+        while line.asked >= min(ASKED, self.brake.left(address)):
+            left = max(0.0, until - self._clock.seconds())
+            await line.wait().addTimeout(left, self._clock, _too_long)
+            self.brake.check(address)
+
+    async def _look(
+        self, credentials: Credentials, address: str, *, guess: bool
+    ) -> Identity | None:
+        key = credentials.key
         provider = next((p for p in self._providers if p.takes(credentials)), None)
+        identity = None if provider is None else await provider.identify(credentials)
+        if identity is None and guess:
+            self._failed(credentials, address)
         if provider is None:
             return None
-        identity = await provider.identify(credentials)
         now = self._clock.seconds()
         self._answers[key] = (now + (provider.good if identity else provider.bad), identity)
         self._answers.move_to_end(key)
@@ -200,3 +256,8 @@ class Gate:
             while len(remembered) > _REMEMBERED:
                 remembered.popitem(last=False)
         return identity
+
+
+def _too_long(*_: object) -> NoReturn:
+    detail = "too many new ones of your address are being looked up"
+    raise ProviderUnavailable("This daemon", detail, 2)

@@ -68,14 +68,21 @@ class Guard:
         return await shielded(self._noted(spec, key))
 
     async def _noted(self, spec: TaskSpec, key: str | None) -> Task:
+        newest = self._service.created.version
         task = await self._service.create(spec, key)
-        self._note(spec.app, spec.env, spec.action, task=task.snapshot.id)
+        number = task.snapshot.id
+        # A retry with the same key has started nothing.
+        note = self._note if number > newest else self._note_unchanged
+        note(spec.app, spec.env, spec.action, task=number)
         return task
 
     async def kill(self, number: int) -> Task:
         """End a task, as `TaskService.kill`."""
-        spec = (await self.find(number)).snapshot.spec
-        self._note(spec.app, spec.env, spec.action, task=number)
+        snapshot = (await self.find(number)).snapshot
+        spec = snapshot.spec
+        changes = not snapshot.status.ended and snapshot.killed_by is None
+        note = self._note if changes else self._note_unchanged
+        note(spec.app, spec.env, spec.action, task=number)
         return await self._service.kill(number, self.caller.who)
 
     async def free(self, app: str, env: str) -> Sequence[int]:
@@ -150,6 +157,10 @@ class Guard:
     ) -> None:
         place = {"app": app, "env": env, "action": action}
         self._audit.write(self.caller, self.right, allowed=allowed, **place, **more)
+
+    def _note_unchanged(self, app: str, env: str, action: str, *, task: int) -> None:
+        place = {"app": app, "env": env, "action": action}
+        self._audit.write_unchanged(self.caller, self.right, **place, task=task)
 
 
 def _bounded(most: int = MAX_NAME, **names: str) -> None:

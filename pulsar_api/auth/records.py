@@ -4,9 +4,10 @@ import hashlib
 import json
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from attrs import define, field, frozen
 from twisted.internet.defer import Deferred
@@ -17,6 +18,10 @@ from pulsar_api.auth.rights import Grant
 FILE = "auth.db"
 PREFIX = "pulsar_"
 """How our own tokens begin, so that they are never shown to somebody else's server."""
+
+MOST_SESSIONS = 100
+"""Sessions of one user. With one more, the one that was not used for longest ends."""
+_AT_ONCE = 100  # sessions that are forgotten before somebody else has their turn
 
 # One script per version; never edit one that was released, add another.
 _SCHEMA = [
@@ -38,6 +43,12 @@ _SCHEMA = [
         seen_at REAL NOT NULL
     ) STRICT;
     CREATE INDEX session_user ON session (user);
+    """,
+    """
+    DROP INDEX session_user;
+    CREATE INDEX session_user ON session (user, seen_at, created_at);
+    CREATE INDEX session_created ON session (created_at);
+    CREATE INDEX session_seen ON session (seen_at);
     """,
 ]
 
@@ -83,7 +94,7 @@ class SessionRecord:
     seen_at: float
 
 
-def _token(row: sqlite3.Row) -> Token:
+def _token(row: sqlite3.Row | Mapping[str, Any]) -> Token:
     return Token(
         row["name"],
         tuple(json.loads(row["rights"])),
@@ -93,6 +104,16 @@ def _token(row: sqlite3.Row) -> Token:
         row["used_at"],
     )
 
+
+_NOTHING = {
+    "name": "",
+    "rights": '["read"]',
+    "targets": '["*"]',
+    "created_at": 0.0,
+    "expires_at": 0.0,
+    "used_at": None,
+}
+"""What is read instead of a token that does not exist."""
 
 # -- tokens, for the command line
 
@@ -146,37 +167,36 @@ def remove_token(db: sqlite3.Connection, name: str) -> bool:
 
 @define(eq=False)
 class Records:
-    """The same for the daemon, in a thread. ``close`` it, or that stays."""
+    """The same for the daemon, in threads. ``close`` it, or they stay.
+
+    What is asked for does not wait for what is written, and synced.
+    """
 
     _path: Path
     _from_thread: Callable[..., object]
-    _thread: database.DatabaseThread = field(init=False)
-    _tokens: dict[str, Token] = field(factory=dict, init=False)
-    """By digest, as they were when somebody else last changed the database."""
-    _seen: tuple[int, int] = field(default=(0, 0), init=False)
+    _writer: database.DatabaseThread = field(init=False)
+    _reader: database.DatabaseThread = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         prepare(self._path)
-        self._thread = database.DatabaseThread(self._path, self._from_thread)
+        self._writer = database.DatabaseThread(self._path, self._from_thread)
+        self._reader = database.DatabaseThread(self._path, self._from_thread)
 
-    def close(self) -> Deferred[None]:
-        """Fire when all is written and the thread has ended."""
-        return self._thread.close()
+    async def close(self) -> None:
+        """Write what was given and end the threads."""
+        for thread in (self._writer, self._reader):
+            await thread.close()
 
     def token(self, secret: str) -> Deferred[Token | None]:
         """Fire with the token that this is; of a wrong one after the same time."""
         key = digest(secret)
 
         def job(db: sqlite3.Connection) -> Token | None:
-            # It changes with what other connections write: with the command line.
-            seen = id(db), db.execute("PRAGMA data_version").fetchone()[0]
-            if seen != self._seen:
-                rows = db.execute("SELECT * FROM token")
-                self._tokens = {row["digest"]: _token(row) for row in rows}
-                self._seen = seen
-            return self._tokens.get(key)
+            row = db.execute("SELECT * FROM token WHERE digest = ?", (key,)).fetchone()
+            token = _token(row or _NOTHING)
+            return None if row is None else token
 
-        return self._thread.do(job)
+        return self._reader.do(job)
 
     def use_token(self, name: str, now: float) -> Deferred[None]:
         """Note that a token was used."""
@@ -188,6 +208,37 @@ class Records:
         text = "INSERT INTO session VALUES (?, ?, ?, ?, ?)"
         return self._run(text, values)
 
+    def forget_sessions(
+        self, created: float, seen: float, user: str, key: str
+    ) -> Deferred[bool]:
+        """Forget some old sessions; fires with whether there may be more of them.
+
+        Old are those that began before ``created`` or were last used before ``seen``, and
+        those of a user beyond `MOST_SESSIONS`, but never that of the digest ``key``.
+        Indexes find them, so the time does not grow with the number of sessions.
+        """
+        old = {
+            "created_at < ?": (created,),
+            "seen_at < ?": (seen,),
+            # Not the newest one: a clock that was set back makes it look like the oldest.
+            "user = ? AND digest <> ? ORDER BY seen_at DESC, created_at DESC, rowid DESC": (
+                user,
+                key,
+            ),
+        }
+
+        def job(db: sqlite3.Connection) -> bool:
+            most = 0
+            for text, values in old.items():
+                begin = MOST_SESSIONS - 1 if "user" in text else 0
+                found = f"SELECT rowid FROM session WHERE {text} LIMIT ? OFFSET ?"  # noqa: S608
+                delete = f"DELETE FROM session WHERE rowid IN ({found})"  # noqa: S608
+                done = db.execute(delete, (*values, _AT_ONCE, begin))
+                most = max(most, done.rowcount)
+            return most == _AT_ONCE
+
+        return self._writer.do(job)
+
     def session(self, key: str) -> Deferred[SessionRecord | None]:
         """Fire with the session of a digest."""
 
@@ -196,7 +247,7 @@ class Records:
             row = db.execute(text, (key,)).fetchone()
             return None if row is None else SessionRecord(*row)
 
-        return self._thread.do(job)
+        return self._reader.do(job)
 
     def see_session(self, key: str, now: float) -> Deferred[None]:
         """Note that a session is used."""
@@ -210,13 +261,8 @@ class Records:
         """Forget all sessions of a user."""
         return self._run("DELETE FROM session WHERE user = ?", (user,))
 
-    def expire_sessions(self, created: float, seen: float) -> Deferred[None]:
-        """Forget those that began or were last used before these times."""
-        text = "DELETE FROM session WHERE created_at < ? OR seen_at < ?"
-        return self._run(text, (created, seen))
-
     def _run(self, text: str, values: Sequence[object]) -> Deferred[None]:
         def job(db: sqlite3.Connection) -> None:
             db.execute(text, values)
 
-        return self._thread.do(job)
+        return self._writer.do(job)

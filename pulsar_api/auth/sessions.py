@@ -2,16 +2,26 @@
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 
-from attrs import define
+from attrs import define, field
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from pulsar_api.auth.gate import Credentials
-from pulsar_api.auth.records import Records, SessionRecord, digest, new_secret
+from pulsar_api.auth.records import (
+    MOST_SESSIONS,
+    Records,
+    SessionRecord,
+    digest,
+    new_secret,
+)
+from pulsar_api.background import own
+from pulsar_api.errors import StoreUnavailable
 
 _log = Logger()
 
@@ -20,6 +30,7 @@ IDLE = 12 * 3600.0
 TOTAL = 7 * 86400.0
 """Seconds after which it ends however much it is used."""
 _STEP = 60.0  # seconds: how exactly is known when it was last used
+_REMEMBERED = 1000  # users
 _NONCE = bytes(12)  # each key seals one message
 
 
@@ -40,16 +51,44 @@ class Sessions:
     _records: Records
     _now: Callable[[], float]
     """Seconds by a clock that does not jump, or a wrong one would sign everybody out."""
+    _forgetting: set[str] = field(factory=set, init=False)
+    """The users of whom there are many sessions to forget."""
+    _used: OrderedDict[str, dict[str, float]] = field(factory=OrderedDict, init=False)
+    """For each user which sessions were used when; on disk that is a minute old."""
 
     async def begin(self, user: str, credentials: Credentials) -> str:
         """Return the id of a new session."""
         now = self._now()
-        await self._records.expire_sessions(now - TOTAL, now - IDLE)
         id = new_secret()
         text = json.dumps([credentials.user, credentials.secret]).encode()
         sealed = AESGCM(_key(id)).encrypt(_NONCE, text, None)
-        await self._records.add_session(digest(id), SessionRecord(user, sealed, now, now))
+        # What is used must not look older than what nobody has used since its begin.
+        for key, at in self._used.pop(user, {}).items():
+            self._records.see_session(key, at).addErrback(_not_noted)
+        added = self._records.add_session(digest(id), SessionRecord(user, sealed, now, now))
+        own(self._forget_old(user, digest(id)))  # in the same transaction
+        await added
         return id
+
+    async def _forget_old(self, user: str, key: str) -> None:
+        """Forget sessions that are over, and those of a user that are too many."""
+        try:
+            more = await self._forget_some(user, key)
+            if not more or user in self._forgetting:
+                return
+            # Little by little: whoever shows a session meanwhile does not wait for all.
+            self._forgetting.add(user)
+            try:
+                while more:
+                    more = await self._forget_some(user, key)
+            finally:
+                self._forgetting.discard(user)
+        except StoreUnavailable as e:
+            _log.error("Cannot forget old sessions: {e}", e=e)
+
+    def _forget_some(self, user: str, key: str) -> Deferred[bool]:
+        now = self._now()
+        return self._records.forget_sessions(now - TOTAL, now - IDLE, user, key)
 
     async def find(self, id: str, *, used: bool = True) -> Credentials | None:
         """Return what a session began with; None if there is no such session any more.
@@ -60,17 +99,32 @@ class Sessions:
         found = await self._records.session(digest(id))
         if found is None:
             return None
-        if found.created_at <= now - TOTAL or found.seen_at <= now - IDLE:
+        # What was noted a moment ago may not be on disk yet.
+        noted = self._used.get(found.user, {}).get(digest(id), 0.0)
+        seen = max(found.seen_at, noted)
+        if found.created_at <= now - TOTAL or seen <= now - IDLE:
             await self._records.end_session(digest(id))
             return None
-        if used and found.seen_at <= now - _STEP:
-            # Nobody has to wait for that, nor fail with it.
-            self._records.see_session(digest(id), now).addErrback(_not_noted)
+        if used:
+            self._note(found.user, digest(id), now)
+            if found.seen_at <= now - _STEP:
+                # Nobody has to wait for that, nor fail with it.
+                self._records.see_session(digest(id), now).addErrback(_not_noted)
         try:
             user, secret = json.loads(AESGCM(_key(id)).decrypt(_NONCE, found.sealed, None))
         except InvalidTag:
             return None
         return Credentials(user, secret)
+
+    def _note(self, user: str, key: str, now: float) -> None:
+        used = self._used.setdefault(user, {})
+        self._used.move_to_end(user)
+        used.pop(key, None)
+        used[key] = now  # last in line
+        while len(used) > MOST_SESSIONS:
+            del used[next(iter(used))]
+        while len(self._used) > _REMEMBERED:
+            self._used.popitem(last=False)
 
     async def end(self, id: str) -> None:
         """End a session."""
