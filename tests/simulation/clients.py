@@ -160,7 +160,7 @@ class Client:
             except (Broken, PulsarError):
                 await self._sleep(1.0)
             else:
-                self.world.tell("kill_accepted", task_id)
+                self.world.tell("kill_accepted", found)
                 self._told(found, floor)
                 return
 

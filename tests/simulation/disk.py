@@ -62,6 +62,8 @@ class Disk:
         self._pending: list[Change] = []
         self._dirty: dict[Inode, None] = {}
         self.full = False
+        self.sick = False
+        """Whether nothing can be made durable."""
         self.no_inodes = False
         self.root = Inode(1, 0, folder=True)
         self.root.links = 1
@@ -170,6 +172,8 @@ class Disk:
 
     def sync(self, inode: Inode) -> None:
         """Make the content of a file durable, or the names in a folder."""
+        if self.sick:
+            raise error(errno.EIO, "")
         if inode.entries is None:
             inode.synced, inode.synced_changed = inode.content, inode.changed
             self._dirty.pop(inode, None)
@@ -274,8 +278,9 @@ class Disk:
         for change in self._pending:
             self._keep(change)
         self._pending.clear()
-        for inode in list(self._dirty):
-            self.sync(inode)
+        for inode in self._dirty:
+            inode.synced, inode.synced_changed = inode.content, inode.changed
+        self._dirty.clear()
 
     # -- numbers and times
 

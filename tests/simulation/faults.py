@@ -104,7 +104,7 @@ def copied(world: "World", _: Random) -> None:
     """A second daemon runs on a copy of the state."""
     name = f"copy{len(world.states)}"
     path = f"/{name}"
-    if world.disk.full or world.disk.no_inodes:
+    if world.disk.full or world.disk.no_inodes or world.disk.sick:
         return
     world.disk.copy(world.disk.find("/state"), world.disk.root, name)
     state = world.copy_state(path, world.state.database.copy())
@@ -114,7 +114,7 @@ def copied(world: "World", _: Random) -> None:
 def moved(world: "World", rng: Random) -> None:
     """The state is replaced by a copy of it while no daemon runs."""
     disk, root = world.disk, world.disk.root
-    if disk.full or disk.no_inodes:
+    if disk.full or disk.no_inodes or disk.sick:
         return
     daemon = world.daemon()
     if daemon is not None:
@@ -209,6 +209,26 @@ def crowd(world: "World", rng: Random) -> None:
     world.scheduler.after(rng.uniform(0.1, 5), gone)
 
 
+def sick(world: "World", rng: Random) -> None:
+    """The disk makes nothing durable for a while, and says so."""
+    world.disk.sick = True
+
+    def healed() -> None:
+        world.disk.sick = False
+
+    world.scheduler.after(rng.choice((0.01, 1.0, 20.0)), healed)
+
+
+def rolled_back(world: "World", rng: Random) -> None:
+    """The database is replaced by an older copy of it, while no daemon runs."""
+    if world.backup is None or rng.random() < 0.3:
+        world.backup = world.state.database.copy()
+    daemon = world.daemon()
+    if daemon is not None:
+        world.kill(daemon, pause=rng.uniform(0.1, 5))
+    world.state.database.memory = world.backup.copy().memory
+
+
 def choked(world: "World", rng: Random) -> None:
     """The daemon has no file descriptors for a while."""
     world.choked = True
@@ -224,7 +244,8 @@ def mend(world: "World") -> None:
     world.log("ALL IS MENDED")
     world.mended = True
     world.calm_since = world.now
-    world.disk.full = world.disk.no_inodes = world.crowded = world.choked = False
+    world.disk.full = world.disk.no_inodes = world.disk.sick = False
+    world.crowded = world.choked = False
     for state in world.states:
         state.database.away = False
     for daemon in list(world.daemons):
@@ -261,6 +282,6 @@ KINDS: dict[str, Callable[["World", Random], None]] = {
     for made in (
         *(kill, kill_soon, stop, power, detach, shim_killed, shim_stopped),
         *(folder_removed, lock_emptied, copied, moved, restored, clock, store, full),
-        *(inodes, asleep, crowd, choked),
+        *(inodes, asleep, crowd, choked, sick, rolled_back),
     )
 }

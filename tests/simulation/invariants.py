@@ -8,7 +8,7 @@ in this module.
 from typing import TYPE_CHECKING, ClassVar
 
 from pulsar_api.task import KEY_LIFE, Status, TaskSnapshot
-from tests.simulation.shims import Tree
+from tests.simulation.shims import Member, Tree
 
 if TYPE_CHECKING:
     from tests.simulation.clients import Request
@@ -16,21 +16,33 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 
+SLACK = 35.0
+"""Simulated seconds that count as soon, also if a daemon has to start first."""
+
+
 class Invariant:
     """Something that always holds."""
 
     all: ClassVar[list[type["Invariant"]]] = []
+    excuses: ClassVar[str] = ""
+    """Kinds of faults, with any of which nobody can keep it."""
 
     def __init_subclass__(cls) -> None:
         cls.all.append(cls)
 
     def __init__(self, world: "World") -> None:
         self.world = world
+        self.prepare()
 
-    @classmethod
-    def listens(cls) -> list[str]:
-        """Return the names of what it wants to hear of."""
-        return [name[3:] for name in dir(cls) if name.startswith("on_")]
+    def prepare(self) -> None:
+        """Make what it remembers."""
+
+    def listens(self) -> list[str]:
+        """Return the names of what it wants to hear of in this world."""
+        kinds = {fault.kind for fault in self.world.plan.faults}
+        if not kinds.isdisjoint(self.excuses.split()):
+            return []
+        return [name for name in dir(type(self)) if name.startswith("on_")]
 
     def require(self, holds: object, text: str) -> None:
         """Note a violation, unless it holds."""
@@ -45,21 +57,23 @@ class Invariant:
 class StartedOnce(Invariant):
     """No task is started twice."""
 
-    def __init__(self, world: "World") -> None:
-        super().__init__(world)
-        self.begun: set[tuple[int, int]] = set()
+    def prepare(self) -> None:
+        self.begun: set[tuple[int, int, str]] = set()
 
     def on_begun(self, tree: Tree, environment: dict[str, str]) -> None:
         assert tree.task is not None
-        self.require(tree.task not in self.begun, f"task {tree.task}")
-        self.begun.add(tree.task)
+        # With the request: a database from before may give a number again.
+        task = *tree.task, environment["PULSAR_VAR_ref"]
+        self.require(task not in self.begun, f"task {tree.task}")
+        self.begun.add(task)
 
 
 class OneTaskAKey(Invariant):
     """No key is used for two tasks within a day."""
 
-    def __init__(self, world: "World") -> None:
-        super().__init__(world)
+    excuses = "rolled_back"
+
+    def prepare(self) -> None:
         self.tasks: dict[str, int] = {}
         self.begun: dict[str, tuple[int, int]] = {}
         self.requests: dict[str, Request] = {}
@@ -88,6 +102,8 @@ class OneTaskAKey(Invariant):
 
 class TargetLimit(Invariant):
     """No target is shared by more living tasks than it may be."""
+
+    excuses = "rolled_back"
 
     def on_begun(self, tree: Tree, environment: dict[str, str]) -> None:
         limit = self.world.plan.limits.running_per_target
@@ -127,8 +143,9 @@ class RunningLimit(Invariant):
 class EndsStand(Invariant):
     """A task whose end was told keeps that end, and is kept as long as it must be."""
 
-    def __init__(self, world: "World") -> None:
-        super().__init__(world)
+    excuses = "rolled_back"
+
+    def prepare(self) -> None:
         self.told: dict[int, tuple[Status, float]] = {}
 
     def on_told(self, found: TaskSnapshot, floor: int) -> None:
@@ -172,6 +189,8 @@ class AllEnd(Invariant):
 class VersionsGrow(Invariant):
     """No version of a task falls."""
 
+    excuses = "rolled_back"
+
     def on_told(self, found: TaskSnapshot, floor: int) -> None:
         self.require(found.version >= floor, f"{found.id}: {found.version} < {floor}")
 
@@ -189,6 +208,8 @@ class NothingWaits(Invariant):
 class NoneLeft(Invariant):
     """No process lives of a task whose end was told, but for those that it lists."""
 
+    excuses = "rolled_back"
+
     def on_told(self, found: TaskSnapshot, floor: int) -> None:
         if not found.status.ended:
             return
@@ -200,6 +221,72 @@ class NoneLeft(Invariant):
                 shim = tree.shim
                 lives = shim is not None and shim.alive and found.status is not Status.LOST
                 self.require(not lives or found.status.ended, f"shim of {found.id}")
+
+
+class KillsWork(Invariant):
+    """What was killed ends, and does not begin if it had not."""
+
+    # A later daemon cannot tell a shim anything whose lock does not say who it is.
+    excuses = "rolled_back lock_emptied"
+
+    def prepare(self) -> None:
+        self.killed: dict[int, float] = {}
+        self.over: set[int] = set()
+
+    def on_kill_accepted(self, found: TaskSnapshot) -> None:
+        if found.status.ended:
+            self.over.add(found.id)
+        else:
+            self.killed.setdefault(found.id, self.world.now)
+
+    def on_begun(self, tree: Tree, environment: dict[str, str]) -> None:
+        assert tree.task is not None
+        if tree.task[0] == self.world.state.number:
+            holds = tree.task[1] not in self.over
+            self.require(holds, f"task {tree.task[1]} begins")
+
+    def on_process_ended(self, tree: Tree, main: Member) -> None:
+        assert tree.task is not None
+        since = self.killed.get(tree.task[1])
+        if since is not None and self.world.mended and not main.behaviour.immortal:
+            late = max(since, self.world.calm_since) + self.world.plan.limits.bounds.grace
+            text = f"task {tree.task[1]} was killed at {since}"
+            self.require(self.world.now < late + SLACK, text)
+
+
+class ClocksWork(Invariant):
+    """No task runs longer than it may."""
+
+    def on_process_ended(self, tree: Tree, main: Member) -> None:
+        bounds = self.world.plan.limits.bounds
+        if bounds.total and self.world.mended and not main.behaviour.immortal:
+            due = max(main.began + bounds.total, self.world.calm_since) + bounds.grace
+            self.require(self.world.now < due + SLACK, f"task {tree.task}")
+
+
+class EndsAreTold(Invariant):
+    """The end of a command is on record soon."""
+
+    def prepare(self) -> None:
+        self.ended: dict[int, float] = {}
+
+    def on_process_ended(self, tree: Tree, main: Member) -> None:
+        assert tree.task is not None
+        if tree.task[0] == self.world.state.number:
+            self.ended[tree.task[1]] = self.world.now
+
+    def on_recorded(self) -> None:
+        if self.ended:
+            rows = self.rows()
+            for task_id, ended in list(self.ended.items()):
+                row = rows.get(task_id)
+                if row is None or row.status.ended:
+                    del self.ended[task_id]
+                    late = max(ended, self.world.calm_since) + SLACK
+                    self.require(
+                        not self.world.mended or self.world.now < late,
+                        f"task {task_id} ended at {ended}",
+                    )
 
 
 class SecretsArrive(Invariant):
@@ -214,12 +301,9 @@ class SecretsArrive(Invariant):
 class AcceptedStart(Invariant):
     """An accepted task starts, unless it is killed or lost."""
 
-    excuses: ClassVar = frozenset(
-        "shim_killed folder_removed lock_emptied moved restored".split()
-    )
+    excuses = "shim_killed folder_removed lock_emptied moved restored rolled_back"
 
-    def __init__(self, world: "World") -> None:
-        super().__init__(world)
+    def prepare(self) -> None:
         self.begun: set[int] = set()
 
     def on_begun(self, tree: Tree, environment: dict[str, str]) -> None:
@@ -227,33 +311,32 @@ class AcceptedStart(Invariant):
         self.begun.add(tree.task[1])
 
     def on_end(self) -> None:
-        if self.excuses.isdisjoint(fault.kind for fault in self.world.plan.faults):
-            for row in self.rows().values():
-                ended = row.status in {Status.FINISHED, Status.FAILED}
-                holds = row.id in self.begun or not ended
-                self.require(holds, f"task {row.id}: {row.status}, {row.reason}")
+        for row in self.rows().values():
+            ended = row.status in {Status.FINISHED, Status.FAILED}
+            holds = row.id in self.begun or not ended
+            self.require(holds, f"task {row.id}: {row.status}, {row.reason}")
 
 
 class LostForAReason(Invariant):
     """No task is lost but by what takes its files or its shim."""
 
-    reasons: ClassVar = frozenset(
-        "power detach shim_killed folder_removed lock_emptied moved restored".split()
+    excuses = (
+        "power detach shim_killed folder_removed lock_emptied moved restored rolled_back"
     )
 
     def on_end(self) -> None:
-        if self.reasons.isdisjoint(fault.kind for fault in self.world.plan.faults):
-            for row in self.rows().values():
-                # One that was killed before it began may be: see `Executor.bar`.
-                holds = row.status is not Status.LOST or row.killed_by is not None
-                self.require(holds, f"task {row.id}: {row.reason}")
+        for row in self.rows().values():
+            # One that was killed before it began may be: see `Executor.bar`.
+            holds = row.status is not Status.LOST or row.killed_by is not None
+            self.require(holds, f"task {row.id}: {row.reason}")
 
 
 class RefusedNever(Invariant):
     """What was refused is never started."""
 
-    def __init__(self, world: "World") -> None:
-        super().__init__(world)
+    excuses = "rolled_back"
+
+    def prepare(self) -> None:
         self.requests: dict[str, Request] = {}
 
     def on_wanted(self, request: "Request") -> None:

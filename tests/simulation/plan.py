@@ -1,5 +1,6 @@
 """What a seed means: how the world is made, who asks for what, and which faults happen."""
 
+from collections.abc import Sequence
 from random import Random
 
 from attrs import field, frozen
@@ -56,16 +57,18 @@ KINDS: dict[str, int] = {
     "asleep": 1,
     "crowd": 1,
     "choked": 2,
+    "sick": 2,
+    "rolled_back": 1,
 }
 """Faults, and how often each happens; `faults` has a function for each."""
 
 
-def make_plan(seed: int) -> Plan:
-    """Return the world of a seed."""
+def make_plan(seed: int, only: Sequence[str] = ()) -> Plan:
+    """Return the world of a seed, perhaps with only some kinds of faults."""
     rng = Random(seed)
     choice = rng.choice
     # Not all kinds in each world: those that are left get deeper.
-    kinds = [kind for kind in KINDS if rng.random() < 0.5] or ["kill_soon"]
+    kinds = [kind for kind in only or KINDS if rng.random() < 0.5] or [*only, "kill"]
     weights = [KINDS[kind] for kind in kinds]
     steps = choice((100, 200, 400, 700))
     found = [

@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 
 from pulsar_api import background, process, retention, runs, service
 from tests.simulation.mutations import MUTATIONS
-from tests.simulation.plan import Plan, make_plan
+from tests.simulation.plan import KINDS, Plan, make_plan
 from tests.simulation.scheduler import Died
 from tests.simulation.world import Violation, World
 
@@ -91,6 +91,7 @@ class Batch:
     first: int
     number: int
     without: str | None = None
+    only: Sequence[str] = ()
 
 
 def run_batch(batch: Batch) -> list[tuple[int, list[Violation]]]:
@@ -101,7 +102,7 @@ def run_batch(batch: Batch) -> list[tuple[int, list[Violation]]]:
     gc.disable()
     with quiet() as log:
         for seed in range(batch.first, batch.first + batch.number):
-            violations = _run(make_plan(seed), log, batch.without, None)
+            violations = _run(make_plan(seed, batch.only), log, batch.without, None)
             if violations:
                 found.append((seed, violations))
             if seed % 20 == 0:
@@ -153,6 +154,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, help="the first seed [0]")
     parser.add_argument("--jobs", type=int, default=2, help="processes [2]")
     parser.add_argument("--without", choices=sorted(MUTATIONS), help="take a mend out")
+    parser.add_argument(
+        "--faults", nargs="+", default=(), choices=sorted(KINDS), help="only these kinds"
+    )
     parser.add_argument("--seed", type=int, help="run only this one")
     parser.add_argument("--trace", action="store_true", help="print what happens in it")
     parser.add_argument("--shrink", action="store_true", help="make what fails smaller")
@@ -169,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     step = min(500, max(1, options.seeds // options.jobs))
     last = options.first + options.seeds
     batches = [
-        Batch(first, min(step, last - first), options.without)
+        Batch(first, min(step, last - first), options.without, options.faults)
         for first in range(options.first, last, step)
     ]
     failed: list[tuple[int, list[Violation]]] = []
@@ -190,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _one(options: argparse.Namespace) -> int:
-    plan = make_plan(options.seed)
+    plan = make_plan(options.seed, options.faults)
     if options.shrink:
         plan = shrink(plan, options.without)
         print(plan)

@@ -38,7 +38,7 @@ class Behaviour:
     """Whether it stops its shim."""
 
 
-ACTIONS = "ok fail long deaf immortal leave hold stop quick".split()
+ACTIONS = "ok ok fail long deaf immortal leave hold stop stop quick quick endless".split()
 
 
 def behaviour(action: str, rng: Random) -> Behaviour:
@@ -60,6 +60,8 @@ def behaviour(action: str, rng: Random) -> Behaviour:
             made.leaves, made.left_holds = rng.uniform(0.5, 20), True
         case "stop":
             made.stops, made.lasts = True, rng.uniform(1, 20)
+        case "endless":
+            made.lasts, made.deaf = rng.uniform(100, 400), rng.random() < 0.5
         case "quick":
             made.lasts, made.prints = 0.0, 0
     return made
@@ -68,7 +70,18 @@ def behaviour(action: str, rng: Random) -> Behaviour:
 class Member:
     """A process of a task, but for its shim."""
 
-    __slots__ = ("_timer", "alive", "behaviour", "immortal_until", "pid", "start", "tree")
+    __slots__ = (
+        *(
+            "_timer",
+            "alive",
+            "began",
+            "behaviour",
+            "immortal_until",
+            "pid",
+            "start",
+            "tree",
+        ),
+    )
 
     def __init__(self, tree: "Tree", behaviour: Behaviour, lasts: float) -> None:
         world = tree.world
@@ -77,6 +90,7 @@ class Member:
         self.pid = world.new_pid()
         self.start = int(world.uptime() * 100)
         self.alive = True
+        self.began = world.now
         self.immortal_until = world.now + behaviour.immortal
         self._timer: Timer = world.scheduler.after(lasts, self.end, behaviour.code)
 
@@ -154,6 +168,7 @@ class Tree:
                 self.members.append(Member(self, left, made.leaves))
             if self.shim is not None:
                 self.shim.status = status
+            self.world.tell("process_ended", self, member)
         if self.shim is not None:
             self.shim.notice()
 

@@ -68,6 +68,8 @@ class World:
         """How wrong the wall clock is."""
         self.boot_id = "boot 1"
         self.powered = True
+        self.backup: Database | None = None
+        """An older copy of the records."""
         self.crowded = False
         """Whether no process can be started."""
         self.choked = False
@@ -92,11 +94,14 @@ class World:
         self._handlers: dict[str, list[Callable[..., None]]] = {}
         for invariant in self.invariants:
             for name in invariant.listens():
-                self._handlers.setdefault(name, []).append(getattr(invariant, f"on_{name}"))
+                self._handlers.setdefault(name[3:], []).append(getattr(invariant, name))
         self.disk.make(self.disk.root, "state", is_folder=True)
         self.disk.sync_all()
         self.state = State("/state", Database(), [(MAX_ID, next(self._states))])
         self.states = [self.state]
+        kinds = {fault.kind for fault in plan.faults}
+        if "rolled_back" in kinds:
+            self.scheduler.after(rng.choice((0.1, 1.0, 5.0)), self._back_up)
 
     # -- clocks, names, chance
 
@@ -256,6 +261,9 @@ class World:
         self.log("the machine runs: {}", self.boot_id)
         self.powered = True
         self.start(self.state)
+
+    def _back_up(self) -> None:
+        self.backup = self.state.database.copy()
 
     def _write_back(self) -> None:
         # As the kernel does with what nobody has synced.
