@@ -73,8 +73,6 @@ def held(go: Path) -> Sequence[str]:
 PYTHON = (sys.executable, "-I", "-S", "-c")
 MARK = "TEST_MARK"
 MACHINE = LocalMachine(reactor)
-SPEC = b"5\x000\x000\x000\x0018\x000\x001\x000\x00/\x00true\x00"
-"""The orders of a shim that a test makes itself."""
 
 LATE = 1.0
 """Seconds after the grace within which nothing of a task is left."""
@@ -836,9 +834,10 @@ async def test_the_last_of_the_output_may_take_its_time(
     assert (exit.code, exit.open) == (0, False)
 
 
-def test_patience_with_the_pipes_has_a_bound() -> None:
+def test_patience_with_the_pipes_has_a_bound(tmp_path: Path) -> None:
     """However often somebody prints; silence ends it earlier."""
-    watcher = shim.Shim(shim.Spec(SPEC), shim.Ear(-1), shim.Claim())
+    told = written(str(tmp_path), Command(("true",), {}), Bounds(5))
+    watcher = shim.Shim(shim.Spec(told), shim.Ear(-1), shim.Claim())
     watcher.last_output, watcher.gone = 900.0, 1000.0
     assert watcher.pipes_until() == 1000 + shim.PATIENCE
     watcher.last_output = 1002.0
