@@ -80,9 +80,6 @@ PASSING = {*shim.NO_SPACE, EAGAIN, EMFILE, ENFILE, ENOMEM}
 SECRET = ("secrets", "secrets.tmp", "spec", "spec.tmp")
 """Files in a task's folder that may hold secrets."""
 
-BEGUN = frozenset({"output", "output.idx", "cut", "sessions", "exit", "exit.tmp"})
-"""Files of which each proves that a shim has begun, whether or not its lock is there."""
-
 PERMIT = "start"
 """The file in a task's folder that allows a shim to begin."""
 
@@ -146,14 +143,8 @@ class ShimExecutor:
         return f"{self._permitted(folder).decode()}permit {found.inode} {found.changed}"
 
     def _is_valid(self, folder: Path, permit: str | None) -> bool:
-        """Return whether a permit was given in this boot and to this very folder.
-
-        And nothing is there that a shim makes before the command starts: somebody may
-        have removed its lock.
-        """
+        """Return whether a permit was given in this boot and to this very folder."""
         try:
-            if BEGUN & set(self._machine.names(folder)):
-                return False
             text = self._machine.read(folder / PERMIT)
             return text == self._permitted(folder) and permit == self._permit_name(folder)
         except (FileNotFoundError, NotADirectoryError):

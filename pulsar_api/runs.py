@@ -32,6 +32,9 @@ MARGIN = 5.0
 AGAIN = 1.0
 """Seconds until a shim that does not act is told again."""
 
+BEGUN = frozenset({"output", "output.idx", "cut", "sessions", "exit.tmp"})
+"""Files of which each proves that a shim has begun: somebody may have removed its lock."""
+
 NOTHING = (FileNotFoundError, NotADirectoryError)
 """What is raised where there is no file, or no folder in which it could be."""
 
@@ -461,7 +464,7 @@ class AdoptedRun(_Following):
         elif begun:
             why = "The process that watched the command is gone and left no result."
             self.lost(why, numbers=self._is_valid())
-        elif self._is_valid():
+        elif self._is_valid() and not BEGUN & set(self._machine.names(self._folder)):
             error = "The daemon ended before the command was started."
             self._tell_end(Exit(error=error, unstarted=True))
         else:
