@@ -83,6 +83,9 @@ SECRET = ("secrets", "secrets.tmp", "spec", "spec.tmp")
 PERMIT = "start"
 """The file in a task's folder that allows a shim to begin."""
 
+USED = "begun"
+"""The name that a shim gives to the permit under which it begins."""
+
 
 @frozen
 class ShimExecutor:
@@ -143,12 +146,19 @@ class ShimExecutor:
         return f"{self._permitted(folder).decode()}permit {found.inode} {found.changed}"
 
     def _is_valid(self, folder: Path, permit: str | None) -> bool:
-        """Return whether a permit was given in this boot and to this very folder."""
+        """Return whether a permit is unused, of this boot and of this very folder."""
         try:
             text = self._machine.read(folder / PERMIT)
             return text == self._permitted(folder) and permit == self._permit_name(folder)
         except (FileNotFoundError, NotADirectoryError):
             return False
+
+    def _is_here(self, folder: Path) -> bool:
+        """Return whether a folder, copied or not, is in use where and when it was made."""
+        for name in (USED, PERMIT):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                return self._machine.read(folder / name) == self._permitted(folder)
+        return False
 
     def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> Run:
         """Start a command. Whatever goes wrong is told to the sink, as an end."""
@@ -176,7 +186,8 @@ class ShimExecutor:
         """Follow a run that another daemon started, or say how it ended."""
         folder = self._tasks / str(task_id)
         valid = partial(self._is_valid, folder, permit)
-        return AdoptedRun(self._machine, self._clock, folder, bounds, sink, valid)
+        here = partial(self._is_here, folder)
+        return AdoptedRun(self._machine, self._clock, folder, bounds, sink, valid, here)
 
     def bar(self, task_id: int) -> bool:
         """Make sure that no shim begins with this task; False: one has."""

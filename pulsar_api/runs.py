@@ -32,7 +32,7 @@ MARGIN = 5.0
 AGAIN = 1.0
 """Seconds until a shim that does not act is told again."""
 
-BEGUN = frozenset({"output", "output.idx", "cut", "sessions", "exit.tmp"})
+BEGUN = frozenset({"begun", "output", "output.idx", "cut", "sessions", "exit.tmp"})
 """Files of which each proves that a shim has begun: somebody may have removed its lock."""
 
 NOTHING = (FileNotFoundError, NotADirectoryError)
@@ -409,7 +409,9 @@ class AdoptedRun(_Following):
     """Follows a shim that is not our child, by looking at its files."""
 
     _is_valid: Callable[[], bool] = lambda: True
-    """Whether the permit to start it is of this boot, and of this very folder."""
+    """Whether the permit to start it is of this boot, of this very folder, and unused."""
+    _is_here: Callable[[], bool] = lambda: True
+    """Whether the permit, used or not, is of this boot and folder: numbers are, too."""
     _seen: int = field(default=0, init=False)
     _killed: bool = field(default=False, init=False)
     _look: IDelayedCall = field(init=False)
@@ -463,7 +465,7 @@ class AdoptedRun(_Following):
             self._look_later()
         elif begun:
             why = "The process that watched the command is gone and left no result."
-            self.lost(why, numbers=self._is_valid())
+            self.lost(why, numbers=self._is_here())
         elif self._is_valid() and not BEGUN & set(self._machine.names(self._folder)):
             error = "The daemon ended before the command was started."
             self._tell_end(Exit(error=error, unstarted=True))

@@ -485,6 +485,11 @@ class Claim:
                 remove(name)
                 return False
             self.linked = True
+        # The permit is used up, so whatever else is removed, it allows no second start.
+        try:
+            posix.rename("start", "begun")
+        except FileNotFoundError:
+            pass
         remove(name)
         posix.fsync(self.lock)
         posix.fsync(self.folder)

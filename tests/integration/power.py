@@ -42,7 +42,7 @@ from tests.integration.witness import ENDED, Client, Ledger, Wish, Witness
 OPTIONS = ("--kill-grace=1", "--max-running-per-target=1", "--poll-timeout=5")
 DAMAGE = ("removed", "empty", "zeros", "half", "garbage")
 """What may have become of a file."""
-FILES = {"lock": "lock", "permit": "start", "index": "output.idx", "exit": "exit"}
+FILES = {"lock": "lock", "permit": "begun", "index": "output.idx", "exit": "exit"}
 """Files in the folder of a task, by what they are."""
 LEFT = 60.0
 """Seconds in which every task has to end after a boot."""
@@ -370,6 +370,17 @@ def files(trials: Trials) -> None:
     _go_on(trials)
 
 
+def rest(trials: Trials) -> None:
+    """Remove all files of each task but its permit."""
+    numbers = _some(trials, sealed=0)
+    _end_some(trials)
+    for number in numbers:
+        for path in sorted((trials.daemon.state / "tasks" / str(number)).glob("*")):
+            if path.name not in {"start", "begun"}:
+                path.unlink(missing_ok=True)  # its owner may have been faster
+    _go_on(trials)
+
+
 def damaged(file: str, *hows: str) -> Callable[[Trials], None]:
     """Return what damages a file of each task in one of some ways."""
 
@@ -384,6 +395,8 @@ def damaged(file: str, *hows: str) -> Callable[[Trials], None]:
         for number in numbers:
             folder = trials.daemon.state / "tasks" / str(number)
             path = folder / FILES[file]
+            if file == "permit" and not path.exists():
+                path = folder / "start"  # no shim has begun
             if file == "exit" and (folder / "lock").exists():
                 wait_for(path.exists, "the result")
             if path.exists():
@@ -469,6 +482,7 @@ KINDS: dict[str, Callable[[Trials], None]] = {
     "boot": boot,
     "copy": copy,
     "files": files,
+    "rest": rest,
     **{file: damaged(file, *DAMAGE) for file in FILES},
 }
 ONE_WAY = {f"{file}-{how}": damaged(file, how) for file in FILES for how in DAMAGE}

@@ -314,22 +314,39 @@ async def test_one_follower_goes_on_over_restarts(daemon: Daemon, tmp_path: Path
     await client.close()
 
 
-async def test_patience_begins_with_the_first_failure(daemon: Daemon) -> None:
+class Later:
+    """The reactor, but with a time that can be set forward."""
+
+    def __init__(self) -> None:
+        self.seconds_ahead = 0.0
+
+    def seconds(self) -> float:
+        """Return the time of the reactor, so many seconds later."""
+        return float(reactor.seconds()) + self.seconds_ahead
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(reactor, name)
+
+
+async def test_patience_begins_with_the_first_failure(
+    daemon: Daemon, tmp_path: Path
+) -> None:
     """Not with the last line of a task that says nothing for long."""
-    client = client_of(daemon, patience=2)
-    run = "echo one; sleep 3; echo two; sleep 1; exit 3"
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    later = Later()
+    client = Client(later, f"{daemon.scheme}://localhost:{daemon.port}", patience=PATIENCE)
+    run = f"echo one; read x < {go}; echo two; exit 3"
     task = await client.create("a", "b", "run", {"run": run})
     found: list[str] = []
-
-    async def follow() -> None:
-        found.extend([piece.text async for piece in client.follow(task.id)])
-
-    following = Deferred.fromCoroutine(follow())
-    await deferLater(reactor, 2.5)
-    daemon.kill()
-    await deferToThread(daemon.start)
-    await following
-    assert "".join(found) == "one\ntwo\n"
+    async for piece in client.follow(task.id):
+        found.append(piece.text)
+        if len(found) == 1:
+            later.seconds_ahead += 100 * PATIENCE
+            daemon.kill()
+            await deferToThread(daemon.start)
+            await deferToThread(go.write_text, "go\n")
+    assert found == ["one\n", "two\n"]
     assert (await client.wait(task.id)).exit_code == 3
     await client.close()
 

@@ -401,6 +401,9 @@ class Shim(Fiber):
             self.world.log("shim {} holds {}", self.pid, self.tree.path)
             self._here.parts = self.tree
             self._step()
+        if "start" in self._entries():
+            disk.rename(self._here, "start", self._here, "begun")
+            self._step()
         self._remove(name)
         if self.syncs:
             disk.sync(self._lock)
