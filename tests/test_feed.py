@@ -1,6 +1,7 @@
 """What is told to the clients of release 0.6, and when; time stands still."""
 
 import json
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from pulsar_api import shim
 from pulsar_api.command import Commands, Template
+from pulsar_api.output import BLOCK
 from pulsar_api.ports import Bounds
 from pulsar_api.rota import Rota
 from pulsar_api.service import Limits, TaskService
 from pulsar_api.task import TaskSpec
 from pulsar_api.web.feed import EVERY, HELD, Closed, Feed, Subscription
+from pulsar_api.web.message import MAX_CHANGE_TEXT, MAX_TEXT, PIECE_BYTES, Message
 from pulsar_api.web.visit import HEARTBEAT, next_frame
 from tests.fakes import FakeExecutor, FakeRun, MemoryStore, steady_clock
 from tests.test_lines import Turns
@@ -66,16 +69,42 @@ class World:
         made = Deferred.fromCoroutine(self.service.create(SPEC))
         return self.executor.run(CASE.successResultOf(made).snapshot.id)
 
+    def turn(self) -> None:
+        """Let one turn of the reactor pass, but no time."""
+        self.turns.turn()
+        self.clock.advance(0)
+
+    def run(self, deferred: Deferred[Any], turns: int = 500) -> None:
+        """Let turns pass until it has fired, or as many as that."""
+        for _ in range(turns):
+            if deferred.called:
+                break
+            self.turn()
+
+    def text(self, message: Message) -> Any:
+        """Return what a message says: the JSON inside its frame."""
+        parts: list[str] = []
+
+        async def write(text: str, _: bool) -> None:  # noqa: FBT001
+            parts.append(text)
+
+        sent = Deferred.fromCoroutine(message.send(write))
+        self.run(sent, 10_000)
+        CASE.successResultOf(sent)
+        (inner,) = json.loads("".join(parts).removeprefix("a"))
+        return json.loads(inner)
+
     def told(self, subscription: Subscription) -> list[str]:
         """Return what there is to tell now: kinds and states."""
         found: list[str] = []
         while True:
             waiting = Deferred.fromCoroutine(subscription.next())
+            self.run(waiting, 5)
             if not waiting.called:
                 waiting.addErrback(lambda _: None)
                 waiting.cancel()
                 return found
-            message: Any = json.loads(CASE.successResultOf(waiting))
+            message = self.text(CASE.successResultOf(waiting))
             found.append(f"{message['event']} {message['job']['status']}")
 
 
@@ -200,7 +229,10 @@ def test_silence_is_broken_by_a_heartbeat(world: World) -> None:
     assert CASE.successResultOf(frame) == "h"
     world.create()
     frame = Deferred.fromCoroutine(next_frame(subscription, world.clock))
-    assert CASE.successResultOf(frame).startswith('a["{')
+    world.run(frame)
+    message = CASE.successResultOf(frame)
+    assert isinstance(message, Message)
+    assert world.text(message)["event"] == "job.create"
     subscription.close()
 
 
@@ -233,29 +265,222 @@ def tiny(folder: Path, number: int) -> None:
 def test_a_flood_of_tiny_pieces_is_read_in_many_turns(world: World) -> None:
     """By one for all; who goes away meanwhile has lost nothing, and the others have it."""
     first, second = (world.feed.subscribe(lambda _: True) for _ in range(2))
-    tiny(world.folder, 40_000)
+    tiny(world.folder, 100_000)
     run = world.create()
     run.start()
     world.told(first)
     world.told(second)
-    run.end(0, output_size=40_000)
+    run.end(0, output_size=100_000)
     gone = Deferred.fromCoroutine(first.next())
     stays = Deferred.fromCoroutine(second.next())
-    for _ in range(3):
-        world.turns.turn()
+    for _ in range(2):
+        world.turn()
     CASE.assertNoResult(gone)
     CASE.assertNoResult(stays)
     gone.cancel()
     CASE.failureResultOf(gone).check(CancelledError)
     again = Deferred.fromCoroutine(first.next())
-    turns = 0
-    while turns < 20 and not (stays.called and again.called):
-        world.turns.turn()
-        world.clock.advance(0)
-        turns += 1
-    assert 10 < turns < 20
-    texts = [CASE.successResultOf(one) for one in (stays, again)]
-    assert texts[0] == texts[1]
-    assert json.loads(texts[0])["job"]["stdout"] == "x" * 20_000
+    world.run(stays)
+    world.run(again)
+    messages = [CASE.successResultOf(one) for one in (stays, again)]
+    assert messages[0] is messages[1]
+    turns = world.turns.seconds()
+    assert world.text(messages[0])["job"]["stdout"] == "x" * 50_000
+    # Two records for each byte of it, some thousands in a turn.
+    assert world.turns.seconds() - turns > 100_000 / BLOCK / 2
     first.close()
     second.close()
+
+
+def test_crowd_shares_one_message_and_its_pieces(world: World) -> None:
+    """Whose pieces are made once, however many are sent them at the same time."""
+    (world.folder / "1").mkdir()
+    printed(world.folder / "1", [(shim.STDOUT, b"0123456789abcde\n" * (MAX_TEXT // 16))])
+    crowd = [world.feed.subscribe(lambda _: True) for _ in range(50)]
+    run = world.create()
+    run.start()
+    for subscription in crowd:
+        world.told(subscription)
+    run.end(0, output_size=MAX_TEXT)
+    waiting = [Deferred.fromCoroutine(member.next()) for member in crowd]
+    for one in waiting:
+        world.run(one)
+    messages = {CASE.successResultOf(one) for one in waiting}
+    assert len(messages) == 1
+    before = world.feed.pieces.misses
+    sent = [0] * len(crowd)
+
+    def count(place: int) -> Callable[[str, bool], Awaitable[None]]:
+        async def write(text: str, _: bool) -> None:  # noqa: FBT001
+            sent[place] += len(text)
+
+        return write
+
+    (message,) = messages
+    sending = [Deferred.fromCoroutine(message.send(count(n))) for n in range(len(crowd))]
+    for telling in sending:
+        world.run(telling, 100_000)
+        CASE.successResultOf(telling)
+    assert len(set(sent)) == 1
+    assert sent[0] > 2 * MAX_TEXT
+    made = world.feed.pieces.misses - before
+    assert made <= sent[0] / PIECE_BYTES + 2
+    assert world.feed.pieces.size <= world.feed.pieces.max_bytes
+    for subscription in crowd:
+        subscription.close()
+    assert world.feed.pieces.size == 0
+
+
+def test_turn_wakes_one_subscriber(world: World) -> None:
+    """However many wake at the same time: others wait for one of them only."""
+    crowd = [world.feed.subscribe(lambda _: True) for _ in range(20)]
+    world.create()
+    waiting = [Deferred.fromCoroutine(member.next()) for member in crowd]
+    done = 0
+    while done < len(crowd):
+        world.turn()
+        now = sum(one.called for one in waiting)
+        assert now <= done + 1
+        assert world.turns.seconds() < 100
+        done = now
+    for subscription in crowd:
+        subscription.close()
+
+
+CONTROL = bytes(range(1, 9))
+"""Characters that JSON inside JSON says with seven bytes each."""
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        CONTROL * (MAX_TEXT // 8),
+        b"\xff" * MAX_TEXT,
+        b'"\\' * (MAX_TEXT // 2),
+        "ä".encode() * (MAX_TEXT // 2),
+        "😀".encode() * (MAX_TEXT // 4),
+        b"\r\n" * (MAX_TEXT // 2),
+    ],
+    ids=["control", "no-utf8", "quotes", "umlauts", "emoji", "line-ends"],
+)
+@pytest.mark.parametrize(
+    ("kind", "most"), [("close", MAX_TEXT), ("change", MAX_CHANGE_TEXT)]
+)
+def test_message_is_bounded_by_its_encoded_size(
+    world: World, data: bytes, kind: str, most: int
+) -> None:
+    """Not by the bytes that were printed; it says where the rest is."""
+    data += b"end\n"
+    (world.folder / "1").mkdir()
+    printed(world.folder / "1", [(shim.STDOUT, data)])
+    subscription = world.feed.subscribe(lambda _: True)
+    run = world.create()
+    run.start()
+    run.end(0, output_size=len(data))
+    found = Deferred.fromCoroutine(world.feed.message(1, kind, lambda _: True))
+    world.run(found)
+    message = CASE.successResultOf(found)
+    assert message is not None
+    sizes: list[int] = []
+
+    async def write(text: str, _: bool) -> None:  # noqa: FBT001
+        sizes.append(len(text))
+
+    sending = Deferred.fromCoroutine(message.send(write))
+    world.run(sending, 10_000)
+    assert sum(sizes) < 2 * 1.5 * most + 1000
+    assert sum(sizes) > most / 2
+    assert max(sizes) <= 4 * PIECE_BYTES
+    job = world.text(message)["job"]
+    assert job["stdout"] == job["output"]
+    first, _, rest = job["output"].partition("\n")
+    start = int(first.removeprefix("[the first ").partition(" ")[0])
+    assert rest == data[start:].decode("utf-8", "replace")
+    subscription.close()
+
+
+def test_slow_reader_hears_the_same_without_cached_pieces(world: World) -> None:
+    """What it needs is made again; a slow one costs no memory, and hears the same."""
+    (world.folder / "1").mkdir()
+    lines = b"".join(b"%07d\n" % n for n in range(MAX_TEXT // 8))
+    printed(world.folder / "1", [(shim.STDOUT, lines)])
+    world.feed.pieces.max_bytes = 4 * PIECE_BYTES
+    subscription = world.feed.subscribe(lambda _: True)
+    run = world.create()
+    run.start()
+    run.end(0, output_size=MAX_TEXT)
+    found = Deferred.fromCoroutine(world.feed.message(1, "close", lambda _: True))
+    world.run(found)
+    message = CASE.successResultOf(found)
+    assert message is not None
+    room: Deferred[None] = Deferred()
+    slow: list[str] = []
+
+    async def write(text: str, _: bool) -> None:  # noqa: FBT001
+        slow.append(text)
+        if len(slow) == 10:
+            await room
+
+    sending = Deferred.fromCoroutine(message.send(write))
+    for _ in range(50):
+        world.turn()
+    assert len(slow) == 10
+    job = world.text(message)["job"]
+    assert world.feed.pieces.size <= world.feed.pieces.max_bytes
+    room.callback(None)
+    world.run(sending, 10_000)
+    CASE.successResultOf(sending)
+    (inner,) = json.loads("".join(slow).removeprefix("a"))
+    assert json.loads(inner)["job"] == job
+    assert job["stdout"] == job["output"] == lines.decode()
+    subscription.close()
+
+
+def test_output_that_goes_away_ends_with_a_note(world: World) -> None:
+    """What was begun is ended as JSON, and says so."""
+    (world.folder / "1").mkdir()
+    printed(world.folder / "1", [(shim.STDOUT, b"x" * 100_000)])
+    subscription = world.feed.subscribe(lambda _: True)
+    run = world.create()
+    run.start()
+    run.end(0, output_size=100_000)
+    found = Deferred.fromCoroutine(world.feed.message(1, "close", lambda _: True))
+    world.run(found)
+    message = CASE.successResultOf(found)
+    assert message is not None
+    parts: list[str] = []
+
+    async def write(text: str, _: bool) -> None:  # noqa: FBT001
+        parts.append(text)
+        (world.folder / "1" / "output").unlink(missing_ok=True)
+
+    sending = Deferred.fromCoroutine(message.send(write))
+    world.run(sending)
+    (inner,) = json.loads("".join(parts).removeprefix("a"))
+    job = json.loads(inner)["job"]
+    assert job["stdout"].startswith("xxx")
+    assert job["stdout"].endswith("[cannot be read now: No such file or directory]\n")
+    assert job["output"] == "[cannot be read now: No such file or directory]\n"
+    subscription.close()
+
+
+def test_cut_output_is_told_with_its_marker(world: World) -> None:
+    """In both texts, where it was."""
+    (world.folder / "1").mkdir()
+    printed(
+        world.folder / "1", [(shim.STDOUT, b"a" * 50_000), (shim.STDERR, b"b" * 50_000)]
+    )
+    (world.folder / "1" / "cut").write_text("20000 60000")
+    subscription = world.feed.subscribe(lambda _: True)
+    run = world.create()
+    run.start()
+    run.end(0, output_size=100_000)
+    found = Deferred.fromCoroutine(world.feed.message(1, "close", lambda _: True))
+    world.run(found)
+    message = CASE.successResultOf(found)
+    assert message is not None
+    job = world.text(message)["job"]
+    marker = "\n[bytes 20000 to 60000 were cut: --max-output-size]\n"
+    assert job["output"] == "a" * 20_000 + marker + "b" * 40_000
+    assert job["stdout"] == "a" * 20_000 + marker
+    subscription.close()

@@ -1,6 +1,5 @@
 """Tells subscribers what happens to jobs, in the words of release 0.6."""
 
-import json
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
@@ -14,13 +13,20 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.web.server import Request
 
-from pulsar_api import wire
 from pulsar_api.changes import Changes
 from pulsar_api.errors import StoreUnavailable, UnknownTask
-from pulsar_api.output import PIECE, Output
+from pulsar_api.output import Output
 from pulsar_api.rota import Rota
 from pulsar_api.service import TaskService
-from pulsar_api.task import Status, TaskQuery, TaskSnapshot
+from pulsar_api.task import Status, Task, TaskQuery, TaskSnapshot
+from pulsar_api.web.message import (
+    MAX_CHANGE_TEXT,
+    MAX_TEXT,
+    Message,
+    PieceCache,
+    start_offset,
+)
+from pulsar_api.wire import MAX_LIST
 
 _log = Logger()
 T = TypeVar("T")
@@ -32,11 +38,6 @@ HELD = 0.1
 
 The published client knows the number of its job only then, and drops what comes before.
 """
-MOST = 1 << 20
-"""Bytes of each text in a message; of a longer one its end, and where the rest is."""
-MOST_CHANGE = 1 << 16
-"""The same of a job that goes on: that is told again and again."""
-
 _AGAIN = (1.0, 4.0)
 """Seconds after which the end of a job that has just been answered is told again.
 
@@ -45,6 +46,7 @@ The published client forgets a job at its first end, so it does not hear the sec
 _BATCH = 100
 _SHARED = 16
 _KINDS = ("create", "change", "close")
+_BIT = {kind: 1 << place for place, kind in enumerate(_KINDS)}
 
 
 class Closed(Exception):
@@ -61,15 +63,16 @@ class Subscription:
     _feed: "Feed"
     _changes: Changes
     _sees: Callable[[TaskSnapshot], bool]
-    _pending: OrderedDict[int, set[str]] = field(factory=OrderedDict)
+    _pending: OrderedDict[int, int] = field(factory=OrderedDict)
+    """The kinds of news of each job, as the sum of their bits."""
     _closed: bool = False
 
     def mark(self, number: int, kind: str) -> None:
         """Note that there is news of a job."""
-        self._pending.setdefault(number, set()).add(kind)
+        self._pending[number] = self._pending.get(number, 0) | _BIT[kind]
         self._changes.advance(self._changes.version + 1)
 
-    async def next(self) -> str:
+    async def next(self) -> Message:
         """Return the next message as soon as there is one; raise `Closed` at the end.
 
         If it is cancelled nothing is lost.
@@ -80,18 +83,22 @@ class Subscription:
             if not self._pending:
                 await self._changes.after(self._changes.version)
                 continue
-            number, kinds = next(iter(self._pending.items()))
-            kind = next(kind for kind in _KINDS if kind in kinds)
-            kinds.discard(kind)
-            if not kinds:
+            # One event wakes all subscribers at once, and there may be many.
+            await self._feed.turn()
+            if self._closed or not self._pending:
+                continue
+            number, bits = next(iter(self._pending.items()))
+            kind = next(kind for kind in _KINDS if bits & _BIT[kind])
+            self._pending[number] = bits & ~_BIT[kind]
+            if not self._pending[number]:
                 del self._pending[number]
             try:
-                text = await self._feed.message(number, kind, self._sees)
+                found = await self._feed.message(number, kind, self._sees)
             except (CancelledError, StoreUnavailable):
                 self.mark(number, kind)
                 raise
-            if text is not None:
-                return text
+            if found is not None:
+                return found
 
     def close(self) -> None:
         """Want no more."""
@@ -116,7 +123,13 @@ class Feed:
     _watched: dict[int, Deferred[None]] = field(factory=dict, init=False)
     _held: dict[int, Changes] = field(factory=dict, init=False)
     _running: Deferred[None] | None = field(default=None, init=False)
-    _messages: OrderedDict[tuple[object, ...], str] = field(factory=OrderedDict, init=False)
+    _messages: OrderedDict[tuple[object, ...], Message] = field(
+        factory=OrderedDict, init=False
+    )
+    pieces: PieceCache = field(factory=PieceCache, init=False)
+    """Shared by subscribers that are sent the same at the same time."""
+    _ended: OrderedDict[int, Task] = field(factory=OrderedDict, init=False)
+    """Tasks whose end is being told."""
     _made: dict[tuple[object, ...], Changes] = field(factory=dict, init=False)
     """The messages that are being made, and who waits for them."""
 
@@ -136,11 +149,18 @@ class Feed:
             running.cancel()
             for watching in list(self._watched.values()):
                 watching.cancel()
+            self._messages.clear()
+            self._ended.clear()
+            self.pieces.clear()
 
     def end(self) -> None:
         """Tell all subscribers that there will be no more."""
         for subscriber in list(self._subscribers):
             subscriber.end()
+
+    def turn(self) -> Deferred[None]:
+        """Fire when it is the caller's turn to work."""
+        return self._rota.turn()
 
     def hold(self, number: int, request: Request) -> None:
         """Tell no change of a task until its POST was answered, and a moment longer."""
@@ -155,60 +175,46 @@ class Feed:
 
     async def message(
         self, number: int, kind: str, sees: Callable[[TaskSnapshot], bool]
-    ) -> str | None:
+    ) -> Message | None:
         """Return what is to be said of a job now; None if it is no more, or not seen."""
         try:
-            snapshot = (await self._service.find(number)).snapshot
+            task = self._ended.get(number) or await self._service.find(number)
         except UnknownTask:
             return None
+        snapshot = task.snapshot
         if not sees(snapshot):
             return None
         key = (number, kind, snapshot.version, snapshot.status)
-        while (text := self._messages.get(key)) is None:
+        while (found := self._messages.get(key)) is None:
             made = self._made.get(key)
             if made is not None:
                 await made.after(0)
                 continue
             made = self._made[key] = Changes(self._clock)
             try:
-                self._messages[key] = await self._text(snapshot, kind)
+                found = self._messages[key] = await self._make(snapshot, kind)
             finally:
                 del self._made[key]
                 made.advance(1)
             while len(self._messages) > _SHARED:
                 self._messages.popitem(last=False)
-        return text
+            break
+        return found
 
-    async def _text(self, snapshot: TaskSnapshot, kind: str) -> str:
+    async def _make(self, snapshot: TaskSnapshot, kind: str) -> Message:
         output = Output(self._folder / str(snapshot.id))
-        job = wire.job_fields(snapshot)
         size = snapshot.output_size
-        most = MOST_CHANGE if kind == "change" else MOST
+        limit = MAX_CHANGE_TEXT if kind == "change" else MAX_TEXT
         try:
-            start = output.character_start(size - most) if size > most else 0
-            left_out = ""
-            if start:
-                left_out = f"[the first {start} bytes: GET /task/{snapshot.id}/log]\n"
-            job["stdout"] = left_out + await self._stdout(output, start, size)
-            job["output"] = left_out + "".join(output.text(start, size))
-        except OSError as e:
-            _log.error("Cannot read the output of task {id}: {e}", id=snapshot.id, e=e)
-            job["stdout"] = job["output"] = f"[cannot be read now: {e.strerror}]\n"
-        return json.dumps({"event": f"job.{kind}", "job": job})
-
-    async def _stdout(self, output: Output, start: int, end: int) -> str:
-        parts: list[str] = []
-        for piece in output.stdout(end, start):
-            if parts and len(parts[-1]) < PIECE:
-                # Some thousands of records are behind it.
-                await self._rota.turn()
-            parts.append(piece)
-        return "".join(parts)
+            start = await start_offset(output, self._rota, size, limit)
+        except OSError:
+            start = max(0, size - limit)  # the pieces will say that it cannot be read
+        return Message(kind, snapshot, output, start, self.pieces, self._rota)
 
     async def _run(self) -> None:
         change, known = await self._surely(self._service.last_change)
         for status in (Status.RUNNING, Status.CREATED):
-            query = TaskQuery(limit=wire.MAX_LIST, status=status)
+            query = TaskQuery(limit=MAX_LIST, status=status)
             for found in await self._surely(partial(self._service.list, query)):
                 self._watch(found.id)
         while True:
@@ -247,6 +253,9 @@ class Feed:
                 end = task.end.after(0)
                 await end.addTimeout(EVERY, self._clock, lambda *_: 0)
             if task.snapshot.status.ended:
+                self._ended[number] = task
+                while len(self._ended) > _SHARED:
+                    self._ended.popitem(last=False)
                 self._tell(number, "close")
                 break
             if await task.changes.after(seen) == seen:

@@ -88,6 +88,8 @@ class BoundedChannel(HTTPChannel):
     source: str | None
     """Whom it counts for, see `limits.source`."""
     transport: Any  # TCP or TLS round it; both can abort
+    stall = STALL
+    """How long this client may leave what fills its buffer."""
     _deadline: IDelayedCall | None = None
     _stalled: IDelayedCall | None = None
     _serving = False
@@ -132,6 +134,7 @@ class BoundedChannel(HTTPChannel):
 
     def requestDone(self, request: IRequest) -> None:
         """The answer is written; the next request may already be here."""
+        self.stall = STALL
         self._serve(False)
         super().requestDone(request)
 
@@ -148,7 +151,7 @@ class BoundedChannel(HTTPChannel):
     def pauseProducing(self) -> None:
         """The client reads more slowly than we write; it may, but not for ever."""
         if self._stalled is None:
-            self._stalled = self.callLater(STALL, self._stuck)
+            self._stalled = self.callLater(self.stall, self._stuck)
         self._note()
         super().pauseProducing()
 

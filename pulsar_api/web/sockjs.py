@@ -1,9 +1,11 @@
 """SockJS 0.3 as far as the clients of release 0.6 speak it: WebSocket and two by HTTP."""
 
 import json
+import re
 import secrets
-from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 from attrs import define, field, frozen
 from klein import Klein
@@ -12,16 +14,15 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.resource import Resource
-from twisted.web.server import Request
-from twisted.web.websocket import WebSocketResource, WebSocketTransport
-from wsproto.utilities import RemoteProtocolError
+from twisted.web.server import NOT_DONE_YET, Request
 
 from pulsar_api.errors import PulsarError
-from pulsar_api.web.access import Access
+from pulsar_api.web.access import Access, cookies
 from pulsar_api.web.feed import Feed
-from pulsar_api.web.follow import Outlet, Valve
-from pulsar_api.web.reply import new_app, problem, reply
-from pulsar_api.web.visit import HEARTBEAT, LAST, Visit
+from pulsar_api.web.follow import Outlet
+from pulsar_api.web.reply import header, new_app, problem, reply
+from pulsar_api.web.visit import BEAT, LAST, Frame, Unidentified, Visit
+from pulsar_api.web.websocket import MAX_MESSAGE, WebSocket, handshake, limit_buffer
 
 _log = Logger()
 
@@ -29,16 +30,17 @@ AWAY = 5.0
 """Seconds for which a session by HTTP waits for its client to come back."""
 STREAMED = 128 * 1024
 """Bytes after which a stream ends, and the client opens another."""
-MAX_MESSAGE = 64 * 1024
-"""Bytes of a message of a client; it has nothing to say but who it is."""
-MAX_SESSIONS = 1000
-"""Sessions by HTTP."""
+MAX_NAME = 100
+"""Characters of the name of a session."""
+COOKIE = "pulsar-sockjs"
+"""Shows who has opened a session by HTTP, to a client that keeps cookies."""
 
 _OPEN = "o"
 _BUSY = 'c[2010,"Another connection still open"]'
 _PRELUDE = "h" * 2048
 _SCRIPT = "application/javascript; charset=UTF-8"
 _TEXT = "text/plain; charset=UTF-8"
+_PLAIN = re.compile(r"[\w./%~-]+", re.ASCII)
 _NO_CACHE = "no-store, no-cache, no-transform, must-revalidate, max-age=0"
 
 
@@ -47,6 +49,8 @@ class _Session:
     """A client by HTTP, between two of its requests as well."""
 
     visit: Visit
+    key: str = field(factory=partial(secrets.token_urlsafe, 32), repr=False)
+    """The value of its cookie."""
     busy: bool = False
     gone: IDelayedCall | None = None
 
@@ -60,7 +64,10 @@ class SockJS:
     access: Access
     feed: Feed
     clock: IReactorTime
+    max_sessions: int = 1000
+    """How many sessions by HTTP there may be at a time."""
     _sessions: dict[str, _Session] = field(factory=dict)
+    _unidentified: Unidentified = field(factory=Unidentified)
 
     def resource(self) -> Resource:
         """Return what a site serves."""
@@ -88,44 +95,56 @@ class SockJS:
         session = self._sessions.get(name)
         if session is None:
             if self._open(request, name) is None:
-                return _too_many(request)
+                return self._too_many(request)
             return _answer(request, _OPEN)
-        if session.busy or not self._is_theirs(request, session):
+        if not self._is_theirs(request, session):
+            return _not_theirs(request)
+        if session.busy:
             return _answer(request, _BUSY)
         self._take(session)
+        _drop_body(request)
         try:
-            frame = await session.visit.frame()
+            frame = await self._frame(request, session)
+            if frame is None:
+                return _not_theirs(request)
+            if isinstance(frame, str):
+                return _answer(request, frame)
+            outlet = _begin(request, self.clock)
+            await self._send(outlet, session, frame)
+            return outlet.end()
         finally:
             self._give_back(name, session)
-        return _answer(request, frame)
 
     @app.route("/websocket/<server>/<name>/xhr_streaming", methods=["POST"])
     async def stream(self, request: Request, server: str, name: str) -> bytes:
         self.access.origins.check(request)
         session = self._sessions.get(name)
         begin = [_PRELUDE]
+        opens = session is None
         if session is None:
             session = self._open(request, name)
             if session is None:
-                return _too_many(request)
+                return self._too_many(request)
             begin.append(_OPEN)
-        busy = session.busy or not self._is_theirs(request, session)
-        request.setHeader("Content-Type", _SCRIPT)
-        request.setHeader("Cache-Control", _NO_CACHE)
-        request.setHeader("X-Accel-Buffering", "no")
-        outlet = Outlet(request, self.clock)
-        for frame in [*begin, _BUSY] if busy else begin:
-            await outlet.write(f"{frame}\n".encode())
+        elif not self._is_theirs(request, session):
+            return _not_theirs(request)
+        busy = session.busy
+        outlet = _begin(request, self.clock)
+        for line in [*begin, _BUSY] if busy else begin:
+            await outlet.write(f"{line}\n".encode())
         if busy:
             return outlet.end()
         self._take(session)
-        sent = 0
         try:
-            while sent < STREAMED:
-                frame = await session.visit.frame()
-                data = f"{frame}\n".encode()
-                sent += len(data)
-                await outlet.write(data)
+            while outlet.sent < STREAMED:
+                if opens:
+                    # This very request is the proof that the session is the client's.
+                    frame: Frame | None = await session.visit.frame()
+                else:
+                    frame = await self._frame(request, session)
+                if frame is None:
+                    break
+                await self._send(outlet, session, frame)
                 if frame in LAST:
                     break
         finally:
@@ -139,7 +158,10 @@ class SockJS:
         if session is None or not self._is_theirs(request, session):
             detail = "There is no such session; it may have ended."
             return problem(request, 404, "unknown-session", "Unknown session", detail)
-        body = b"" if request.content is None else request.content.read()
+        body = b"" if request.content is None else request.content.read(MAX_MESSAGE + 1)
+        if len(body) > MAX_MESSAGE:
+            detail = f"body: a message may have {MAX_MESSAGE} bytes at most"
+            return problem(request, 413, "body-too-large", "Content too large", detail)
         messages = _messages(body)
         if messages is None:
             detail = "body: must be a JSON array of texts"
@@ -153,28 +175,75 @@ class SockJS:
         """Return a visit, whose visitor may not be known yet."""
         address = self.access.origins.address(request)
         shown = self.access.shown(request)
-        visit = Visit(self.access, self.feed, self.clock, address, shown)
+        visit = Visit(
+            self.access, self.feed, self.clock, address, shown, self._unidentified
+        )
         visit.begin()
         return visit
 
-    def _is_theirs(self, request: Request, session: _Session) -> bool:
-        """Return whether it is who has opened the session, whose name is no secret."""
+    async def _frame(self, request: Request, session: _Session) -> Frame | None:
+        """Return the next frame; None if the session turns out to be somebody else's."""
         visit = session.visit
-        if visit.shown is not None and visit.shown != self.access.shown(request):
+        if not visit.decided:
+            await visit.settle()
+            if not visit.decided:
+                return BEAT
+            if visit.known and not self._is_theirs(request, session):
+                return None
+        return await visit.frame()
+
+    async def _send(self, outlet: "_Outlet", session: _Session, frame: Frame) -> None:
+        """Write a frame and a line end."""
+
+        async def write(text: str, last: bool) -> None:  # noqa: FBT001
+            if session.visit.over:
+                await outlet.abort()  # half a message cannot be ended well
+            await outlet.write(f"{text}\n".encode() if last else text.encode())
+
+        if isinstance(frame, str):
+            await outlet.write(f"{frame}\n".encode())
+        else:
+            await frame.send(write)
+
+    def _is_theirs(self, request: Request, session: _Session) -> bool:
+        """Return whether a request comes from the client that opened the session.
+
+        The name of a session is no secret. The client shows the session's cookie, or the
+        credentials that it was let in by. Before it is let in its address is enough: it
+        may yet say who it is, and is told nothing.
+        """
+        visit = session.visit
+        if visit.address != self.access.origins.address(request):
             return False
-        return visit.address == self.access.origins.address(request)
+        key = cookies(header(request, "cookie")).get(COOKIE, "")
+        if secrets.compare_digest(key.encode(), session.key.encode()):
+            return True
+        return visit.matches(self.access.shown(request))
 
     def _open(self, request: Request, name: str) -> _Session | None:
-        if len(self._sessions) >= MAX_SESSIONS and not self._make_room():
+        if len(self._sessions) >= self.max_sessions and not self._make_room():
             return None
         session = self._sessions[name] = _Session(self.visit(request))
+        if self.access.gate is not None:
+            secure = self.access.secure(request)
+            path = urlsplit(self.access.origins.base(request)).path + _folder(request)
+            flags = "; HttpOnly; SameSite=Lax" + ("; Secure" if secure else "")
+            text = f"{COOKIE}={session.key}; Path={path}{flags}"
+            request.responseHeaders.addRawHeader("Set-Cookie", text)
         self._give_back(name, session)
         return session
 
+    def _too_many(self, request: Request) -> bytes:
+        request.setHeader("Retry-After", "5")
+        detail = (
+            f"{self.max_sessions} sessions are open, which is the limit; try again later."
+        )
+        return problem(request, 503, "too-many-sessions", "Too many sessions", detail)
+
     def _make_room(self) -> bool:
-        """Forget who has opened a session and not said yet who it is; the oldest first."""
+        """Forget who has opened a session and is not known by now; the oldest first."""
         for name, session in self._sessions.items():
-            if not session.visit.decided:
+            if not session.visit.known:
                 session.visit.deny()
                 if session.gone is not None:
                     session.gone.cancel()
@@ -207,6 +276,7 @@ class SockJS:
             if session.gone is not None:
                 session.gone.cancel()
                 session.gone = None
+                session.visit.close()
 
 
 _JSON = "application/json"
@@ -225,16 +295,58 @@ def _messages(data: bytes | str) -> list[str] | None:
     return None
 
 
+class _Outlet(Outlet):
+    """An outlet with a small buffer, which counts what it has written."""
+
+    def __init__(self, request: Request, clock: IReactorTime) -> None:
+        limit_buffer(request.channel)
+        super().__init__(request, clock)
+        self.sent = 0
+
+    async def write(self, data: bytes) -> None:
+        """Write, and wait until there is room for more."""
+        self.sent += len(data)
+        await super().write(data)
+
+    async def abort(self) -> None:
+        """Cut the connection, whatever has not been read yet."""
+        transport: Any = self._request.transport
+        transport.abortConnection()
+        await Deferred()
+
+
+def _begin(request: Request, clock: IReactorTime) -> _Outlet:
+    """Begin an answer whose length is not known yet."""
+    _drop_body(request)
+    request.setHeader("Content-Type", _SCRIPT)
+    request.setHeader("Cache-Control", _NO_CACHE)
+    request.setHeader("X-Accel-Buffering", "no")
+    return _Outlet(request, clock)
+
+
 def _answer(request: Request, frame: str) -> bytes:
     body = reply(request, f"{frame}\n".encode(), kind=_SCRIPT)
     request.setHeader("Cache-Control", _NO_CACHE)
     return body
 
 
-def _too_many(request: Request) -> bytes:
-    request.setHeader("Retry-After", "5")
-    detail = f"{MAX_SESSIONS} sessions are open, which is the limit; try again later."
-    return problem(request, 503, "too-many-sessions", "Too many sessions", detail)
+def _not_theirs(request: Request) -> bytes:
+    """Answer somebody else: 404, with the frame that SockJS has for it."""
+    body = _answer(request, _BUSY)
+    request.setResponseCode(404)
+    return body
+
+
+def _drop_body(request: Request) -> None:
+    """Free the body of a request that is answered slowly: nobody reads it."""
+    if request.content is not None:
+        request.content.close()
+
+
+def _folder(request: Request) -> str:
+    """Return the path of a session for its cookie, or a wider one if it is odd."""
+    path: str = request.path.decode("ascii", "replace")
+    return path.rpartition("/")[0] if _PLAIN.fullmatch(path) else "/websocket"
 
 
 class _Tree(Resource):
@@ -245,122 +357,83 @@ class _Tree(Resource):
     def __init__(self, routes: Any, sockjs: SockJS) -> None:
         super().__init__()
         self._routes = routes
-        self._websocket = WebSocketResource(_Factory(sockjs))
-        self._origins = sockjs.access.origins
+        self._sockjs = sockjs
 
     def render(self, request: Request) -> bytes | int:
         """Answer a request."""
         segments = request.path.split(b"/")[1:]
         if len(segments) == 4 and segments[3] == b"websocket" and all(segments):
-            if request.method != b"GET":
-                request.setHeader("Allow", "GET, OPTIONS")
-                detail = "Only GET is possible here."
-                return problem(request, 405, "method-not-allowed", "Not allowed", detail)
-            try:
-                self._origins.check(request)
-            except PulsarError as e:
-                return problem(request, 403, "foreign-origin", "Another site", str(e))
-            found: bytes | int = self._websocket.render(request)
-            return found
+            return self._open(request)
+        if len(segments) == 4 and len(segments[2]) > MAX_NAME:
+            detail = f"The name of a session has {MAX_NAME} characters at most."
+            return problem(request, 404, "not-found", "Not found", detail)
         answer: bytes | int = self._routes.render(request)
         return answer
 
+    def _open(self, request: Request) -> bytes | int:
+        if request.method != b"GET":
+            request.setHeader("Allow", "GET, OPTIONS")
+            detail = "Only GET is possible here."
+            return problem(request, 405, "method-not-allowed", "Not allowed", detail)
+        try:
+            self._sockjs.access.origins.check(request)
+        except PulsarError as e:
+            return problem(request, 403, "foreign-origin", "Another site", str(e))
+        answer = handshake(request)
+        if answer is None:
+            detail = "This is no handshake of a WebSocket (RFC 6455, 4.2.1)."
+            return problem(request, 400, "no-websocket", "No WebSocket", detail)
+        _Socket(request, self._sockjs).start(answer)
+        return NOT_DONE_YET
 
-@frozen(eq=False)
-class _Factory:
-    """Makes what speaks on one WebSocket."""
 
-    sockjs: SockJS
-
-    def buildProtocol(self, request: Request) -> "_Socket":
-        """Return it, for Twisted."""
-        visit = self.sockjs.visit(request)
-        return _Socket(
-            visit, self.sockjs.clock, request.channel, request.channel.connectionLost
-        )
-
-
-@define(eq=False, slots=False)
-class _Socket(Valve):
+class _Socket(WebSocket):
     """Sends frames on a WebSocket, no faster than they are read."""
 
-    _visit: Visit
-    _clock: IReactorTime
-    _channel: Any
-    """The HTTP channel below, whose methods Twisted has replaced by its own."""
-    _lost: Callable[[Failure], None]
-    """What it would do at its end."""
-    _transport: Any = None
-    _received: int = 0
-    """Bytes since the last whole message, or in the last 25 seconds."""
-    _since: float = 0.0
-    _running: Deferred[None] | None = None
+    def __init__(self, request: Request, sockjs: SockJS) -> None:
+        super().__init__(request, sockjs.clock)
+        self._visit = sockjs.visit(request)
+        self._running: Deferred[None] | None = None
 
-    def negotiationStarted(self, transport: WebSocketTransport) -> None:
-        """The connection is there."""
-        self._transport = transport
-
-    def negotiationFinished(self) -> None:
-        """Both sides speak WebSocket."""
-        deliver = self._channel.dataReceived
-
-        def bounded(data: bytes) -> None:
-            now = self._clock.seconds()
-            if now >= self._since + HEARTBEAT:
-                self._since, self._received = now, 0
-            self._received += len(data)
-            try:
-                if self._received <= MAX_MESSAGE:
-                    deliver(data)
-                    return
-            except RemoteProtocolError:
-                pass
-            self._channel.transport.abortConnection()
-
-        self._channel.dataReceived = bounded
-        # The channel has registered itself; now it is we who write.
-        self._transport.detachProducer()
-        self._transport.attachProducer(self)
+    def start(self, answer: bytes) -> None:
+        """Answer the handshake and begin to tell."""
+        super().start(answer)
         self._running = Deferred.fromCoroutine(self._run())
         self._running.addErrback(self._failed)
 
-    def textMessageReceived(self, message: str) -> None:
+    def message_received(self, text: str) -> None:
         """Take what the client says; what is no JSON ends the connection."""
-        self._received = 0
-        messages = _messages(message)
+        messages = _messages(text)
         if messages is None:
-            self._transport.loseConnection()
+            self.close()
         else:
             self._visit.hear(messages)
 
-    def bytesMessageReceived(self, data: bytes | bytearray) -> None:
-        """Nobody sends that."""
-        self._transport.loseConnection()
-
-    def pongReceived(self, payload: bytes) -> None:
-        """We do not ping: heartbeats are frames."""
-        self._received = 0
-
-    def connectionLost(self, reason: Failure) -> None:
-        """Stop, and let the channel do what it does at its end."""
+    def connection_closed(self) -> None:
+        """Stop telling."""
         if self._running is not None:
             self._running.cancel()
         self._visit.close()
-        self._lost(reason)
 
     async def _run(self) -> None:
-        self._transport.sendTextMessage(_OPEN)
+        await self.send(_OPEN)
         while True:
             frame = await self._visit.frame()
-            self._transport.sendTextMessage(frame)
+            if isinstance(frame, str):
+                await self.send(frame)
+            else:
+                await frame.send(self._part)
             if frame in LAST:
-                self._transport.detachProducer()
-                self._transport.loseConnection()
+                self.close()
                 return
-            await self.open()
+
+    async def _part(self, text: str, last: bool) -> None:  # noqa: FBT001
+        if self._visit.over:
+            self.abort()  # half a message cannot be ended well
+        await self.send(text, last=last)
 
     def _failed(self, failure: Failure) -> None:
         if not failure.check(CancelledError):
             if not failure.check(PulsarError, OSError):
                 _log.failure("A WebSocket has failed", failure)
-            self._channel.transport.abortConnection()
+            self.abort()

@@ -1,8 +1,10 @@
 """Visitors of SockJS, whatever they come by: who they are, and what they are told."""
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from hmac import compare_digest
 
 from attrs import define, field
 from twisted.internet.defer import CancelledError, Deferred
@@ -16,6 +18,7 @@ from pulsar_api.changes import Changes
 from pulsar_api.errors import NotAuthenticated, PulsarError
 from pulsar_api.web.access import Access, cookie_name, cookies
 from pulsar_api.web.feed import Closed, Feed, Subscription
+from pulsar_api.web.message import Message
 
 _log = Logger()
 
@@ -25,26 +28,46 @@ MAX_ID = 200
 """Characters of the id of a session of the page."""
 ANSWER = 10.0
 """Seconds for a client to say who it is, where its request did not."""
+MAX_UNIDENTIFIED = 250
+"""Clients that may be about to say who they are; with one more the oldest is denied."""
 
-_BEAT = "h"
+BEAT = "h"
 _GO_AWAY = 'c[3000,"Go away!"]'
 _DENIED = 'c[403,"Access denied"]'
 LAST = frozenset({_GO_AWAY, _DENIED})
 """Frames after which there is nothing more."""
 
 
-def _framed(message: str) -> str:
-    return f"a[{json.dumps(message)}]"
+Frame = str | Message
+"""What is sent at a time."""
 
 
-async def next_frame(subscription: Subscription, clock: IReactorTime) -> str:
+async def next_frame(subscription: Subscription, clock: IReactorTime) -> Frame:
     """Return the next frame: a message, after a silence a heartbeat, or the end."""
-    waiting = Deferred.fromCoroutine(subscription.next())
+    waiting: Deferred[Frame] = Deferred.fromCoroutine(subscription.next())
     try:
-        message = await waiting.addTimeout(HEARTBEAT, clock, lambda *_: "")
+        return await waiting.addTimeout(HEARTBEAT, clock, lambda *_: BEAT)
     except Closed:
         return _GO_AWAY
-    return _framed(message) if message else _BEAT
+
+
+@define(eq=False)
+class Unidentified:
+    """The visits that have not said yet who they are."""
+
+    limit: int = MAX_UNIDENTIFIED
+    _waiting: OrderedDict["Visit", None] = field(factory=OrderedDict, init=False)
+
+    def enter(self, visit: "Visit") -> None:
+        """Add a visit; if there are too many, deny the oldest."""
+        self._waiting[visit] = None
+        if len(self._waiting) > self.limit:
+            oldest, _ = self._waiting.popitem(last=False)
+            oldest.deny()
+
+    def leave(self, visit: "Visit") -> None:
+        """Remove a visit."""
+        self._waiting.pop(visit, None)
 
 
 @define(eq=False)
@@ -57,10 +80,13 @@ class Visit:
     address: str
     shown: Credentials | str | None
     """What the request showed by which it came."""
+    _unidentified: Unidentified
     _decided: Changes = field(init=False)
     """Its version is 1 when it is known who it is."""
     _heard: Deferred[str] = field(factory=Deferred, init=False)
     _subscription: Subscription | None = field(default=None, init=False)
+    _proof: Credentials | str | None = field(default=None, init=False)
+    """The credentials that were accepted."""
     _forget: Callable[[], None] = field(default=lambda: None, init=False)
     _deciding: Deferred[None] | None = field(default=None, init=False)
     _over: str = field(default="", init=False)
@@ -74,32 +100,56 @@ class Visit:
         """Whether it is known who it is, or that it is nobody."""
         return self._decided.version > 0
 
+    @property
+    def known(self) -> bool:
+        """Whether the client has been let in."""
+        return self._subscription is not None
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing more to tell."""
+        return self._over != ""
+
     def begin(self) -> None:
         """Find out who it is: by its request, or by the first thing that it says."""
-        self._deciding = Deferred.fromCoroutine(self._decide(self.shown))
+        self._deciding = Deferred.fromCoroutine(self._decide())
         self._deciding.addErrback(_ended)
 
-    async def _decide(self, shown: Credentials | str | None) -> None:
-        access = self._access
+    async def _decide(self) -> None:
+        access, shown = self._access, self.shown
         caller = None
         try:
             if shown is not None or access.gate is None:
                 with suppress(NotAuthenticated):  # it may yet say something better
                     caller = await access.caller(shown, self.address)
             if caller is None:
-                said = await self._heard.addTimeout(ANSWER, self._clock, lambda *_: "")
-                shown = _shown(said)
+                self._unidentified.enter(self)
+                try:
+                    waiting = self._heard.addTimeout(ANSWER, self._clock, lambda *_: "")
+                    shown = _shown(await waiting)
+                finally:
+                    self._unidentified.leave(self)
                 caller = await access.caller(shown, self.address)
         except PulsarError:
             self.deny()
             return
         if self._over:
             return
+        self._proof = shown
         if shown is not None:
             self._forget = access.hold(shown, caller, self.deny)
         sees = access.guard(caller, Right.READ).sees
         self._subscription = self._feed.subscribe(sees)
         self._decided.advance(1)
+
+    def matches(self, shown: Credentials | str | None) -> bool:
+        """Return whether a request that shows this may come from the same client.
+
+        Once the client is known, only if it shows the credentials that were accepted.
+        """
+        if self.known and self._access.gate is not None:
+            return _same(shown, self._proof)
+        return self.shown is None or _same(shown, self.shown)
 
     def hear(self, messages: Sequence[str]) -> None:
         """Take what the client says; only the first message counts."""
@@ -128,13 +178,17 @@ class Visit:
         if self._subscription is not None:
             self._subscription.close()
 
-    async def frame(self) -> str:
+    async def settle(self) -> None:
+        """Wait until it is known who it is, `HEARTBEAT` seconds at most."""
+        decided = self._decided.after(0)
+        await decided.addTimeout(HEARTBEAT, self._clock, lambda *_: 0)
+
+    async def frame(self) -> Frame:
         """Return the next frame: a message, after a silence a heartbeat, or the end."""
-        if not self._decided.version:
-            decided = self._decided.after(0)
-            await decided.addTimeout(HEARTBEAT, self._clock, lambda *_: 0)
+        if not self.decided:
+            await self.settle()
         if self._over or self._subscription is None:
-            return self._over or _BEAT
+            return self._over or BEAT
         frame = await next_frame(self._subscription, self._clock)
         return self._over or frame
 
@@ -155,6 +209,15 @@ def _shown(text: str) -> Credentials | str | None:
         names = [cookie_name(secure=secure) for secure in (True, False)]
         return next((found[n] for n in names if n in found), cookie[:MAX_ID])
     return None
+
+
+def _same(one: Credentials | str | None, other: Credentials | str | None) -> bool:
+    """Return whether both are the same credentials, in constant time; None is none."""
+    if isinstance(one, Credentials) and isinstance(other, Credentials):
+        return compare_digest(one.key, other.key)
+    if isinstance(one, str) and isinstance(other, str):
+        return compare_digest(one.encode(), other.encode())
+    return False
 
 
 def _ended(failure: Failure) -> None:

@@ -166,7 +166,7 @@ class ByPolling(Transport):
         self, daemon: Daemon, headers: Mapping[str, str], source: str | None = None
     ) -> None:
         ByPolling.count += 1
-        self.daemon, self.headers, self.source = daemon, headers, source
+        self.daemon, self.headers, self.source = daemon, dict(headers), source
         self.path = f"/websocket/000/session{ByPolling.count}"
         self.begin()
 
@@ -179,7 +179,15 @@ class ByPolling(Transport):
         path = f"{self.path}/{name}"
         answer = self.daemon.request("POST", path, body, self.headers, self.source)
         assert answer.status in {200, 204}, answer.body
+        self.keep(answer.headers["Set-Cookie"])
         return answer.body.decode()
+
+    def keep(self, cookie: str | None) -> None:
+        """Show the cookie from now on, as a browser does."""
+        if cookie is not None:
+            old = self.headers.get("Cookie")
+            new = cookie.partition(";")[0]
+            self.headers["Cookie"] = new if old is None else f"{old}; {new}"
 
     def say(self, text: str) -> None:
         """Send a message."""
@@ -207,8 +215,9 @@ class ByStreaming(ByPolling):
     def stream(self) -> None:
         """Ask for a stream."""
         path = f"{self.path}/xhr_streaming"
-        self.connection.request("POST", path, headers=dict(self.headers))
+        self.connection.request("POST", path, headers=self.headers)
         self.response = self.connection.getresponse()
+        self.keep(self.response.headers["Set-Cookie"])
         assert self.response.readline() == b"h" * 2048 + b"\n"
 
     def frame(self) -> str | None:

@@ -20,8 +20,15 @@ from pulsar_api.web.signin import SignIn
 from pulsar_api.web.sockjs import SockJS
 from pulsar_api.web.targets import TargetAPI
 from pulsar_api.web.tasks import TaskAPI
-from tests.integration.daemon import PULSAR_API, Answer, Daemon, next_answer, problem
-from tests.integration.sockjs import SOCKJS, Transport
+from tests.integration.daemon import (
+    PULSAR_API,
+    Answer,
+    Daemon,
+    next_answer,
+    problem,
+    wait_for,
+)
+from tests.integration.sockjs import SOCKJS, ByPolling, ByStreaming, Transport
 
 PAGE = Path(__file__).parents[2] / "docs" / "access.rst"
 FORM = "application/x-www-form-urlencoded"
@@ -351,15 +358,103 @@ def problem_text(answer: Answer) -> bytes:
     return answer.body
 
 
-def test_a_session_of_sockjs_is_only_for_who_has_opened_it(world: World) -> None:
+WAYS = ["basic", "bearer", "session", "token", "cookie", "junk"]
+"""How somebody says who they are: by each request, or by a message after having shown
+nothing, or something that anybody could."""
+JUNK = {"Authorization": "Bearer anything"}
+
+
+def opened(world: World, transport: type[Transport], how: str) -> ByPolling:
+    """Open a session by HTTP as somebody who may read the tasks of an app."""
+    headers = JUNK if how == "junk" else {}
+    if how in {"basic", "bearer", "session"}:
+        headers = world.shown("read", how)
+    session = transport(world.daemon, headers)
+    assert isinstance(session, ByPolling)
+    if how in {"token", "junk"}:
+        session.say(json.dumps({"token": world.tokens["read"]}))
+    elif how == "cookie":
+        session.say(json.dumps({"cookie": world.sessions["read"]}))
+    session.settled(world.daemon, world.bearer("admin"), world.bearer("other"))
+    return session
+
+
+def strangers(world: World) -> list[dict[str, str]]:
+    """Return what others may show, from the same address."""
+    return [
+        {},
+        JUNK,
+        world.bearer("other"),
+        world.shown("other", "session"),
+        {"Cookie": "pulsar-sockjs=" + "x" * 43},
+        {"Cookie": "pulsar-sockjs="},
+    ]
+
+
+@pytest.mark.parametrize("transport", [ByPolling, ByStreaming])
+@pytest.mark.parametrize("how", WAYS)
+def test_a_session_of_sockjs_is_only_for_who_has_opened_it(
+    world: World, transport: type[Transport], how: str
+) -> None:
     """Its name stands in the URL, and in the log of every proxy."""
-    path = "/websocket/000/stolen/xhr"
-    assert world.daemon.request("POST", path, None, world.bearer("read")).body == b"o\n"
-    for headers in ({}, world.bearer("other")):
-        answer = world.daemon.request("POST", path, None, headers)
-        assert answer.body.startswith(b"c[2010")
-        send = path.replace("xhr", "xhr_send")
-        assert world.daemon.request("POST", send, "[]", headers).status == 404
+    with opened(world, transport, how) as session:
+        for headers in strangers(world):
+            for route in ("xhr", "xhr_streaming", "xhr_send"):
+                path = f"{session.path}/{route}"
+                answer = world.daemon.request("POST", path, "[]", headers)
+                assert answer.status == 404
+                assert answer.headers["Set-Cookie"] is None
+                assert b"a[" not in answer.body
+                if route != "xhr_send":
+                    assert answer.body == b'c[2010,"Another connection still open"]\n'
+        # What they did has taken nothing from it.
+        world.daemon.headers = world.bearer("admin")
+        number = world.daemon.run("site", "production", "deploy")
+        world.daemon.headers = {}
+        assert number in session.until_close(number)
+
+
+@pytest.mark.parametrize("how", WAYS[:3])
+def test_credentials_without_the_cookie_read_on(world: World, how: str) -> None:
+    """Not every client keeps cookies; those of the message count as well."""
+    with opened(world, ByPolling, how) as session:
+        session.headers = world.shown("read", how)
+        world.daemon.headers = world.bearer("admin")
+        number = world.daemon.run("site", "production", "deploy")
+        world.daemon.headers = {}
+        assert number in session.until_close(number)
+
+
+def test_stranger_that_polls_first_hears_nothing(
+    world: World,
+) -> None:
+    """Somebody else may have asked first; the owner is told all the same."""
+    session = ByPolling(world.daemon, {})
+    stranger = world.daemon.connect()
+    stranger.request("POST", f"{session.path}/xhr")
+    wait_for(lambda: world.daemon.has_read(stranger.sock), "the stranger to wait")
+    session.say(json.dumps({"token": world.tokens["read"]}))
+    answer = Answer(stranger.getresponse())
+    stranger.close()
+    assert answer.status == 404
+    assert answer.body == b'c[2010,"Another connection still open"]\n'
+    session.settled(world.daemon, world.bearer("admin"), world.bearer("other"))
+
+
+def test_stream_of_a_client_without_cookies_is_told_to_its_end(world: World) -> None:
+    """That of the published client, which keeps none: it is who has opened the session."""
+    with ByStreaming(world.daemon, {}) as session:
+        del session.headers["Cookie"]
+        session.say(json.dumps({"token": world.tokens["read"]}))
+        session.settled(world.daemon, world.bearer("admin"), world.bearer("other"))
+        session.connection.close()
+        # Nobody can tell it from somebody else when it comes back; it opens another.
+        wait_for(lambda: _status(session) == 404, "its end")
+
+
+def _status(session: ByPolling) -> int:
+    path = f"{session.path}/xhr"
+    return session.daemon.request("POST", path, "", session.headers).status
 
 
 def test_a_key_is_its_users(world: World) -> None:

@@ -1,0 +1,576 @@
+"""What a client of SockJS can cost, in bytes and objects; time stands still."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import define, field
+from twisted.internet.address import IPv4Address
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+from wsproto.connection import Connection, ConnectionType
+from wsproto.events import (
+    BytesMessage,
+    CloseConnection,
+    Event,
+    Ping,
+    Pong,
+    TextMessage,
+)
+
+from pulsar_api import shim
+from pulsar_api.auth.audit import AuditLog
+from pulsar_api.auth.gate import Gate
+from pulsar_api.command import Commands, Template
+from pulsar_api.ports import Bounds
+from pulsar_api.rota import Rota
+from pulsar_api.service import Limits, TaskService
+from pulsar_api.task import TaskSpec
+from pulsar_api.web.access import RECHECK, Access
+from pulsar_api.web.feed import Feed
+from pulsar_api.web.message import PIECE_BYTES
+from pulsar_api.web.origin import Origins
+from pulsar_api.web.site import LINGER, BoundedSite, Most
+from pulsar_api.web.sockjs import SockJS
+from pulsar_api.web.visit import ANSWER, HEARTBEAT, MAX_UNIDENTIFIED
+from pulsar_api.web.websocket import (
+    BUFFER,
+    BURST,
+    BYTES_PER_SECOND,
+    FRAME_COST,
+    MAX_MESSAGE,
+    STALL,
+    limit_buffer,
+)
+from tests.fakes import FakeExecutor, FakeRun, MemoryStore
+from tests.test_gate import ALICE, FakeProvider
+from tests.test_lines import Turns
+from tests.test_output import printed
+from tests.test_site import Transport
+
+CASE = SynchronousTestCase()
+PATH = "/websocket/000/socket"
+TOKEN = TextMessage(json.dumps([json.dumps({"token": ALICE.secret})]))
+BEARER = f"Authorization: Bearer {ALICE.secret}\r\n"
+SESSIONS = MAX_UNIDENTIFIED + 50
+DENIED = 'c[403,"Access denied"]'
+
+
+class Line(Transport):
+    """A connection whose other end reads when the test says so.
+
+    Its consumer's half is that of Twisted: above its measure it stops who writes.
+    """
+
+    bufferSize = 65536
+
+    def write(self, data: bytes) -> None:
+        """Keep it, and say if that is too much."""
+        line: Any = super()
+        line.write(data)
+        if self.producer is not None and len(line.value()) > self.bufferSize:
+            self.producer.pauseProducing()
+
+    def read(self) -> bytes:
+        """Return what was written, all of it; there is room again."""
+        line: Any = super()
+        data: bytes = line.value()
+        line.clear()
+        if self.producer is not None:
+            self.producer.resumeProducing()
+        return data
+
+    def unregisterProducer(self) -> None:
+        """Forget who writes."""
+        self.producer = None
+
+
+LINE: Any = Line
+
+
+@define(eq=False)
+class Client:
+    """A client of a WebSocket."""
+
+    channel: Any
+    line: Any = field(factory=LINE)
+    ws: Connection = field(factory=lambda: Connection(ConnectionType.CLIENT))
+    texts: list[str] = field(factory=list)
+    others: list[Event] = field(factory=list)
+    _part: str = ""
+
+    def __attrs_post_init__(self) -> None:
+        self.line.protocol = self.channel
+        self.channel.makeConnection(self.line)
+
+    def shake(self, more: str = "", behind: bytes = b"") -> bytes:
+        """Ask for a WebSocket and return the answer; send something in the same piece."""
+        self.channel.dataReceived(
+            f"GET {PATH}/websocket HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+            "Connection: keep-alive, Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            f"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{more}\r\n".encode()
+            + behind
+        )
+        head, _, rest = self.line.read().partition(b"\r\n\r\n")
+        self._receive(rest)
+        return bytes(head)
+
+    def say(self, event: Event) -> None:
+        """Send something."""
+        self.give(self.ws.send(event))
+
+    def give(self, data: bytes) -> None:
+        """Send bytes, if the daemon takes any."""
+        if not self.cut:
+            self.channel.dataReceived(data)
+
+    def frames(self) -> list[str]:
+        """Read what there is and return the texts that are whole."""
+        self._receive(self.line.read())
+        texts, self.texts = self.texts, []
+        return texts
+
+    def _receive(self, data: bytes) -> None:
+        self.ws.receive_data(data)
+        for event in self.ws.events():
+            if isinstance(event, TextMessage):
+                self._part += event.data
+                if event.message_finished:
+                    self.texts.append(self._part)
+                    self._part = ""
+            else:
+                self.others.append(event)
+
+    @property
+    def cut(self) -> bool:
+        """Whether the daemon has hung up."""
+        return bool(self.line.disconnected)
+
+
+@define
+class World:
+    """A site with SockJS alone, which asks who one is; no processes, no network."""
+
+    folder: Path
+    clock: Clock = field(factory=Clock)
+    turns: Turns = field(factory=Turns)
+    provider: FakeProvider = field(factory=FakeProvider)
+    executor: FakeExecutor = field(init=False)
+    service: TaskService = field(init=False)
+    sockjs: SockJS = field(init=False)
+    access: Access = field(init=False)
+    site: BoundedSite = field(init=False)
+    clients: list[Client] = field(factory=list)
+
+    def __attrs_post_init__(self) -> None:
+        self.executor = FakeExecutor(self.clock)
+
+        async def commands() -> Commands:
+            return Commands(Template(("true",)), {})
+
+        clock = self.clock
+        self.service = TaskService(
+            MemoryStore(), self.executor, clock, clock.seconds, commands, Limits(Bounds(10))
+        )
+        CASE.successResultOf(Deferred.fromCoroutine(self.service.start()))
+        self.provider.known[ALICE.secret] = "alice"
+        self.provider.good = 1.0
+        self.access = Access(
+            self.service,
+            AuditLog(self.folder / "audit.log", clock.seconds),
+            Origins(),
+            clock,
+            Gate([self.provider], clock),
+        )
+        feed = Feed(self.service, self.folder, clock, Rota(self.turns))
+        self.sockjs = SockJS(self.access, feed, clock, SESSIONS)
+        self.site = BoundedSite(self.sockjs.resource(), clock, Most(5000, 0, 0))
+
+    def channel(self, host: str = "192.0.2.1") -> Client:
+        """Connect."""
+        client = Client(self.site.buildProtocol(IPv4Address("TCP", host, 40000)))
+        self.clients.append(client)
+        return client
+
+    def connect(self, more: str = "") -> Client:
+        """Open a WebSocket."""
+        client = self.channel()
+        assert client.shake(more).startswith(b"HTTP/1.1 101 ")
+        assert client.frames() == ["o"]
+        return client
+
+    def create(self) -> FakeRun:
+        """Create a task and return its run."""
+        made = Deferred.fromCoroutine(self.service.create(TaskSpec("site", "p", "deploy")))
+        return self.executor.run(CASE.successResultOf(made).snapshot.id)
+
+    def pass_turns(self, number: int = 20) -> None:
+        """Let so many turns of the reactor pass, but no time."""
+        for _ in range(number):
+            self.turns.turn()
+            self.clock.advance(0)
+
+    def close(self) -> None:
+        """Hang up on all, and check that nothing is left of them."""
+        for client in self.clients:
+            if not client.cut:
+                client.line.abortConnection()
+        self.sockjs.release()
+        self.access.release()
+        assert self.site.connections == self.site.serving == 0
+        assert not self.site.resting
+        left = [str(call) for call in self.clock.getDelayedCalls()]
+        assert [call for call in left if "Retention" not in call] == []
+        assert self.turns.getDelayedCalls() == []
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    """Return a world in which nothing is left behind."""
+    world = World(tmp_path)
+    yield world
+    world.close()
+
+
+# -- what a client sends
+
+
+def masked(event: Event) -> bytes:
+    """Return a frame as a client sends it."""
+    return Connection(ConnectionType.CLIENT).send(event)
+
+
+PING, PONG = masked(Ping(b"x" * 125)), masked(Pong(b""))
+EMPTY = b"\x00\x80" + bytes(4)
+"""A fragment without a byte, which is not the last one."""
+SENT: dict[str, Callable[[], Iterator[bytes]]] = {
+    "pings": lambda: iter(lambda: PING, b""),
+    "empty pings": lambda: iter(lambda: masked(Ping(b"")), b""),
+    "pongs": lambda: iter(lambda: PONG, b""),
+    "messages": lambda: iter(lambda: masked(TextMessage('["x"]')), b""),
+    "fragments": lambda: _fragments(b"\x00\xfd" + bytes(4) + b"x" * 125),
+    "empty fragments": lambda: _fragments(EMPTY),
+    "one endless frame": lambda: _begun(
+        b"\x81\xff" + (1 << 40).to_bytes(8) + bytes(4), b"x" * 100
+    ),
+}
+
+
+def _begun(first: bytes, rest: bytes) -> Iterator[bytes]:
+    yield first
+    while True:
+        yield rest
+
+
+def _fragments(fragment: bytes) -> Iterator[bytes]:
+    # What nobody asked for once made the daemon count anew.
+    return _begun(masked(TextMessage('["', message_finished=False)), PONG + fragment)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["stranger", "known"])
+@pytest.mark.parametrize("kind", SENT)
+def test_flood_is_cut_after_its_burst(world: World, kind: str, *, known: bool) -> None:
+    """At once so many bytes are taken, and then the connection is cut: nothing is left."""
+    client = world.connect(BEARER if known else "")
+    sent = frames = 0
+    for data in SENT[kind]():
+        if client.cut or client.line.disconnecting:
+            break
+        client.give(data)
+        sent += len(data)
+        frames += 1
+    world.clock.advance(LINGER)
+    assert sent <= BURST + len(data)
+    assert frames <= BURST / FRAME_COST + 2
+    assert world.site.connections == 0
+
+
+@pytest.mark.parametrize("kind", ["pings", "pongs", "messages"])
+def test_slow_sender_stays_connected(world: World, kind: str) -> None:
+    """For as long as it likes, if it reads."""
+    client = world.connect(BEARER)
+    data = next(SENT[kind]())
+    pause = (len(data) + FRAME_COST) / BYTES_PER_SECOND
+    for _ in range(2000):
+        client.give(data)
+        world.clock.advance(pause)
+        client.frames()
+    assert not client.cut
+
+
+@pytest.mark.parametrize("fragment", [b"\x00\xfd" + bytes(4) + b"x" * 125, EMPTY])
+def test_slow_fragments_are_cut_at_the_size_of_a_message(
+    world: World, fragment: bytes
+) -> None:
+    """However slowly they come and whatever comes between them."""
+    client = world.connect(BEARER)
+    sent = 0
+    for data in _fragments(fragment):
+        if client.cut:
+            break
+        client.give(data)
+        world.clock.advance((len(data) + 2 * FRAME_COST) / BYTES_PER_SECOND)
+        client.frames()
+        sent += max(1, len(data) - len(PONG) - 6)
+    assert MAX_MESSAGE - 500 <= sent <= MAX_MESSAGE + 500
+
+
+def test_longest_token_is_heard(world: World) -> None:
+    """In pieces as well."""
+    secret = "x" * 4096
+    world.provider.known[secret] = "bob"
+    data = masked(TextMessage(json.dumps([json.dumps({"token": secret})])))
+    client = world.connect()
+    for at in range(0, len(data), 100):
+        client.give(data[at : at + 100])
+    world.create()
+    world.pass_turns()
+    assert client.frames()[0].startswith('a["')
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        masked(BytesMessage(b"bytes")),
+        masked(TextMessage("no JSON")),
+        masked(CloseConnection(1000)),
+        b"\xff" * 50,
+        b"\x81\x01x",
+        b"\x88\x82" + bytes(4) + b"\x00\x01",
+    ],
+    ids=["bytes", "no-json", "close", "no-frame", "unmasked", "odd-close"],
+)
+def test_refused_client_is_cut_though_it_does_not_hang_up(
+    world: World, data: bytes
+) -> None:
+    """What it left unread goes with it; what it sends meanwhile is not looked at."""
+    client = world.connect(BEARER)
+    client.give(data)
+    for _ in range(100):
+        client.give(PING * 100)
+    client.frames()
+    assert not [event for event in client.others if isinstance(event, Pong)]
+    if not client.cut:
+        assert client.line.disconnecting
+        world.clock.advance(LINGER)
+    assert client.cut
+    assert world.site.connections == 0
+
+
+def test_silent_client_is_denied_and_cut(world: World) -> None:
+    """After ten seconds."""
+    client = world.connect()
+    world.clock.advance(ANSWER)
+    assert client.frames() == [DENIED]
+    world.clock.advance(LINGER)
+    assert client.cut
+
+
+def test_oldest_of_too_many_unidentified_clients_is_denied(world: World) -> None:
+    """Not those who are known by now, nor those who have just come."""
+    by_request = world.connect(BEARER)
+    by_message = world.connect()
+    by_message.say(TOKEN)
+    strangers = [world.connect() for _ in range(MAX_UNIDENTIFIED + 3)]
+    world.clock.advance(LINGER)
+    denied = [client for client in strangers if client.cut]
+    assert denied == strangers[:3]
+    assert all(client.frames() == [DENIED] for client in denied)
+    world.create()
+    world.pass_turns(100)
+    for client in (by_request, by_message):
+        assert not client.cut
+        assert client.frames()[0].startswith('a["')
+
+
+def test_message_behind_the_handshake_is_heard(world: World) -> None:
+    """In the same piece; nor can anything be hidden there from being counted."""
+    client = world.channel()
+    assert client.shake(behind=masked(TOKEN)).startswith(b"HTTP/1.1 101 ")
+    world.create()
+    world.pass_turns()
+    texts = client.frames()
+    assert (texts[0], texts[1][:3]) == ("o", 'a["')
+    flood = world.channel()
+    flood.shake(behind=PING * 1000)
+    assert flood.cut
+
+
+@pytest.mark.parametrize(
+    "more",
+    ["Upgrade: h2c\r\n", "Sec-WebSocket-Key: x\r\n", "Sec-WebSocket-Version: 8\r\n"],
+)
+def test_wrong_handshake_is_refused(world: World, more: str) -> None:
+    """With a sentence, and the connection can be used for something better."""
+    client = world.channel()
+    if more.startswith("Upgrade"):
+        client.channel.dataReceived(
+            f"GET {PATH}/websocket HTTP/1.1\r\nHost: x\r\n{more}\r\n".encode()
+        )
+        said = client.line.read()
+    else:
+        said = client.shake(more)
+    assert said.startswith(b"HTTP/1.1 400 ")
+    client.channel.dataReceived(b"GET /websocket HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert client.line.read().endswith(b"Welcome to SockJS!\n")
+
+
+# -- what a client does not read
+
+
+def test_client_that_does_not_read_is_not_read_from(world: World) -> None:
+    """Its pings wait in its own machine, and it goes on when it reads."""
+    client = world.connect(BEARER)
+    client.line.producer.pauseProducing()
+    assert client.line.producerState == "paused"
+    world.create().start()
+    world.pass_turns()
+    # One part of a frame was on its way.
+    assert len(client.line.value()) <= 4 * PIECE_BYTES
+    client.line.producer.resumeProducing()
+    assert client.line.producerState == "producing"
+    world.pass_turns()
+    assert [json.loads(json.loads(text[1:])[0])["event"] for text in client.frames()] == [
+        "job.create",
+        "job.change",
+    ]
+
+
+def test_client_that_never_reads_is_cut(world: World) -> None:
+    """After a minute, in which it may give its place to others."""
+    client = world.connect(BEARER)
+    client.line.producer.pauseProducing()
+    assert list(world.site.resting) == [client.channel]
+    world.clock.advance(STALL - 1)
+    assert not client.cut
+    world.clock.advance(1)
+    assert client.cut
+    assert world.site.connections == 0
+
+
+def test_silence_is_broken_by_heartbeats(world: World) -> None:
+    """And a ping is answered."""
+    client = world.connect(BEARER)
+    world.clock.advance(HEARTBEAT)
+    assert client.frames() == ["h"]
+    client.say(Ping(b"are you there"))
+    client.frames()
+    assert client.others == [Pong(b"are you there")]
+
+
+def test_crowd_that_does_not_read_takes_one_piece_each(world: World) -> None:
+    """Of a message of megabytes; and each hears all of it when it reads on."""
+    size = 1 << 20
+    (world.folder / "1").mkdir()
+    printed(world.folder / "1", [(shim.STDOUT, b"0123456789abcde\n" * (size // 16))])
+    crowd = [world.connect(BEARER) for _ in range(30)]
+    run = world.create()
+    run.start()
+    world.pass_turns(200)
+    for client in crowd:
+        client.frames()
+    run.end(0, output_size=size)
+    world.pass_turns(2000)
+    for client in crowd:
+        assert BUFFER < len(client.line.value()) <= BUFFER + 4 * PIECE_BYTES
+    # What they wait for is made when they ask for it.
+    assert world.sockjs.feed.pieces.size <= world.sockjs.feed.pieces.max_bytes
+    last = crowd[-1]
+    heard: list[str] = []
+    for _ in range(1000):
+        heard += last.frames()
+        if heard:
+            break
+        world.pass_turns(2)
+    (text,) = heard
+    job = json.loads(json.loads(text[1:])[0])["job"]
+    assert job["stdout"] == job["output"] == "0123456789abcde\n" * (size // 16)
+    assert not any(client.cut for client in crowd)
+
+
+def test_revoked_client_is_cut_in_the_middle_of_a_message(world: World) -> None:
+    """It is cut in the middle: half a message cannot be ended well."""
+    (world.folder / "1").mkdir()
+    printed(world.folder / "1", [(shim.STDOUT, b"x" * 500_000)])
+    client = world.connect(BEARER)
+    run = world.create()
+    run.start()
+    world.pass_turns()
+    client.frames()
+    run.end(0, output_size=500_000)
+    world.pass_turns(100)
+    assert len(client.line.value()) > BUFFER
+    world.provider.known.clear()
+    world.clock.advance(RECHECK)
+    assert not client.cut
+    client.line.read()
+    world.pass_turns()
+    assert client.cut
+    assert len(client.line.value()) == 0
+
+
+# -- what of Twisted is not public
+
+
+def test_upgraded_channel_ends_as_a_channel(
+    world: World,
+) -> None:
+    """``HTTPChannel._protocolUpgradeForWebsockets``; without a circle afterwards."""
+    client = world.connect()
+    own = {"dataReceived", "rawDataReceived", "connectionLost"}
+    assert own <= set(vars(client.channel))
+    assert (world.site.connections, world.site.serving) == (1, 1)
+    client.line.abortConnection()
+    assert not own & set(vars(client.channel))
+    assert (world.site.connections, world.site.serving) == (0, 0)
+
+
+def test_buffer_is_limited_with_and_without_tls() -> None:
+    """Whether it is TCP or TLS round it: by ``FileDescriptor.bufferSize``."""
+
+    @define
+    class Channel:
+        transport: Any
+        stall: float = 3600.0
+
+    below, tls, tcp = LINE(), LINE(), LINE()
+    tls.transport = below
+    channel = Channel(tls)
+    limit_buffer(channel)
+    assert (below.bufferSize, channel.stall) == (BUFFER, STALL)
+    limit_buffer(Channel(tcp))
+    assert tcp.bufferSize == BUFFER
+
+
+# -- sessions by HTTP
+
+
+def post(client: Client, name: str, route: str, body: str = "") -> bytes:
+    """Send a request and return what was answered at once."""
+    client.channel.dataReceived(
+        f"POST /websocket/000/{name}/{route} HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+    )
+    return bytes(client.line.read())
+
+
+def test_unknown_sessions_make_room_for_new_ones(world: World) -> None:
+    """Those that were denied already as well."""
+    client = world.channel()
+    for n in range(SESSIONS + 10):
+        assert post(client, f"session{n}", "xhr").endswith(b"\r\n\r\no\n")
+    assert post(client, "session1", "xhr_send", "[]").startswith(b"HTTP/1.1 404 ")
+    last = f"session{SESSIONS + 9}"
+    assert post(client, last, "xhr_send", "[]").startswith(b"HTTP/1.1 204 ")
+
+
+def test_too_long_message_or_name_is_refused(world: World) -> None:
+    """Before it is known who sends it."""
+    client = world.channel()
+    post(client, "short", "xhr")
+    said = post(client, "short", "xhr_send", json.dumps(["x" * MAX_MESSAGE]))
+    assert said.startswith(b"HTTP/1.1 413 ")
+    assert post(client, "x" * 101, "xhr").startswith(b"HTTP/1.1 404 ")
