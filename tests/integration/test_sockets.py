@@ -131,7 +131,9 @@ def attackers(daemon: Daemon, kind: str, count: int, header: str = "") -> Iterat
             process.kill()
 
 
-FLOODS = [((), kind) for kind in KINDS if kind != "nothing"]
+FLOODS: list[tuple[tuple[str, ...], str]] = [
+    ((), kind) for kind in KINDS if kind != "nothing"
+]
 FLOODS += [(("--dev",), "pings"), (("--dev",), "fragments")]
 
 
