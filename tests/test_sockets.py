@@ -1,6 +1,7 @@
 """What a client of SockJS can cost, in bytes and objects; time stands still."""
 
 import json
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from pulsar_api.web.websocket import (
     BURST,
     BYTES_PER_SECOND,
     FRAME_COST,
+    KERNEL_BUFFER,
     MAX_MESSAGE,
     STALL,
     limit_buffer,
@@ -277,7 +279,7 @@ def test_flood_is_cut_after_its_burst(world: World, kind: str, *, known: bool) -
     client = world.connect(BEARER if known else "")
     sent = frames = 0
     for data in SENT[kind]():
-        if client.cut or client.line.disconnecting:
+        if client.cut or client.line.disconnecting or sent > 10 * BURST:
             break
         client.give(data)
         sent += len(data)
@@ -309,7 +311,7 @@ def test_slow_fragments_are_cut_at_the_size_of_a_message(
     client = world.connect(BEARER)
     sent = 0
     for data in _fragments(fragment):
-        if client.cut:
+        if client.cut or sent > 10 * MAX_MESSAGE:
             break
         client.give(data)
         world.clock.advance((len(data) + 2 * FRAME_COST) / BYTES_PER_SECOND)
@@ -529,7 +531,7 @@ def test_upgraded_channel_ends_as_a_channel(
 
 
 def test_buffer_is_limited_with_and_without_tls() -> None:
-    """Whether it is TCP or TLS round it: by ``FileDescriptor.bufferSize``."""
+    """In Twisted by ``FileDescriptor.bufferSize``, and in the kernel."""
 
     @define
     class Channel:
@@ -541,8 +543,11 @@ def test_buffer_is_limited_with_and_without_tls() -> None:
     channel = Channel(tls)
     limit_buffer(channel)
     assert (below.bufferSize, channel.stall) == (BUFFER, STALL)
-    limit_buffer(Channel(tcp))
-    assert tcp.bufferSize == BUFFER
+    with socket.socket() as tcp.socket:
+        limit_buffer(Channel(tcp))
+        assert tcp.bufferSize == BUFFER
+        size = tcp.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        assert size == 2 * KERNEL_BUFFER
 
 
 # -- sessions by HTTP

@@ -1,5 +1,6 @@
 """WebSockets (RFC 6455) that cost little, whatever a client sends or leaves unread."""
 
+import socket
 from typing import Any
 
 from attrs import define, field
@@ -30,6 +31,8 @@ FRAME_COST = 64
 """Bytes that each frame counts for beside its own: an empty frame takes time, too."""
 BUFFER = 16 * 1024
 """Bytes that a client may leave unread before the daemon neither writes nor reads more."""
+KERNEL_BUFFER = 64 * 1024
+"""Bytes that the kernel may hold for a client; Linux doubles it for its own needs."""
 STALL = 60.0
 """Seconds in which a client must take them; it is a program, not a person who pages."""
 
@@ -37,11 +40,16 @@ STALL = 60.0
 def limit_buffer(channel: Any) -> None:
     """Let the connection of a `BoundedChannel` hold back less, and not for as long.
 
-    Twisted stops a producer at 64 KiB only. Below TLS there is a transport of its own.
+    Twisted stops a producer at 64 KiB only, and the kernel takes megabytes for each client
+    that does not read; who reads would wait until all of them are full.
     """
     channel.stall = STALL
     transport = channel.transport
-    getattr(transport, "transport", transport).bufferSize = BUFFER
+    below = getattr(transport, "transport", transport)  # TLS has TCP below it
+    below.bufferSize = BUFFER
+    sock = getattr(below, "socket", None)
+    if sock is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BUFFER)
 
 
 @define(eq=False)
