@@ -29,6 +29,7 @@ from pulsar_api.command import Commands, Template
 from pulsar_api.ports import Bounds
 from pulsar_api.rota import Rota
 from pulsar_api.service import Limits, TaskService
+from pulsar_api.steady import SteadyClock
 from pulsar_api.task import TaskSpec
 from pulsar_api.web.access import RECHECK, Access
 from pulsar_api.web.feed import Feed
@@ -175,7 +176,12 @@ class World:
 
         clock = self.clock
         self.service = TaskService(
-            MemoryStore(), self.executor, clock, clock.seconds, commands, Limits(Bounds(10))
+            MemoryStore(),
+            self.executor,
+            clock,
+            SteadyClock(clock.seconds, clock.seconds, "a boot"),
+            commands,
+            Limits(Bounds(10)),
         )
         CASE.successResultOf(Deferred.fromCoroutine(self.service.start()))
         self.provider.known[ALICE.secret] = "alice"
