@@ -33,13 +33,16 @@ class Retention:
     _next: IDelayedCall | None = field(default=None, init=False)
     _stopped: bool = field(default=False, init=False)
 
-    def start(self, kept: Sequence[int], unfinished: AbstractSet[int]) -> None:
+    def start(
+        self, kept: Sequence[int], highest: int, unfinished: AbstractSet[int]
+    ) -> None:
         """Begin, also with what an earlier daemon has left in the folders it kept.
 
-        Tasks that have not ended need their secrets.
+        Tasks that have not ended need their secrets. A folder with a number above the
+        ``highest`` on record is of a task that the database has lost: its output stays.
         """
         self._look()
-        own(self._remove_left(kept, unfinished))
+        own(self._remove_left(kept, highest, unfinished))
 
     def stop(self) -> None:
         """Remove nothing more, but for what is under way."""
@@ -73,7 +76,9 @@ class Retention:
             if len(old) < _STEP:
                 return
 
-    async def _remove_left(self, kept: Sequence[int], unfinished: AbstractSet[int]) -> None:
+    async def _remove_left(
+        self, kept: Sequence[int], highest: int, unfinished: AbstractSet[int]
+    ) -> None:
         """Remove what a daemon has left that died while it removed tasks or secrets.
 
         Or that a power cut has brought back.
@@ -81,10 +86,11 @@ class Retention:
         for first in range(0, len(kept), _LOOK):
             some = kept[first : first + _LOOK]
             try:
-                orphans = sorted(set(some) - await self._store.existing(some))
+                known = await self._store.existing(some)
             except StoreUnavailable as e:
                 _log.error("Cannot look for what is left of old tasks: {e}", e=e)
                 return
+            orphans = [number for number in some if number <= highest and number not in known]
             ended = [number for number in some if number not in unfinished]
             await self._executor.forget_all_secrets(ended)
             if orphans:

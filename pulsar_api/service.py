@@ -183,7 +183,7 @@ class TaskService:
         await self._store.reserve(max(kept, default=0))
         self._schedule()
         unfinished = {one.id for one in found if not one.status.ended}
-        self._retention.start([n for n in kept if n <= highest], unfinished)
+        self._retention.start(kept, highest, unfinished)
 
     async def _lose(self, found: TaskSnapshot, doubt: str) -> None:
         """End a task that waits and that another daemon may have started."""
@@ -515,8 +515,19 @@ class TaskService:
             if live.run is not None:
                 raise
             _log.failure("Task {id} cannot be started", id=live.newest.id)
-            reason = f"Cannot start: an error in pulsar-api, {e!r}; its log says more."
-            await self._finish(live, status=Status.FAILED, reason=reason)
+            await self._fail(live, f"an error in pulsar-api, {e!r}; its log says more.")
+
+    async def _fail(self, live: _Live, why: str) -> None:
+        """End a task that cannot be started.
+
+        Unless a shim has begun with it that an earlier daemon has started, and which has
+        waited until now: for room, or for descriptors.
+        """
+        if live.newest.status is Status.RUNNING and not await self._bar(live):
+            live.newest = live.changed(waiting_for=None)
+            self._adopt(live)
+            return
+        await self._finish(live, status=Status.FAILED, reason=f"Cannot start: {why}")
 
     async def _start(self, live: _Live) -> None:
         permit = await self._permit(live)
@@ -557,8 +568,8 @@ class TaskService:
     async def _command(
         self, live: _Live, secrets: Mapping[str, str] | None
     ) -> Command | None:
-        """Return what a task runs; None: it cannot be run, and is failed."""
-        reason = "Cannot start: the values of its secret variables are gone."
+        """Return what a task runs; None: it cannot be run, see `_fail`."""
+        why = "the values of its secret variables are gone."
         if secrets is not None:
             try:
                 commands = await self._commands()
@@ -571,8 +582,8 @@ class TaskService:
                 name = live.newest.secret_file
                 return evolve(command, shown=to_show, secret_file=name)
             except InvalidInput as e:
-                reason = f"Cannot start: {e}"
-        await self._finish(live, status=Status.FAILED, reason=reason)
+                why = str(e)
+        await self._fail(live, why)
         return None
 
     async def _secrets(self, live: _Live) -> Mapping[str, str] | None:
@@ -611,6 +622,7 @@ class TaskService:
         if exit.unstarted:
             own(self._guarded(live, self._start_again(live, exit)))
             return
+        live.task.refresh()  # what was told of its output is on record with its end
         status, reason = judge(exit, live.newest.killed_by)
         notes = live.newest.notes
         if exit.open:

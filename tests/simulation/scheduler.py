@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 from heapq import heappop, heappush
+from math import inf
 from random import Random
 
 from greenlet import getcurrent, greenlet
@@ -79,12 +80,7 @@ class Scheduler:
         number = len(ready)
         if number == 0:
             return self._pass_time()
-        if (
-            self._drift
-            and self.random() < self._drift
-            and self._heap
-            and self._heap[0][0] < self.now + SLOW
-        ):
+        if self._drift and self.random() < self._drift and self._next() < self.now + SLOW:
             return self._pass_time()
         at = int(self.random() * number) if number > 1 else 0
         actor = ready[at]
@@ -94,6 +90,13 @@ class Scheduler:
         actor._queued = False
         actor.step()
         return True
+
+    def _next(self) -> float:
+        """Return when something is to be called that was not cancelled."""
+        heap = self._heap
+        while heap and heap[0][2].call is None:
+            heappop(heap)
+        return heap[0][0] if heap else inf
 
     def _pass_time(self) -> bool:
         heap = self._heap
