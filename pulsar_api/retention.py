@@ -90,7 +90,9 @@ class Retention:
             except StoreUnavailable as e:
                 _log.error("Cannot look for what is left of old tasks: {e}", e=e)
                 return
-            orphans = [number for number in some if number <= highest and number not in known]
+            orphans = [
+                number for number in some if number <= highest and number not in known
+            ]
             ended = [number for number in some if number not in unfinished]
             await self._executor.forget_all_secrets(ended)
             if orphans:

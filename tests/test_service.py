@@ -28,6 +28,7 @@ from pulsar_api.retention import TIDY
 from pulsar_api.service import LEAVE, LOOK, MAX_ID, RETRY, Limits, TaskService
 from pulsar_api.steady import SteadyClock
 from pulsar_api.task import (
+    COALESCE,
     KEY_LIFE,
     Cause,
     Process,
@@ -699,6 +700,23 @@ def test_a_killed_task_whose_shim_begins_all_the_same_is_followed(world: World) 
     assert world.find(1).reason == "Killed by alice."
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_whose_secrets_are_gone_may_have_begun(world: World, *, begun: bool) -> None:
+    """A shim of the dead daemon has waited for room, and took the secrets when it began."""
+    world.create(HIDDEN)
+    world.secrets.clear()
+    world.restart(begun={1} if begun else set())
+    world.executor.run(1).end(error="never", unstarted=True)
+    assert world.executor.barred == {1}
+    if begun:
+        assert world.find(1).status is Status.RUNNING
+        world.executor.run(1).end(0)
+        assert world.find(1).status is Status.FINISHED
+    else:
+        assert world.find(1).status is Status.FAILED
+    assert [run.adopted for run in world.executor.runs] == [True] * (1 + begun)
+
+
 def test_a_task_that_was_never_started_is_left_to_the_next_daemon(world: World) -> None:
     """If this one is stopping; nothing is said of it that is not known."""
     world.create()
@@ -1334,3 +1352,25 @@ def test_what_a_dead_daemon_has_left_of_secrets_is_removed_at_the_start() -> Non
     world.restart()
     # Of 2, which runs, the shim needs them, and 3 waits.
     assert world.executor.forgotten == {1}
+    # The database may have been restored, and know nothing of a task that had some.
+    world.restart_with({1, 2, 3, 4})
+    assert world.executor.forgotten == {1, 4}
+    assert world.executor.folders == {1, 2, 3, 4}
+
+
+def test_no_version_falls_if_what_was_printed_is_lost(world: World) -> None:
+    """Somebody has removed its folder: what was told of its output counts all the same."""
+    world.create()
+    run = world.executor.run(1)
+    run.start()
+    for size in (7, 14):  # the second is held back for a moment
+        assert run.sink is not None
+        run.sink.printed(size)
+    before = world.find(1).version
+    world.store.slow = True
+    run.end(error="no folder", lost=True)
+    world.clock.advance(COALESCE)
+    before = max(before, world.find(1).version)
+    world.store.finish()
+    world.restart()
+    assert world.find(1).version > before
