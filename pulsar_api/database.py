@@ -66,6 +66,10 @@ def prepare(path: Path, schema: Sequence[str]) -> None:
         raise StoreUnavailable(f"{path}: {e}") from e
 
 
+def _nothing(_: sqlite3.Connection) -> None:
+    """Do nothing."""
+
+
 @define(eq=False)
 class DatabaseThread:
     """A thread with a connection of its own, to which one gives jobs.
@@ -75,6 +79,10 @@ class DatabaseThread:
 
     _path: Path
     _from_thread: Callable[..., object]
+    _exchanged: Callable[[sqlite3.Connection], None] = _nothing
+    """Called with a connection to a file that has taken the place of the last one."""
+    _committed: Callable[[sqlite3.Connection], None] = _nothing
+    """Called when a transaction is on disk."""
     _jobs: SimpleQueue[tuple[_Job, Deferred[Any]] | None] = field(factory=SimpleQueue)
     _closed: Deferred[None] = field(factory=Deferred, init=False)
 
@@ -109,8 +117,11 @@ class DatabaseThread:
                     db = None
                 if db is None:
                     db = connect(self._path)
+                    if opened not in {None, there}:
+                        self._exchanged(db)
                     opened = there
                 results = self._transaction(db, [job for job, _ in jobs])
+                self._committed(db)
             except Exception as e:  # noqa: BLE001 - whatever it is, who waits is told
                 results = [Failure(trouble(e)) for _ in jobs]
                 if db is not None:

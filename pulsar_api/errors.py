@@ -33,6 +33,19 @@ class UnknownTask(PulsarError):
 
 
 @frozen
+class FolderInUse(PulsarError):
+    """The folder of a task that is about to start holds what another run has left."""
+
+    task_id: int
+
+    def __str__(self) -> str:
+        return (
+            f"The folder of task {self.task_id} holds what another run has left: the "
+            "database is older than it, or another daemon has used the state."
+        )
+
+
+@frozen
 class QueueFull(PulsarError):
     """More tasks wait than may wait."""
 

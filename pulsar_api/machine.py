@@ -80,11 +80,17 @@ class Machine(Protocol):
     def check_room(self, folder: Path) -> None:
         """Raise `StoreUnavailable` if a new task could not be kept in a folder."""
 
-    def read(self, path: Path) -> bytes:
-        """Return a small file."""
+    def read(self, path: Path, *, tail: bool = False) -> bytes:
+        """Return a small file; of a larger one the first `SMALL` bytes, or the last."""
+
+    def size(self, path: Path) -> int:
+        """Return how many bytes a file has."""
 
     def write(self, path: Path, data: bytes) -> None:
         """Make or replace a file; nobody else can read it; it is not synced."""
+
+    def append(self, path: Path, data: bytes) -> None:
+        """Add to a file, which is made if need be, and wait until it is on disk."""
 
     def claim(self, path: Path) -> bool:
         """Make an empty file and sync its folder; False: there is one already."""
@@ -188,13 +194,19 @@ class LocalMachine:
             text = f"fewer than {INODES} more files fit on the disk of {folder} (inodes)"
             raise StoreUnavailable(text, full=True)
 
-    def read(self, path: Path) -> bytes:
-        """Return a small file."""
+    def size(self, path: Path) -> int:
+        """Return how many bytes a file has."""
+        return os.stat(path, follow_symlinks=False).st_size
+
+    def read(self, path: Path, *, tail: bool = False) -> bytes:
+        """Return a small file; of a larger one the first `SMALL` bytes, or the last."""
         # Not following links, and not waiting for the other end of a FIFO.
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         with open(os.open(path, flags), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(errno.EINVAL, "is not a regular file", str(path))
+            if tail:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - SMALL))
             return file.read(SMALL)
 
     def write(self, path: Path, data: bytes) -> None:
@@ -202,6 +214,14 @@ class LocalMachine:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         with open(os.open(path, flags, 0o600), "wb") as file:
             file.write(data)
+
+    def append(self, path: Path, data: bytes) -> None:
+        """Add to a file, which is made if need be, and wait until it is on disk."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        with open(os.open(path, flags, 0o600), "wb", buffering=0) as file:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, "is written in part", str(path))
+            os.fsync(file.fileno())
 
     def claim(self, path: Path) -> bool:
         """Make an empty file and sync its folder; False: there is one already."""

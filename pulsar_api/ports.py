@@ -96,8 +96,12 @@ class Executor(Protocol):
         """Allow the start of a task; fires with a name for this permit, safe on disk.
 
         A permit is valid as long as the machine has not booted and the folders are the
-        same. Fails with `StoreUnavailable`.
+        same. Fails with `StoreUnavailable`, or with `FolderInUse` if a run has begun in
+        the task's folder.
         """
+
+    def permitted(self) -> Deferred[AbstractSet[int]]:
+        """Fire with the numbers of all tasks that were ever allowed to start."""
 
     def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> Run:
         """Start a command. Whatever goes wrong is told to the sink, as an end."""
@@ -172,11 +176,19 @@ class Reading:
     def elsewhere(self, now: "Reading") -> bool:
         """Return whether a later reading comes from a copy of the state.
 
-        The number of a device may change with a boot; the others do not.
+        The number of a device may change with a boot; the others do not. The file of the
+        permits grows, and changes in no other way.
         """
-        if self.boot == now.boot:
-            return self.place != now.place
-        return self.place.split()[1:] != now.place.split()[1:]
+        before, after = self.place.split(), now.place.split()
+        if self.boot != now.boot:
+            before[0] = after[0]
+        *folders, size, changed = before
+        *same, new_size, new_changed = after
+        if size == "0":  # there was no such file yet
+            return folders[:3] != same[:3]
+        if folders != same or int(new_size) < int(size):
+            return True
+        return size == new_size and changed != new_changed
 
 
 class TaskStore(Protocol):
@@ -247,8 +259,11 @@ class TaskStore(Protocol):
         the key counts, one that holds its target as long as it does.
         """
 
-    def existing(self, task_ids: Sequence[int]) -> Deferred[set[int]]:
-        """Fire with those of the numbers that have a record."""
-
     def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
         """Remove records of ended tasks; their numbers are not used again."""
+
+    def forgotten(self) -> Deferred[set[int]]:
+        """Fire with the numbers of removed records, but for those that are `cleared`."""
+
+    def cleared(self, task_ids: Sequence[int]) -> Deferred[None]:
+        """Note that nothing is left of tasks whose records were removed."""

@@ -25,10 +25,10 @@ from twisted.python.failure import Failure
 
 from pulsar_api import mask, orphans, shim
 from pulsar_api.background import own
-from pulsar_api.errors import StoreUnavailable
+from pulsar_api.errors import FolderInUse, StoreUnavailable
 from pulsar_api.machine import USUAL, LocalMachine, Machine
 from pulsar_api.ports import Bounds, Run, Sink
-from pulsar_api.runs import NOTHING, AdoptedRun, ShimProtocol, alive
+from pulsar_api.runs import BEGUN, NOTHING, AdoptedRun, ShimProtocol, alive
 from pulsar_api.task import Command, Exit, Process
 
 _log = Logger()
@@ -101,6 +101,10 @@ class ShimExecutor:
     """The soft limit of open files that commands get; 0: the daemon's."""
 
     @property
+    def _permits(self) -> Path:
+        return self._tasks.parent / "permits"
+
+    @property
     def _secrets(self) -> Path:
         return self._tasks.parent / "secrets"
 
@@ -112,7 +116,13 @@ class ShimExecutor:
         """Return what tells the folders of this executor from copies of them."""
         state = self._machine.identity(self._tasks.parent)
         tasks = self._machine.identity(self._tasks)
-        return f"{state.device} {state.inode} {tasks.inode}"
+        try:
+            permits = self._machine.identity(self._permits)
+            size = self._machine.size(self._permits)
+            last = f"{permits.inode} {size} {permits.changed}"
+        except FileNotFoundError:
+            last = "0 0 0"
+        return f"{state.device} {state.inode} {tasks.inode} {last}"
 
     def permit(self, task_id: int) -> Deferred[str]:
         """Allow the start of a task; fires with a name for this permit."""
@@ -121,15 +131,37 @@ class ShimExecutor:
         def make() -> str:
             try:
                 machine.make_folder(folder)
+                if (BEGUN | {"lock", "exit"}) & set(machine.names(folder)):
+                    raise FolderInUse(task_id)
                 machine.write(folder / PERMIT, self._permitted(folder))
                 machine.sync(folder / PERMIT)
                 machine.sync(folder)
                 machine.sync(self._tasks)
+                # Last: whoever finds the number, but no folder, knows that it was removed.
+                machine.append(self._permits, b"\n%019d\n" % task_id)
                 return self._permit_name(folder)
             except OSError as e:
                 raise _unavailable(folder, e) from None
 
         return machine.in_thread(make)
+
+    def permitted(self) -> Deferred[AbstractSet[int]]:
+        """Fire with the numbers of all tasks that were ever allowed to start.
+
+        Of very many the newest ones.
+        """
+
+        def read() -> AbstractSet[int]:
+            try:
+                lines = self._machine.read(self._permits, tail=True).split(b"\n")
+            except FileNotFoundError:
+                return frozenset()
+            except OSError as e:
+                raise _unavailable(self._permits, e) from None
+            # A line that was not written whole was not told to anybody.
+            return {int(line) for line in lines if len(line) == 19 and line.isdigit()}
+
+        return self._machine.in_thread(read)
 
     def _permitted(self, folder: Path) -> bytes:
         """Return what a permit says that is given now."""

@@ -17,7 +17,6 @@ _log = Logger()
 TIDY = 30.0
 """Seconds between two looks for what need not be kept."""
 
-_LOOK = 500  # numbers that are looked up at a time
 _STEP = 20  # tasks that are removed at a time, so that nobody is held up
 
 
@@ -33,16 +32,13 @@ class Retention:
     _next: IDelayedCall | None = field(default=None, init=False)
     _stopped: bool = field(default=False, init=False)
 
-    def start(
-        self, kept: Sequence[int], highest: int, unfinished: AbstractSet[int]
-    ) -> None:
+    def start(self, kept: Sequence[int], unfinished: AbstractSet[int]) -> None:
         """Begin, also with what an earlier daemon has left in the folders it kept.
 
-        Tasks that have not ended need their secrets. A folder with a number above the
-        ``highest`` on record is of a task that the database has lost: its output stays.
+        Tasks that have not ended need their secrets.
         """
         self._look()
-        own(self._remove_left(kept, highest, unfinished))
+        own(self._remove_left(kept, unfinished))
 
     def stop(self) -> None:
         """Remove nothing more, but for what is under way."""
@@ -54,12 +50,18 @@ class Retention:
         self._next = self._clock.callLater(TIDY, self._look)
         own(self._tidy())
 
-    async def _tidy(self) -> None:
+    async def keep_reading(self) -> bool:
+        """Keep what time it is, and where; return False if that cannot be kept."""
         try:
             reading = self._time.reading(self._executor.place())
             await self._store.keep_reading(reading)
         except (OSError, StoreUnavailable) as e:
             _log.error("Cannot keep what time it is: {e}", e=e)
+            return False
+        return True
+
+    async def _tidy(self) -> None:
+        if not await self.keep_reading():
             return
         while not self._stopped:
             try:
@@ -76,25 +78,20 @@ class Retention:
             if len(old) < _STEP:
                 return
 
-    async def _remove_left(
-        self, kept: Sequence[int], highest: int, unfinished: AbstractSet[int]
-    ) -> None:
+    async def _remove_left(self, kept: Sequence[int], unfinished: AbstractSet[int]) -> None:
         """Remove what a daemon has left that died while it removed tasks or secrets.
 
-        Or that a power cut has brought back.
+        Or that a power cut has brought back. Folders that are on no record, and of which
+        none says that it was removed, stay: the database may be the wrong one.
         """
-        for first in range(0, len(kept), _LOOK):
-            some = kept[first : first + _LOOK]
-            try:
-                known = await self._store.existing(some)
-            except StoreUnavailable as e:
-                _log.error("Cannot look for what is left of old tasks: {e}", e=e)
-                return
-            orphans = [
-                number for number in some if number <= highest and number not in known
-            ]
-            ended = [number for number in some if number not in unfinished]
-            await self._executor.forget_all_secrets(ended)
-            if orphans:
-                _log.info("Removing what was left of tasks {ids}", ids=orphans)
-                await self._executor.forget(orphans)
+        ended = [number for number in kept if number not in unfinished]
+        await self._executor.forget_all_secrets(ended)
+        try:
+            removed = await self._store.forgotten()
+            left = sorted(removed & {*kept})
+            if left:
+                _log.info("Removing what was left of tasks {ids}", ids=left)
+                await self._executor.forget(left)
+            await self._store.cleared(sorted(removed - {*kept}))
+        except StoreUnavailable as e:
+            _log.error("Cannot look for what is left of old tasks: {e}", e=e)

@@ -12,6 +12,7 @@ from pulsar_api.background import own, shielded
 from pulsar_api.changes import Changes
 from pulsar_api.command import Commands, shown
 from pulsar_api.errors import (
+    FolderInUse,
     InvalidInput,
     KeyInFlight,
     KeyReused,
@@ -156,12 +157,14 @@ class TaskService:
         newest = await self._store.select(TaskQuery(limit=1))
         highest = newest[0].id if newest else 0
         kept = await self._executor.kept()
+        permitted = await self._executor.permitted()
+        last_used = max((*kept, *permitted), default=0)
         given = await self._store.reserve(0)
         self.created.advance(highest)
         why = None
         if last is not None and last.elsewhere(now):
             why = "the state folder was copied or its folder of tasks replaced"
-        elif given < max(kept, default=0):
+        elif given < last_used:
             why = "the database was older than the folders of the tasks"
         rebooted = last is not None and last.boot != now.boot
         found = await self._store.take_up()
@@ -175,15 +178,20 @@ class TaskService:
                 await self._store.save(gone)
             elif snapshot.status is Status.CREATED and why is not None:
                 await self._lose(snapshot, why)
+            elif snapshot.status is Status.CREATED and snapshot.id in permitted - {*kept}:
+                await self._lose(snapshot, "its folder was removed after a permit to start")
             else:
                 self._take_up(snapshot)
         # A database that somebody has set aside knows nothing of what is there: no new
         # task may get the folder of an old one. And not before the doubt is on record,
         # which this ends.
-        await self._store.reserve(max(kept, default=0))
+        await self._store.reserve(last_used)
         self._schedule()
         unfinished = {one.id for one in found if not one.status.ended}
-        self._retention.start(kept, highest, unfinished)
+        self._retention.start(kept, unfinished)
+        unknown = [number for number in kept if number > highest]
+        if unknown:
+            _log.warn("Kept, but on no record: what is left of tasks {ids}", ids=unknown)
 
     async def _lose(self, found: TaskSnapshot, doubt: str) -> None:
         """End a task that waits and that another daemon may have started."""
@@ -239,6 +247,9 @@ class TaskService:
             _log.info("Waiting for {n} tasks", n=len(self._running))
         until = self._clock.seconds() + drain
         await self._until(lambda: not self._running, until)
+        # What is restored from a copy that is made now is known by it, see `Reading`.
+        reading = Deferred.fromCoroutine(self._retention.keep_reading())
+        await reading.addTimeout(LEAVE, self._clock, lambda *_: False)
         self._gone = True
         for live in self._running.values():
             self._let_go(live)
@@ -530,7 +541,11 @@ class TaskService:
         await self._finish(live, status=Status.FAILED, reason=f"Cannot start: {why}")
 
     async def _start(self, live: _Live) -> None:
-        permit = await self._permit(live)
+        try:
+            permit = await self._permit(live)
+        except FolderInUse as e:
+            await self._finish(live, status=Status.LOST, reason=str(e), started_at=None)
+            return
         secrets = await self._secrets(live)
         if live.kill:
             await self._killed_waiting(live)

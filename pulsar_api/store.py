@@ -82,6 +82,7 @@ _SCHEMA = [
         steady REAL NOT NULL,
         place TEXT NOT NULL
     ) STRICT;
+    CREATE TABLE removed (id INTEGER PRIMARY KEY) STRICT;
     """,
 ]
 
@@ -145,6 +146,11 @@ def _count(db: sqlite3.Connection) -> int:
     return number
 
 
+def _last_change(db: sqlite3.Connection) -> int:
+    number: int = db.execute("SELECT change FROM counter").fetchone()[0]
+    return number
+
+
 def _values(snapshot: TaskSnapshot) -> dict[str, object]:
     return {
         "id": snapshot.id,
@@ -172,12 +178,24 @@ class SQLiteStore:
     _reader: DatabaseThread = field(init=False)
     _keeper: DatabaseThread = field(init=False)
     """Looks for what need not be kept, which may take a while."""
+    _change: int = field(default=0, init=False)
+    """The number of the last change that is on disk."""
 
     def __attrs_post_init__(self) -> None:
         prepare(self._path)
-        self._writer = DatabaseThread(self._path, self._from_thread)
-        self._reader = DatabaseThread(self._path, self._from_thread)
-        self._keeper = DatabaseThread(self._path, self._from_thread)
+        check = self._check
+        self._writer = DatabaseThread(self._path, self._from_thread, check, self._note)
+        self._reader = DatabaseThread(self._path, self._from_thread, check)
+        self._keeper = DatabaseThread(self._path, self._from_thread, check)
+
+    def _note(self, db: sqlite3.Connection) -> None:
+        self._change = _last_change(db)
+
+    def _check(self, db: sqlite3.Connection) -> None:
+        """Refuse a database that was put in place of ours and knows less than it did."""
+        if _last_change(db) < self._change:
+            text = f"{self._path} was replaced by an older one: start the daemon again"
+            raise sqlite3.OperationalError(text)
 
     async def close(self) -> None:
         """Write what was given and end the threads."""
@@ -381,22 +399,28 @@ class SQLiteStore:
         }
         return self._keeper.do(lambda db: [row["id"] for row in db.execute(text, values)])
 
-    def existing(self, task_ids: Sequence[int]) -> Deferred[set[int]]:
-        """Fire with those of the numbers that have a record."""
-        text = "SELECT id FROM task WHERE id IN (SELECT value FROM json_each(?))"
-        numbers = json.dumps(list(task_ids))
-        return self._keeper.do(
-            lambda db: {row["id"] for row in db.execute(text, (numbers,))}
-        )
-
     def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
         """Remove records of ended tasks; their numbers are not used again."""
 
         def job(db: sqlite3.Connection) -> None:
-            db.executemany(
-                "DELETE FROM task WHERE id = ? AND ended_at IS NOT NULL AND held = 0",
-                [(number,) for number in task_ids],
-            )
+            numbers = [(number,) for number in task_ids]
+            which = "FROM task WHERE id = ? AND ended_at IS NOT NULL AND held = 0"
+            db.executemany(f"INSERT OR IGNORE INTO removed SELECT id {which}", numbers)
+            db.executemany(f"DELETE {which}", numbers)
+
+        return self._writer.do(job)
+
+    def forgotten(self) -> Deferred[set[int]]:
+        """Fire with the numbers of removed records, but for those that are `cleared`."""
+        text = "SELECT id FROM removed"
+        return self._writer.do(lambda db: {row["id"] for row in db.execute(text)})
+
+    def cleared(self, task_ids: Sequence[int]) -> Deferred[None]:
+        """Note that nothing is left of tasks whose records were removed."""
+
+        def job(db: sqlite3.Connection) -> None:
+            numbers = [(number,) for number in task_ids]
+            db.executemany("DELETE FROM removed WHERE id = ?", numbers)
 
         return self._writer.do(job)
 

@@ -8,7 +8,7 @@ from attrs import define, evolve, field
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IReactorTime
 
-from pulsar_api.errors import StoreUnavailable, UnknownTask
+from pulsar_api.errors import FolderInUse, StoreUnavailable, UnknownTask
 from pulsar_api.ports import RESTART, Bounds, Keep, NewTask, Reading, Sink
 from pulsar_api.steady import SteadyClock
 from pulsar_api.task import (
@@ -45,6 +45,7 @@ class MemoryStore:
     changes: dict[int, int] = field(factory=dict)
     """The number of each task's last change."""
     count: int = 0
+    removed: set[int] = field(factory=set)
 
     kept_reading: Reading | None = None
 
@@ -106,16 +107,21 @@ class MemoryStore:
                 found.append(row.id)
         return succeed(sorted(found)[:limit])
 
-    def existing(self, task_ids: Sequence[int]) -> Deferred[set[int]]:
-        if self.broken:
-            return fail(StoreUnavailable("the fake is broken"))
-        return succeed(set(task_ids) & set(self.rows))
-
     def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
         for number in task_ids:
             row = self.rows.get(number)
             if row is not None and row.ended_at is not None and not row.held:
                 del self.rows[number]
+                self.removed.add(number)
+        return succeed(None)
+
+    def forgotten(self) -> Deferred[set[int]]:
+        if self.broken:
+            return fail(StoreUnavailable("the fake is broken"))
+        return succeed(set(self.removed))
+
+    def cleared(self, task_ids: Sequence[int]) -> Deferred[None]:
+        self.removed -= set(task_ids)
         return succeed(None)
 
     def reserve(self, number: int) -> Deferred[int]:
@@ -271,8 +277,11 @@ class FakeExecutor:
     """While set, no secrets can be kept."""
     slow: list[Deferred[None]] | None = None
     """While set, secrets are kept only when the test lets these fire."""
-    where: str = "0 1 2"
+    where: str = "0 1 2 3 4 5"
     barred: set[int] = field(factory=set)
+    allowed: set[int] = field(factory=set)
+    used: set[int] = field(factory=set)
+    """Tasks whose folder has what another run has left."""
     begun: set[int] = field(factory=set)
     """Tasks whose shim has begun, although nobody knows."""
     alive: tuple[Process, ...] = ()
@@ -292,6 +301,9 @@ class FakeExecutor:
     def permit(self, task_id: int) -> Deferred[str]:
         if self.bug is not None:
             raise self.bug
+        if task_id in self.used:
+            return fail(FolderInUse(task_id))
+        self.allowed.add(task_id)
         return succeed(f"permit for {task_id}")
 
     def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> FakeRun:
@@ -301,6 +313,9 @@ class FakeExecutor:
         self, task_id: int, permit: str | None, bounds: Bounds, sink: Sink
     ) -> FakeRun:
         return self._keep(FakeRun(self.clock, task_id, sink, None, bounds, True))
+
+    def permitted(self) -> Deferred[AbstractSet[int]]:
+        return succeed(set(self.allowed))
 
     def bar(self, task_id: int) -> bool:
         self.check()

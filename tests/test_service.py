@@ -665,10 +665,12 @@ def test_what_a_dead_daemon_has_half_removed_is_removed_at_the_start(
 ) -> None:
     """A record is gone, its output is not."""
     ended(world, 2)
-    del world.store.rows[1]
-    world.executor.folders = {1, 2}
-    world.restart_with(world.executor.folders)
-    assert world.executor.folders == {2}
+    CASE.successResultOf(world.store.forget([1]))
+    for _ in range(2):
+        world.restart_with({1, 2})
+        assert world.executor.folders == {2}
+    world.restart_with({2})
+    assert CASE.successResultOf(world.store.forgotten()) == set()
 
 
 def test_a_task_that_was_never_started_starts_and_stays_running() -> None:
@@ -760,7 +762,7 @@ def test_what_waits_in_a_copied_state_is_lost() -> None:
     world = limited(running=1)
     world.create()
     world.create()
-    world.restart(where="0 8 9")
+    world.restart(where="0 8 9 3 4 5")
     assert world.find(2).status is Status.LOST
     assert "copied" in (world.find(2).reason or "")
     # What runs is decided by its own folder.
@@ -786,7 +788,7 @@ def test_a_device_may_have_another_number_after_a_boot() -> None:
     reading = world.store.kept_reading
     assert reading is not None
     world.store.kept_reading = evolve(reading, boot="an earlier boot")
-    world.restart(where="5 1 2")
+    world.restart(where="5 1 2 3 4 5")
     assert world.find(2).status is Status.CREATED
 
 
@@ -899,7 +901,7 @@ def test_after_a_boot_nothing_holds_a_target() -> None:
 def test_what_is_left_is_removed_later_if_the_store_is_broken(world: World) -> None:
     """A start does not fail for that."""
     ended(world, 2)
-    del world.store.rows[1]
+    CASE.successResultOf(world.store.forget([1]))
     world.store.broken = True
     world.restart_with({1, 2})
     assert world.executor.folders == {1, 2}
@@ -916,6 +918,38 @@ def test_no_task_gets_the_folder_of_one_that_the_database_does_not_know(
     world.restart_with({1, 5})
     assert world.executor.folders == {1, 5}
     assert world.create().snapshot.id == 6
+    # Nor at a later start, when it knows of a task with a higher number.
+    world.executor.run(6).end(0)
+    world.restart_with({1, 5, 6})
+    assert world.executor.folders == {1, 5, 6}
+
+
+def test_a_task_that_was_permitted_and_has_no_folder_is_lost() -> None:
+    """The database was restored, and the folder removed: it may have run."""
+    world = limited(running=1)
+    for _ in range(3):
+        world.create()
+    world.restart_with({1, 3}, allowed={1, 2, 3})
+    assert [world.find(number).status for number in (1, 2, 3)] == [
+        *(Status.RUNNING, Status.LOST, Status.CREATED),
+    ]
+    assert "folder was removed" in (world.find(2).reason or "")
+    # Its number is not given again either, if it is on no record.
+    world.restart_with({1}, allowed={7})
+    assert world.create().snapshot.id == 8
+
+
+def test_a_task_whose_folder_has_what_another_run_left_is_lost() -> None:
+    """What that one has printed, and its result, are not taken for this one's."""
+    world = limited(running=1)
+    world.create()
+    world.create()
+    world.executor.used = {2}
+    world.executor.run(1).end(0)
+    found = world.find(2)
+    assert (found.status, found.started_at) == (Status.LOST, None)
+    assert "another run" in (found.reason or "")
+    assert [run.task_id for run in world.executor.runs] == [1]
 
 
 class Life(RuleBasedStateMachine):

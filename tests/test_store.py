@@ -261,7 +261,7 @@ async def test_a_task_that_holds_its_target_is_kept(store: TaskStore) -> None:
     await store.save(evolve(ended, held=True))
     assert await store.expired(Keep(seconds=1), 1e6, 10) == []
     await store.forget([1])
-    assert await store.existing([1]) == {1}
+    assert await store.forgotten() == set()
     await store.save(evolve(ended, revision=3))
     assert await store.expired(Keep(seconds=1), 1e6, 10) == [1]
 
@@ -314,7 +314,9 @@ async def test_what_is_forgotten_is_gone_unless_it_runs(store: TaskStore) -> Non
     await store.save(evolve(first, status=Status.FAILED, revision=2, ended_at=1.0))
     await store.forget([1, 2, 3])
     assert [task.id for task in await store.select(TaskQuery())] == [2]
-    assert await store.existing([1, 2, 3]) == {2}
+    assert await store.forgotten() == {1}
+    await store.cleared([1, 3])
+    assert await store.forgotten() == set()
     assert (await store.create(new(SPEC, 0.0))).id == 3
 
 

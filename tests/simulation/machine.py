@@ -154,8 +154,24 @@ class SimulatedMachine:
         if disk.full or disk.no_inodes:
             raise StoreUnavailable("the simulated disk is full", full=True)
 
-    def read(self, path: Path) -> bytes:
-        """Return a small file."""
+    def size(self, path: Path) -> int:
+        """Return how many bytes a file has."""
+        self._operation()
+        return len(self._daemon.world.disk.find(str(path)).content)
+
+    def append(self, path: Path, data: bytes) -> None:
+        """Add to a file, which is made if need be, and wait until it is on disk."""
+        self._open()
+        disk = self._daemon.world.disk
+        folder, name = disk.folder_of(str(path))
+        found = (folder.entries or {}).get(name) or disk.make(folder, name)
+        self._operation()
+        disk.write(found, data, append=True)
+        self._operation()
+        disk.sync(found)
+
+    def read(self, path: Path, *, tail: bool = False) -> bytes:
+        """Return a small file; none is larger here."""
         self._open()
         found = self._daemon.world.disk.find(str(path))
         if found.entries is not None:

@@ -43,6 +43,7 @@ class Database:
             dict(old.keys),
             dict(old.changes),
         )
+        made.removed = set(old.removed)
         made.last, made.count, made.kept_reading = old.last, old.count, old.kept_reading
         return Database(made)
 
@@ -188,8 +189,11 @@ class SimulatedStore:
     def expired(self, keep: Keep, steady: float, limit: int) -> Deferred[list[int]]:
         return self._reader.do(lambda db: db.expired(keep, steady, limit))
 
-    def existing(self, task_ids: Sequence[int]) -> Deferred[set[int]]:
-        return self._reader.do(lambda db: db.existing(task_ids))
+    def forgotten(self) -> Deferred[set[int]]:
+        return self._writer.do(lambda db: db.forgotten())
+
+    def cleared(self, task_ids: Sequence[int]) -> Deferred[None]:
+        return self._writer.do(lambda db: db.cleared(task_ids))
 
 
 _: type[TaskStore] = SimulatedStore
