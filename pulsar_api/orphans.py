@@ -298,7 +298,7 @@ class Orphans:
             known = (
                 one.session in self._own and one.start <= self._sessions[one.session].seen
             )
-            return known or self._was_left(one, me) or self._mark in environ(one)
+            return known or self._was_left(one, me) or self._carries_mark(one)
 
         chase(ours, _CHASE)
 
@@ -351,14 +351,33 @@ class Orphans:
                 yield from table.members(session.id)
         for entry in table.entries.values():
             known = entry.key in self._processes or self._was_left(entry, me)
-            if known or (entry.alive and self._mark in environ(entry)):
+            if known or (entry.alive and self._carries_mark(entry)):
                 yield entry
+
+    def _is_younger(self, entry: Entry) -> bool:
+        """Return whether a process was started after the shim."""
+        return self._shim is not None and entry.start >= self._shim[1]
+
+    def _carries_mark(self, entry: Entry) -> bool:
+        """Return whether the environment of a process says that it is of this task.
+
+        One that is older than the shim is of a task that had this folder before.
+        """
+        older = self._shim is not None and not self._is_younger(entry)
+        return not older and self._mark in environ(entry)
+
+    def _carries_another(self, entry: Entry) -> bool:
+        """Return whether it says that it is of another task."""
+        name = f"{MARK}=".encode()
+        marks = [text for text in environ(entry) if text.startswith(name)]
+        return bool(marks) and self._mark not in marks
 
     def _was_left(self, entry: Entry, me: Entry) -> bool:
         """Return whether a process is this daemon's child by the end of this task."""
         other = entry.key in self._strangers or entry.session in self._strange
-        younger = self._shim is not None and entry.start >= self._shim[1]
-        return younger and not other and self._is_left(entry, me)
+        if other or not self._is_younger(entry) or not self._is_left(entry, me):
+            return False
+        return not self._carries_another(entry)
 
     def _whole(self, table: Table, number: int, found: Container[int]) -> bool:
         """Return whether a session is of the task as a whole, as one process of it is.

@@ -434,6 +434,47 @@ def test_what_nobody_has_ever_seen_becomes_a_child_of_the_daemon(
     assert found == [[], [], True, True, None, None, None, False]
 
 
+def test_what_an_ended_task_has_left_is_nobodys_orphan(elsewhere: Elsewhere) -> None:
+    """All shims are killed at once, and of ended tasks nothing is remembered."""
+    found = elsewhere(
+        """
+        processes.become_subreaper()
+        own = set()
+        memory = Memory(tmp / "tasks", own)
+        first = trees.sh("env -i sleep 60 & echo $!; exec sleep 60", 1)
+        own.add(first.key[0])
+        first.pids(1)
+        second = trees.sh("setsid sleep 60 & echo $!; exit 0", 2)
+        own.add(second.key[0])
+        (server,) = second.pids(1)
+        memory.look({1: first.key})
+        second.kill_shim()
+        first.kill_shim()
+        result = [memory.orphans(1, first.key).end(), first.left(), lives(server)]
+        proc.send(server, 9)
+        trees.end()
+        print(json.dumps(result))
+        """
+    )
+    assert found == [[], [], True]
+
+
+def test_one_with_the_mark_that_is_older_than_the_shim_is_not_touched(
+    trees: Trees, memory: Memory
+) -> None:
+    """It is of a task of that number in a state that was set aside."""
+    mark = {MARK: str(trees.tasks / "1")}
+    with subprocess.Popen(["sleep", "60"], start_new_session=True, env=mark) as older:
+        time.sleep(0.05)  # ticks of the kernel, by which starts are told apart
+        tree = trees.sh("setsid sleep 60 & echo $!; wait")
+        tree.pids(1)
+        tree.kill_shim()
+        assert memory.orphans(1, tree.key).end() == []
+        assert tree.left() == []
+        assert older.poll() is None
+        older.kill()
+
+
 def test_one_that_runs_through_sessions_becomes_a_child_of_the_daemon(
     elsewhere: Elsewhere,
 ) -> None:
