@@ -79,8 +79,8 @@ class DatabaseThread:
 
     _path: Path
     _from_thread: Callable[..., object]
-    _exchanged: Callable[[sqlite3.Connection], None] = _nothing
-    """Called with a connection to a file that has taken the place of the last one."""
+    _connected: Callable[[sqlite3.Connection], None] = _nothing
+    """Called with each connection before it is used: another file may be there now."""
     _committed: Callable[[sqlite3.Connection], None] = _nothing
     """Called when a transaction is on disk."""
     _jobs: SimpleQueue[tuple[_Job, Deferred[Any]] | None] = field(factory=SimpleQueue)
@@ -117,8 +117,7 @@ class DatabaseThread:
                     db = None
                 if db is None:
                     db = connect(self._path)
-                    if opened not in {None, there}:
-                        self._exchanged(db)
+                    self._connected(db)
                     opened = there
                 results = self._transaction(db, [job for job, _ in jobs])
                 self._committed(db)

@@ -50,6 +50,8 @@ class Identity:
     inode: int
     changed: int
     """When it was last changed in any way, nanoseconds; nothing can set this (stat(2))."""
+    size: int
+    """Bytes."""
 
 
 class Records(Protocol):
@@ -82,9 +84,6 @@ class Machine(Protocol):
 
     def read(self, path: Path, *, tail: bool = False) -> bytes:
         """Return a small file; of a larger one the first `SMALL` bytes, or the last."""
-
-    def size(self, path: Path) -> int:
-        """Return how many bytes a file has."""
 
     def write(self, path: Path, data: bytes) -> None:
         """Make or replace a file; nobody else can read it; it is not synced."""
@@ -194,10 +193,6 @@ class LocalMachine:
             text = f"fewer than {INODES} more files fit on the disk of {folder} (inodes)"
             raise StoreUnavailable(text, full=True)
 
-    def size(self, path: Path) -> int:
-        """Return how many bytes a file has."""
-        return os.stat(path, follow_symlinks=False).st_size
-
     def read(self, path: Path, *, tail: bool = False) -> bytes:
         """Return a small file; of a larger one the first `SMALL` bytes, or the last."""
         # Not following links, and not waiting for the other end of a FIFO.
@@ -265,7 +260,7 @@ class LocalMachine:
     def identity(self, path: Path) -> Identity:
         """Return which file or folder this is."""
         found = os.stat(path, follow_symlinks=False)
-        return Identity(found.st_dev, found.st_ino, found.st_ctime_ns)
+        return Identity(found.st_dev, found.st_ino, found.st_ctime_ns, found.st_size)
 
     def holder(self, lock: Path) -> int:
         """Return the number of the shim that holds a lock, 0 if nobody does.

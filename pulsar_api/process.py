@@ -118,8 +118,7 @@ class ShimExecutor:
         tasks = self._machine.identity(self._tasks)
         try:
             permits = self._machine.identity(self._permits)
-            size = self._machine.size(self._permits)
-            last = f"{permits.inode} {size} {permits.changed}"
+            last = f"{permits.inode} {permits.size} {permits.changed}"
         except FileNotFoundError:
             last = "0 0 0"
         return f"{state.device} {state.inode} {tasks.inode} {last}"

@@ -559,6 +559,9 @@ class TaskService:
         command = await self._command(live, secrets)
         if command is None:
             return
+        # With it in one transaction: a database that is restored must not fit what is
+        # restored beside it.
+        own(self._retention.keep_reading())
         # The record that it starts is on disk before the process exists.
         live.newest = live.changed(
             status=Status.RUNNING,

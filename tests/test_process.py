@@ -27,12 +27,13 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock, deferLater
 
 from pulsar_api import orphans, process, shim
-from pulsar_api.errors import StoreUnavailable
+from pulsar_api.errors import FolderInUse, StoreUnavailable
 from pulsar_api.machine import USUAL, LocalMachine
 from pulsar_api.output import Output, Record
-from pulsar_api.ports import Bounds, Run
+from pulsar_api.ports import Bounds, Reading, Run
 from pulsar_api.process import ShimExecutor
 from pulsar_api.runs import alive, read_exit
+from pulsar_api.steady import SteadyClock
 from pulsar_api.task import Cause, Command, Exit, Process, Status, judge
 from tests.integration.daemon import (
     PATIENCE,
@@ -1785,6 +1786,68 @@ async def test_a_start_in_doubt_is_lost(runner: Runner, tmp_path: Path, doubt: s
     folder = runner.tasks / "1"
     if folder.is_dir():
         assert late_shim(folder) == shim.TAKEN
+
+
+@pytest.mark.parametrize("left", ["lock", "exit", "begun", "output"])
+async def test_a_folder_in_use_gets_no_permit(runner: Runner, left: str) -> None:
+    """A database that was restored gives a number again; the old result is nobody's."""
+    (runner.tasks / "1").mkdir(parents=True)
+    (runner.tasks / "1" / left).touch()
+    with pytest.raises(FolderInUse, match="another run"):
+        await runner.executor.permit(1)
+    assert not (runner.tasks / "1" / "start").exists()
+    assert await runner.executor.permitted() == set()
+
+
+async def test_who_was_permitted_to_start_is_known(runner: Runner, tmp_path: Path) -> None:
+    """Also after a line that a power cut has torn."""
+    runner.tasks = tmp_path / "state" / "tasks"
+    runner.tasks.mkdir(parents=True)
+    assert await runner.executor.permitted() == set()
+    await runner.executor.permit(47)
+    permits = runner.tasks.parent / "permits"
+    with permits.open("ab") as file:
+        file.write(b"\n00000000000")
+    await runner.executor.permit(3)
+    assert await runner.executor.permitted() == {3, 47}
+
+
+def _copied_over(permits: Path) -> None:
+    copy = permits.with_name("copy")
+    shutil.copy2(permits, copy)
+    copy.rename(permits)
+
+
+RESTORED: dict[str, Callable[[Path], object]] = {
+    "shorter": lambda permits: os.truncate(permits, 21),
+    "written again": lambda permits: permits.write_bytes(permits.read_bytes()),
+    "another file": _copied_over,
+    "removed": lambda permits: permits.unlink(),
+}
+
+
+@pytest.mark.parametrize("how", RESTORED)
+async def test_a_list_of_permits_that_was_restored_is_known(
+    runner: Runner, tmp_path: Path, how: str
+) -> None:
+    """By its file, its size, or when it was changed; that it has grown is usual."""
+    runner.tasks = tmp_path / "state" / "tasks"
+    runner.tasks.mkdir(parents=True)
+    clock = SteadyClock(lambda: 0.0, lambda: 0.0, "a boot")
+
+    def now() -> Reading:
+        return clock.reading(runner.executor.place())
+
+    first = now()
+    await runner.executor.permit(1)
+    second = now()
+    await runner.executor.permit(2)
+    third = now()
+    assert not first.elsewhere(second)
+    assert not second.elsewhere(third)
+    await deferLater(reactor, 0.02)  # the kernel's clock for files has steps
+    RESTORED[how](runner.tasks.parent / "permits")
+    assert third.elsewhere(now())
 
 
 async def test_a_permit_of_another_task_proves_nothing(runner: Runner) -> None:

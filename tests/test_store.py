@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import AsyncIterator, Callable
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet import reactor as global_reactor
 from twisted.internet.defer import gatherResults
+from twisted.internet.threads import deferToThread
 
 from pulsar_api.errors import StoreUnavailable, UnknownTask
 from pulsar_api.ports import RESTART, Keep, NewTask, Reading, TaskStore
@@ -318,6 +320,38 @@ async def test_what_is_forgotten_is_gone_unless_it_runs(store: TaskStore) -> Non
     await store.cleared([1, 3])
     assert await store.forgotten() == set()
     assert (await store.create(new(SPEC, 0.0))).id == 3
+
+
+async def test_an_older_database_in_place_of_ours_is_refused(tmp_path: Path) -> None:
+    """Its numbers would be given again; a copy that knows as much is as good as ours."""
+    path, older, same = (tmp_path / name for name in ("tasks.db", "older", "same"))
+    store = SQLiteStore(path, reactor.callFromThread)
+
+    def copy(to: Path) -> None:
+        with closing(sqlite3.connect(path)) as db, closing(sqlite3.connect(to)) as made:
+            db.backup(made)
+
+    def put(made: Path) -> None:
+        for name in ("tasks.db-wal", "tasks.db-shm"):
+            (tmp_path / name).unlink(missing_ok=True)
+        made.rename(path)
+
+    await store.create(new(SPEC, 0.0))
+    await deferToThread(copy, older)
+    await store.create(new(SPEC, 0.0))
+    await deferToThread(copy, same)
+    put(older)
+    for attempt in (
+        store.create(new(SPEC, 0.0)),
+        store.load(1),
+        store.create(new(SPEC, 0.0)),
+    ):
+        with pytest.raises(StoreUnavailable, match="replaced by an older one"):
+            await attempt
+    put(same)
+    assert (await store.create(new(SPEC, 0.0))).id == 3
+    assert (await store.load(2)).id == 2
+    await store.close()
 
 
 async def test_reserved_numbers_are_given_to_nobody(store: TaskStore) -> None:

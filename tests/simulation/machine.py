@@ -154,11 +154,6 @@ class SimulatedMachine:
         if disk.full or disk.no_inodes:
             raise StoreUnavailable("the simulated disk is full", full=True)
 
-    def size(self, path: Path) -> int:
-        """Return how many bytes a file has."""
-        self._operation()
-        return len(self._daemon.world.disk.find(str(path)).content)
-
     def append(self, path: Path, data: bytes) -> None:
         """Add to a file, which is made if need be, and wait until it is on disk."""
         self._open()
@@ -255,7 +250,7 @@ class SimulatedMachine:
         """Return which file or folder this is."""
         self._operation()
         found = self._daemon.world.disk.find(str(path))
-        return Identity(1, found.number, found.changed)
+        return Identity(1, found.number, found.changed, len(found.content))
 
     def holder(self, lock: Path) -> int:
         """Return the number of the shim that holds a lock, 0 if nobody does."""
