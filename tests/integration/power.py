@@ -44,6 +44,8 @@ DAMAGE = ("removed", "empty", "zeros", "half", "garbage")
 """What may have become of a file."""
 FILES = {"lock": "lock", "permit": "begun", "index": "output.idx", "exit": "exit"}
 """Files in the folder of a task, by what they are."""
+ORDERS = frozenset({"spec", "spec.tmp"})
+"""What a shim is to do; without it a task fails that has not begun, and rightly so."""
 LEFT = 60.0
 """Seconds in which every task has to end after a boot."""
 
@@ -364,7 +366,8 @@ def files(trials: Trials) -> None:
     _end_some(trials)
     for number in numbers:
         for path in sorted((trials.daemon.state / "tasks" / str(number)).glob("*")):
-            if path.name != "output" and trials.chance.random() < 0.6:
+            kept = {"output", *ORDERS}
+            if path.name not in kept and trials.chance.random() < 0.6:
                 path.unlink(missing_ok=True)  # its owner may have been faster
                 trials.figures[f"{path.name.partition('.')[0]} removed"] += 1
     _go_on(trials)
@@ -376,7 +379,7 @@ def rest(trials: Trials) -> None:
     _end_some(trials)
     for number in numbers:
         for path in sorted((trials.daemon.state / "tasks" / str(number)).glob("*")):
-            if path.name not in {"start", "begun"}:
+            if path.name not in {"start", "begun", *ORDERS}:
                 path.unlink(missing_ok=True)  # its owner may have been faster
     _go_on(trials)
 
