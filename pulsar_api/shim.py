@@ -718,11 +718,16 @@ class Shim:
     # -- ending it
 
     def ask(self, cause: str) -> None:
-        """Begin to end the tree, unless that has begun or there is none."""
-        if self.kill_at or not self.pid:
+        """Begin to end the tree, unless that has begun.
+
+        The result names this cause also if the command itself has ended by then, or never
+        began: somebody asked before the task had ended.
+        """
+        if self.kill_at:
             return
-        if self.status is None:
-            self.cause = cause
+        self.cause = cause
+        if not self.pid:
+            return
         self.due = True
         self.note(TERM_SENT, self.size)
         self.terminate(time.monotonic())
@@ -786,7 +791,7 @@ class Shim:
             self.gone = now if self.gone else 0.0
         if self.ear.term:
             self.ask("kill")
-        elif self.status is None and not self.kill_at:
+        elif self.pid and self.status is None and not self.kill_at:
             if spec.total and now >= self.began + spec.total:
                 self.ask("timeout")
             elif spec.silence and now >= self.last_output + spec.silence:
@@ -922,6 +927,9 @@ class Shim:
     def finish(self, error: str = "") -> None:
         """Write ``exit``: all or nothing, and only when the output is safe."""
         while True:
+            self.check_clocks(time.monotonic())  # a kill may have come since the last look
+            while not self.over(time.monotonic()):
+                self.wait(self.wait_for(time.monotonic()))
             try:
                 self.children = self.children and self.reap()
                 result = self.result(error)
@@ -938,8 +946,6 @@ class Shim:
             else:
                 return
             self.wait(RETRY)
-            while not self.over(time.monotonic()):
-                self.wait(self.wait_for(time.monotonic()))
 
     def linger(self) -> None:
         """Stay with what the task has left behind until nothing of it is left.

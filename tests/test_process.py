@@ -1346,14 +1346,35 @@ async def test_a_kill_before_the_shim_can_hear_it_is_not_lost(
 async def test_a_kill_after_the_command_ends_its_background_children(
     runner: Runner,
 ) -> None:
-    """Within the patience they are still its tree; its own result stays."""
+    """Within the patience they are still its tree: the task was killed, with its code."""
     started = runner.sh("sleep 60 & exit 7", grace=30)
-    pid = await until(lambda: started.story.pids, "the start")
-    await until(lambda: not Path(f"/proc/{pid[0]}").exists(), "the end of the command")
+    await command_has_ended(started)
     started.run.kill()
     exit = await started.story.end()
-    assert (exit.code, exit.forced) == (7, False)
+    assert (exit.code, exit.cause, exit.forced) == (7, Cause.KILL, False)
     assert runner.left() == []
+
+
+async def test_kill_between_last_look_and_result_counts(runner: Runner) -> None:
+    """Until the result is written the task has not ended."""
+    runner.launcher = adjusted(
+        "def finish(self, error='', do=shim.Shim.finish):",
+        "    import signal",
+        "    signal.raise_signal(signal.SIGTERM)",
+        "    do(self, error)",
+        "shim.Shim.finish = finish",
+    )
+    exit = await runner.sh("sleep 60 >/dev/null 2>&1 & exit 0").story.end()
+    assert (exit.code, exit.cause, exit.left) == (0, Cause.KILL, ())
+    assert runner.left() == []
+    exit = await runner.start("nosuchcommand", number=2).story.end()
+    assert judge(exit, "me")[0] is Status.KILLED
+
+
+async def command_has_ended(started: Started) -> None:
+    """Wait until the command has ended and its shim has noticed."""
+    pid = await until(lambda: started.story.pids, "the start")
+    await until(lambda: not Path(f"/proc/{pid[0]}").exists(), "the end of the command")
 
 
 async def test_waiting_for_a_stubborn_tree_costs_nothing(runner: Runner) -> None:
@@ -1486,6 +1507,20 @@ if _may_become_root():  # else these tests do not exist
         exit = await started.story.end()
         assert (exit.left, exit.forced, exit.cause) == ((), True, Cause.KILL)
         assert runner.left() == []
+
+    async def test_process_that_survives_a_kill_after_the_end_is_named(
+        runner: Runner, become_root: str
+    ) -> None:
+        """The command has ended by then; the task is killed, and its target is held."""
+        started = runner.sh(f"{become_root} & exit 0", grace=0.2)
+        await until(lambda: _is_root(runner), "the process to become root")
+        await command_has_ended(started)
+        started.run.kill()
+        exit = await started.story.end()
+        assert (exit.code, exit.cause, exit.forced) == (0, Cause.KILL, True)
+        assert _root(exit.left) == [("sleep", "root")]
+        status, reason = judge(exit, "me")
+        assert (status, str(exit.left[0]) in str(reason)) == (Status.KILLED, True)
 
     def _is_root(runner: Runner) -> bool:
         status = (Path(f"/proc/{pid}/status") for pid in runner.left())
@@ -2222,7 +2257,8 @@ sys.exit(3)
         exit = await started.story.end()
         assert not (free == 0 and killed and ran.exists())
         if exit.cause is Cause.KILL:
-            assert (killed, exit.code, ran.exists()) == (True, None, False)
+            # It may also have come when only the result was left to be written.
+            assert (killed, exit.code) == (True, 3 if ran.exists() else None)
         else:
             assert (exit.code, exit.error, ran.read_text()) == (3, None, "x\n")
 

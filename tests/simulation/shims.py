@@ -513,8 +513,7 @@ class Shim(Fiber):
     def _ask(self, cause: str) -> None:
         if self._kill_at:
             return
-        if self.status is None:
-            self._cause = cause
+        self._cause = cause
         self._kill_at = self.world.now + self._spec.grace
         self._note(shim.TERM_SENT, self._printed)
         for member in self.tree.living():
