@@ -45,6 +45,9 @@ PASSING = (
     *(*NO_SPACE, errno.EFBIG, errno.EMFILE, errno.ENFILE),
     *(errno.ENOMEM, errno.ENOLCK, errno.EAGAIN),
 )
+# Of these, what the start of a command wants of the machine, and not of a file's content:
+# the kernel also answers EIO for a program that is damaged.
+SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.ENFILE)
 EXITING = 4  # PF_EXITING, a flag of a process that has begun to end
 
 
@@ -640,16 +643,23 @@ class Shim:
             mask = masker(self.spec.secrets, self.spec.library)
             self.streams.append(Stream(code, mask))
 
+    def enter(self) -> None:
+        """Enter the folder in which the command is started; errors as `start`."""
+        folder = self.spec.directory
+        try:
+            posix.chdir(folder or ".")
+        except (OSError, ValueError) as e:  # ValueError: NUL
+            if getattr(e, "errno", None) in SCARCE:
+                raise
+            why = getattr(e, "strerror", e)
+            raise CannotStart(f"cannot enter {text(folder)}: {why}") from e
+
     def start(self) -> None:
         """Start the command, or raise `CannotStart`; or `OSError` if that may pass."""
         spec = self.spec
         name = spec.arguments[0]
         self.began = self.last_output = time.monotonic()
-        try:
-            posix.chdir(spec.directory or ".")
-        except (OSError, ValueError) as e:  # ValueError: NUL
-            why = getattr(e, "strerror", e)
-            raise CannotStart(f"cannot enter {text(spec.directory)}: {why}") from e
+        self.enter()
         posix.umask(spec.umask)
         candidates = [name]
         if b"/" not in name:
@@ -661,8 +671,8 @@ class Shim:
                 self.pid = self.spawn(path)
                 break
             except OSError as e:
-                if e.errno == errno.ENFILE:
-                    raise  # the machine's limit, not ours
+                if e.errno in SCARCE:
+                    raise
                 # As execvp(3): what cannot be run may stand in a later folder of PATH.
                 if b"/" in name or e.errno not in ELSEWHERE:
                     problem = str(e.strerror)

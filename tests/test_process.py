@@ -1,5 +1,6 @@
 """Tests of runs: the real shim, real processes, the real reactor."""
 
+import errno
 import fcntl
 import os
 import pwd
@@ -1976,6 +1977,48 @@ async def test_without_descriptors_a_shim_waits_to_mask_secrets(runner: Runner) 
     limit(started, resource.RLIMIT_NOFILE, 100)
     assert (await story.end()).code == 0
     assert started.output == b"a ***.\n"
+
+
+def short(function: str, number: int, go: Path) -> Sequence[str]:
+    """Return how a shim is started of whose calls one fails until there is a file."""
+    return adjusted(
+        "import os.path, posix",
+        f"def fail(*given, do=posix.{function}, **named):",
+        f"    if not os.path.exists({str(go)!r}):",
+        f"        raise OSError({number}, os.strerror({number}))",
+        "    return do(*given, **named)",
+        f"posix.{function} = fail",
+    )
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.ENFILE])
+@pytest.mark.parametrize("function", ["posix_spawn", "chdir"])
+async def test_start_that_the_machine_has_no_room_for_is_tried_again(
+    runner: Runner, tmp_path: Path, function: str, number: int
+) -> None:
+    """Of processes, memory and open files there may be enough later."""
+    go = tmp_path / "go"
+    runner.launcher = short(function, number, go)
+    started = runner.sh("echo ready; exit 3")
+    await waits(started)
+    await deferLater(reactor, 2 * shim.RETRY)
+    assert started.story.exits == []
+    go.touch()
+    exit = await started.story.end()
+    assert (exit.code, exit.error, started.output) == (3, None, b"ready\n")
+
+
+async def test_kill_works_while_there_is_no_room_for_the_command(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """The command never runs."""
+    runner.launcher = short("posix_spawn", errno.EAGAIN, tmp_path / "go")
+    started = runner.sh("echo ready")
+    await waits(started)
+    started.run.kill()
+    exit = await started.story.end()
+    assert (exit.cause, exit.error) == (Cause.KILL, "The command was not started.")
+    assert started.story.pids == []
 
 
 # With ten it waits for a pipe, and can write the result all the same.
