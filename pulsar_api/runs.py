@@ -38,6 +38,9 @@ BEGUN = frozenset({"begun", "output", "output.idx", "cut", "sessions", "exit.tmp
 NOTHING = (FileNotFoundError, NotADirectoryError)
 """What is raised where there is no file, or no folder in which it could be."""
 
+_OUTCOMES = ("code", "signal", "error")
+"""What a result says of the command: one of these."""
+
 _PRINTED = frozenset({shim.STDOUT, shim.STDERR})
 _TROUBLE = 4096  # bytes of a shim's own complaint that are kept
 
@@ -55,8 +58,22 @@ def read_exit(machine: Machine, folder: Path) -> Exit | None:
     return evolve(exit, index_size=machine.output(folder).index_size())
 
 
+def _lines(data: bytes) -> list[str]:
+    """Return the lines of a result, or raise `ValueError` if it is not whole.
+
+    Of one that an older shim has written nobody can know it if lines are missing at its
+    end: those that name processes.
+    """
+    *lines, rest = data.decode("utf-8", "replace").split("\n")
+    names = [line.partition(" ")[0] for line in lines]
+    whole = lines[-1:] == ["end"] or lines[:1] != [shim.RESULT.decode()]
+    if rest or not whole or sum(map(names.count, _OUTCOMES)) != 1:
+        raise ValueError("the result is not whole")
+    return lines
+
+
 def _parse_exit(data: bytes) -> Exit:
-    lines = data.decode("utf-8", "replace").split("\n")
+    lines = _lines(data)
     found = dict(line.partition(" ")[::2] for line in lines)
     number = found.get("signal")
     left = [line.split(" ", 4)[1:] for line in lines if line.startswith("left ")]

@@ -22,6 +22,8 @@ import time
 READY, STDOUT, STDERR, STARTED, TERM_SENT, KILL_SENT, CLOCK = range(7)
 RECORD = 16
 
+RESULT = b"version 2"  # the first line of a result that has ``end`` as its last one
+
 TAKEN = 75  # the exit status of a shim that finds another one at its task
 
 PIPE_SIZE = 1 << 20
@@ -902,8 +904,9 @@ class Shim:
                 self.keep(stream.code, stream.read())
 
     def result(self, error: str) -> bytes:
-        """Return what stands in ``exit``."""
+        """Return what stands in ``exit``; a part of it is not taken for all of it."""
         lines = [
+            RESULT,
             b"ended %r" % (self.ended_at or time.time()),
             b"cause " + self.cause.encode(),
             b"forced %d" % bool(self.killed_at),
@@ -921,7 +924,7 @@ class Shim:
             lines.append(b"code %d" % posix.WEXITSTATUS(self.status))
         if self.children:
             lines += self.left()
-        return b"\n".join([*lines, b""])
+        return b"\n".join([*lines, b"end", b""])
 
     def left(self) -> list[bytes]:
         """Return a line for each process that is left, up to a bound."""

@@ -1053,6 +1053,43 @@ def test_a_user_without_a_name_is_a_number(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "script", ["exit 127", "kill -9 $$", "sleep 60 >/dev/null 2>&1 & exit 0"]
+)
+async def test_damaged_result_is_lost(runner: Runner, script: str) -> None:
+    """A part of it, or what has two outcomes, is never taken for a result."""
+    started = runner.sh(script)
+    exit = await started.story.end()
+    path = started.folder / "exit"
+    whole = path.read_bytes()
+    damaged = Exit(error="The file with its result is damaged.", lost=True)
+    damages = [whole[:length] for length in range(len(whole))]
+    damages += [whole.replace(b"\nend\n", b"\ncode 0\nend\n"), bytes(len(whole))]
+    for damage in damages:
+        path.write_bytes(damage)
+        assert read_exit(MACHINE, started.folder) == damaged, damage
+    path.write_bytes(whole)
+    assert read_exit(MACHINE, started.folder) == exit
+
+
+@pytest.mark.parametrize("outcome", ["code 127", "signal 9", "error cannot start x"])
+def test_result_of_an_older_shim_is_read_if_it_is_whole(
+    tmp_path: Path, outcome: str
+) -> None:
+    """It has no last line that says so; but every line has an end."""
+    path = tmp_path / "exit"
+    whole = f"ended 1.5\ncause itself\nforced 0\nsize 0\n{outcome}\n"
+    path.write_text(whole)
+    exit = read_exit(MACHINE, tmp_path)
+    assert exit is not None
+    assert not exit.lost
+    for length in range(len(whole)):
+        path.write_text(whole[:length])
+        exit = read_exit(MACHINE, tmp_path)
+        assert exit is not None
+        assert exit.lost
+
+
 async def test_a_shim_that_stays_holds_nothing_of_its_task(runner: Runner) -> None:
     """Nobody is alive in the folder, which can go; it ends with the last process."""
     before = descriptors(os.getpid())

@@ -543,6 +543,7 @@ class Shim(Fiber):
 
     def _result(self, error: str) -> bytes:
         lines = [
+            shim.RESULT.decode(),
             f"ended {self.world.wall()!r}",
             f"cause {self._cause}",
             f"forced {int(bool(self._killed_at))}",
@@ -559,6 +560,7 @@ class Shim(Fiber):
         else:
             lines.append(f"code {self.status}")
         lines += [f"left {m.pid} {m.start} 0 run" for m in self.tree.living()]
+        lines.append("end")
         return "".join(f"{line}\n" for line in lines).encode()
 
     def _write_synced(self, name: str, data: bytes) -> None:
