@@ -46,16 +46,25 @@ _TROUBLE = 4096  # bytes of a shim's own complaint that are kept
 
 
 def read_exit(machine: Machine, folder: Path) -> Exit | None:
-    """Return the result that a shim has written, or None if there is none yet."""
+    """Return the result that a shim has written, or None if there is none yet.
+
+    It is judged by what the command promised to print last (`Command.last_line`).
+    """
     try:
         data = machine.read(folder / "exit")
     except NOTHING:
         return None
     try:
-        exit = _parse_exit(data)
+        exit, promise = _parse_exit(data)
     except (KeyError, ValueError, OverflowError):
         return Exit(error="The file with its result is damaged.", lost=True)
-    return evolve(exit, index_size=machine.output(folder).index_size())
+    output = machine.output(folder)
+    if promise is None and not data.startswith(shim.RESULT):
+        # An older shim had it in a file of its own.
+        with suppress(*NOTHING):
+            promise = machine.read(folder / "promise")
+    good = exit.code != 0 or promise is None or output.last_line() == promise
+    return evolve(exit, good=good, index_size=output.index_size())
 
 
 def _lines(data: bytes) -> list[str]:
@@ -72,13 +81,14 @@ def _lines(data: bytes) -> list[str]:
     return lines
 
 
-def _parse_exit(data: bytes) -> Exit:
+def _parse_exit(data: bytes) -> tuple[Exit, bytes | None]:
+    """Return what a result says, and the last line that was promised, if one was."""
     lines = _lines(data)
     found = dict(line.partition(" ")[::2] for line in lines)
-    number = found.get("signal")
+    number, promise = found.get("signal"), found.get("promise")
     left = [line.split(" ", 4)[1:] for line in lines if line.startswith("left ")]
     users = {user: _user_name(int(user)) for _, _, user, _ in left}
-    return Exit(
+    exit = Exit(
         ended_at=float(found["ended"]),
         code=int(found["code"]) if "code" in found else None,
         signal=_signal_name(int(number)) if number else None,
@@ -92,6 +102,7 @@ def _parse_exit(data: bytes) -> Exit:
             for pid, start, user, name in left
         ),
     )
+    return exit, None if promise is None else bytes.fromhex(promise)
 
 
 def _user_name(number: int) -> str:
@@ -220,16 +231,8 @@ class _Following:
         self._clock.callLater(0, self._tell_end, exit)
 
     def result(self) -> Exit | None:
-        """Return the result that is on disk, judged by the command's promise."""
-        exit = read_exit(self._machine, self._folder)
-        if exit is None or exit.code != 0:
-            return exit
-        try:
-            promised = self._machine.read(self._folder / "promise")
-        except FileNotFoundError:
-            return exit
-        last = self._machine.output(self._folder).last_line()
-        return evolve(exit, good=last == promised)
+        """Return the result that is on disk."""
+        return read_exit(self._machine, self._folder)
 
     def lost(self, why: str, *, numbers: bool) -> None:
         """End what is left of a run of which nobody can know how it ended; then tell.

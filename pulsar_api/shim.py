@@ -61,10 +61,10 @@ class Spec:
         self.grace, self.total, self.silence = (float(field) for field in fields[:3])
         numbers = [int(field) for field in fields[3:8]]
         self.limit, self.umask, self.files, count, secrets = numbers
-        self.library, self.directory = fields[8:10]
-        self.arguments = fields[10 : 10 + count]
-        self.secrets = fields[10 + count : 10 + count + secrets]
-        pairs = fields[10 + count + secrets :]
+        self.library, self.directory, self.promise = fields[8:11]
+        self.arguments = fields[11 : 11 + count]
+        self.secrets = fields[11 + count : 11 + count + secrets]
+        pairs = fields[11 + count + secrets :]
         self.environment = dict(zip(pairs[::2], pairs[1::2], strict=True))
 
 
@@ -914,6 +914,8 @@ class Shim:
         ]
         if self.held:
             lines.append(b"open 1")
+        if self.spec.promise:
+            lines.append(b"promise " + self.spec.promise.hex().encode())
         if error:
             lines.append(b"error " + error.encode("utf-8", "replace"))
         elif self.status is None:

@@ -27,7 +27,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock, deferLater
 
-from pulsar_api import orphans, process, shim
+from pulsar_api import mask, orphans, process, shim
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.machine import USUAL, LocalMachine
 from pulsar_api.output import Output, Record
@@ -386,19 +386,21 @@ def written(folder: str, command: Command, bounds: Bounds) -> bytes:
 @given(
     st.lists(texts, min_size=1),
     st.dictionaries(texts, texts),
-    st.lists(st.text().map(str.encode)),
+    st.lists(st.text(min_size=1).map(str.encode)),
+    st.text(),
 )
 def test_a_shim_reads_what_was_written_for_it(
-    arguments: list[str], environment: dict[str, str], secrets: list[bytes]
+    arguments: list[str], environment: dict[str, str], secrets: list[bytes], line: str
 ) -> None:
     """Whatever stands in a text, it is that text: no sign separates one from the next."""
-    command = Command(tuple(arguments), environment, secrets=tuple(secrets))
+    command = Command(tuple(arguments), environment, last_line=line, secrets=tuple(secrets))
     with tempfile.TemporaryDirectory() as folder:
         spec = shim.Spec(written(folder, command, Bounds(1.5, 2, 3, 4)))
     assert (spec.grace, spec.total, spec.silence) == (1.5, 2, 3)
     assert (spec.limit, spec.umask, spec.files) == (4, 0o27, 99)
     assert (spec.arguments, spec.secrets) == (list(map(raw, arguments)), secrets)
     assert spec.directory == b"/"
+    assert spec.promise == mask.masked(line.encode(), command.secrets)
     pairs = {raw(key): raw(value) for key, value in environment.items()}
     assert spec.environment == {**pairs, raw(orphans.MARK): raw(f"{folder}/1")}
 
@@ -1735,10 +1737,25 @@ async def test_a_run_that_ended_meanwhile_has_its_result(runner: Runner) -> None
 
 
 async def test_an_adopted_run_keeps_its_promise(runner: Runner) -> None:
-    """The promised line is judged by whoever reads the result."""
-    first = runner.start("/bin/sh", "-c", "echo bad", last_line="good")
+    """The promised line is judged by whoever reads the result, which holds it."""
+    first = runner.start("/bin/sh", "-c", "echo bad", last_line="good\n")
     assert not (await first.story.end()).good
+    assert set(os.listdir(first.folder)) == {"exit", "lock", "output", "output.idx"}
     assert not (await runner.adopt().story.end()).good
+
+
+@pytest.mark.parametrize(("printed", "good"), [("good", True), ("bad", False)])
+async def test_promise_of_an_older_shim_is_kept(
+    runner: Runner, printed: str, *, good: bool
+) -> None:
+    """It stands in a file beside a result that has none."""
+    first = runner.start("echo", printed)
+    await first.story.end()
+    (first.folder / "promise").write_text("good")
+    assert (await runner.adopt().story.end()).good
+    result = (first.folder / "exit").read_text().split("\n")
+    (first.folder / "exit").write_text("\n".join([*result[1:-2], ""]))
+    assert (await runner.adopt().story.end()).good is good
 
 
 async def test_who_stops_following_is_told_nothing_more(
