@@ -312,6 +312,9 @@ class ShimProtocol(_Following, ProcessProtocol):
     _over: bool = field(default=False, init=False)
     """Whether the result was seen; the shim may live on for what the task has left."""
     _killed: bool = field(default=False, init=False)
+    _detached: bool = field(default=False, init=False)
+    _looking: IDelayedCall | None = field(default=None, init=False)
+    _closing: IDelayedCall | None = field(default=None, init=False)
     _other: "AdoptedRun | None" = field(default=None, init=False)
     """The run of a shim that was faster than ours."""
     transport: IProcessTransport = field(init=False)
@@ -322,8 +325,19 @@ class ShimProtocol(_Following, ProcessProtocol):
     def detach(self) -> None:
         """Stop telling."""
         super().detach()
+        self._detached = True
+        self._cancel(self._looking, self._closing)
         if self._other is not None:
             self._other.detach()
+
+    def _cancel(self, *calls: IDelayedCall | None) -> None:
+        for call in calls:
+            if call is not None and call.active():
+                call.cancel()
+
+    def _tell_end(self, exit: Exit) -> None:
+        self._cancel(self._looking)
+        super()._tell_end(exit)
 
     def connectionMade(self) -> None:
         """Give the shim an end of file to read."""
@@ -338,7 +352,7 @@ class ShimProtocol(_Following, ProcessProtocol):
         end = len(self._buffer) // shim.RECORD * shim.RECORD
         whole, self._buffer = self._buffer[:end], self._buffer[end:]
         # A flood brings thousands at a time, of which only the last says something new.
-        printed = None
+        printed, over = None, False
         for at in range(0, end, shim.RECORD):
             if whole[at + 8] in _PRINTED:
                 printed = at
@@ -348,9 +362,13 @@ class ShimProtocol(_Following, ProcessProtocol):
                 self._ready = True
                 if self._killed:
                     self.kill()
+            over |= record.code == shim.OVER
             self._read(record)
         if printed is not None:
             self._read(Record.parse(whole[printed : printed + shim.RECORD]))
+        if over:
+            self._look()
+            self._close_later()
 
     def kill(self) -> None:
         """Let the shim end the tree; as soon as it can hear us."""
@@ -362,26 +380,49 @@ class ShimProtocol(_Following, ProcessProtocol):
             with suppress(ProcessExitedAlready):
                 self.transport.signalProcess("TERM")
                 self.transport.signalProcess(signal.SIGCONT)  # it may be stopped
+            # Not at once: news that it has sent before may not have been read yet.
+            self._look_later()
 
     def childConnectionLost(self, childFD: int) -> None:
         """Take the result if there is one: a shim stays for what the task has left."""
         if childFD == 1 and self._ready:
             self._look()
 
+    def _look_later(self) -> None:
+        waits = self._looking is not None and self._looking.active()
+        if self._sink is not None and not waits:
+            self._looking = self._clock.callLater(LOOK, self._look)
+
     def _look(self) -> None:
+        if self._over:
+            return
         try:
-            exit = None if self._over else self.result()
+            exit = self.result()
         except OSError as e:
             self.cannot_read(e)
-            if self._sink is not None:
-                self._clock.callLater(LOOK, self._look)
+            self._look_later()
             return
         if exit is not None:
             self._over = True
             self._tell_end(exit)
 
+    def _close_later(self) -> None:
+        """Close the pipes from a shim that sends nothing more, when they have been read.
+
+        A process of the task may hold them open (/proc/PID/fd). Without them
+        `processEnded` comes as soon as the shim has been reaped.
+        """
+        if self._closing is None and not self._detached:
+            lose = self.transport.loseConnection
+            self._closing = self._clock.callLater(LOOK, lose)
+
+    def processExited(self, reason: Failure) -> None:
+        """Expect no more from the pipes; `processEnded` follows when they are closed."""
+        self._close_later()
+
     def processEnded(self, reason: Failure) -> None:
         """Take the result from the disk, unless that is done."""
+        self._cancel(self._looking, self._closing)
         trouble = self._trouble.decode("utf-8", "replace").strip()
         if trouble:
             _log.error("The shim in {folder} says: {it}", folder=self._folder, it=trouble)

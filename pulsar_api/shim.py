@@ -20,6 +20,7 @@ import time
 
 # Codes of the records in ``output.idx`` (and on the pipe to the daemon).
 READY, STDOUT, STDERR, STARTED, TERM_SENT, KILL_SENT, CLOCK = range(7)
+OVER = 7  # on the pipe only: the task has ended, and the shim stays
 RECORD = 16
 
 RESULT = b"version 2"  # the first line of a result that has ``end`` as its last one
@@ -81,6 +82,11 @@ def split(data: bytes) -> list[bytes]:
     if at != len(data) or not fields or int(fields[0]) != len(fields) - 1:
         raise ValueError("the file spec is not whole")
     return fields[1:]
+
+
+def bare(code: int) -> bytes:
+    """Return a record that says nothing but its code."""
+    return bytes(8) + code.to_bytes(8, "little")
 
 
 class CannotStart(Exception):
@@ -439,7 +445,7 @@ class Ear:
         if not self.told:
             self.told = True
             try:
-                posix.write(1, bytes(8) + READY.to_bytes(8, "little"))
+                posix.write(1, bare(READY))
             except OSError:
                 pass  # it is gone; the next one looks at the files
 
@@ -972,9 +978,15 @@ class Shim:
         if not self.children:
             return
         posix.chdir("/")
-        # The lock first: who hears that the pipe is closed finds nobody alive here.
-        opened = (self.claim.lock, self.folder, self.output, self.index, 0, 1, 2)
-        for fd in opened:
+        # The lock first: a daemon that hears of the end finds nobody alive here.
+        posix.close(self.claim.lock)
+        try:
+            # A process of the task may have opened our end of the pipe (/proc/PID/fd), so
+            # the daemon would never see that we close it.
+            posix.write(1, bare(OVER))
+        except OSError:
+            pass  # it is gone, or looks at the files
+        for fd in (self.folder, self.output, self.index, 0, 1, 2):
             posix.close(fd)
         self.streams.clear()
         for values in (self.spec.arguments, self.spec.secrets):

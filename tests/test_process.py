@@ -1695,6 +1695,41 @@ async def test_a_daemon_does_not_wait_for_what_a_task_has_left(runner: Runner) -
     assert [process.pid for process in exit.left] == runner.left()
 
 
+HELD_NEWS = {
+    "after the end": (
+        "(exec 9>/proc/$PPID/fd/1; exec sleep 60 >/dev/null 2>&1) & sleep 0.3; exit 3"
+    ),
+    "killed": (
+        "exec 9>/proc/$PPID/fd/1 8>/proc/$PPID/fd/2; sleep 0.3; kill -9 $PPID; sleep 60"
+    ),
+}
+"""What holds the pipe from its shim to the daemon."""
+
+
+@pytest.mark.parametrize("how", HELD_NEWS)
+async def test_pipe_held_by_a_task_does_not_delay_its_end(runner: Runner, how: str) -> None:
+    """The daemon does not wait until nobody can write to it, and closes it."""
+    before = descriptors(os.getpid())
+    started = runner.sh(HELD_NEWS[how])
+    exit = await started.story.end()
+    assert (exit.code, exit.lost) == ((None, True) if how == "killed" else (3, False))
+    assert started.story.pids
+    assert len(runner.left()) == len(exit.left) == (how == "after the end")
+    await until(lambda: descriptors(os.getpid()) == before, "the last pipe to close")
+
+
+async def test_kill_finds_a_result_that_nobody_was_told_of(runner: Runner) -> None:
+    """Should the news that the task has ended be lost."""
+    launcher = adjusted("shim.OVER = shim.CLOCK")
+    runner.launcher = launcher
+    started = runner.sh(HELD_NEWS["after the end"])
+    await until((started.folder / "exit").exists, "the result")
+    await deferLater(reactor, 0.3)
+    assert started.story.exits == []
+    started.run.kill()
+    assert (await started.story.end()).cause is Cause.ITSELF
+
+
 async def test_a_run_goes_on_without_its_daemon_and_is_followed_by_the_next(
     runner: Runner, tmp_path: Path
 ) -> None:

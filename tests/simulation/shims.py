@@ -321,7 +321,7 @@ class Shim(Fiber):
     def _ready(self) -> None:
         if not self.told:
             self.told = True
-            self.pipe.tell(bytes(8) + shim.READY.to_bytes(8, "little"))
+            self.pipe.tell(shim.bare(shim.READY))
             self._step()
 
     @property
@@ -583,6 +583,7 @@ class Shim(Fiber):
         if self.tree.living():
             self.listens = False
             self._let_go()
+            self.pipe.tell(shim.bare(shim.OVER))
             self.pipe.closed()
             while self.tree.living():
                 self._until(None)
