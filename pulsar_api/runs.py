@@ -17,7 +17,7 @@ from twisted.python.failure import Failure
 from pulsar_api import shim
 from pulsar_api.background import own
 from pulsar_api.machine import Machine
-from pulsar_api.output import Record
+from pulsar_api.output import Damaged, Record
 from pulsar_api.ports import Bounds, Sink
 from pulsar_api.task import Cause, Exit, Process
 
@@ -515,9 +515,10 @@ class AdoptedRun(_Following):
             begun, lives = True, self._machine.holder(lock) != 0
         except NOTHING:
             begun = lives = False
-        with suppress(NotADirectoryError):
-            self._news()
         exit = self.result()
+        # What cannot be known of the output any more changes nothing about the end.
+        with suppress(NotADirectoryError, Damaged):
+            self._news()
         if exit is not None:
             self._tell_end(exit)
         elif lives:

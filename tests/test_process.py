@@ -1964,6 +1964,24 @@ async def test_an_adopted_run_whose_shim_is_killed_is_lost(runner: Runner) -> No
     assert later.lost
 
 
+async def test_damaged_cut_does_not_hide_how_a_task_ended(runner: Runner) -> None:
+    """The next daemon takes the result; a kill still reaches what runs."""
+    start_and_die(runner, "echo ready; sleep 0.5; exit 3")
+    (runner.tasks / "1" / "cut").touch()
+    exit = await runner.adopt().story.end()
+    assert (exit.code, exit.output_size) == (3, 6)
+
+
+async def test_damaged_cut_does_not_hide_that_a_shim_was_killed(runner: Runner) -> None:
+    """The task is lost, and what is left of it is killed."""
+    start_and_die(runner, "echo ready; exec sleep 60")
+    (runner.tasks / "1" / "cut").touch()
+    adopted = runner.adopt()
+    os.kill(adopted.watcher, signal.SIGKILL)
+    assert (await adopted.story.end()).lost
+    assert runner.left() == []
+
+
 # -- what can pass
 
 
