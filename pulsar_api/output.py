@@ -112,6 +112,19 @@ class Output:
         """Raise OSError if there is no output any more; it costs next to nothing."""
         os.stat(self.folder / "output")
 
+    def readable(self, size: int) -> bool:
+        """Return whether an output of ``size`` bytes is there and makes sense.
+
+        Raises: `OSError` if nobody can look now.
+        """
+        try:
+            if size:
+                self.check()
+            self.holes()
+        except (FileNotFoundError, NotADirectoryError, Damaged):
+            return False
+        return True
+
     def index_size(self) -> int:
         """Return how many bytes of the index are kept."""
         try:
@@ -351,6 +364,31 @@ class Output:
 
 
 _WHOLE = Cut()
+
+
+@frozen
+class Missing(Output):
+    """Stands for an output whose files are gone or damaged: it is empty."""
+
+    def size(self) -> int:
+        """Return 0."""
+        return 0
+
+    def index_size(self) -> int:
+        """Return 0."""
+        return 0
+
+    def holes(self) -> Cut:
+        """Return that nothing was cut."""
+        return _WHOLE
+
+    def pieces(self, start: int, end: int) -> Iterator[bytes]:
+        """Yield nothing."""
+        return iter(())
+
+    def stdout(self, end: int, start: int = 0) -> Iterator[str]:
+        """Yield nothing."""
+        return iter(())
 
 
 def begin_of_character(data: bytes, at: int) -> int:

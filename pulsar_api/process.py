@@ -354,18 +354,17 @@ class ShimExecutor:
         return None
 
     def _write_spec(self, folder: Path, command: Command, bounds: Bounds) -> None:
-        if command.last_line is not None:
-            # For whoever reads the result, perhaps a later daemon with other settings.
-            # A secret may be in it, and then the output does not have it.
-            line = command.last_line.encode()
-            promise = mask.masked(line, command.secrets)
-            self._machine.write(folder / "promise", promise)
+        # The shim hands it on to whoever reads the result, perhaps a later daemon with
+        # other settings. A secret may be in it, and then the output does not have it.
+        line = (command.last_line or "").encode()
+        promise = mask.masked(line, command.secrets) if line else b""
         fields = [
             *(f"{n:.3f}" for n in (bounds.grace, bounds.total, bounds.silence)),
             *(str(n) for n in (bounds.max_output, self._umask, self._files)),
             *(str(len(texts)) for texts in (command.arguments, command.secrets)),
             _LIBRARY,
             command.directory or "/",
+            promise.decode("utf-8", "surrogateescape"),
             *command.arguments,
             *(text.decode() for text in command.secrets),
             *(text for pair in command.environment.items() for text in pair),

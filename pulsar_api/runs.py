@@ -17,7 +17,7 @@ from twisted.python.failure import Failure
 from pulsar_api import shim
 from pulsar_api.background import own
 from pulsar_api.machine import Machine
-from pulsar_api.output import Record
+from pulsar_api.output import Damaged, Record
 from pulsar_api.ports import Bounds, Sink
 from pulsar_api.task import Cause, Exit, Process
 
@@ -38,30 +38,57 @@ BEGUN = frozenset({"begun", "output", "output.idx", "cut", "sessions", "exit.tmp
 NOTHING = (FileNotFoundError, NotADirectoryError)
 """What is raised where there is no file, or no folder in which it could be."""
 
+_OUTCOMES = ("code", "signal", "error")
+"""What a result says of the command: one of these."""
+
 _PRINTED = frozenset({shim.STDOUT, shim.STDERR})
 _TROUBLE = 4096  # bytes of a shim's own complaint that are kept
 
 
 def read_exit(machine: Machine, folder: Path) -> Exit | None:
-    """Return the result that a shim has written, or None if there is none yet."""
+    """Return the result that a shim has written, or None if there is none yet.
+
+    It is judged by what the command promised to print last (`Command.last_line`).
+    """
     try:
         data = machine.read(folder / "exit")
     except NOTHING:
         return None
     try:
-        exit = _parse_exit(data)
+        exit, promise = _parse_exit(data)
     except (KeyError, ValueError, OverflowError):
         return Exit(error="The file with its result is damaged.", lost=True)
-    return evolve(exit, index_size=machine.output(folder).index_size())
+    output = machine.output(folder)
+    if promise is None and not data.startswith(shim.RESULT):
+        # An older shim had it in a file of its own.
+        with suppress(*NOTHING):
+            promise = machine.read(folder / "promise")
+    good = exit.code != 0 or promise is None or output.last_line() == promise
+    return evolve(exit, good=good, index_size=output.index_size())
 
 
-def _parse_exit(data: bytes) -> Exit:
-    lines = data.decode("utf-8", "replace").split("\n")
+def _lines(data: bytes) -> list[str]:
+    """Return the lines of a result, or raise `ValueError` if it is not whole.
+
+    Of one that an older shim has written nobody can know it if lines are missing at its
+    end: those that name processes.
+    """
+    *lines, rest = data.decode("utf-8", "replace").split("\n")
+    names = [line.partition(" ")[0] for line in lines]
+    whole = lines[-1:] == ["end"] or lines[:1] != [shim.RESULT.decode()]
+    if rest or not whole or sum(map(names.count, _OUTCOMES)) != 1:
+        raise ValueError("the result is not whole")
+    return lines
+
+
+def _parse_exit(data: bytes) -> tuple[Exit, bytes | None]:
+    """Return what a result says, and the last line that was promised, if one was."""
+    lines = _lines(data)
     found = dict(line.partition(" ")[::2] for line in lines)
-    number = found.get("signal")
+    number, promise = found.get("signal"), found.get("promise")
     left = [line.split(" ", 4)[1:] for line in lines if line.startswith("left ")]
     users = {user: _user_name(int(user)) for _, _, user, _ in left}
-    return Exit(
+    exit = Exit(
         ended_at=float(found["ended"]),
         code=int(found["code"]) if "code" in found else None,
         signal=_signal_name(int(number)) if number else None,
@@ -75,6 +102,7 @@ def _parse_exit(data: bytes) -> Exit:
             for pid, start, user, name in left
         ),
     )
+    return exit, None if promise is None else bytes.fromhex(promise)
 
 
 def _user_name(number: int) -> str:
@@ -203,16 +231,8 @@ class _Following:
         self._clock.callLater(0, self._tell_end, exit)
 
     def result(self) -> Exit | None:
-        """Return the result that is on disk, judged by the command's promise."""
-        exit = read_exit(self._machine, self._folder)
-        if exit is None or exit.code != 0:
-            return exit
-        try:
-            promised = self._machine.read(self._folder / "promise")
-        except FileNotFoundError:
-            return exit
-        last = self._machine.output(self._folder).last_line()
-        return evolve(exit, good=last == promised)
+        """Return the result that is on disk."""
+        return read_exit(self._machine, self._folder)
 
     def lost(self, why: str, *, numbers: bool) -> None:
         """End what is left of a run of which nobody can know how it ended; then tell.
@@ -292,6 +312,9 @@ class ShimProtocol(_Following, ProcessProtocol):
     _over: bool = field(default=False, init=False)
     """Whether the result was seen; the shim may live on for what the task has left."""
     _killed: bool = field(default=False, init=False)
+    _detached: bool = field(default=False, init=False)
+    _looking: IDelayedCall | None = field(default=None, init=False)
+    _closing: IDelayedCall | None = field(default=None, init=False)
     _other: "AdoptedRun | None" = field(default=None, init=False)
     """The run of a shim that was faster than ours."""
     transport: IProcessTransport = field(init=False)
@@ -302,8 +325,19 @@ class ShimProtocol(_Following, ProcessProtocol):
     def detach(self) -> None:
         """Stop telling."""
         super().detach()
+        self._detached = True
+        self._cancel(self._looking, self._closing)
         if self._other is not None:
             self._other.detach()
+
+    def _cancel(self, *calls: IDelayedCall | None) -> None:
+        for call in calls:
+            if call is not None and call.active():
+                call.cancel()
+
+    def _tell_end(self, exit: Exit) -> None:
+        self._cancel(self._looking)
+        super()._tell_end(exit)
 
     def connectionMade(self) -> None:
         """Give the shim an end of file to read."""
@@ -318,7 +352,7 @@ class ShimProtocol(_Following, ProcessProtocol):
         end = len(self._buffer) // shim.RECORD * shim.RECORD
         whole, self._buffer = self._buffer[:end], self._buffer[end:]
         # A flood brings thousands at a time, of which only the last says something new.
-        printed = None
+        printed, over = None, False
         for at in range(0, end, shim.RECORD):
             if whole[at + 8] in _PRINTED:
                 printed = at
@@ -328,9 +362,13 @@ class ShimProtocol(_Following, ProcessProtocol):
                 self._ready = True
                 if self._killed:
                     self.kill()
+            over |= record.code == shim.OVER
             self._read(record)
         if printed is not None:
             self._read(Record.parse(whole[printed : printed + shim.RECORD]))
+        if over:
+            self._look()
+            self._close_later()
 
     def kill(self) -> None:
         """Let the shim end the tree; as soon as it can hear us."""
@@ -342,26 +380,49 @@ class ShimProtocol(_Following, ProcessProtocol):
             with suppress(ProcessExitedAlready):
                 self.transport.signalProcess("TERM")
                 self.transport.signalProcess(signal.SIGCONT)  # it may be stopped
+            # Not at once: news that it has sent before may not have been read yet.
+            self._look_later()
 
     def childConnectionLost(self, childFD: int) -> None:
         """Take the result if there is one: a shim stays for what the task has left."""
         if childFD == 1 and self._ready:
             self._look()
 
+    def _look_later(self) -> None:
+        waits = self._looking is not None and self._looking.active()
+        if self._sink is not None and not waits:
+            self._looking = self._clock.callLater(LOOK, self._look)
+
     def _look(self) -> None:
+        if self._over:
+            return
         try:
-            exit = None if self._over else self.result()
+            exit = self.result()
         except OSError as e:
             self.cannot_read(e)
-            if self._sink is not None:
-                self._clock.callLater(LOOK, self._look)
+            self._look_later()
             return
         if exit is not None:
             self._over = True
             self._tell_end(exit)
 
+    def _close_later(self) -> None:
+        """Close the pipes from a shim that sends nothing more, when they have been read.
+
+        A process of the task may hold them open (/proc/PID/fd). Without them
+        `processEnded` comes as soon as the shim has been reaped.
+        """
+        if self._closing is None and not self._detached:
+            lose = self.transport.loseConnection
+            self._closing = self._clock.callLater(LOOK, lose)
+
+    def processExited(self, reason: Failure) -> None:
+        """Expect no more from the pipes; `processEnded` follows when they are closed."""
+        self._close_later()
+
     def processEnded(self, reason: Failure) -> None:
         """Take the result from the disk, unless that is done."""
+        self._cancel(self._looking, self._closing)
         trouble = self._trouble.decode("utf-8", "replace").strip()
         if trouble:
             _log.error("The shim in {folder} says: {it}", folder=self._folder, it=trouble)
@@ -454,9 +515,10 @@ class AdoptedRun(_Following):
             begun, lives = True, self._machine.holder(lock) != 0
         except NOTHING:
             begun = lives = False
-        with suppress(NotADirectoryError):
-            self._news()
         exit = self.result()
+        # What cannot be known of the output any more changes nothing about the end.
+        with suppress(NotADirectoryError, Damaged):
+            self._news()
         if exit is not None:
             self._tell_end(exit)
         elif lives:

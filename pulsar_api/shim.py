@@ -20,7 +20,10 @@ import time
 
 # Codes of the records in ``output.idx`` (and on the pipe to the daemon).
 READY, STDOUT, STDERR, STARTED, TERM_SENT, KILL_SENT, CLOCK = range(7)
+OVER = 7  # on the pipe only: the task has ended, and the shim stays
 RECORD = 16
+
+RESULT = b"version 2"  # the first line of a result that has ``end`` as its last one
 
 TAKEN = 75  # the exit status of a shim that finds another one at its task
 
@@ -45,6 +48,9 @@ PASSING = (
     *(*NO_SPACE, errno.EFBIG, errno.EMFILE, errno.ENFILE),
     *(errno.ENOMEM, errno.ENOLCK, errno.EAGAIN),
 )
+# Of these, what the start of a command wants of the machine, and not of a file's content:
+# the kernel also answers EIO for a program that is damaged.
+SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.ENFILE)
 EXITING = 4  # PF_EXITING, a flag of a process that has begun to end
 
 
@@ -56,10 +62,10 @@ class Spec:
         self.grace, self.total, self.silence = (float(field) for field in fields[:3])
         numbers = [int(field) for field in fields[3:8]]
         self.limit, self.umask, self.files, count, secrets = numbers
-        self.library, self.directory = fields[8:10]
-        self.arguments = fields[10 : 10 + count]
-        self.secrets = fields[10 + count : 10 + count + secrets]
-        pairs = fields[10 + count + secrets :]
+        self.library, self.directory, self.promise = fields[8:11]
+        self.arguments = fields[11 : 11 + count]
+        self.secrets = fields[11 + count : 11 + count + secrets]
+        pairs = fields[11 + count + secrets :]
         self.environment = dict(zip(pairs[::2], pairs[1::2], strict=True))
 
 
@@ -76,6 +82,11 @@ def split(data: bytes) -> list[bytes]:
     if at != len(data) or not fields or int(fields[0]) != len(fields) - 1:
         raise ValueError("the file spec is not whole")
     return fields[1:]
+
+
+def bare(code: int) -> bytes:
+    """Return a record that says nothing but its code."""
+    return bytes(8) + code.to_bytes(8, "little")
 
 
 class CannotStart(Exception):
@@ -434,7 +445,7 @@ class Ear:
         if not self.told:
             self.told = True
             try:
-                posix.write(1, bytes(8) + READY.to_bytes(8, "little"))
+                posix.write(1, bare(READY))
             except OSError:
                 pass  # it is gone; the next one looks at the files
 
@@ -640,16 +651,23 @@ class Shim:
             mask = masker(self.spec.secrets, self.spec.library)
             self.streams.append(Stream(code, mask))
 
+    def enter(self) -> None:
+        """Enter the folder in which the command is started; errors as `start`."""
+        folder = self.spec.directory
+        try:
+            posix.chdir(folder or ".")
+        except (OSError, ValueError) as e:  # ValueError: NUL
+            if getattr(e, "errno", None) in SCARCE:
+                raise
+            why = getattr(e, "strerror", e)
+            raise CannotStart(f"cannot enter {text(folder)}: {why}") from e
+
     def start(self) -> None:
         """Start the command, or raise `CannotStart`; or `OSError` if that may pass."""
         spec = self.spec
         name = spec.arguments[0]
         self.began = self.last_output = time.monotonic()
-        try:
-            posix.chdir(spec.directory or ".")
-        except (OSError, ValueError) as e:  # ValueError: NUL
-            why = getattr(e, "strerror", e)
-            raise CannotStart(f"cannot enter {text(spec.directory)}: {why}") from e
+        self.enter()
         posix.umask(spec.umask)
         candidates = [name]
         if b"/" not in name:
@@ -661,8 +679,8 @@ class Shim:
                 self.pid = self.spawn(path)
                 break
             except OSError as e:
-                if e.errno == errno.ENFILE:
-                    raise  # the machine's limit, not ours
+                if e.errno in SCARCE:
+                    raise
                 # As execvp(3): what cannot be run may stand in a later folder of PATH.
                 if b"/" in name or e.errno not in ELSEWHERE:
                     problem = str(e.strerror)
@@ -718,11 +736,16 @@ class Shim:
     # -- ending it
 
     def ask(self, cause: str) -> None:
-        """Begin to end the tree, unless that has begun or there is none."""
-        if self.kill_at or not self.pid:
+        """Begin to end the tree, unless that has begun.
+
+        The result names this cause also if the command itself has ended by then, or never
+        began: somebody asked before the task had ended.
+        """
+        if self.kill_at:
             return
-        if self.status is None:
-            self.cause = cause
+        self.cause = cause
+        if not self.pid:
+            return
         self.due = True
         self.note(TERM_SENT, self.size)
         self.terminate(time.monotonic())
@@ -786,7 +809,7 @@ class Shim:
             self.gone = now if self.gone else 0.0
         if self.ear.term:
             self.ask("kill")
-        elif self.status is None and not self.kill_at:
+        elif self.pid and self.status is None and not self.kill_at:
             if spec.total and now >= self.began + spec.total:
                 self.ask("timeout")
             elif spec.silence and now >= self.last_output + spec.silence:
@@ -887,8 +910,9 @@ class Shim:
                 self.keep(stream.code, stream.read())
 
     def result(self, error: str) -> bytes:
-        """Return what stands in ``exit``."""
+        """Return what stands in ``exit``; a part of it is not taken for all of it."""
         lines = [
+            RESULT,
             b"ended %r" % (self.ended_at or time.time()),
             b"cause " + self.cause.encode(),
             b"forced %d" % bool(self.killed_at),
@@ -896,6 +920,8 @@ class Shim:
         ]
         if self.held:
             lines.append(b"open 1")
+        if self.spec.promise:
+            lines.append(b"promise " + self.spec.promise.hex().encode())
         if error:
             lines.append(b"error " + error.encode("utf-8", "replace"))
         elif self.status is None:
@@ -906,7 +932,7 @@ class Shim:
             lines.append(b"code %d" % posix.WEXITSTATUS(self.status))
         if self.children:
             lines += self.left()
-        return b"\n".join([*lines, b""])
+        return b"\n".join([*lines, b"end", b""])
 
     def left(self) -> list[bytes]:
         """Return a line for each process that is left, up to a bound."""
@@ -922,6 +948,9 @@ class Shim:
     def finish(self, error: str = "") -> None:
         """Write ``exit``: all or nothing, and only when the output is safe."""
         while True:
+            self.check_clocks(time.monotonic())  # a kill may have come since the last look
+            while not self.over(time.monotonic()):
+                self.wait(self.wait_for(time.monotonic()))
             try:
                 self.children = self.children and self.reap()
                 result = self.result(error)
@@ -938,8 +967,6 @@ class Shim:
             else:
                 return
             self.wait(RETRY)
-            while not self.over(time.monotonic()):
-                self.wait(self.wait_for(time.monotonic()))
 
     def linger(self) -> None:
         """Stay with what the task has left behind until nothing of it is left.
@@ -951,9 +978,15 @@ class Shim:
         if not self.children:
             return
         posix.chdir("/")
-        # The lock first: who hears that the pipe is closed finds nobody alive here.
-        opened = (self.claim.lock, self.folder, self.output, self.index, 0, 1, 2)
-        for fd in opened:
+        # The lock first: a daemon that hears of the end finds nobody alive here.
+        posix.close(self.claim.lock)
+        try:
+            # A process of the task may have opened our end of the pipe (/proc/PID/fd), so
+            # the daemon would never see that we close it.
+            posix.write(1, bare(OVER))
+        except OSError:
+            pass  # it is gone, or looks at the files
+        for fd in (self.folder, self.output, self.index, 0, 1, 2):
             posix.close(fd)
         self.streams.clear()
         for values in (self.spec.arguments, self.spec.secrets):

@@ -5,13 +5,14 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from pulsar_api.errors import InvalidInput, PulsarError
-from pulsar_api.output import Output
+from pulsar_api.output import Missing, Output
 from pulsar_api.task import Status, TaskQuery, TaskSnapshot
 
 PROBLEM = "application/problem+json"
@@ -305,6 +306,25 @@ def _time(seconds: float | None) -> str | None:
     return text.replace("+00:00", "Z")
 
 
+UNREADABLE = "What it printed cannot be read: its files are gone or damaged."
+"""What `with_output` notes."""
+
+
+def with_output(snapshot: TaskSnapshot, folder: Path) -> tuple[TaskSnapshot, Output]:
+    """Return a task and its output, for an answer that must not fail for one of many.
+
+    If the output of an ended task cannot be read any more, it is `Missing` and a note of
+    the task says so. ``folder`` holds the output of task 47 in the folder ``47``.
+
+    Raises: `OSError` if nobody can look now.
+    """
+    output = Output(folder / str(snapshot.id))
+    if not snapshot.status.ended or output.readable(snapshot.output_size):
+        return snapshot, output
+    noted = evolve(snapshot, notes=(*snapshot.notes, UNREADABLE))
+    return noted, Missing(output.folder)
+
+
 def task_fields(snapshot: TaskSnapshot, base: str) -> dict[str, object]:
     spec = snapshot.spec
     remaining = [
@@ -365,6 +385,8 @@ class Part:
     def chosen(cls, how: str, snapshot: TaskSnapshot, output: Output) -> "Part":
         """Return all of it, its tail, or nothing, as ``how`` says."""
         size = snapshot.output_size
+        if isinstance(output, Missing):
+            how = "none"
         start = {"full": 0, "tail": max(0, size - TAIL), "none": size}[how]
         return cls(output.character_start(start) if how == "tail" else start, size)
 

@@ -1,5 +1,6 @@
 """Tests of runs: the real shim, real processes, the real reactor."""
 
+import errno
 import fcntl
 import os
 import pwd
@@ -26,7 +27,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock, deferLater
 
-from pulsar_api import orphans, process, shim
+from pulsar_api import mask, orphans, process, shim
 from pulsar_api.errors import FolderInUse, StoreUnavailable
 from pulsar_api.machine import USUAL, LocalMachine
 from pulsar_api.output import Output, Record
@@ -386,19 +387,21 @@ def written(folder: str, command: Command, bounds: Bounds) -> bytes:
 @given(
     st.lists(texts, min_size=1),
     st.dictionaries(texts, texts),
-    st.lists(st.text().map(str.encode)),
+    st.lists(st.text(min_size=1).map(str.encode)),
+    st.text(),
 )
 def test_a_shim_reads_what_was_written_for_it(
-    arguments: list[str], environment: dict[str, str], secrets: list[bytes]
+    arguments: list[str], environment: dict[str, str], secrets: list[bytes], line: str
 ) -> None:
     """Whatever stands in a text, it is that text: no sign separates one from the next."""
-    command = Command(tuple(arguments), environment, secrets=tuple(secrets))
+    command = Command(tuple(arguments), environment, last_line=line, secrets=tuple(secrets))
     with tempfile.TemporaryDirectory() as folder:
         spec = shim.Spec(written(folder, command, Bounds(1.5, 2, 3, 4)))
     assert (spec.grace, spec.total, spec.silence) == (1.5, 2, 3)
     assert (spec.limit, spec.umask, spec.files) == (4, 0o27, 99)
     assert (spec.arguments, spec.secrets) == (list(map(raw, arguments)), secrets)
     assert spec.directory == b"/"
+    assert spec.promise == mask.masked(line.encode(), command.secrets)
     pairs = {raw(key): raw(value) for key, value in environment.items()}
     assert spec.environment == {**pairs, raw(orphans.MARK): raw(f"{folder}/1")}
 
@@ -1053,6 +1056,43 @@ def test_a_user_without_a_name_is_a_number(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "script", ["exit 127", "kill -9 $$", "sleep 60 >/dev/null 2>&1 & exit 0"]
+)
+async def test_damaged_result_is_lost(runner: Runner, script: str) -> None:
+    """A part of it, or what has two outcomes, is never taken for a result."""
+    started = runner.sh(script)
+    exit = await started.story.end()
+    path = started.folder / "exit"
+    whole = path.read_bytes()
+    damaged = Exit(error="The file with its result is damaged.", lost=True)
+    damages = [whole[:length] for length in range(len(whole))]
+    damages += [whole.replace(b"\nend\n", b"\ncode 0\nend\n"), bytes(len(whole))]
+    for damage in damages:
+        path.write_bytes(damage)
+        assert read_exit(MACHINE, started.folder) == damaged, damage
+    path.write_bytes(whole)
+    assert read_exit(MACHINE, started.folder) == exit
+
+
+@pytest.mark.parametrize("outcome", ["code 127", "signal 9", "error cannot start x"])
+def test_result_of_an_older_shim_is_read_if_it_is_whole(
+    tmp_path: Path, outcome: str
+) -> None:
+    """It has no last line that says so; but every line has an end."""
+    path = tmp_path / "exit"
+    whole = f"ended 1.5\ncause itself\nforced 0\nsize 0\n{outcome}\n"
+    path.write_text(whole)
+    exit = read_exit(MACHINE, tmp_path)
+    assert exit is not None
+    assert not exit.lost
+    for length in range(len(whole)):
+        path.write_text(whole[:length])
+        exit = read_exit(MACHINE, tmp_path)
+        assert exit is not None
+        assert exit.lost
+
+
 async def test_a_shim_that_stays_holds_nothing_of_its_task(runner: Runner) -> None:
     """Nobody is alive in the folder, which can go; it ends with the last process."""
     before = descriptors(os.getpid())
@@ -1347,14 +1387,35 @@ async def test_a_kill_before_the_shim_can_hear_it_is_not_lost(
 async def test_a_kill_after_the_command_ends_its_background_children(
     runner: Runner,
 ) -> None:
-    """Within the patience they are still its tree; its own result stays."""
+    """Within the patience they are still its tree: the task was killed, with its code."""
     started = runner.sh("sleep 60 & exit 7", grace=30)
-    pid = await until(lambda: started.story.pids, "the start")
-    await until(lambda: not Path(f"/proc/{pid[0]}").exists(), "the end of the command")
+    await command_has_ended(started)
     started.run.kill()
     exit = await started.story.end()
-    assert (exit.code, exit.forced) == (7, False)
+    assert (exit.code, exit.cause, exit.forced) == (7, Cause.KILL, False)
     assert runner.left() == []
+
+
+async def test_kill_between_last_look_and_result_counts(runner: Runner) -> None:
+    """Until the result is written the task has not ended."""
+    runner.launcher = adjusted(
+        "def finish(self, error='', do=shim.Shim.finish):",
+        "    import signal",
+        "    signal.raise_signal(signal.SIGTERM)",
+        "    do(self, error)",
+        "shim.Shim.finish = finish",
+    )
+    exit = await runner.sh("sleep 60 >/dev/null 2>&1 & exit 0").story.end()
+    assert (exit.code, exit.cause, exit.left) == (0, Cause.KILL, ())
+    assert runner.left() == []
+    exit = await runner.start("nosuchcommand", number=2).story.end()
+    assert judge(exit, "me")[0] is Status.KILLED
+
+
+async def command_has_ended(started: Started) -> None:
+    """Wait until the command has ended and its shim has noticed."""
+    pid = await until(lambda: started.story.pids, "the start")
+    await until(lambda: not Path(f"/proc/{pid[0]}").exists(), "the end of the command")
 
 
 async def test_waiting_for_a_stubborn_tree_costs_nothing(runner: Runner) -> None:
@@ -1487,6 +1548,20 @@ if _may_become_root():  # else these tests do not exist
         exit = await started.story.end()
         assert (exit.left, exit.forced, exit.cause) == ((), True, Cause.KILL)
         assert runner.left() == []
+
+    async def test_process_that_survives_a_kill_after_the_end_is_named(
+        runner: Runner, become_root: str
+    ) -> None:
+        """The command has ended by then; the task is killed, and its target is held."""
+        started = runner.sh(f"{become_root} & exit 0", grace=0.2)
+        await until(lambda: _is_root(runner), "the process to become root")
+        await command_has_ended(started)
+        started.run.kill()
+        exit = await started.story.end()
+        assert (exit.code, exit.cause, exit.forced) == (0, Cause.KILL, True)
+        assert _root(exit.left) == [("sleep", "root")]
+        status, reason = judge(exit, "me")
+        assert (status, str(exit.left[0]) in str(reason)) == (Status.KILLED, True)
 
     def _is_root(runner: Runner) -> bool:
         status = (Path(f"/proc/{pid}/status") for pid in runner.left())
@@ -1621,6 +1696,41 @@ async def test_a_daemon_does_not_wait_for_what_a_task_has_left(runner: Runner) -
     assert [process.pid for process in exit.left] == runner.left()
 
 
+HELD_NEWS = {
+    "after the end": (
+        "(exec 9>/proc/$PPID/fd/1; exec sleep 60 >/dev/null 2>&1) & sleep 0.3; exit 3"
+    ),
+    "killed": (
+        "exec 9>/proc/$PPID/fd/1 8>/proc/$PPID/fd/2; sleep 0.3; kill -9 $PPID; sleep 60"
+    ),
+}
+"""What holds the pipe from its shim to the daemon."""
+
+
+@pytest.mark.parametrize("how", HELD_NEWS)
+async def test_pipe_held_by_a_task_does_not_delay_its_end(runner: Runner, how: str) -> None:
+    """The daemon does not wait until nobody can write to it, and closes it."""
+    before = descriptors(os.getpid())
+    started = runner.sh(HELD_NEWS[how])
+    exit = await started.story.end()
+    assert (exit.code, exit.lost) == ((None, True) if how == "killed" else (3, False))
+    assert started.story.pids
+    assert len(runner.left()) == len(exit.left) == (how == "after the end")
+    await until(lambda: descriptors(os.getpid()) == before, "the last pipe to close")
+
+
+async def test_kill_finds_a_result_that_nobody_was_told_of(runner: Runner) -> None:
+    """Should the news that the task has ended be lost."""
+    launcher = adjusted("shim.OVER = shim.CLOCK")
+    runner.launcher = launcher
+    started = runner.sh(HELD_NEWS["after the end"])
+    await until((started.folder / "exit").exists, "the result")
+    await deferLater(reactor, 0.3)
+    assert started.story.exits == []
+    started.run.kill()
+    assert (await started.story.end()).cause is Cause.ITSELF
+
+
 async def test_a_run_goes_on_without_its_daemon_and_is_followed_by_the_next(
     runner: Runner, tmp_path: Path
 ) -> None:
@@ -1663,10 +1773,25 @@ async def test_a_run_that_ended_meanwhile_has_its_result(runner: Runner) -> None
 
 
 async def test_an_adopted_run_keeps_its_promise(runner: Runner) -> None:
-    """The promised line is judged by whoever reads the result."""
-    first = runner.start("/bin/sh", "-c", "echo bad", last_line="good")
+    """The promised line is judged by whoever reads the result, which holds it."""
+    first = runner.start("/bin/sh", "-c", "echo bad", last_line="good\n")
     assert not (await first.story.end()).good
+    assert set(os.listdir(first.folder)) == {"exit", "lock", "output", "output.idx"}
     assert not (await runner.adopt().story.end()).good
+
+
+@pytest.mark.parametrize(("printed", "good"), [("good", True), ("bad", False)])
+async def test_promise_of_an_older_shim_is_kept(
+    runner: Runner, printed: str, *, good: bool
+) -> None:
+    """It stands in a file beside a result that has none."""
+    first = runner.start("echo", printed)
+    await first.story.end()
+    (first.folder / "promise").write_text("good")
+    assert (await runner.adopt().story.end()).good
+    result = (first.folder / "exit").read_text().split("\n")
+    (first.folder / "exit").write_text("\n".join([*result[1:-2], ""]))
+    assert (await runner.adopt().story.end()).good is good
 
 
 async def test_who_stops_following_is_told_nothing_more(
@@ -1902,6 +2027,24 @@ async def test_an_adopted_run_whose_shim_is_killed_is_lost(runner: Runner) -> No
     assert later.lost
 
 
+async def test_damaged_cut_does_not_hide_how_a_task_ended(runner: Runner) -> None:
+    """The next daemon takes the result; a kill still reaches what runs."""
+    start_and_die(runner, "echo ready; sleep 0.5; exit 3")
+    (runner.tasks / "1" / "cut").touch()
+    exit = await runner.adopt().story.end()
+    assert (exit.code, exit.output_size) == (3, 6)
+
+
+async def test_damaged_cut_does_not_hide_that_a_shim_was_killed(runner: Runner) -> None:
+    """The task is lost, and what is left of it is killed."""
+    start_and_die(runner, "echo ready; exec sleep 60")
+    (runner.tasks / "1" / "cut").touch()
+    adopted = runner.adopt()
+    os.kill(adopted.watcher, signal.SIGKILL)
+    assert (await adopted.story.end()).lost
+    assert runner.left() == []
+
+
 # -- what can pass
 
 
@@ -2004,6 +2147,48 @@ async def test_without_descriptors_a_shim_waits_to_mask_secrets(runner: Runner) 
     limit(started, resource.RLIMIT_NOFILE, 100)
     assert (await story.end()).code == 0
     assert started.output == b"a ***.\n"
+
+
+def short(function: str, number: int, go: Path) -> Sequence[str]:
+    """Return how a shim is started of whose calls one fails until there is a file."""
+    return adjusted(
+        "import os.path, posix",
+        f"def fail(*given, do=posix.{function}, **named):",
+        f"    if not os.path.exists({str(go)!r}):",
+        f"        raise OSError({number}, os.strerror({number}))",
+        "    return do(*given, **named)",
+        f"posix.{function} = fail",
+    )
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.ENFILE])
+@pytest.mark.parametrize("function", ["posix_spawn", "chdir"])
+async def test_start_that_the_machine_has_no_room_for_is_tried_again(
+    runner: Runner, tmp_path: Path, function: str, number: int
+) -> None:
+    """Of processes, memory and open files there may be enough later."""
+    go = tmp_path / "go"
+    runner.launcher = short(function, number, go)
+    started = runner.sh("echo ready; exit 3")
+    await waits(started)
+    await deferLater(reactor, 2 * shim.RETRY)
+    assert started.story.exits == []
+    go.touch()
+    exit = await started.story.end()
+    assert (exit.code, exit.error, started.output) == (3, None, b"ready\n")
+
+
+async def test_kill_works_while_there_is_no_room_for_the_command(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """The command never runs."""
+    runner.launcher = short("posix_spawn", errno.EAGAIN, tmp_path / "go")
+    started = runner.sh("echo ready")
+    await waits(started)
+    started.run.kill()
+    exit = await started.story.end()
+    assert (exit.cause, exit.error) == (Cause.KILL, "The command was not started.")
+    assert started.story.pids == []
 
 
 # With ten it waits for a pipe, and can write the result all the same.
@@ -2285,7 +2470,8 @@ sys.exit(3)
         exit = await started.story.end()
         assert not (free == 0 and killed and ran.exists())
         if exit.cause is Cause.KILL:
-            assert (killed, exit.code, ran.exists()) == (True, None, False)
+            # It may also have come when only the result was left to be written.
+            assert (killed, exit.code) == (True, 3 if ran.exists() else None)
         else:
             assert (exit.code, exit.error, ran.read_text()) == (3, None, "x\n")
 

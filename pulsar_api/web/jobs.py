@@ -62,16 +62,16 @@ class JobAPI:
         page = wire.parse_number(query, "currentPage", 0, _MOST_PAGES)
         size = wire.parse_number(query, "pageSize", 10, wire.MAX_LIST)
         found = await tasks.list(TaskQuery(limit=size, offset=page * size))
-        outputs = [Output(self.folder / str(task.id)) for task in found]
+        shown = [wire.with_output(task, self.folder) for task in found]
         pieces = chain(
             [b"["],
             *(
                 chain([b", " if place else b""], wire.job_pieces(task, output))
-                for place, (task, output) in enumerate(zip(found, outputs, strict=True))
+                for place, (task, output) in enumerate(shown)
             ),
             [b"]\n"],
         )
-        return await respond(request, pieces, 2 * sum(one.weight() for one in outputs))
+        return await respond(request, pieces, 2 * sum(out.weight() for _, out in shown))
 
     @app.route("/job/<number>", methods=["GET"])
     @needs(Right.READ)

@@ -76,15 +76,18 @@ class TaskAPI:
             more = urlencode({**query, "before": found[-1].id})
             request.setHeader("Link", f'</tasks?{more}>; rel="next"')
         base = self._base(request)
-        parts = [Part.chosen(how, task, self._output(task)) for task in found]
+        shown = [wire.with_output(task, self.folder) for task in found]
+        parts = [Part.chosen(how, task, output) for task, output in shown]
         pieces = chain(
             [wire.list_head(base)],
             *(
                 chain(
                     [f'{", " if number else ""}"{task.id}": '.encode()],
-                    self._pieces(task, base, part),
+                    wire.task_pieces(task, base, output, part),
                 )
-                for number, (task, part) in enumerate(zip(found, parts, strict=True))
+                for number, ((task, output), part) in enumerate(
+                    zip(shown, parts, strict=True)
+                )
             ),
             [b"}}\n"],
         )
@@ -110,9 +113,9 @@ class TaskAPI:
             left = until - self.clock.seconds()
             if left <= 0 or await self._wait(created.after(seen), left) in {0, seen}:
                 return reply(request, _UNCHANGED)
-        return await self._changed(
-            request, task, Part.chosen(how, task, self._output(task))
-        )
+        task, output = wire.with_output(task, self.folder)
+        part = Part.chosen(how, task, output)
+        return await self._changed(request, task, part, output=output)
 
     @app.route("/<app:app>/<env>", methods=["POST"])
     @needs(Right.RUN)
@@ -231,18 +234,20 @@ class TaskAPI:
         snapshot: TaskSnapshot,
         part: Part,
         next_offset: int | None = None,
+        output: Output | None = None,
     ) -> bytes:
         base = self._base(request)
         offset = b"" if next_offset is None else b', "nextOffset": %d' % next_offset
         pieces = chain(
             [b'{"changed": true%s, "task": ' % offset],
-            self._pieces(snapshot, base, part),
+            wire.task_pieces(snapshot, base, output or self._output(snapshot), part),
             [b"}\n"],
         )
         if part.size > _SMALL:
             return await respond(request, pieces, part.size)
         # Thousands may wait for the same change: build their answer once.
-        key = (snapshot.id, snapshot.version, base, part, offset)
+        # A note is no change of the task if it says that the output cannot be read.
+        key = (snapshot.id, snapshot.version, snapshot.notes, base, part, offset)
         body = self._shared.get(key)
         if body is None:
             body = self._shared[key] = b"".join(pieces)

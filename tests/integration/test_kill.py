@@ -173,6 +173,17 @@ def test_who_was_killed_is_killed_whatever_its_exit_code(
     assert victim.left() == []
 
 
+def test_task_killed_after_its_command_has_ended_is_killed(victims: Victims) -> None:
+    """A child still holds the output: the task runs, so a kill ends it and says so."""
+    victim = victims("while :; do echo ready; sleep 0.2; done & exit 0")
+    victim.ready()
+    time.sleep(1)
+    ended = victim.kill()
+    assert victim.left() == []
+    assert (ended["status"], ended["exitCode"]) == ("killed", 0)
+    assert ended["reason"] == "Killed by 127.0.0.1."
+
+
 def test_a_kill_touches_no_other_task(victims: Victims) -> None:
     """One that runs the very same thing goes on."""
     script = "echo ready; exec sleep 300"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pulsar_api import wire
 from pulsar_api.lines import LEAST, MOST
 from tests.integration.conftest import Start
 from tests.integration.daemon import SHELL, Daemon, problem, wait_for
@@ -354,3 +355,29 @@ def test_a_head_has_no_body(daemon: Daemon) -> None:
         answer = daemon.request("POST", f"/task/{number}/{path}")
         problem(answer, 405)
         assert answer.headers["Allow"] == "GET, HEAD, OPTIONS"
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_output_that_cannot_be_read_hides_no_other_task(
+    daemon: Daemon, damage: str
+) -> None:
+    """Lists and the wait for new tasks show it without output, and say why."""
+    numbers = [daemon.sh(f"echo {word}") for word in ("one", "two", "three")]
+    for number in numbers:
+        daemon.ended(number)
+    folder = daemon.output_file(numbers[1]).parent
+    if damage == "gone":
+        folder.rename(folder.with_suffix(".gone"))
+    else:
+        (folder / "cut").write_text("seven\n")
+    for how in ("tail", "full"):
+        tasks = get(daemon, f"/tasks?output={how}")["tasks"]
+        shown = [tasks[str(number)]["output"] for number in numbers]
+        assert shown == ["one\n", "", "three\n"]
+        notes = [tasks[str(number)]["notes"] for number in numbers]
+        assert notes == [[], [wire.UNREADABLE], []]
+    jobs = get(daemon, "/jobs")
+    assert [job["output"] for job in jobs] == ["three\n", "", "one\n"]
+    created = get(daemon, f"/tasks/created?since={numbers[0]}")["task"]
+    assert (created["id"], created["notes"]) == (numbers[1], [wire.UNREADABLE])
+    problem(daemon.get(f"/task/{numbers[1]}"), 503)

@@ -97,12 +97,16 @@ class Pipe:
         """Say that the shim has ended."""
         number = {"SIGKILL": 9, "SIGTERM": 15}.get(signal or "")
         reason = ProcessDone(0) if status == 0 else ProcessTerminated(status, number)
+        self.daemon.post(self.protocol.processExited, Failure(reason))
         self.daemon.post(self.protocol.processEnded, Failure(reason))
 
     # What the protocol asks of its transport.
 
     def closeStdin(self) -> None:
         """Do nothing: nobody reads it."""
+
+    def loseConnection(self) -> None:
+        """Do nothing: no task holds the pipes."""
 
     def signalProcess(self, name: str | int) -> None:
         """Signal the shim."""

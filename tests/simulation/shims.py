@@ -321,7 +321,7 @@ class Shim(Fiber):
     def _ready(self) -> None:
         if not self.told:
             self.told = True
-            self.pipe.tell(bytes(8) + shim.READY.to_bytes(8, "little"))
+            self.pipe.tell(shim.bare(shim.READY))
             self._step()
 
     @property
@@ -513,8 +513,7 @@ class Shim(Fiber):
     def _ask(self, cause: str) -> None:
         if self._kill_at:
             return
-        if self.status is None:
-            self._cause = cause
+        self._cause = cause
         self._kill_at = self.world.now + self._spec.grace
         self._note(shim.TERM_SENT, self._printed)
         for member in self.tree.living():
@@ -544,6 +543,7 @@ class Shim(Fiber):
 
     def _result(self, error: str) -> bytes:
         lines = [
+            shim.RESULT.decode(),
             f"ended {self.world.wall()!r}",
             f"cause {self._cause}",
             f"forced {int(bool(self._killed_at))}",
@@ -560,6 +560,7 @@ class Shim(Fiber):
         else:
             lines.append(f"code {self.status}")
         lines += [f"left {m.pid} {m.start} 0 run" for m in self.tree.living()]
+        lines.append("end")
         return "".join(f"{line}\n" for line in lines).encode()
 
     def _write_synced(self, name: str, data: bytes) -> None:
@@ -582,6 +583,7 @@ class Shim(Fiber):
         if self.tree.living():
             self.listens = False
             self._let_go()
+            self.pipe.tell(shim.bare(shim.OVER))
             self.pipe.closed()
             while self.tree.living():
                 self._until(None)
