@@ -423,6 +423,11 @@ export class Log {
       this.#schedule();
       return;
     }
+    // Nobody did: the box has become larger, and where we were is behind the end now.
+    if (atEnd && this.known > bottom) {
+      this.known = top;
+      return;
+    }
     this.wanted = null;
     this.turn += 1;
     const up = top < this.known - 1;

@@ -161,8 +161,11 @@ def test_matches_that_can_be_seen_are_marked_however_many_more_there_are(
     daemon.ended(number)
     browser.get(f"{daemon.base}/web/job/{number}")
     shows(browser, "the end")
+    # Slowly, so that the box changes its size while the match is on its way.
+    latency(browser, 700)
     find(browser, ".find input").send_keys("ab", Keys.ENTER)
     find(browser, ".row.marked mark", "ab")
+    latency(browser, 0)
 
     def marked(line: int) -> None:
         def all_marked() -> bool:
@@ -648,13 +651,17 @@ def test_a_search_finds_what_comes_later_and_what_is_far_in_a_line(
     field.send_keys("needle", Keys.ENTER)
     find(browser, ".found", "1 of 1")
     find(browser, ".row mark", "Needle")
+    browser.execute_script("location.hash = '#L1'")
+    until(browser, lambda: rows(browser)[0][0] == "1", "the first line")
+    # Permission to read denies writing (an earlier test may have asked for it). The page
+    # then copies as without TLS, which a browser allows for 5 seconds after the click only:
+    # not enough for this text on a busy machine.
+    browser.execute_cdp_cmd("Browser.resetPermissions", {})
+    click(browser, ".bar button", "Copy")
+    find(browser, ".copied", "marked lines")
     browser.execute_cdp_cmd(
         "Browser.grantPermissions", {"permissions": ["clipboardReadWrite"]}
     )
-    browser.execute_script("location.hash = '#L1'")
-    until(browser, lambda: rows(browser)[0][0] == "1", "the first line")
-    click(browser, ".bar button", "Copy")
-    find(browser, ".copied", "marked lines")
     assert clipboard(browser) == (tmp_path / "line").read_text()[:-1]
 
 
