@@ -24,6 +24,8 @@ KEPT = 1000
 """Tasks whose lines are remembered."""
 KEPT_SEGMENTS = 1 << 20
 """Segments that are remembered of all of them, if it is not a single one that has more."""
+STYLED = 32
+"""As how many of these a segment counts at whose begin some style is in force."""
 
 BREAKS = 2
 """Newlines of the marker that readers get for what was cut (see `Output.text`)."""
@@ -51,8 +53,13 @@ begins the line, or writes over it as a terminal shows it.
 class Style:
     """How a terminal shows what follows a byte (ECMA-48, SGR)."""
 
-    sequences: tuple[bytes, ...] = ()
-    """The parameters of the latest sequences since the last reset."""
+    kept: bytes = b""
+    """The parameters of the latest sequences since the last reset, each ended by ``m``.
+
+    As many as can be told: all of them together are small whatever is printed.
+    """
+    older: int = 0
+    """How many before these are in force as well, so that nothing is told."""
     torn: bytes = b""
     """The begin of a sequence, which may go on with that byte."""
 
@@ -66,16 +73,25 @@ class Style:
         found = _TORN.search(data, max(at, end - _FAR), end)
         torn = b"" if found is None else found.group()
         if data.find(b"\x1b[", at, end) < 0:
-            return Style(self.sequences, torn)
+            return Style(self.kept, self.older, torn)
         reset, latest = _latest(data, at, end)
-        before = () if reset else self.sequences
-        return Style((*before, *latest)[-SEQUENCES:], torn)
+        before = [] if reset else self.kept.split(b"m")[:-1]
+        kept = (before + latest)[-SEQUENCES:]
+        older = 0 if reset else min(self.older, SEQUENCES - len(kept))
+        while len(b";".join(kept)) > LONGEST:
+            del kept[0]
+            older += 1
+        return Style(b"".join(part + b"m" for part in kept), older, torn)
+
+    @property
+    def whole(self) -> "Style":
+        """The same without the begin of a sequence."""
+        return Style(self.kept, self.older)
 
     @property
     def text(self) -> str:
         """What is in force, as the parameters of one sequence; "" if that is too much."""
-        text = b";".join(self.sequences).decode()
-        return text if len(text) <= LONGEST else ""
+        return "" if self.older else self.kept[:-1].replace(b"m", b";").decode()
 
 
 def _latest(data: bytes, at: int, end: int) -> tuple[bool, list[bytes]]:
@@ -142,6 +158,11 @@ class LineIndex:
 
     def __len__(self) -> int:
         return len(self._starts)
+
+    @property
+    def weight(self) -> int:
+        """What it costs to remember, in segments without a style."""
+        return len(self._starts) + STYLED * len(self._styles)
 
     @property
     def busy(self) -> bool:
@@ -230,7 +251,7 @@ class LineIndex:
         start = self._starts[-1]
         hole_start, hole_end = self.cut
         if self._is_hole(start):
-            style = Style(self._styles.get(start, _PLAIN).sequences)
+            style = self._styles.get(start, _PLAIN).whole
             self._open(hole_end, self._lines[-1] // 2 + BREAKS, style, begins=True)
             self.size = max(self.size, hole_end)
             return True
@@ -307,6 +328,7 @@ class LineIndexes:
     folder: Path
     """Where the output of task 47 is in the folder ``47``."""
     rota: Rota
+    most: int = KEPT_SEGMENTS
     _kept: OrderedDict[int, LineIndex] = field(factory=OrderedDict, init=False)
 
     def of(self, number: int) -> LineIndex:
@@ -314,16 +336,16 @@ class LineIndexes:
         found = self._kept.pop(number, None)
         if found is None:
             found = LineIndex(Output(self.folder / str(number)), self.rota)
-        self._forget_some(KEPT - 1, KEPT_SEGMENTS - len(found))
+        self._forget_some(KEPT - 1, self.most - found.weight)
         self._kept[number] = found
         return found
 
     def _forget_some(self, most: int, most_segments: int) -> None:
         """Forget the oldest until there is no more; never one that is being looked at."""
-        segments = sum(map(len, self._kept.values()))
+        segments = sum(index.weight for index in self._kept.values())
         for number, index in list(self._kept.items()):
             if len(self._kept) <= most and segments <= most_segments:
                 return
             if not index.busy:
-                segments -= len(index)
+                segments -= index.weight
                 del self._kept[number]

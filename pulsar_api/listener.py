@@ -1,6 +1,7 @@
 """Opens ports: tried before the daemon starts, and fatal if they cannot be opened."""
 
 import os
+import re
 import socket
 import stat
 from contextlib import ExitStack
@@ -33,6 +34,12 @@ from pulsar_api.settings import Settings, is_loopback
 BACKLOG = 4096
 """Connections that may wait to be accepted; Twisted's 50 make 5,000 clients need 24 s."""
 
+KINDS = ("tcp", "tcp6", "unix", "systemd", "tls", "haproxy")
+"""What Twisted's endpoints can be, here; ``ssl:`` would have ciphers of its own."""
+
+MOST_PATH = 107
+"""Bytes that the name of a socket may have (unix(7))."""
+
 KEEPALIVE_IDLE = 60
 """Seconds of silence after which a client is asked whether it is there."""
 KEEPALIVE_INTERVAL = 15
@@ -49,14 +56,8 @@ def endpoints(
     """
     found: list[tuple[str, IStreamServerEndpoint]] = []
     for text in settings.listen:
-        full = text
-        if text.startswith("tcp:") and "backlog=" not in text:
-            full = f"{text}:backlog={BACKLOG}"
-        try:
-            endpoint = serverFromString(reactor, full)
-        except (ValueError, TypeError, LookupError, OSError) as e:
-            raise CannotListen(f"--listen: {text!r} is no endpoint: {e}") from None
-        if tls is not None and not text.startswith(("unix:", "tls:", "ssl:")):
+        endpoint = _endpoint(text, reactor)
+        if tls is not None and not text.startswith(("unix:", "tls:")):
             endpoint = wrapServerTLS(tls, endpoint)
         found.append((text, endpoint))
     if not settings.listen:
@@ -65,6 +66,34 @@ def endpoints(
         name = f"{settings.interface} port {settings.port}"
         found.append((name, plain if tls is None else wrapServerTLS(tls, plain)))
     return found
+
+
+def _endpoint(text: str, reactor: Any) -> IStreamServerEndpoint:
+    full = text
+    if text.startswith("tcp:") and "backlog=" not in text:
+        full = f"{text}:backlog={BACKLOG}"
+    kind, _, rest = text.removeprefix("haproxy:").partition(":")
+    try:
+        if kind == "ssl":
+            raise ValueError("take tcp: with --ssl-cert and --ssl-key")  # noqa: TRY301
+        if kind not in KINDS:
+            known = ", ".join(f"{name}:" for name in KINDS)
+            raise ValueError(f"take one of {known}")  # noqa: TRY301
+        if kind == "tls":
+            _check_folder(rest)
+        found: IStreamServerEndpoint = serverFromString(reactor, full)
+    except Exception as e:  # noqa: BLE001 - what its parser trips over can be anything
+        why = str(e) or type(e).__name__
+        raise CannotListen(f"--listen: {text!r} is no endpoint: {why}") from None
+    return found
+
+
+def _check_folder(rest: str) -> None:
+    """Raise ValueError if the first part is no folder: nobody could connect."""
+    path, *_ = re.split(r"(?<!\\):", rest.removeprefix("path="))
+    path = re.sub(r"\\(.)", r"\1", path)
+    if not os.path.isdir(path):
+        raise ValueError(f"{path!r} is no folder with a certificate for each name")
 
 
 class _Trial(ExitStack):
@@ -83,13 +112,15 @@ class _Trial(ExitStack):
         trial = self.enter_context(socket.socket(family))
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         trial.bind((interface, port))
-        trial.listen(1)
+        trial.listen(backlog)
 
     def listenUNIX(self, address: str, *_: object, **__: object) -> None:
         # Not opened: that would take the place of one that is in use.
         folder = os.path.dirname(address) or "."
         why = None
-        if not os.access(folder, os.W_OK | os.X_OK):
+        if not 0 < len(os.fsencode(address)) <= MOST_PATH:
+            why = f"a path has 1 to {MOST_PATH} bytes"
+        elif not os.access(folder, os.W_OK | os.X_OK):
             why = f"cannot write {folder}"
         elif os.path.lexists(address):
             trial = self.enter_context(socket.socket(socket.AF_UNIX))
@@ -125,14 +156,23 @@ def try_out(settings: Settings, only_loopback: str | None) -> None:
     """Raise `CannotListen` for what can be known without starting: form, address, port."""
     with _Trial(only_loopback) as trial:
         for name, endpoint in endpoints(settings, trial, None):
-            if isinstance(endpoint, AdoptedStreamServerEndpoint):
-                # It can be taken only once; look at it without that.
-                found = endpoint.fileno, endpoint.addressFamily
-                with socket.fromfd(*found, socket.SOCK_STREAM) as open_already:
-                    if open_already.family != socket.AF_UNIX:
-                        check_address(open_already.getsockname()[0], only_loopback)
-            else:
-                _now(name, endpoint.listen(Factory()))
+            try:
+                _try(name, endpoint, only_loopback)
+            except CannotListen:
+                raise
+            except Exception as e:  # noqa: BLE001 - as above
+                raise CannotListen(f"cannot listen on {name}: {e}") from None
+
+
+def _try(name: str, endpoint: IStreamServerEndpoint, only_loopback: str | None) -> None:
+    if isinstance(endpoint, AdoptedStreamServerEndpoint):
+        # It can be taken only once; look at it without that.
+        found = endpoint.fileno, endpoint.addressFamily
+        with socket.fromfd(*found, socket.SOCK_STREAM) as open_already:
+            if open_already.family != socket.AF_UNIX:
+                check_address(open_already.getsockname()[0], only_loopback)
+    else:
+        _now(name, endpoint.listen(Factory()))
 
 
 def _now(name: str, listening: Deferred[Any]) -> Any:

@@ -43,7 +43,7 @@ class UnsupportedMedia(PulsarError):
 
 def parse_query(query: bytes) -> dict[str, str]:
     """Return the parameters of a URL; of a repeated one the last."""
-    return _without_nul("query", _fields("query", query))
+    return _fields("query", query)
 
 
 def _fields(where: str, data: bytes) -> dict[str, str]:
@@ -63,11 +63,10 @@ def _fields(where: str, data: bytes) -> dict[str, str]:
     return dict(pairs)
 
 
-def _without_nul(where: str, fields: dict[str, str]) -> dict[str, str]:
-    for name, value in fields.items():
-        if "\0" in name or "\0" in value:
-            raise InvalidInput(where if "\0" in name else name, "NUL is not allowed")
-    return fields
+def _check_no_nul(fields: Mapping[str, str], *names: str) -> None:
+    for name in names:
+        if "\0" in fields.get(name, ""):
+            raise InvalidInput(name, "NUL is not allowed")
 
 
 @frozen
@@ -127,7 +126,9 @@ def parse_form(content_type: str, body: bytes) -> dict[str, str]:
         != "application/x-www-form-urlencoded"
     ):
         raise UnsupportedMedia(content_type[:100])
-    return _without_nul("body", _fields("body", body))
+    fields = _fields("body", body)
+    _check_no_nul(fields, *fields)
+    return fields
 
 
 def parse_key(given: Sequence[str] | None) -> str | None:
@@ -253,6 +254,7 @@ def parse_needle(query: Mapping[str, str]) -> str:
 
 def parse_task_query(query: Mapping[str, str]) -> TaskQuery:
     """Return which tasks a list shall hold."""
+    _check_no_nul(query, "app", "env", "user", "text")
     limit = parse_number(query, "limit", 100, MAX_LIST)
     if limit == 0:
         raise InvalidInput("limit", f"must be a whole number from 1 to {MAX_LIST}")

@@ -1,6 +1,8 @@
 """Where the lines of an output are, for any bytes in any steps of growth, cut or not."""
 
+import gc
 import re
+import tracemalloc
 from collections.abc import Awaitable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -223,7 +225,7 @@ STYLED = st.lists(
                 *(b"\x1b[%sm" % (b"4;" * 60), b"\x1b[%sm" % (b"1" * 201), b"1m", b"x"),
             ]
         ),
-        st.sampled_from([1, 1, 2, 21, 1000]),
+        st.sampled_from([1, 1, 2, 4, 19, 21, 1000]),
         st.sampled_from([b"a", b"\n", b"a\n"]),
         st.sampled_from([0, 1, LEAST - 2, LEAST, MOST - 4, MOST - 3, MOST - 1, MOST]),
     ),
@@ -283,6 +285,24 @@ def test_what_is_in_force_at_the_begin_of_a_segment_is_known(
         for offset, _, _ in rows(index):
             parts = [data[: min(low, offset)], data[high : max(high, offset)]]
             assert index.style_at(offset) == naive_style(parts)
+
+
+def test_many_colours_cost_an_index_little(tmp_path: Path) -> None:
+    """Of each segment no more is kept than could be told, and the begin of a sequence."""
+    colours = [b"\x1b[%s%03dm" % (b"1;" * 98, number) for number in range(20)]
+    whole = b"".join([*colours, b"\n"]).rjust(LEAST + 1, b"x")
+    torn = b"".join([*colours, b"\x1b[", b"1;" * 99]).rjust(MOST, b"x")
+    for line in (whole, torn):
+        index = LineIndex(written(tmp_path, line * 100), Rota(clock := Turns()))
+        tracemalloc.start()
+        try:
+            done(clock, index.reach(100 * len(line)))
+            gc.collect()
+            size = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        assert len(index) >= 100
+        assert size / len(index) < 800
 
 
 # -- those who wait
@@ -516,6 +536,22 @@ def test_only_some_tasks_are_remembered(tmp_path: Path) -> None:
     assert indexes.of(1) is first[1]
     assert indexes.of(2) is not first[2]
     looking.addErrback(lambda failure: failure.trap(CancelledError) and None).cancel()
+
+
+def test_an_index_with_colours_is_forgotten_sooner(tmp_path: Path) -> None:
+    """As it costs more."""
+    indexes = LineIndexes(tmp_path, Rota(clock := Turns()), most=200)
+    for number, begin in enumerate((b"", b"\x1b[31m")):
+        (tmp_path / str(number)).mkdir()
+        data = begin + (b"x" * LEAST + b"\n") * 99
+        written(tmp_path / str(number), data)
+        index = indexes.of(number)
+        done(clock, index.reach(len(data)))
+        assert len(index) == 100
+        # It alone may cost what it does; with another one it must not.
+        assert indexes.of(number) is index
+        indexes.of(7)
+        assert (indexes.of(number) is index) is (number == 0)
 
 
 # -- search

@@ -2,12 +2,15 @@
 
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from attrs import evolve
 from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import given
+from hypothesis import strategies as st
 from twisted.internet import reactor
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred
@@ -23,6 +26,7 @@ from pulsar_api.listener import Listener
 from pulsar_api.settings import Settings
 from tests.certificates import self_signed
 
+KEY, CERTIFICATE = tls.development_files()
 USUAL = Settings(port=0, state_dir="/s")
 BECAUSE = "others could come in"
 
@@ -139,16 +143,63 @@ class TestEndpoints:
             "tcp:1:colour=red",
             "systemd:domain=INET:name=no-such-socket",
             "systemd:domain=INET:index=99",
+            "systemd",
+            "systemd:",
+            "systemd:domain=INET:index=x",
+            "systemd:domain=\0:index=0",
             "ssl:1:privateKey=/nonexistent:interface=127.0.0.1",
+            f"ssl:0:interface=127.0.0.1:certKey={CERTIFICATE}:privateKey={KEY}",
+            f"ssl:0:interface=127.0.0.1:privateKey={CERTIFICATE}",
+            "ssl:0:interface=127.0.0.1:sslmethod=none",
+            f"haproxy:ssl:0:certKey={CERTIFICATE}:privateKey={KEY}",
+            *("tls", "tls:0", "tls:/nonexistent:port=x", "tls:x:privateKey=y"),
+            "tls:/nonexistent:port=99999999999999999999:interface=127.0.0.1",
+            *("fd:3", "fd:-1", "fd", "stdio:", "stdio", "haproxy:stdio:", "haproxy:fd:3"),
+            *(
+                "launchd:x",
+                "onion:80",
+                "haproxy",
+                "haproxy:",
+                ":",
+                "::",
+                "=",
+                "\\",
+                "tcp=1",
+            ),
+            *("tcp:", "tcp:0:1:2:3:4", "tcp:0\\", "tcp:0x1", "tcp:1e3", "tcp:0:port=1"),
+            *("tcp:-1:interface=127.0.0.1", "tcp:99999999999999999999:interface=127.0.0.1"),
+            "tcp:0:interface=127.0.0.1:backlog=99999999999999999999",
+            "tcp:0:interface=127.0.0.1:backlog=x",
+            "tcp:0:interface=a\0b",
+            "tcp:0:interface=" + "1" * 5000,
+            *("unix", "unix:", "unix:/" + "x" * 200, "unix:x:mode=999"),
         ],
+        ids=lambda text: ascii(text)[:40],
     )
     def test_what_is_no_endpoint_is_named(self, text: str) -> None:
         """Whatever Twisted thinks of it."""
         said = refusal(evolve(USUAL, listen=(text,)))
         assert said.startswith(
-            (f"--listen: {text!r} is no endpoint: ", "cannot listen on ")
+            (f"--listen: {text!r} is no endpoint: ", f"cannot listen on {text}: ")
         )
-        assert text in said
+        assert said.rpartition(": ")[2]
+
+    @given(
+        st.sampled_from(
+            "tcp tcp6 unix ssl tls fd systemd haproxy:tcp stdio haproxy".split()
+        ),
+        st.lists(
+            st.sampled_from("0 1 -1 x /nope port=0 interface=127.0.0.1 backlog=-1".split())
+            | st.sampled_from("index=0 domain=INET mode=0 name=x privateKey=x \\".split())
+            | st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+            max_size=4,
+        ),
+    )
+    def test_any_endpoint_is_tried_or_named(self, kind: str, parts: list[str]) -> None:
+        """There is no other error than the one that the daemon shows in a line."""
+        text = ":".join([kind, *parts])
+        with suppress(CannotListen):
+            listener.try_out(evolve(USUAL, listen=(text,)), BECAUSE)
 
 
 class TestReach:

@@ -2,9 +2,11 @@
 
 import { el, exact } from './format.js';
 import { Output } from './output.js';
+import { MAX_PIECES } from './terminal.js';
 
 const BEFORE = 120; // rows that are elements above what is seen
 const AFTER = 240; // and from there on
+const SPANS = 20000; // elements with a style or a match, of all rows; the farthest are left out
 const TALLEST = 6e6; // pixels; browsers cannot show much more than twice that
 const IDLE = 250; // milliseconds after which scrolling is over
 
@@ -28,6 +30,7 @@ export class Log {
     scroller.replaceChildren(this.above, this.body, this.below);
     this.following = true;
     this.nodes = new Map();
+    this.short = false; // not all of these have their styles
     this.range = null; // the rows that are elements: {first: [segment, row], last: …}
     this.marked = null; // [first, last] of the lines that the address names
     this.query = '';
@@ -216,7 +219,7 @@ export class Log {
     const r = Math.min(place.r, Math.max(0, segments[s].rows.length - 1));
     const [rows, index, first] = this.#around(s, r, place.end ? AFTER : BEFORE);
     const before = scroller.scrollTop;
-    this.#fill(rows);
+    this.#fill(rows, index);
     scroller.style.setProperty('--digits', Math.max(3, String(this.lines).length));
     if (rows.length && !this.measured) {
       this.rowHeight = this.body.firstChild.offsetHeight || 20;
@@ -266,7 +269,9 @@ export class Log {
     return [rows, index, first];
   }
 
-  #fill(rows) {
+  // Make these rows the elements. One of them is where the reader is: the rows that are
+  // nearest to it, and those below it first, get their styles while there are some left.
+  #fill(rows, index = 0) {
     const wanted = new Set(rows);
     for (const [row, node] of this.nodes) {
       // Rows that may have changed are made again.
@@ -276,27 +281,40 @@ export class Log {
       }
     }
     const { tail } = this.output;
-    let next = this.body.firstChild;
-    for (const row of rows) {
+    const distance = (place) => (place < index ? 2 * (index - place) : place - index);
+    let left = SPANS;
+    for (const place of [...rows.keys()].sort((a, b) => distance(a) - distance(b))) {
+      const row = rows[place];
+      const most = Math.min(MAX_PIECES, left);
       let node = this.nodes.get(row);
-      if (node && node === next) { next = next.nextSibling; continue; }
-      if (!node) {
-        node = this.#element(row);
+      if (!node || node.spans > most || (node.spans === node.most && node.most < most)) {
+        node?.remove();
+        node = this.#element(row, most);
         node.open = row === tail.terminal?.row || row === tail.rows?.at(-1);
         this.nodes.set(row, node);
       }
-      this.body.insertBefore(node, next);
+      left -= node.spans;
+    }
+    this.short = left < MAX_PIECES;
+    let next = this.body.firstChild;
+    for (const row of rows) {
+      const node = this.nodes.get(row);
+      if (node === next) next = next.nextSibling;
+      else this.body.insertBefore(node, next);
     }
   }
 
-  #element(row) {
+  // A row with so many elements at most that have a style or a match.
+  #element(row, most) {
     const text = el('span', { class: 't' });
     let error = false;
+    let spans = 0;
     for (const [piece, look, stderr] of row.pieces()) {
       error ||= stderr;
-      for (const [part, found] of this.#split(piece)) {
+      for (const [part, found] of this.#split(piece, most - spans)) {
         const plain = look.classes === '' && !stderr && !found;
-        if (plain) { text.append(part); continue; }
+        if (plain || spans >= most) { text.append(part); continue; }
+        spans += 1;
         const span = el(found ? 'mark' : 'span',
           { class: stderr ? `${look.classes} e` : look.classes || null }, part);
         if (look.fg) span.style.setProperty('--fg', look.fg);
@@ -310,6 +328,8 @@ export class Log {
     if (this.#isMarked(row)) classes.push('marked');
     const node = el('div', { class: classes.join(' ') });
     node.row = row;
+    node.spans = spans;
+    node.most = most;
     node.append(el('a', number
       ? { class: 'n', href: `#L${number}`, 'data-n': number, tabindex: -1, 'aria-label': `Line ${number}` }
       : { class: 'n', 'aria-hidden': 'true' }));
@@ -322,12 +342,13 @@ export class Log {
     return node;
   }
 
-  #split(text) {
+  // The text, cut where what is searched for begins and ends, so often at most.
+  #split(text, most) {
     if (!this.query) return [[text, false]];
     const parts = [];
     const folded = fold(text);
     let from = 0;
-    for (;;) {
+    for (let left = most; left > 0; left -= 1) {
       const at = folded.indexOf(this.query, from);
       if (at < 0) break;
       if (at > from) parts.push([text.slice(from, at), false]);
@@ -402,6 +423,11 @@ export class Log {
       this.#schedule();
       return;
     }
+    // Nobody did: the box has become larger, and where we were is behind the end now.
+    if (atEnd && this.known > bottom) {
+      this.known = top;
+      return;
+    }
     this.wanted = null;
     this.turn += 1;
     const up = top < this.known - 1;
@@ -420,7 +446,7 @@ export class Log {
     if (this.range && top >= start - height && top <= end) {
       const more = (top - start < height && this.#number(this.range.first) > 0)
         || (end - top < 2 * height && end < scroller.scrollHeight - 1);
-      if (more) this.#render(this.#place());
+      if (more || this.short) this.#render(this.#place());
       return;
     }
     // Far away, as by dragging the bar: the place says which row.

@@ -274,6 +274,6 @@ function lastBreak(text) {
 // About how many bytes some rows take.
 function weight(rows) {
   return rows.reduce((sum, row) => sum + 100 + (row.simple === null
-    ? row.pieces().reduce((size, [text]) => size + 100 + 2 * text.length, 0)
+    ? row.pieces().reduce((size, [text, look]) => size + 100 + 2 * text.length + (look.fg || look.bg ? 400 : 0), 0)
     : 2 * row.simple.length), 0);
 }

@@ -328,7 +328,10 @@ export class TaskView {
     const whole = this.#bytes() <= COPIED;
     // The first line is half of one, if it is not the first.
     const rows = whole ? terminal.rows : terminal.rows.filter((row) => terminal.rows[0] !== row);
-    return [joined(rows), whole ? 'Copied all' : 'Copied the last 1 MB; Download has all'];
+    // A program can move the cursor where few bytes are many characters.
+    const copied = joined(rows, 8 * COPIED);
+    const all = whole && copied.length < 8 * COPIED;
+    return [copied, all ? 'Copied all' : 'Copied the last 1 MB; Download has all'];
   }
 
   // -- kill

@@ -2,6 +2,8 @@
 // backspaces, erasing in the line (ECMA-48). All other control sequences are shown as text.
 
 export const MAX_ROW = 2000; // characters of one row; a longer line goes on in the next
+export const MAX_PIECES = 400; // of a row; what follows is one more, without a style
+export const MAX_STYLED = 10000; // pieces of all rows of one terminal; then rows have one each
 const MAX_SEQUENCE = 200;
 
 const PLAIN = { classes: '', fg: '', bg: '' };
@@ -103,47 +105,112 @@ function shown(character) {
 // A text of others, with what could make it look like another one shown as such.
 export const harmless = (text) => text.replace(SPECIALS, (found) => (found === '\n' ? found : shown(found)));
 
+const spaces = [];
+const space = (length) => spaces[length] ??= ' '.repeat(length); // each is made once
+
+const SHORT = 32; // columns up to which a blank is a part of the text beside it
+
+// What was written into a row, by columns; those without a cell are blank.
+class Cells {
+  constructor() {
+    this.found = new Map(); // [character, style, of stderr] of a column
+    this.length = 0; // columns
+    this.low = 0; // none is before this column
+  }
+
+  put(column, cell) {
+    this.found.set(column, cell);
+    this.low = Math.min(this.low, column);
+    this.length = Math.max(this.length, column + 1);
+  }
+
+  // Forget some; it takes as long as there are such, so that nobody can have it take long.
+  erase(from, to) {
+    from = Math.max(from, this.low);
+    to = Math.min(to, this.length);
+    if (to - from > this.found.size) {
+      for (const column of this.found.keys()) if (column >= from && column < to) this.found.delete(column);
+    } else {
+      for (let column = from; column < to; column += 1) this.found.delete(column);
+    }
+    if (from === this.low) this.low = Math.max(from, to);
+  }
+}
+
 // One row of the log: pieces of text, each with a style; a number if a line begins here.
 export class Row {
   constructor(number, at) {
     this.number = number; // 0: the line before goes on
     this.at = at; // milliseconds since 1970
-    this.text = null; // single characters, while they may be written over
-    this.styles = null;
+    this.cells = null; // while they may be written over
     this.simple = null; // all of it, if it has one style and nothing else
+    this.simpleStyle = PLAIN;
     this.error = false;
     this.done = null;
   }
 
   // It does not change any more: kept as pieces, which take less than single characters.
-  close() {
+  close(most = MAX_PIECES) {
     if (this.simple !== null) return;
-    this.done = this.pieces();
-    this.text = this.styles = null;
+    this.done = this.pieces(most);
+    this.cells = null;
   }
 
-  // The text, piece by piece: [text, style, of stderr].
-  pieces() {
+  // The text, piece by piece: [text, style, of stderr]. Elements cost more than what was
+  // printed to have them, so of more pieces than that the last ones are one, without a style.
+  pieces(most = MAX_PIECES) {
     if (this.simple !== null) return [[this.simple, this.simpleStyle, this.error]];
     if (this.done) return this.done;
-    if (this.text === null) return [];
-    const found = [];
-    for (let i = 0; i < this.text.length; i += 1) {
-      const last = found.at(-1);
-      const [look, error] = this.styles[i];
-      const text = this.text[i];
-      if (last && last[1] === look && last[2] === error) last[0] += text;
-      else found.push([text, look, error]);
+    if (!this.cells) return [];
+    const runs = [];
+    let count = 0;
+    let last = null;
+    const add = (text, style, error) => {
+      if (last && last[1] === style && last[2] === error) {
+        last[0].push(text);
+      } else if (count >= most && last) {
+        last[0].push(text);
+        last[1] = PLAIN;
+      } else {
+        runs.push(last = [[text], count < most ? style : PLAIN, error]);
+        count += 1;
+      }
+    };
+    let next = 0;
+    const blank = (to) => {
+      if (to - next <= SHORT) {
+        if (to > next) add(space(to - next), PLAIN, false);
+      } else {
+        // A piece by itself, whose text all others of that length have, too.
+        runs.push([[space(to - next)], PLAIN, false]);
+        last = null;
+      }
+    };
+    const { found, length } = this.cells;
+    for (const column of [...found.keys()].sort((a, b) => a - b)) {
+      blank(column);
+      add(...found.get(column));
+      next = column + 1;
     }
-    return found;
+    blank(length);
+    return runs.map(([parts, style, error]) => [parts.length > 1 ? parts.join('') : parts[0], style, error]);
   }
 
   plain() { return this.pieces().map(([text]) => text).join(''); }
 }
 
-// The text of rows, without the breaks that only rows have.
-export function joined(rows) {
-  return rows.map((row, place) => (row.number && place ? '\n' : '') + row.plain()).join('');
+// The text of rows, without the breaks that only rows have; of more characters than that
+// the end.
+export function joined(rows, most = Infinity) {
+  const found = [];
+  let size = 0;
+  for (let place = rows.length - 1; place >= 0 && size < most; place -= 1) {
+    const text = (rows[place].number && place ? '\n' : '') + rows[place].plain();
+    found.push(text);
+    size += text.length;
+  }
+  const text = found.reverse().join('');
+  return size > most ? text.slice(-most) : text;
 }
 
 // Makes rows of text that comes in pieces. `rows` grows; its last may still change.
@@ -155,6 +222,7 @@ export class Terminal {
     this.row = null;
     this.fresh = begins; // whether the next character begins a line
     this.column = 0;
+    this.styled = MAX_STYLED; // how many pieces the rows may still have
     this.style = renditions ? rendition(PLAIN, renditions) : PLAIN;
     this.held = '';
   }
@@ -210,12 +278,16 @@ export class Terminal {
     return this.row;
   }
 
+  #close() {
+    this.row.close(Math.max(1, Math.min(MAX_PIECES, this.styled)));
+    if (this.row.done) this.styled -= Math.max(0, this.row.done.length - 1);
+  }
+
   #end(at) {
     if (!this.row) {
       this.#open(at).simple = '';
-      this.row.simpleStyle = PLAIN;
     }
-    this.row.close();
+    this.#close();
     this.row = null;
     this.column = 0;
     this.fresh = true;
@@ -292,13 +364,11 @@ export class Terminal {
   }
 
   #erase(how) {
-    if (!this.row) return;
-    const row = this.#cells();
-    if (how !== 1) row.text.length = row.styles.length = Math.min(row.text.length, this.column);
-    if (how !== 0) {
-      const end = how === 2 ? this.column : Math.min(this.column + 1, row.text.length);
-      for (let i = 0; i < end; i += 1) { row.text[i] = ' '; row.styles[i] = [PLAIN, false]; }
-    }
+    if (!this.row || how > 2) return;
+    const cells = this.#cells();
+    cells.erase(how === 0 ? this.column : 0, how === 1 ? this.column + 1 : cells.length);
+    if (how === 0) cells.length = Math.min(cells.length, this.column);
+    if (how === 2) cells.length = this.column;
   }
 
   #run(text, error, at) {
@@ -308,30 +378,24 @@ export class Terminal {
   // The row as single characters, which can be written over.
   #cells() {
     const { row } = this;
-    if (row.text === null) {
-      row.text = [...row.simple ?? ''];
-      const cell = [row.simpleStyle, row.error];
-      row.styles = row.text.map(() => cell);
-      if (row.simple !== null && this.column === row.simple.length) this.column = row.text.length;
+    if (row.cells === null) {
+      const cells = row.cells = new Cells();
+      for (const character of row.simple ?? '') cells.put(cells.length, [character, row.simpleStyle, row.error]);
+      if (row.simple !== null && this.column === row.simple.length) this.column = cells.length;
       row.simple = null;
       row.error = false;
     }
-    return row;
+    return row.cells;
   }
 
   #put(character, error, at) {
     if (!this.row) this.#open(at);
     if (this.column >= MAX_ROW) {
-      this.row.close();
+      this.#close();
       this.#open(at);
       this.column = 0;
     }
-    const row = this.#cells();
-    while (row.text.length < this.column) { row.text.push(' '); row.styles.push([PLAIN, false]); }
-    row.text[this.column] = character;
-    const last = this.column ? row.styles[this.column - 1] : null;
-    row.styles[this.column] = last && last[0] === this.style && last[1] === error
-      ? last : [this.style, error];
+    this.#cells().put(this.column, [character, this.style, error]);
     this.column += 1;
   }
 }

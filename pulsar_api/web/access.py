@@ -112,8 +112,11 @@ class Access:
         try:
             self.origins.check(request, navigation=right is Right.READ)
             by_session = self.gate is not None and isinstance(shown, str)
-            if right is Right.KILL and by_session and request.method != b"POST":
-                raise ForeignOrigin  # noqa: TRY301 - a link may be from anywhere
+            if right is not Right.READ and request.method != b"POST":
+                # A link may be from anywhere.
+                if right is Right.KILL and by_session:
+                    raise ForeignOrigin  # noqa: TRY301
+                self.origins.check_link(request, referer=right is Right.RUN)
         except ForeignOrigin:
             caller = Caller(None, self.origins.address(request), "another site", ())
             self.audit.write(caller, right, allowed=False, path=_path(request))

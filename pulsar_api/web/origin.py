@@ -1,7 +1,7 @@
 """Where a request comes from and where our links point; the Host header is not believed."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -14,6 +14,9 @@ from pulsar_api.settings import is_loopback
 
 _HOST = re.compile(r"(\[[0-9a-f:]+\]|[a-z0-9_.-]+)(:[0-9]{1,5})?")
 _PORT = re.compile(r"([0-9.]+):[0-9]+|\[([0-9a-fA-F:.]+)\](?::[0-9]+)?")
+
+
+_BROWSER = re.compile(r"(mozilla|opera)/", re.IGNORECASE)
 
 
 class UnknownHost(PulsarError):
@@ -98,19 +101,35 @@ class Origins:
     def check(self, request: Request, *, navigation: bool = False) -> None:
         """Raise `ForeignOrigin` if a browser sends this for another site.
 
-        What is no browser sends neither header and is not meant. ``navigation``: somebody
-        who follows a link on another site may.
+        What is no browser sends none of the headers and is not meant. ``navigation``: it
+        only reads, and somebody who follows a link on another site may.
         """
         headers = request.requestHeaders
+        ours = "/".join(self.base(request).split("/")[:3]).lower()
+        if not navigation and not _all_from(ours, headers.getRawHeaders("referer", [])):
+            raise ForeignOrigin
         site = headers.getRawHeaders("sec-fetch-site", ["none"])[0].lower()
         origin = headers.getRawHeaders("origin")
         mode = headers.getRawHeaders("sec-fetch-mode", [""])[0].lower()
         if navigation and mode == "navigate" and request.method in {b"GET", b"HEAD"}:
             return
-        ours = "/".join(self.base(request).split("/")[:3])
         if site not in {"none", "same-origin"} or (
-            origin is not None and origin[0].lower() != ours.lower()
+            origin is not None and origin[0].lower() != ours
         ):
+            raise ForeignOrigin
+
+    def check_link(self, request: Request, *, referer: bool) -> None:
+        """Raise `ForeignOrigin` if a browser may send this GET for another site.
+
+        Over plain HTTP it does not say so, and an image on any page can be such a request.
+        ``referer``: whether the address of a page of ours is enough. What is no browser is
+        not meant.
+        """
+        headers = request.requestHeaders
+        said = "sec-fetch-site", *(("referer",) if referer else ())
+        if any(headers.hasHeader(name) for name in said):
+            return  # and `check` has looked at it
+        if _BROWSER.match(headers.getRawHeaders("user-agent", [""])[0]):
             raise ForeignOrigin
 
     def _is_ours(self, host: str) -> bool:
@@ -124,6 +143,10 @@ class Origins:
         return name in names or any(
             name.endswith(known[1:]) for known in names if known.startswith("*.")
         )
+
+
+def _all_from(ours: str, addresses: Sequence[str]) -> bool:
+    return all("/".join(text.split("/")[:3]).lower() == ours for text in addresses)
 
 
 def _address(text: str) -> str | None:

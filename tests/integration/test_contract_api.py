@@ -1084,6 +1084,69 @@ def test_what_our_own_page_or_no_browser_sends_is_done(
     assert api.ended(puppet.number)["status"] == "killed"
 
 
+BROWSERS = [
+    "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0",
+    "mozilla/4.0 (compatible; MSIE 6.0)",
+    "Opera/9.80 (X11; Linux x86_64) Presto/2.12 Version/12.16",
+]
+REFERERS = [
+    "https://evil.example/page",
+    "http://evil.example",
+    "{base}.evil.example/",
+    "{base}@evil.example/",
+    "http://localhost/",
+    "http://localhost:1/",
+    "about:blank",
+    "null",
+]
+
+
+@pytest.mark.parametrize("referer", REFERERS)
+def test_a_page_of_another_site_is_told_by_the_address_that_it_leaves(
+    api: Daemon, play: Play, referer: str
+) -> None:
+    """Over plain HTTP a browser says no more than that of an image; reading is free."""
+    puppet = play(api)
+    headers = filled(api, {"Referer": referer})
+    problem(api.get(f"{puppet.path}/kill", **headers), 403)
+    problem(api.request("POST", f"{puppet.path}/kill", None, headers), 403)
+    problem(api.request("POST", "/site/production?action=run", None, headers), 403)
+    problem(api.get("/site/production/tasks", **headers), 403)
+    assert (newest(api), puppet.now()["status"]) == (puppet.number, "running")
+    assert api.get(puppet.path, **headers).status == 200
+
+
+@pytest.mark.parametrize("browser", BROWSERS)
+def test_a_browser_that_does_not_say_for_whom_kills_nothing_by_a_link(
+    api: Daemon, play: Play, browser: str
+) -> None:
+    """Nor does it start what lists actions, but for our own page."""
+    puppet = play(api)
+    headers = {"User-Agent": browser}
+    own = filled(api, {**headers, "Referer": "{base}/web/"})
+    for kill in (headers, own):
+        problem(api.get(f"{puppet.path}/kill", **kill), 403)
+    problem(api.get("/site/production/tasks", **headers), 403)
+    assert puppet.now()["status"] == "running"
+    listing = api.get("/site/production/tasks", **own)
+    assert problem(listing, 404)["type"].endswith(":no-listing")
+    # What our page sends, also where it says nothing but its origin, is done.
+    started = {**own, **filled(api, {"Origin": "{base}"})}
+    path = "/site/production?action=run"
+    assert api.request("POST", path, None, started).status == 200
+    typed = api.get(f"{puppet.path}/kill", **headers, **{"Sec-Fetch-Site": "none"})
+    assert typed.status == 200
+    assert api.ended(puppet.number)["status"] == "killed"
+
+
+@pytest.mark.parametrize("program", ["curl/7.88.1", "node-fetch", "", "x Mozilla/5.0"])
+def test_a_program_needs_no_header_to_kill(api: Daemon, play: Play, program: str) -> None:
+    """As the document has it."""
+    puppet = play(api)
+    assert api.get(f"{puppet.path}/kill", **{"User-Agent": program}).status == 200
+    assert api.ended(puppet.number)["status"] == "killed"
+
+
 # -- where links point
 
 

@@ -125,6 +125,17 @@ ENDPOINTS = [
     wrong(
         "--listen ssl:{port}:privateKey=/nonexistent:interface=127.0.0.1", "/nonexistent"
     ),
+    wrong(
+        "--listen ssl:{port}:interface=127.0.0.1:certKey={files}/cert"
+        ":privateKey={files}/key",
+        "is no endpoint: take tcp: with --ssl-cert and --ssl-key",
+    ),
+    wrong("--listen ssl:{port}:privateKey={files}/text", "is no endpoint: take tcp:"),
+    wrong("--listen tls:{port}", "is no folder with a certificate"),
+    wrong("--listen fd:3", "--listen: 'fd:3' is no endpoint: take one of tcp:"),
+    wrong("--listen stdio:", "--listen: 'stdio:' is no endpoint: take one of tcp:"),
+    wrong("--listen tcp:0:interface=127.0.0.1:backlog=9999999999", "cannot listen on tcp:"),
+    wrong("--listen unix:", "cannot listen on unix:"),
     wrong("--listen unix:/nonexistent/s", "cannot listen on unix:/nonexistent/s: "),
     wrong("--listen unix:{own}", "cannot listen on unix:{own}: "),
     wrong(
