@@ -16,12 +16,16 @@ from pulsar_api.task import (
     Cause,
     Command,
     Exit,
+    Found,
     News,
     Process,
     TaskQuery,
     TaskSnapshot,
     Within,
 )
+
+ROWS = 3
+"""Tasks that are read at a time."""
 
 
 def steady_clock(clock: IReactorTime) -> SteadyClock:
@@ -184,6 +188,13 @@ class MemoryStore:
         found = [row for row in reversed(self.rows.values()) if fits(row)]
         return succeed(found[query.offset :][: query.limit])
 
+    def search(self, query: TaskQuery) -> Deferred[Found]:
+        found = self.select(query)
+        return found.addCallback(lambda rows: _page([row.id for row in rows], self.rows))
+
+    def read(self, numbers: Sequence[int]) -> Deferred[Found]:
+        return succeed(_page(numbers, self.rows))
+
     def after(self, task_id: int, within: Within = None) -> Deferred[TaskSnapshot | None]:
         found = [
             row
@@ -210,6 +221,11 @@ class MemoryStore:
             return succeed(None)
         self._pending.append(Deferred())
         return self._pending[-1]
+
+
+def _page(numbers: Sequence[int], rows: Mapping[int, TaskSnapshot]) -> Found:
+    tasks = [rows[number] for number in numbers[:ROWS] if number in rows]
+    return Found(tasks, numbers[ROWS:])
 
 
 def _holds(row: TaskSnapshot, text: str | None) -> bool:

@@ -215,8 +215,9 @@ class Feed:
         change, known = await self._surely(self._service.last_change)
         for status in (Status.RUNNING, Status.CREATED):
             query = TaskQuery(limit=MAX_LIST, status=status)
-            for found in await self._surely(partial(self._service.list, query)):
-                self._watch(found.id)
+            found = await self._surely(partial(self._service.search, query))
+            for number in found.numbers:
+                self._watch(number)
         while True:
             seen = self._service.changed.version
             news = await self._surely(partial(self._service.news, change, known, _BATCH))

@@ -7,12 +7,11 @@ from typing import Any, ClassVar
 from attrs import frozen
 from klein import Klein
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IPushProducer, IReactorTime
+from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.web.server import Request
 from werkzeug.http import parse_range_header
-from zope.interface import implementer
 
 from pulsar_api import wire
 from pulsar_api.auth.guard import Guard
@@ -23,7 +22,7 @@ from pulsar_api.rota import Rota
 from pulsar_api.service import MAX_ID
 from pulsar_api.task import COALESCE, Task
 from pulsar_api.web.access import Access, needs
-from pulsar_api.web.reply import header, new_app, not_modified, problem
+from pulsar_api.web.reply import Valve, header, new_app, not_modified, problem
 from pulsar_api.web.tasks import find, query_of
 
 _log = Logger()
@@ -264,34 +263,6 @@ def _uncut(output: Output, start: int, end: int) -> Iterable[bytes]:
         yield piece
     if start < end:
         raise OSError("the output is shorter than was known")
-
-
-@implementer(IPushProducer)
-class Valve:
-    """Knows whether a client reads as fast as we write, and waits for it if not."""
-
-    _paused = False
-    _room: Deferred[None] | None = None
-
-    def pauseProducing(self) -> None:
-        """The client reads more slowly than we write."""
-        self._paused = True
-
-    def resumeProducing(self) -> None:
-        """It has read what there was."""
-        self._paused = False
-        room, self._room = self._room, None
-        if room is not None:
-            room.callback(None)
-
-    def stopProducing(self) -> None:
-        """The client is gone; whoever writes is cancelled."""
-
-    async def open(self) -> None:
-        """Wait until there is room for more."""
-        while self._paused:
-            self._room = Deferred()
-            await self._room
 
 
 class Outlet(Valve):

@@ -6,7 +6,7 @@ from typing import Any
 
 from klein import Klein
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IPullProducer
+from twisted.internet.interfaces import IPullProducer, IPushProducer
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.server import Request
@@ -109,6 +109,34 @@ class _Pump:
 
     def stopProducing(self) -> None:
         self._pieces = iter(())
+
+
+@implementer(IPushProducer)
+class Valve:
+    """Knows whether a client reads as fast as we write, and waits for it if not."""
+
+    _paused = False
+    _room: Deferred[None] | None = None
+
+    def pauseProducing(self) -> None:
+        """The client reads more slowly than we write."""
+        self._paused = True
+
+    def resumeProducing(self) -> None:
+        """It has read what there was."""
+        self._paused = False
+        room, self._room = self._room, None
+        if room is not None:
+            room.callback(None)
+
+    def stopProducing(self) -> None:
+        """The client is gone; whoever writes is cancelled."""
+
+    async def open(self) -> None:
+        """Wait until there is room for more."""
+        while self._paused:
+            self._room = Deferred()
+            await self._room
 
 
 def new_app() -> Klein:

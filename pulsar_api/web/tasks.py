@@ -19,10 +19,12 @@ from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
 from pulsar_api.errors import UnknownTask
 from pulsar_api.output import Output
+from pulsar_api.rota import Rota
 from pulsar_api.service import MAX_ID
 from pulsar_api.task import Task, TaskSnapshot
 from pulsar_api.web.access import Access, needs
 from pulsar_api.web.feed import Feed
+from pulsar_api.web.lists import Entry, Lists
 from pulsar_api.web.reply import header, new_app, not_modified, reply, stream
 from pulsar_api.wire import Part
 
@@ -61,7 +63,12 @@ class TaskAPI:
     poll_timeout: float = 30.0
     feed: Feed | None = None
     """Who is told which task's POST is being answered."""
+    lists: Lists = field()
     _shared: OrderedDict[tuple[object, ...], bytes] = field(factory=OrderedDict)
+
+    @lists.default
+    def _lists(self) -> Lists:
+        return Lists(self.clock, Rota(self.clock))
 
     # -- tasks
 
@@ -71,24 +78,19 @@ class TaskAPI:
         query = query_of(request)
         wanted = wire.parse_task_query(query)
         how = wire.parse_choice(query, "output", "tail", _OUTPUTS)
-        found = await tasks.list(wanted)
-        if len(found) == wanted.limit and found[-1].id > 1:
-            more = urlencode({**query, "before": found[-1].id})
-            request.setHeader("Link", f'</tasks?{more}>; rel="next"')
         base = self._base(request)
-        parts = [Part.chosen(how, task, self._output(task)) for task in found]
-        pieces = chain(
-            [wire.list_head(base)],
-            *(
-                chain(
-                    [f'{", " if number else ""}"{task.id}": '.encode()],
-                    self._pieces(task, base, part),
-                )
-                for number, (task, part) in enumerate(zip(found, parts, strict=True))
-            ),
-            [b"}}\n"],
-        )
-        return await respond(request, pieces, sum(part.size for part in parts))
+
+        def entry(task: TaskSnapshot) -> Entry:
+            output = self._output(task)
+            part = Part.chosen(how, task, output)
+            return Entry(part.size, wire.list_entry(task, base, output, part))
+
+        def more(last: int) -> None:
+            path = urlencode({**query, "before": last})
+            request.setHeader("Link", f'</tasks?{path}>; rel="next"')
+
+        begin = wire.list_head(base)
+        return await self.lists.answer(request, tasks, wanted, entry, begin, b"}}\n", more)
 
     @app.route("/tasks/created", methods=["GET"])
     @needs(Right.READ)
@@ -101,15 +103,15 @@ class TaskAPI:
         # A number from the future is from another database: take it as "from now on".
         seen = min(since, created.version)
         until = self.clock.seconds() + seconds
-        while True:
-            newest = created.version
-            task = await tasks.next_after(seen)
-            if task is not None:
-                break
+        newest = created.version
+        task = await self.lists.next_after(tasks, seen) if seen < newest else None
+        while task is None:
             seen = newest  # those that this caller may not see are none
             left = until - self.clock.seconds()
             if left <= 0 or await self._wait(created.after(seen), left) in {0, seen}:
                 return reply(request, _UNCHANGED)
+            newest = created.version
+            task = await tasks.next_after(seen)
         return await self._changed(
             request, task, Part.chosen(how, task, self._output(task))
         )

@@ -18,7 +18,7 @@ from wsproto.utilities import (
     generate_accept_token,
 )
 
-from pulsar_api.web.follow import Valve
+from pulsar_api.web.reply import Valve
 from pulsar_api.web.site import LINGER
 
 MAX_MESSAGE = 8192
