@@ -18,8 +18,9 @@ from twisted.web.server import Site
 
 from pulsar_api.auth.audit import AuditLog
 from pulsar_api.command import Commands, Template
-from pulsar_api.ports import Bounds
+from pulsar_api.ports import Bounds, NewTask
 from pulsar_api.service import Limits, TaskService
+from pulsar_api.steady import SteadyClock
 from pulsar_api.task import Status, TaskSnapshot, TaskSpec
 from pulsar_api.web.access import Access
 from pulsar_api.web.lists import SMALL, STALLED
@@ -150,7 +151,7 @@ class World:
             self.store,
             FakeExecutor(self.clock),
             self.clock,
-            self.clock.seconds,
+            SteadyClock(self.clock.seconds, self.clock.seconds, "a boot"),
             self.commands,
             Limits(Bounds(10)),
         )
@@ -167,7 +168,7 @@ class World:
         """Add ended tasks."""
         spec = TaskSpec("site", "prod", "deploy", {"data": "x" * size})
         for _ in range(number):
-            found: TaskSnapshot = CASE.successResultOf(self.store.create(spec, 0.0))
+            found: TaskSnapshot = CASE.successResultOf(self.store.create(NewTask(spec, 0.0, 0.0)))
             ended = evolve(found, status=Status.FINISHED, revision=2, ended_at=1.0)
             CASE.successResultOf(self.store.save(ended))
 

@@ -13,7 +13,7 @@ from twisted.internet import reactor as global_reactor
 from twisted.internet.defer import CancelledError, gatherResults
 from twisted.trial.unittest import SynchronousTestCase
 
-from pulsar_api.ports import TaskStore
+from pulsar_api.ports import NewTask, TaskStore
 from pulsar_api.store import _WINDOW, PAGE, SQLiteStore
 from pulsar_api.task import Found, Status, TaskQuery, TaskSnapshot, TaskSpec
 from tests.fakes import MemoryStore
@@ -65,7 +65,7 @@ def store(request: pytest.FixtureRequest) -> TaskStore:
 
 async def create(store: TaskStore, specs: Sequence[TaskSpec]) -> list[TaskSnapshot]:
     """Record tasks."""
-    return await gatherResults([store.create(spec, 0.0) for spec in specs])
+    return await gatherResults([store.create(NewTask(spec, 0.0, 0.0)) for spec in specs])
 
 
 async def whole(store: TaskStore, found: Found) -> list[int]:

@@ -14,6 +14,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from zope.interface import implementer
 
 from pulsar_api import errors, wire
+from pulsar_api.web import body
 from pulsar_api.web.headers import PAGE_POLICY
 from pulsar_api.web.origin import ForeignOrigin
 
@@ -43,6 +44,9 @@ _PROBLEMS: dict[type[errors.PulsarError], tuple[int, str, str, int | None]] = {
     errors.QueueFull: (503, "queue-full", "Queue full", 10),
     errors.ShuttingDown: (503, "stopping", "Daemon is stopping", 5),
     errors.StoreUnavailable: (503, "store-unavailable", "State unavailable", 10),
+    body.BodyTooLarge: (413, "body-too-large", "Content Too Large", None),
+    body.BodyTooSlow: (408, "too-slow", "Request Timeout", None),
+    body.BodiesFull: (503, "bodies-full", "No room for the body", 5),
 }
 
 

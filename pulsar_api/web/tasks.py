@@ -23,6 +23,7 @@ from pulsar_api.rota import Rota
 from pulsar_api.service import MAX_ID
 from pulsar_api.task import Task, TaskSnapshot
 from pulsar_api.web.access import Access, needs
+from pulsar_api.web.body import body_of
 from pulsar_api.web.feed import Feed
 from pulsar_api.web.lists import Entry, Lists
 from pulsar_api.web.reply import header, new_app, not_modified, reply, stream
@@ -119,9 +120,11 @@ class TaskAPI:
     @app.route("/<app:app>/<env>", methods=["POST"])
     @needs(Right.RUN)
     async def create(self, request: Request, tasks: Guard, app: str, env: str) -> bytes:
-        body = request.content.read() if request.content is not None else b""
-        kind = header(request, "content-type")
-        asked = wire.parse_new_task(kind, body, query_of(request))
+        asked = wire.parse_new_task(
+            header(request, "content-type"),
+            await body_of(request, tasks.caller.who),
+            query_of(request),
+        )
         variables, secret = asked.variables, asked.secret
         key = wire.parse_key(request.requestHeaders.getRawHeaders("idempotency-key"))
         task = await tasks.create(app, env, asked.action, variables, secret, key)
