@@ -242,8 +242,8 @@ class TaskStore(Protocol):
     def news(self, since: int, known: int, limit: int) -> Deferred[News]:
         """Fire with what has been recorded since a change and a task: see `News`.
 
-        At most ``limit`` of each. Numbers of changes grow with each record, also over
-        restarts, and are never given again.
+        At most ``limit`` of each, fewer if they are large. Numbers of changes grow with
+        each record, also over restarts, and are never given again.
         """
 
     def take_up(self) -> Deferred[list[TaskSnapshot]]:

@@ -187,6 +187,22 @@ def _condition(query: TaskQuery) -> tuple[str, list[object]]:
     return " AND ".join(texts), values
 
 
+def _size(row: sqlite3.Row) -> int:
+    return len(row["variables"]) + len(row["command"])
+
+
+def _some(rows: Iterable[sqlite3.Row], limit: int) -> tuple[list[sqlite3.Row], bool]:
+    """Return the first of at most ``limit`` rows, and whether there may be more."""
+    some = []
+    size = 0
+    for row in rows:
+        some.append(row)
+        size += _size(row)
+        if size >= PAGE:
+            return some, True
+    return some, len(some) == limit
+
+
 def _page(db: sqlite3.Connection, numbers: Sequence[int]) -> Found:
     """Read the first of these tasks."""
     tasks = []
@@ -196,7 +212,7 @@ def _page(db: sqlite3.Connection, numbers: Sequence[int]) -> Found:
         if row is None:
             continue
         tasks.append(_snapshot(row))
-        size += len(row["variables"]) + len(row["command"])
+        size += _size(row)
         if size >= PAGE:
             return Found(tasks, numbers[done:])
     return Found(tasks, numbers[_ROWS:])
@@ -447,11 +463,12 @@ class SQLiteStore:
         )
 
         def job(db: sqlite3.Connection) -> News:
-            created = [_snapshot(row) for row in db.execute(new, (known, limit))]
-            if len(created) == limit:
-                return News(created, [])
-            rows = db.execute(changed, (since, limit))
-            return News(created, [(row["change"], _snapshot(row)) for row in rows])
+            rows, more = _some(db.execute(new, (known, limit)), limit)
+            created = [_snapshot(row) for row in rows]
+            if more:
+                return News(created, [], more)
+            rows, more = _some(db.execute(changed, (since, limit)), limit)
+            return News(created, [(row["change"], _snapshot(row)) for row in rows], more)
 
         return self._reader.do(job)
 

@@ -225,6 +225,8 @@ class News:
 
     Empty while there may be more new ones, so that no task changes before it is known.
     """
+    more: bool = False
+    """Whether there may be more than is read at a time."""
 
 
 Within = Sequence[tuple[str, str, str]] | None

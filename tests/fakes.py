@@ -148,14 +148,14 @@ class MemoryStore:
             return fail(StoreUnavailable("the fake is broken"))
         created = [row for number, row in self.rows.items() if number > known][:limit]
         if len(created) == limit:
-            return succeed(News(created, []))
+            return succeed(News(created, [], more=True))
         numbers = sorted((change, task_id) for task_id, change in self.changes.items())
         changed = [
             (change, self.rows[task_id])
             for change, task_id in numbers
             if change > since and task_id in self.rows and self.rows[task_id].revision > 1
         ]
-        return succeed(News(created, changed[:limit]))
+        return succeed(News(created, changed[:limit], len(changed) >= limit))
 
     def _count(self, task_id: int) -> None:
         self.count += 1

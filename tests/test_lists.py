@@ -168,7 +168,9 @@ class World:
         """Add ended tasks."""
         spec = TaskSpec("site", "prod", "deploy", {"data": "x" * size})
         for _ in range(number):
-            found: TaskSnapshot = CASE.successResultOf(self.store.create(NewTask(spec, 0.0, 0.0)))
+            found: TaskSnapshot = CASE.successResultOf(
+                self.store.create(NewTask(spec, 0.0, 0.0))
+            )
             ended = evolve(found, status=Status.FINISHED, revision=2, ended_at=1.0)
             CASE.successResultOf(self.store.save(ended))
 

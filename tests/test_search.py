@@ -223,3 +223,26 @@ async def plans_of(thread: Any, store: SQLiteStore, query: TaskQuery) -> list[st
     await store.search(query)
     found: list[str] = await thread.do(plans)
     return found
+
+
+async def test_news_have_a_bound(sqlite: SQLiteStore) -> None:
+    """However large the tasks are; nothing is left out, and nothing comes twice."""
+    large = evolve(SPEC, variables={"data": "x" * 60_000})
+    tasks = await create(sqlite, [large] * 10)
+    for task in tasks:
+        await sqlite.save(evolve(task, revision=2))
+    change, known = 0, 0
+    created: list[int] = []
+    changed: list[int] = []
+    most = 0
+    while True:
+        news = await sqlite.news(change, known, 100)
+        most = max(most, len(news.created), len(news.changed))
+        created += [task.id for task in news.created]
+        changed += [task.id for _, task in news.changed]
+        known = max(created)
+        change = news.changed[-1][0] if news.changed else change
+        if not news.more:
+            break
+    assert created == changed == list(range(1, 11))
+    assert most == PAGE // 60_000 + 1

@@ -227,7 +227,7 @@ class Feed:
                 self._watch(known)
             if news.changed:
                 change = news.changed[-1][0]
-            if max(len(news.created), len(news.changed)) == _BATCH:
+            if news.more:
                 continue
             if await self._service.changed.after(seen) == seen:
                 return

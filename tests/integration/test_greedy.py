@@ -437,3 +437,26 @@ def test_many_bodies_of_one_caller_leave_room_for_others(start: Start) -> None:
         print(f"bodies of one caller: memory +{grown:.1f} MiB")
         assert grown * MIB < FLAT
     wait_for(lambda: daemon.memory() - memory < FLAT, "the memory to come back")
+
+
+def test_streams_that_nobody_reads_take_little(start: Start) -> None:
+    """Also of all that ever happened."""
+    daemon = start("--command", "true", *FOREVER)
+    fill_tasks(daemon, TASKS, LARGE)
+    daemon.get(LIST)
+    memory = daemon.memory()
+    with ExitStack() as stack:
+        for _ in range(STALLED):
+            sock = stack.enter_context(closing(socket.socket()))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.settimeout(PATIENCE)
+            sock.connect((daemon.host, daemon.port))
+            sock.sendall(head("GET", "/events?lastEventId=0-0-0", {}))
+            received = 0
+            while received < 10_000:
+                received += len(sock.recv(4096))
+        assert daemon.get("/tasks?limit=1").status == 200
+        grown = (daemon.memory() - memory) / MIB
+        print(f"{STALLED} streams that nobody reads: memory +{grown:.1f} MiB")
+        assert grown * MIB < 2 * FLAT
+    wait_for(lambda: daemon.memory() - memory < FLAT, "the memory to come back")
