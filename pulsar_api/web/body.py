@@ -92,6 +92,8 @@ class Body:
         """Take a piece."""
         self.received += len(data)
         if self._dropped:
+            if self.length is None and self.received > EAGER:
+                self._enough()  # it may be without an end
             return
         self._pieces.append(data)
         if self._waiter is not None or self.received > self._most:

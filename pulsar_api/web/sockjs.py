@@ -141,6 +141,7 @@ class SockJS:
                 if opens:
                     # This very request is the proof that the session is the client's.
                     frame: Frame | None = await session.visit.frame()
+                    _note_known(request, session)
                 else:
                     frame = await self._frame(request, session)
                 if frame is None:
@@ -187,6 +188,7 @@ class SockJS:
                 return BEAT
             if visit.known and not self._is_theirs(request, session):
                 return None
+        _note_known(request, session)
         return await visit.frame()
 
     async def _send(self, outlet: "_Outlet", session: _Session, frame: Frame) -> None:
@@ -332,6 +334,12 @@ def _not_theirs(request: Request) -> bytes:
     body = _answer(request, _BUSY)
     request.setResponseCode(404)
     return body
+
+
+def _note_known(request: Request, session: _Session) -> None:
+    """Count what a connection holds as that of somebody known, once its visitor is."""
+    if isinstance(request, BodyRequest) and session.visit.known:
+        request.caller_known()
 
 
 def _drop_body(request: Request) -> None:
