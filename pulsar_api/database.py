@@ -75,6 +75,8 @@ class DatabaseThread:
     """A thread with a connection of its own, to which one gives jobs.
 
     What has queued up is done in one transaction, so that many records cost one sync.
+    Who only reads gains nothing by that and waits for the last of them: ``most`` is how
+    many jobs are done before their results are told.
     """
 
     _path: Path
@@ -83,6 +85,7 @@ class DatabaseThread:
     """Called with each connection before it is used: another file may be there now."""
     _committed: Callable[[sqlite3.Connection], None] = _nothing
     """Called when a transaction is on disk."""
+    _most: int = 1 << 20
     _jobs: SimpleQueue[tuple[_Job, Deferred[Any]] | None] = field(factory=SimpleQueue)
     _closed: Deferred[None] = field(factory=Deferred, init=False)
 
@@ -106,7 +109,7 @@ class DatabaseThread:
         going = True
         while going:
             batch = [self._jobs.get()]
-            while not self._jobs.empty():
+            while len(batch) < self._most and not self._jobs.empty():
                 batch.append(self._jobs.get())
             going = None not in batch
             jobs = [job for job in batch if job is not None]

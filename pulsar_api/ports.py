@@ -10,6 +10,7 @@ from twisted.internet.defer import Deferred
 from pulsar_api.task import (
     Command,
     Exit,
+    Found,
     News,
     Process,
     TaskQuery,
@@ -217,8 +218,17 @@ class TaskStore(Protocol):
     def load(self, task_id: int) -> Deferred[TaskSnapshot]:
         """Fire with a task's record, or fail with `UnknownTask`."""
 
+    def search(self, query: TaskQuery) -> Deferred[Found]:
+        """Fire with the tasks that match, newest first: the first of them, and which more.
+
+        A search that takes long holds nobody up, and ends when it is cancelled.
+        """
+
+    def read(self, numbers: Sequence[int]) -> Deferred[Found]:
+        """Fire with the first of these tasks; those that are no more are left out."""
+
     def select(self, query: TaskQuery) -> Deferred[list[TaskSnapshot]]:
-        """Fire with the tasks that match, newest first."""
+        """Fire with all tasks that match, newest first, however large they are."""
 
     def after(self, task_id: int, within: Within = None) -> Deferred[TaskSnapshot | None]:
         """Fire with the oldest task that counts and whose number is higher, or None."""
@@ -232,8 +242,8 @@ class TaskStore(Protocol):
     def news(self, since: int, known: int, limit: int) -> Deferred[News]:
         """Fire with what has been recorded since a change and a task: see `News`.
 
-        At most ``limit`` of each. Numbers of changes grow with each record, also over
-        restarts, and are never given again.
+        At most ``limit`` of each, fewer if they are large. Numbers of changes grow with
+        each record, also over restarts, and are never given again.
         """
 
     def take_up(self) -> Deferred[list[TaskSnapshot]]:

@@ -29,6 +29,7 @@ from pulsar_api.task import (
     Cause,
     Command,
     Exit,
+    Found,
     News,
     Status,
     Task,
@@ -410,8 +411,20 @@ class TaskService:
         while self._creating and self.created.version < task_id:
             await self.created.after(self.created.version)
 
+    async def search(self, query: TaskQuery) -> Found:
+        """Return the tasks that match, newest first; more of them by `read`."""
+        return await self._as_now(await self._store.search(query))
+
+    async def read(self, numbers: Sequence[int]) -> Found:
+        """Return the first of these tasks; those that are no more are left out."""
+        return await self._as_now(await self._store.read(numbers))
+
+    async def _as_now(self, found: Found) -> Found:
+        current = [await self._current(one) for one in found.tasks]
+        return Found([one for one in current if one is not None], found.rest)
+
     async def list(self, query: TaskQuery) -> list[TaskSnapshot]:
-        """Return the tasks that match, newest first."""
+        """Return all tasks that match, newest first, however large they are."""
         found = await self._store.select(query)
         current = [await self._current(one) for one in found]
         return [one for one in current if one is not None]

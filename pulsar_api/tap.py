@@ -49,6 +49,7 @@ from pulsar_api.command import Commands, Names
 from pulsar_api.errors import CannotListen, SettingsError, StoreUnavailable
 from pulsar_api.lines import LineIndexes
 from pulsar_api.machine import LocalMachine
+from pulsar_api.memory import Memory
 from pulsar_api.ports import Bounds, Keep
 from pulsar_api.process import ShimExecutor
 from pulsar_api.renewal import Renewal
@@ -62,6 +63,7 @@ from pulsar_api.web.access import Access
 from pulsar_api.web.feed import Feed
 from pulsar_api.web.follow import FollowAPI
 from pulsar_api.web.jobs import LISTED, JobAPI
+from pulsar_api.web.lists import Lists
 from pulsar_api.web.origin import Origins
 from pulsar_api.web.pages import Pages, Root
 from pulsar_api.web.parts import PartsAPI
@@ -329,6 +331,7 @@ class Daemon(MultiService):
         self._pool: HTTPConnectionPool | None = None
         self._lookout: process.Lookout | None = None
         self._reaper: LoopingCall | None = None
+        self._memory = Memory(reactor)
 
     def startService(self) -> None:
         """Open the state, take up the tasks, and then serve."""
@@ -383,13 +386,14 @@ class Daemon(MultiService):
         access = self._access = self._make_access(self.tasks, state, clock)
         rota = Rota(self._reactor)
         feed = Feed(self.tasks, tasks, self._reactor, rota)
-        api = TaskAPI(access, tasks, self._reactor, s.poll_timeout, feed)
+        lists = Lists(self._reactor, rota)
+        api = TaskAPI(access, tasks, self._reactor, s.poll_timeout, feed, lists)
         follow = FollowAPI(access, tasks, self._reactor, rota)
 
         async def ask(asked: Command) -> str:
             return await process.ask(self._reactor, self._reactor, asked, LISTED)
 
-        jobs = JobAPI(access, tasks, feed, ask)
+        jobs = JobAPI(access, tasks, feed, ask, lists)
         self._sockjs = SockJS(access, feed, self._reactor)
         sign_in = SignIn(access, self._reactor, self._github, s.confirm, s.secret_variables)
         self.site.resource = Root(
@@ -403,6 +407,7 @@ class Daemon(MultiService):
             TargetAPI(access).app.resource(),
             access.origins,
         )
+        self._memory.start()
 
     def _names(self) -> frozenset[str]:
         """Return the names in the certificate of now."""
@@ -441,6 +446,7 @@ class Daemon(MultiService):
         atexit.register(os._exit, 1)
 
     async def _stop(self) -> None:
+        self._memory.stop()
         if self.tasks is not None:
             await self.tasks.stop(self._settings.drain_timeout)
             self.tasks.release()

@@ -14,6 +14,8 @@ MASK = "***"
 KEY_LIFE = 24 * 3600.0
 """Seconds for which an idempotency key counts."""
 
+_PASSED_OVER = 1000  # tasks, which takes next to no time
+
 COALESCE = 0.05
 """Seconds: news of output wakes the waiting at most this often (the first at once)."""
 
@@ -223,6 +225,8 @@ class News:
 
     Empty while there may be more new ones, so that no task changes before it is known.
     """
+    more: bool = False
+    """Whether there may be more than is read at a time."""
 
 
 Within = Sequence[tuple[str, str, str]] | None
@@ -244,6 +248,30 @@ class TaskQuery:
     offset: int = 0
     """How many of them are passed over."""
     within: Within = None
+
+    @property
+    def quick(self) -> bool:
+        """Whether these tasks are found without a look at those that do not match."""
+        if self.status in {Status.CREATED, Status.RUNNING}:
+            return True  # they have an index, and are few
+        narrow = (self.text, self.within, self.user, self.status)
+        if any(one is not None for one in narrow) or self.offset > _PASSED_OVER:
+            return False
+        return (self.app is None) == (self.env is None)
+
+
+@frozen
+class Found:
+    """The tasks that match a query, newest first: as many as are read at a time."""
+
+    tasks: Sequence[TaskSnapshot]
+    rest: Sequence[int] = ()
+    """The numbers of the others; see `TaskStore.read`."""
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of all of them."""
+        return [*(task.id for task in self.tasks), *self.rest]
 
 
 @define(eq=False)

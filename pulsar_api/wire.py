@@ -376,6 +376,14 @@ def list_head(base: str) -> bytes:
     return f'{{"url": {url}, "tasks": {{'.encode()
 
 
+def list_entry(
+    snapshot: TaskSnapshot, base: str, output: Output, part: "Part"
+) -> Iterator[bytes]:
+    """Yield a task of such a list piece by piece."""
+    yield b'"%d": ' % snapshot.id
+    yield from task_pieces(snapshot, base, output, part)
+
+
 @frozen
 class Part:
     """Which bytes of a task's output an answer holds."""
@@ -412,8 +420,8 @@ def task_pieces(
         fields["outputCut"] = {"from": cut[0], "to": cut[1]}
     if part.start:
         fields["outputOffset"] = part.start
-    head = json.dumps(fields, ensure_ascii=False)
-    yield f'{head[:-1]}, "output": "'.encode()
+    yield _opened(fields, "output")
+    del fields  # they may be large, and it may take long to write the rest
     yield from map(_escaped, output.text(part.start, part.end))
     yield b'"}'
 
@@ -446,13 +454,18 @@ def job_fields(snapshot: TaskSnapshot) -> dict[str, object]:
 
 def job_pieces(snapshot: TaskSnapshot, output: Output) -> Iterator[bytes]:
     """Yield the JSON of a job piece by piece; nothing of it is held."""
-    head = json.dumps(job_fields(snapshot), ensure_ascii=False)
     size = snapshot.output_size
-    yield f'{head[:-1]}, "stdout": "'.encode("utf-8", "replace")
+    yield _opened(job_fields(snapshot), "stdout")
     yield from map(_escaped, output.stdout(size))
     yield b'", "output": "'
     yield from map(_escaped, output.text(0, size))
     yield b'"}'
+
+
+def _opened(fields: dict[str, object], last: str) -> bytes:
+    """Return an object with one more field, as far as the begin of its text."""
+    head = json.dumps(fields, ensure_ascii=False)
+    return f'{head[:-1]}, "{last}": "'.encode("utf-8", "replace")
 
 
 def _escaped(text: str) -> bytes:

@@ -16,12 +16,16 @@ from pulsar_api.task import (
     Cause,
     Command,
     Exit,
+    Found,
     News,
     Process,
     TaskQuery,
     TaskSnapshot,
     Within,
 )
+
+ROWS = 3
+"""Tasks that are read at a time."""
 
 
 def steady_clock(clock: IReactorTime) -> SteadyClock:
@@ -144,14 +148,14 @@ class MemoryStore:
             return fail(StoreUnavailable("the fake is broken"))
         created = [row for number, row in self.rows.items() if number > known][:limit]
         if len(created) == limit:
-            return succeed(News(created, []))
+            return succeed(News(created, [], more=True))
         numbers = sorted((change, task_id) for task_id, change in self.changes.items())
         changed = [
             (change, self.rows[task_id])
             for change, task_id in numbers
             if change > since and task_id in self.rows and self.rows[task_id].revision > 1
         ]
-        return succeed(News(created, changed[:limit]))
+        return succeed(News(created, changed[:limit], len(changed) >= limit))
 
     def _count(self, task_id: int) -> None:
         self.count += 1
@@ -184,6 +188,13 @@ class MemoryStore:
         found = [row for row in reversed(self.rows.values()) if fits(row)]
         return succeed(found[query.offset :][: query.limit])
 
+    def search(self, query: TaskQuery) -> Deferred[Found]:
+        found = self.select(query)
+        return found.addCallback(lambda rows: _page([row.id for row in rows], self.rows))
+
+    def read(self, numbers: Sequence[int]) -> Deferred[Found]:
+        return succeed(_page(numbers, self.rows))
+
     def after(self, task_id: int, within: Within = None) -> Deferred[TaskSnapshot | None]:
         found = [
             row
@@ -210,6 +221,11 @@ class MemoryStore:
             return succeed(None)
         self._pending.append(Deferred())
         return self._pending[-1]
+
+
+def _page(numbers: Sequence[int], rows: Mapping[int, TaskSnapshot]) -> Found:
+    tasks = [rows[number] for number in numbers[:ROWS] if number in rows]
+    return Found(tasks, numbers[ROWS:])
 
 
 def _holds(row: TaskSnapshot, text: str | None) -> bool:

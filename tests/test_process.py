@@ -1380,7 +1380,9 @@ async def test_a_kill_before_the_shim_can_hear_it_is_not_lost(
     assert started.story.exits == []
     go.touch()
     exit = await started.story.end()
-    assert (exit.signal, exit.cause) == ("SIGTERM", Cause.KILL)
+    # It may hear it before it has started the command, which then never runs.
+    assert (exit.cause, exit.lost) == (Cause.KILL, False)
+    assert exit.signal in {"SIGTERM", None}
     killed_in_time(started, runner, 0)
 
 

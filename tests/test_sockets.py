@@ -556,6 +556,19 @@ def test_buffer_is_limited_with_and_without_tls() -> None:
         assert size == 2 * KERNEL_BUFFER
 
 
+def test_handshake_with_a_body_is_refused(world: World) -> None:
+    """The bytes of the body would be taken for frames."""
+    said = world.channel().shake("Content-Length: 11\r\n", behind=PING[:11])
+    assert said.startswith(b"HTTP/1.1 400 ")
+
+
+def test_sockets_that_stay_open_do_not_count_as_heads_of_strangers(world: World) -> None:
+    """So hundreds of them leave room for the heads of others, and none gives way."""
+    clients = [world.connect(f"Cookie: a={'x' * 8000}\r\n") for _ in range(600)]
+    assert world.site.strangers.total == 0
+    assert not any(client.cut for client in clients)
+
+
 # -- sessions by HTTP
 
 
@@ -576,6 +589,36 @@ def test_unknown_sessions_make_room_for_new_ones(world: World) -> None:
     assert post(client, "session1", "xhr_send", "[]").startswith(b"HTTP/1.1 404 ")
     last = f"session{SESSIONS + 9}"
     assert post(client, last, "xhr_send", "[]").startswith(b"HTTP/1.1 204 ")
+
+
+@pytest.mark.parametrize("route", ["xhr", "xhr_streaming"])
+def test_known_client_is_no_stranger_while_it_waits(world: World, route: str) -> None:
+    """Its head counts until it is known who it is."""
+    client, other = world.channel(), world.channel()
+    post(client, "joe", "xhr")
+    post(client, "joe", route)
+    assert world.site.strangers.total > 0
+    message = json.dumps([json.dumps({"token": ALICE.secret})])
+    assert post(other, "joe", "xhr_send", message).startswith(b"HTTP/1.1 204 ")
+    world.pass_turns()
+    assert world.site.strangers.total == 0
+    assert not client.cut
+
+
+def test_endless_body_that_nobody_wants_is_not_read_for_ever(world: World) -> None:
+    """It takes neither memory nor time."""
+    client = world.channel()
+    post(client, "joe", "xhr")
+    client.channel.dataReceived(
+        b"POST /websocket/000/joe/xhr_streaming HTTP/1.1\r\nHost: localhost\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n"
+    )
+    sent = 0
+    while client.line.producerState == "producing":
+        client.channel.dataReceived(b"400\r\n" + b"x" * 0x400 + b"\r\n")
+        sent += 0x400
+        assert sent < 100_000
+    assert client.line.producerState == "paused"
 
 
 def test_too_long_message_or_name_is_refused(world: World) -> None:

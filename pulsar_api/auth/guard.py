@@ -11,7 +11,16 @@ from pulsar_api.changes import Changes
 from pulsar_api.command import MAX_ACTION, MAX_NAME
 from pulsar_api.errors import InvalidInput, NotAllowed, NotRestartable, SecretsGone
 from pulsar_api.service import TaskService
-from pulsar_api.task import Command, News, Status, Task, TaskQuery, TaskSnapshot, TaskSpec
+from pulsar_api.task import (
+    Command,
+    Found,
+    News,
+    Status,
+    Task,
+    TaskQuery,
+    TaskSnapshot,
+    TaskSpec,
+)
 
 _RESTARTABLE = frozenset({Status.FAILED, Status.KILLED, Status.LOST})
 
@@ -95,9 +104,18 @@ class Guard:
 
     # -- many
 
-    async def list(self, query: TaskQuery) -> list[TaskSnapshot]:
+    async def search(self, query: TaskQuery) -> Found:
         """Return those of the tasks that match and may be seen, newest first."""
-        return await self._service.list(evolve(query, within=self._within()))
+        return await self._service.search(self.narrowed(query))
+
+    def narrowed(self, query: TaskQuery) -> TaskQuery:
+        """Return a query for those of the tasks that may be seen."""
+        return evolve(query, within=self._within())
+
+    async def read(self, numbers: Sequence[int]) -> Found:
+        """Return the first of these tasks, of those that may be seen."""
+        found = await self._service.read(numbers)
+        return Found([task for task in found.tasks if self.sees(task)], found.rest)
 
     async def next_after(self, number: int) -> TaskSnapshot | None:
         """Return the oldest newer task that may be seen, or None."""

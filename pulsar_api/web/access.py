@@ -21,6 +21,7 @@ from pulsar_api.auth.rights import Caller, Policy, Right
 from pulsar_api.auth.sessions import TOTAL, Sessions
 from pulsar_api.errors import NotAuthenticated, PulsarError
 from pulsar_api.service import TaskService
+from pulsar_api.web.body import BodyRequest
 from pulsar_api.web.origin import ForeignOrigin, Origins
 from pulsar_api.web.reply import header
 
@@ -122,6 +123,8 @@ class Access:
             self.audit.write(caller, right, allowed=False, path=_path(request))
             raise
         caller = await self.caller(shown, self.origins.address(request))
+        if isinstance(request, BodyRequest):
+            request.caller_known()
         if shown is not None:
             transport: Any = request.transport
             done = self.hold(shown, caller, transport.abortConnection)

@@ -215,8 +215,9 @@ class Feed:
         change, known = await self._surely(self._service.last_change)
         for status in (Status.RUNNING, Status.CREATED):
             query = TaskQuery(limit=MAX_LIST, status=status)
-            for found in await self._surely(partial(self._service.list, query)):
-                self._watch(found.id)
+            found = await self._surely(partial(self._service.search, query))
+            for number in found.numbers:
+                self._watch(number)
         while True:
             seen = self._service.changed.version
             news = await self._surely(partial(self._service.news, change, known, _BATCH))
@@ -226,7 +227,7 @@ class Feed:
                 self._watch(known)
             if news.changed:
                 change = news.changed[-1][0]
-            if max(len(news.created), len(news.changed)) == _BATCH:
+            if news.more:
                 continue
             if await self._service.changed.after(seen) == seen:
                 return

@@ -1,5 +1,6 @@
 """Following: the raw log of a task, and events of one task or of all, as they come."""
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -7,23 +8,22 @@ from typing import Any, ClassVar
 from attrs import frozen
 from klein import Klein
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IPushProducer, IReactorTime
+from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.web.server import Request
 from werkzeug.http import parse_range_header
-from zope.interface import implementer
 
 from pulsar_api import wire
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
 from pulsar_api.changes import Changes
-from pulsar_api.output import NAMES, Chunk, Output, Reader, Timed
+from pulsar_api.output import NAMES, PIECE, Chunk, Output, Reader, Timed
 from pulsar_api.rota import Rota
 from pulsar_api.service import MAX_ID
-from pulsar_api.task import COALESCE, Task
+from pulsar_api.task import COALESCE, Task, TaskSnapshot
 from pulsar_api.web.access import Access, needs
-from pulsar_api.web.reply import header, new_app, not_modified, problem
+from pulsar_api.web.reply import Valve, header, new_app, not_modified, problem
 from pulsar_api.web.tasks import find, query_of
 
 _log = Logger()
@@ -32,6 +32,7 @@ PING = 15.0
 """Seconds of silence after which an event stream says that it is alive."""
 
 _BATCH = 100  # tasks that are read at a time
+_EVENT = 4096  # bytes that could be written in the time that an event takes anyway
 _TURN = 64  # chunks that are written in one turn of the reactor
 _STREAMS = {name: code for code, name in NAMES.items()}
 _LOG = "text/plain; charset=utf-8"
@@ -202,18 +203,26 @@ class FollowAPI:
         while True:
             seen = changed.version
             news = await tasks.news(change, known, _BATCH)
-            for snapshot in news.created:
-                known = snapshot.id
-                if not tasks.sees(snapshot):
-                    continue
-                fields = wire.task_fields(snapshot.as_created(), base)
-                await outlet.write(wire.event("created", (change, known, 0), fields))
-            for change, snapshot in news.changed:
+            more = news.more
+            events: deque[tuple[str, int, TaskSnapshot]] = deque(
+                ("created", change, found.as_created()) for found in news.created
+            )
+            events.extend(("state", at, found) for at, found in news.changed)
+            del news
+            size = 0
+            while events:
+                kind, change, snapshot = events.popleft()
+                known = max(known, snapshot.id)
                 if not tasks.sees(snapshot):
                     continue
                 fields = wire.task_fields(snapshot, base)
-                await outlet.write(wire.event("state", (change, known, 0), fields))
-            if max(len(news.created), len(news.changed)) < _BATCH:
+                text = wire.event(kind, (change, known, 0), fields)
+                size += len(text) + _EVENT
+                await outlet.write(text)
+                if size >= PIECE:
+                    size = 0
+                    await self.rota.turn(tasks.caller.who)
+            if not more:
                 await outlet.wait(changed, seen)
                 # Of much that happens at once each stream asks a few times a second.
                 await deferLater(self.clock, COALESCE)
@@ -264,34 +273,6 @@ def _uncut(output: Output, start: int, end: int) -> Iterable[bytes]:
         yield piece
     if start < end:
         raise OSError("the output is shorter than was known")
-
-
-@implementer(IPushProducer)
-class Valve:
-    """Knows whether a client reads as fast as we write, and waits for it if not."""
-
-    _paused = False
-    _room: Deferred[None] | None = None
-
-    def pauseProducing(self) -> None:
-        """The client reads more slowly than we write."""
-        self._paused = True
-
-    def resumeProducing(self) -> None:
-        """It has read what there was."""
-        self._paused = False
-        room, self._room = self._room, None
-        if room is not None:
-            room.callback(None)
-
-    def stopProducing(self) -> None:
-        """The client is gone; whoever writes is cancelled."""
-
-    async def open(self) -> None:
-        """Wait until there is room for more."""
-        while self._paused:
-            self._room = Deferred()
-            await self._room
 
 
 class Outlet(Valve):

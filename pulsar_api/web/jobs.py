@@ -15,9 +15,10 @@ from pulsar_api import wire
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
 from pulsar_api.output import Output
-from pulsar_api.task import Command, TaskQuery
+from pulsar_api.task import Command, TaskQuery, TaskSnapshot
 from pulsar_api.web.access import Access, needs
 from pulsar_api.web.feed import Feed
+from pulsar_api.web.lists import Entry, Lists
 from pulsar_api.web.reply import new_app, reply
 from pulsar_api.web.tasks import find, query_of, respond
 
@@ -41,6 +42,7 @@ class JobAPI:
     feed: Feed
     ask: Callable[[Command], Awaitable[str]]
     """Returns what a command prints, "" if it cannot be run."""
+    lists: Lists
     _asking: DeferredSemaphore = field(factory=lambda: DeferredSemaphore(_LISTS))
 
     @app.route("/<app>/<env>/tasks", methods=["GET"])
@@ -58,20 +60,16 @@ class JobAPI:
     @app.route("/jobs", methods=["GET"])
     @needs(Right.READ)
     async def jobs(self, request: Request, tasks: Guard) -> bytes:
-        query = query_of(request)
-        page = wire.parse_number(query, "currentPage", 0, _MOST_PAGES)
-        size = wire.parse_number(query, "pageSize", 10, wire.MAX_LIST)
-        found = await tasks.list(TaskQuery(limit=size, offset=page * size))
-        shown = [wire.with_output(task, self.folder) for task in found]
-        pieces = chain(
-            [b"["],
-            *(
-                chain([b", " if place else b""], wire.job_pieces(task, output))
-                for place, (task, output) in enumerate(shown)
-            ),
-            [b"]\n"],
-        )
-        return await respond(request, pieces, 2 * sum(out.weight() for _, out in shown))
+        given = query_of(request)
+        page = wire.parse_number(given, "currentPage", 0, _MOST_PAGES)
+        size = wire.parse_number(given, "pageSize", 10, wire.MAX_LIST)
+        query = TaskQuery(limit=size, offset=page * size)
+
+        def entry(task: TaskSnapshot) -> Entry:
+            task, output = wire.with_output(task, self.folder)
+            return Entry(2 * output.weight(), wire.job_pieces(task, output))
+
+        return await self.lists.answer(request, tasks, query, entry, b"[", b"]\n")
 
     @app.route("/job/<number>", methods=["GET"])
     @needs(Right.READ)

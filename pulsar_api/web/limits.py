@@ -1,7 +1,8 @@
-"""What one address may take: connections at a time, requests in a second."""
+"""What one address, one caller, or all together may take: connections, requests, memory."""
 
 import ipaddress
 from collections import OrderedDict
+from typing import Protocol
 
 from attrs import define, field
 from twisted.internet.address import IPv4Address, IPv6Address
@@ -89,3 +90,67 @@ class Rate:
         if len(self.buckets) > self.sources:
             self.buckets.popitem(last=False)
         return 0.0 if may else (1 - tokens) / self.per_second
+
+
+@define(eq=False)
+class Budget:
+    """Counts bytes that are held for many: in total, and for each."""
+
+    total: int
+    share: int
+    """How many of them may be for one."""
+    used: int = field(default=0, init=False)
+    held: dict[str, int] = field(factory=dict, init=False)
+
+    def take(self, name: str | None, size: int) -> bool:
+        """Return whether there is room; it then has to be given back. None: no count."""
+        if name is None:
+            return True
+        held = self.held.get(name, 0) + size
+        if held > self.share or self.used + size > self.total:
+            return False
+        self.held[name] = held
+        self.used += size
+        return True
+
+    def give_back(self, name: str | None, size: int) -> None:
+        """Take back what was taken."""
+        if name is None or not size:
+            return
+        self.used -= size
+        self.held[name] -= size
+        if not self.held[name]:
+            del self.held[name]
+
+
+class Holder(Protocol):
+    """Somebody who can give way."""
+
+    def give_way(self) -> None:
+        """Hold nothing more."""
+
+
+@define(eq=False)
+class Strangers:
+    """Counts bytes that are held for those of whom nobody knows yet who they are.
+
+    If there are too many, who holds most of them gives way: a request that is meant well
+    is small, and known in a moment.
+    """
+
+    most: int
+    total: int = field(default=0, init=False)
+    held: dict[Holder, int] = field(factory=dict, init=False)
+
+    def hold(self, who: Holder, size: int) -> None:
+        """Count so many bytes more; somebody, or this one, may have to give way."""
+        self.held[who] = self.held.get(who, 0) + size
+        self.total += size
+        while self.total > self.most:
+            largest = max(self.held, key=self.held.__getitem__)
+            self.free(largest)
+            largest.give_way()
+
+    def free(self, who: Holder) -> None:
+        """Count nothing any more for somebody."""
+        self.total -= self.held.pop(who, 0)

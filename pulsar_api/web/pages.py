@@ -16,6 +16,7 @@ from twisted.web.server import Request
 from werkzeug.exceptions import NotFound
 
 from pulsar_api.web.access import Access
+from pulsar_api.web.body import BodyRequest
 from pulsar_api.web.headers import PAGE_POLICY
 from pulsar_api.web.origin import Origins, UnknownHost
 from pulsar_api.web.reply import header, new_app, not_modified, problem, reply
@@ -172,6 +173,8 @@ class Root(Resource):
             detail = "This method or target is not understood."
             return problem(request, 400, "malformed", "Bad Request", detail)
         answer: bytes | int = self._for(segments).render(request)
+        if segments[0] == b"websocket" and isinstance(request, BodyRequest):
+            request.caller_known()  # of those who say it later there are only so many
         return answer
 
     def _for(self, segments: list[bytes]) -> IResource:

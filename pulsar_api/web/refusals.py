@@ -7,6 +7,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
 from pulsar_api import wire
+from pulsar_api.web.body import MAX_BODY
 from pulsar_api.web.headers import ALWAYS
 from pulsar_api.web.reply import problem
 
@@ -14,7 +15,9 @@ HEAD_DEADLINE = 10.0
 """Seconds from a request's first byte to the end of its head, however it trickles."""
 BODY_DEADLINE = 30.0
 """Seconds for the whole body."""
-MAX_BODY = 1 << 20
+MAX_HEADERS = 100
+MAX_NAME = 128
+"""Bytes of the name of a header."""
 PENALTY = 1.0
 """Seconds after which who asks too often is told so."""
 
@@ -48,7 +51,8 @@ MALFORMED = _raw_problem(
     400,
     "Bad Request",
     "malformed",
-    "This is no HTTP/1.1 request whose head has 16 KiB at most.",
+    "This is no HTTP/1.1 request whose head has 16 KiB at most, in "
+    f"{MAX_HEADERS} headers with names of {MAX_NAME} bytes at most.",
 )
 TOO_MANY = _raw_problem(
     503,

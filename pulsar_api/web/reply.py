@@ -6,7 +6,7 @@ from typing import Any
 
 from klein import Klein
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IPullProducer
+from twisted.internet.interfaces import IPullProducer, IPushProducer
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.server import Request
@@ -14,6 +14,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from zope.interface import implementer
 
 from pulsar_api import errors, wire
+from pulsar_api.web import body
 from pulsar_api.web.headers import PAGE_POLICY
 from pulsar_api.web.origin import ForeignOrigin
 
@@ -43,6 +44,9 @@ _PROBLEMS: dict[type[errors.PulsarError], tuple[int, str, str, int | None]] = {
     errors.QueueFull: (503, "queue-full", "Queue full", 10),
     errors.ShuttingDown: (503, "stopping", "Daemon is stopping", 5),
     errors.StoreUnavailable: (503, "store-unavailable", "State unavailable", 10),
+    body.BodyTooLarge: (413, "body-too-large", "Content Too Large", None),
+    body.BodyTooSlow: (408, "too-slow", "Request Timeout", None),
+    body.BodiesFull: (503, "bodies-full", "No room for the body", 5),
 }
 
 
@@ -109,6 +113,34 @@ class _Pump:
 
     def stopProducing(self) -> None:
         self._pieces = iter(())
+
+
+@implementer(IPushProducer)
+class Valve:
+    """Knows whether a client reads as fast as we write, and waits for it if not."""
+
+    _paused = False
+    _room: Deferred[None] | None = None
+
+    def pauseProducing(self) -> None:
+        """The client reads more slowly than we write."""
+        self._paused = True
+
+    def resumeProducing(self) -> None:
+        """It has read what there was."""
+        self._paused = False
+        room, self._room = self._room, None
+        if room is not None:
+            room.callback(None)
+
+    def stopProducing(self) -> None:
+        """The client is gone; whoever writes is cancelled."""
+
+    async def open(self) -> None:
+        """Wait until there is room for more."""
+        while self._paused:
+            self._room = Deferred()
+            await self._room
 
 
 def new_app() -> Klein:

@@ -30,6 +30,7 @@ from pulsar_api.errors import (
     TooManyFailures,
 )
 from pulsar_api.web.access import IS_TOKEN, Access, cookies, set_session
+from pulsar_api.web.body import FORM, body_of
 from pulsar_api.web.reply import header, new_app, page, reply
 from pulsar_api.web.tasks import query_of
 
@@ -71,7 +72,7 @@ class SignIn:
     async def login(self, request: Request) -> bytes:
         """Begin a session for a user and password, or for a token."""
         self.access.origins.check(request)
-        body = b"" if request.content is None else request.content.read()
+        body = await body_of(request, None, FORM)
         fields = wire.parse_form(header(request, "content-type"), body)
         user, secret = fields.get("user", ""), fields.get("password", "")
         target = local(fields.get("next", ""))

@@ -1,6 +1,7 @@
 """The bounds that ``twisted.web`` lacks: deadlines, sizes, numbers; and no access log."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any, cast
 
 from attrs import frozen
@@ -12,20 +13,22 @@ from twisted.internet.interfaces import (
 )
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
-from twisted.web.http import HTTPChannel
+from twisted.web.http import HTTPChannel, _MalformedChunkedDataError
 from twisted.web.http import Request as HTTPRequest
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IRequest
 from twisted.web.resource import IResource
-from twisted.web.server import Request, Site
+from twisted.web.server import Site
 
 from pulsar_api.web import limits
+from pulsar_api.web.body import MAX_BODY, Body, BodyRequest, BodyTooSlow
 from pulsar_api.web.headers import ALWAYS
 from pulsar_api.web.refusals import (
     BODY_DEADLINE,
     HEAD_DEADLINE,
     MALFORMED,
-    MAX_BODY,
+    MAX_HEADERS,
+    MAX_NAME,
     TOO_LARGE,
     TOO_MANY,
     TOO_MANY_FROM_ADDRESS,
@@ -44,33 +47,57 @@ YIELD = 10.0
 """Seconds after which a connection that does nothing gives way when all are taken."""
 BURST = 5
 """Seconds' worth of requests that an address may send at once."""
+STRANGERS = 4 << 20
+"""Bytes that are held for all of whom nobody knows yet who they are."""
+BODIES = 12 << 20
+"""Bytes of bodies that are held for all callers together; for one, a third of it."""
+REST = 1 << 16
+"""Bytes of a body that nobody wants that are read for the next request's sake."""
+LINE = 300
+"""Bytes that a line of a head takes beside those it has."""
 LINGER = 2.0
 """Seconds in which a refused client can read why, before the connection is cut."""
 _MAX_REFUSED = 64  # connections that are being told that there are too many
 
 
-class BoundedRequest(Request):
-    """A request whose body is kept in memory and has a bound."""
+class BoundedRequest(BodyRequest):
+    """A request that is answered from its head on, and whose body has a bound."""
 
     channel: "BoundedChannel"
-    _received = 0
 
     def gotLength(self, length: int | None) -> None:
         """Refuse a body that announces itself as too large before it is sent."""
-        super().gotLength(0)  # always in memory, never a temporary file
+        super().gotLength(0)  # `body` has it
         if length is not None and length > MAX_BODY:
             self.channel.refuse(TOO_LARGE)
+        elif length != 0:
+            channel = self.channel
+            self.body = Body(
+                length, channel.site.bodies, channel.body_wanted, channel.body_waits
+            )
 
     def handleContentChunk(self, data: bytes) -> None:
-        """Count while it arrives: a chunked body announces nothing."""
-        self._received += len(data)
-        if self._received > MAX_BODY:
-            self.channel.refuse(TOO_LARGE)
-        else:
-            super().handleContentChunk(data)
+        """Take a piece of the body."""
+        assert self.body is not None
+        self.body.receive(data)
+
+    def caller_known(self) -> None:
+        """Count what this connection holds no longer as that of somebody unknown."""
+        if not self.finished and self.channel is not None:
+            self.channel.caller_known()
+
+    def connectionLost(self, reason: Failure) -> None:
+        """Hold nothing any more."""
+        if self.body is not None:
+            self.body.drop()
+        super().connectionLost(reason)
 
     def process(self) -> None:
         """Begin the answer with what every answer has."""
+        # Thousands of parameters and cookies take a hundred times their bytes; who wants
+        # one reads it from the head.
+        self.args = {}
+        self.received_cookies.clear()
         site = self.channel.site
         if site.hsts and self.isSecure():
             self.setHeader("Strict-Transport-Security", f"max-age={site.hsts}")
@@ -88,6 +115,7 @@ class BoundedChannel(HTTPChannel):
     source: str | None
     """Whom it counts for, see `limits.source`."""
     transport: Any  # TCP or TLS round it; both can abort
+    maxHeaders = MAX_HEADERS
     stall = STALL
     """How long this client may leave what fills its buffer."""
     _deadline: IDelayedCall | None = None
@@ -95,6 +123,16 @@ class BoundedChannel(HTTPChannel):
     _serving = False
     _refused = False
     _gone = False
+    _known = False
+    """Whether somebody knows who has sent the request that is being answered."""
+    _decoder: Any = None
+    """Twisted's, of the body that is on its way."""
+    _promised = False
+    """Whether a client waits for ``100 Continue`` before it sends that."""
+    _late = False
+    """Whether the time for it is over."""
+    _hanging_up = False
+    """Whether the answer that is being sent is the last one."""
 
     def connectionMade(self) -> None:
         """Start the clock: whoever connects has to say something."""
@@ -106,9 +144,13 @@ class BoundedChannel(HTTPChannel):
         """Take bytes, unless the request they belong to has been refused."""
         if self._refused:
             return
-        if self._deadline is None and not self._serving:
+        if self._deadline is None and not self._serving and self._decoder is None:
             self._expect(HEAD_DEADLINE)
+        # A head of many lines takes more than its bytes.
+        lines = data.count(b"\n") if self.line_mode else 0
         super().dataReceived(data)
+        if not self._known and (self.requests or self._buffer) and not self._gone:
+            self.site.strangers.hold(self, len(data) + LINE * lines)
 
     def lineReceived(self, line: bytes) -> None:
         """Take a line of the head, unless an earlier one was refused."""
@@ -119,33 +161,125 @@ class BoundedChannel(HTTPChannel):
         """Say why, where Twisted would only hang up."""
         self.refuse(MALFORMED)
 
+    def headerReceived(self, line: bytes) -> bool:
+        """Refuse a name that is too long; Twisted keeps 10,000 of them for ever."""
+        if line.find(b":") > MAX_NAME:
+            self.refuse(MALFORMED)
+            return False
+        received: bool = super().headerReceived(line)
+        return received
+
     def allHeadersReceived(self) -> None:
-        """The head is there in time."""
-        self._expect(BODY_DEADLINE)
+        """The head is there in time; the answer begins before the body has come."""
+        self._expect(None)
         super().allHeadersReceived()
+        if not self._refused and self.length != 0:
+            self._decoder = self._transferDecoder
+            self.length = 0  # for Twisted the request is whole
 
     def allContentReceived(self) -> None:
-        """The request is whole; how long its answer takes is nobody's fault."""
+        """Begin the answer; how long that takes is nobody's fault."""
         if self._refused:
             return
-        self._expect(None)
-        self._serve(True)
+        if self._decoder is None:
+            self._expect(None)
+            self._serve(True)
         super().allContentReceived()
 
     def requestDone(self, request: IRequest) -> None:
         """The answer is written; the next request may already be here."""
         self.stall = STALL
         self._serve(False)
+        self._forget_caller()
+        if isinstance(request, BodyRequest) and request.body is not None:
+            request.body.drop()
+        if self._decoder is None:
+            super().requestDone(request)
+            return
+        # The rest of the body comes between this answer and the next request.
+        hanging_up = self._hanging_up or not self.persistent
+        self.persistent = 1
         super().requestDone(request)
+        self.setRawMode()
+        if hanging_up:
+            # Not at once: who is still sending would not read why.
+            self._refused = True
+            self._expect(LINGER)
+        else:
+            self._expect(BODY_DEADLINE)
+
+    # -- the body
+
+    def body_wanted(self) -> None:
+        """Let the body come, which has its time from now on."""
+        if self._promised:
+            self._promised = False
+            super()._send100Continue()
+        self._expect(BODY_DEADLINE)
+        if not self._waitingForTransport:
+            self._networkProducer.resumeProducing()
+
+    def body_waits(self) -> None:
+        """Read nothing more until somebody wants it."""
+        self._networkProducer.pauseProducing()
+
+    def rawDataReceived(self, data: bytes) -> None:
+        """Take a part of the body, or what comes behind a request that is answered."""
+        if self._refused:
+            return
+        if self._decoder is None:
+            super().rawDataReceived(data)
+            return
+        try:
+            self._decoder.dataReceived(data)
+        except _MalformedChunkedDataError:
+            self.refuse(MALFORMED)
+
+    def _finishRequestBody(self, rest: bytes) -> None:
+        self._decoder = None
+        self._promised = False
+        self._expect(None)
+        if not self.requests:
+            self.setLineMode(rest)  # the answer was there before
+            return
+        self._serve(True)
+        request = cast("BoundedRequest", self.requests[-1])
+        if rest:
+            super().rawDataReceived(rest)
+        assert request.body is not None
+        request.body.end()
+
+    def _can_go_on(self) -> bool:
+        """Return whether the rest of a body that nobody wants is worth waiting for."""
+        body = cast("BoundedRequest", self.requests[0]).body
+        if body is None or body.length is None or self._promised or self._late:
+            return False
+        return body.length - body.received <= REST
+
+    # -- who it is
+
+    def caller_known(self) -> None:
+        """What this connection holds is that of somebody who is known."""
+        self._known = True
+        self.site.strangers.free(self)
+
+    def _forget_caller(self) -> None:
+        self._known = False
+        self.site.strangers.free(self)
 
     def writeHeaders(
         self, version: bytes, code: bytes, reason: bytes, headers: Headers
     ) -> None:
         """Send the head of an answer, whoever made it; which version of what is secret."""
+        if self._refused:
+            return
         headers.removeHeader("Server")
         for name, value in ALWAYS:
             if not headers.hasHeader(name):
                 headers.setRawHeaders(name, [value])
+        if self._decoder is not None and not self._can_go_on():
+            self._hanging_up = True
+            headers.setRawHeaders("Connection", ["close"])
         super().writeHeaders(version, code, reason, headers)
 
     def pauseProducing(self) -> None:
@@ -174,18 +308,38 @@ class BoundedChannel(HTTPChannel):
         self._serve(False)
         self._leave()
         super().connectionLost(reason)
+        self._decoder = None
 
     def give_way(self) -> None:
-        """Hang up at once: somebody else needs the place."""
+        """Hang up at once: somebody else needs the place, or the memory."""
+        self._refused = True
+        # Twisted lets go in its next turn only, after it has taken from all others.
+        self._buffer, self._dataBuffer = b"", []
+        for request in self.requests:
+            request.requestHeaders = Headers()
         self._leave()
         self.transport.abortConnection()
 
     def refuse(self, answer: bytes) -> None:
         """Answer now, read no more, and cut when the client had time to read it."""
+        if self._refused:
+            return
+        self._refused = True
+        if self.requests and self.requests[0].startedWriting:
+            self.transport.abortConnection()
+            return
+        self.transport.write(self.site.strict(answer, self.transport))
+        self._expect(LINGER)
+
+    def write(self, data: bytes) -> None:
+        """Send a part of an answer, if its request was not refused meanwhile."""
         if not self._refused:
-            self._refused = True
-            self.transport.write(self.site.strict(answer, self.transport))
-            self._expect(LINGER)
+            super().write(data)
+
+    def writeSequence(self, iovec: Iterable[bytes]) -> None:
+        """Send parts of an answer, likewise."""
+        if not self._refused:
+            super().writeSequence(iovec)
 
     def _serve(self, serving: bool) -> None:  # noqa: FBT001
         self.site.serving += serving - self._serving
@@ -203,6 +357,7 @@ class BoundedChannel(HTTPChannel):
         if not self._gone:
             self._gone = True
             self._note()
+            self._forget_caller()
             self.site.left(self)
 
     def _flows(self) -> None:
@@ -218,8 +373,8 @@ class BoundedChannel(HTTPChannel):
         self.refuse(MALFORMED)
 
     def _send100Continue(self) -> None:
-        if not self._refused:
-            super()._send100Continue()
+        # Not before somebody wants the body.
+        self._promised = True
 
     def _expect(self, seconds: float | None) -> None:
         if self._deadline is not None:
@@ -230,8 +385,13 @@ class BoundedChannel(HTTPChannel):
 
     def _too_late(self) -> None:
         self._deadline = None
-        if self._refused:
+        if self._refused or (self._decoder is not None and not self.requests):
             self.transport.abortConnection()
+        elif self._decoder is not None:
+            self._late = True
+            body = cast("BoundedRequest", self.requests[-1]).body
+            assert body is not None
+            body.fail(BodyTooSlow(BODY_DEADLINE))
         else:
             self.refuse(TOO_SLOW)
 
@@ -304,6 +464,8 @@ class BoundedSite(Site):
         if most.connections_of_address:
             share = min(most.connections_of_address, self.most // 4)
         self._places = limits.Places(share)
+        self.bodies = limits.Budget(BODIES, BODIES // 3)
+        self.strangers = limits.Strangers(STRANGERS)
         per_second = most.requests_of_address or 10**9
         self._rate = limits.Rate(clock, per_second, BURST * per_second)
 

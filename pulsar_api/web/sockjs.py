@@ -18,6 +18,7 @@ from twisted.web.server import NOT_DONE_YET, Request
 
 from pulsar_api.errors import PulsarError
 from pulsar_api.web.access import Access, cookies
+from pulsar_api.web.body import BodyRequest, body_of
 from pulsar_api.web.feed import Feed
 from pulsar_api.web.follow import Outlet
 from pulsar_api.web.reply import header, new_app, problem, reply
@@ -140,6 +141,7 @@ class SockJS:
                 if opens:
                     # This very request is the proof that the session is the client's.
                     frame: Frame | None = await session.visit.frame()
+                    _note_known(request, session)
                 else:
                     frame = await self._frame(request, session)
                 if frame is None:
@@ -152,17 +154,13 @@ class SockJS:
         return outlet.end()
 
     @app.route("/websocket/<server>/<name>/xhr_send", methods=["POST"])
-    def send(self, request: Request, server: str, name: str) -> bytes:
+    async def send(self, request: Request, server: str, name: str) -> bytes:
         self.access.origins.check(request)
         session = self._sessions.get(name)
         if session is None or not self._is_theirs(request, session):
             detail = "There is no such session; it may have ended."
             return problem(request, 404, "unknown-session", "Unknown session", detail)
-        body = b"" if request.content is None else request.content.read(MAX_MESSAGE + 1)
-        if len(body) > MAX_MESSAGE:
-            detail = f"body: a message may have {MAX_MESSAGE} bytes at most"
-            return problem(request, 413, "body-too-large", "Content too large", detail)
-        messages = _messages(body)
+        messages = _messages(await body_of(request, None, MAX_MESSAGE))
         if messages is None:
             detail = "body: must be a JSON array of texts"
             return problem(request, 400, "invalid-input", "Invalid input", detail, "body")
@@ -190,6 +188,7 @@ class SockJS:
                 return BEAT
             if visit.known and not self._is_theirs(request, session):
                 return None
+        _note_known(request, session)
         return await visit.frame()
 
     async def _send(self, outlet: "_Outlet", session: _Session, frame: Frame) -> None:
@@ -337,10 +336,16 @@ def _not_theirs(request: Request) -> bytes:
     return body
 
 
+def _note_known(request: Request, session: _Session) -> None:
+    """Count what a connection holds as that of somebody known, once its visitor is."""
+    if isinstance(request, BodyRequest) and session.visit.known:
+        request.caller_known()
+
+
 def _drop_body(request: Request) -> None:
     """Free the body of a request that is answered slowly: nobody reads it."""
-    if request.content is not None:
-        request.content.close()
+    if isinstance(request, BodyRequest) and request.body is not None:
+        request.body.drop()
 
 
 def _folder(request: Request) -> str:

@@ -19,10 +19,13 @@ from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
 from pulsar_api.errors import UnknownTask
 from pulsar_api.output import Output
+from pulsar_api.rota import Rota
 from pulsar_api.service import MAX_ID
 from pulsar_api.task import Task, TaskSnapshot
 from pulsar_api.web.access import Access, needs
+from pulsar_api.web.body import body_of
 from pulsar_api.web.feed import Feed
+from pulsar_api.web.lists import Entry, Lists
 from pulsar_api.web.reply import header, new_app, not_modified, reply, stream
 from pulsar_api.wire import Part
 
@@ -61,7 +64,12 @@ class TaskAPI:
     poll_timeout: float = 30.0
     feed: Feed | None = None
     """Who is told which task's POST is being answered."""
+    lists: Lists = field()
     _shared: OrderedDict[tuple[object, ...], bytes] = field(factory=OrderedDict)
+
+    @lists.default
+    def _lists(self) -> Lists:
+        return Lists(self.clock, Rota(self.clock))
 
     # -- tasks
 
@@ -71,27 +79,19 @@ class TaskAPI:
         query = query_of(request)
         wanted = wire.parse_task_query(query)
         how = wire.parse_choice(query, "output", "tail", _OUTPUTS)
-        found = await tasks.list(wanted)
-        if len(found) == wanted.limit and found[-1].id > 1:
-            more = urlencode({**query, "before": found[-1].id})
-            request.setHeader("Link", f'</tasks?{more}>; rel="next"')
         base = self._base(request)
-        shown = [wire.with_output(task, self.folder) for task in found]
-        parts = [Part.chosen(how, task, output) for task, output in shown]
-        pieces = chain(
-            [wire.list_head(base)],
-            *(
-                chain(
-                    [f'{", " if number else ""}"{task.id}": '.encode()],
-                    wire.task_pieces(task, base, output, part),
-                )
-                for number, ((task, output), part) in enumerate(
-                    zip(shown, parts, strict=True)
-                )
-            ),
-            [b"}}\n"],
-        )
-        return await respond(request, pieces, sum(part.size for part in parts))
+
+        def entry(task: TaskSnapshot) -> Entry:
+            task, output = wire.with_output(task, self.folder)
+            part = Part.chosen(how, task, output)
+            return Entry(part.size, wire.list_entry(task, base, output, part))
+
+        def more(last: int) -> None:
+            path = urlencode({**query, "before": last})
+            request.setHeader("Link", f'</tasks?{path}>; rel="next"')
+
+        begin = wire.list_head(base)
+        return await self.lists.answer(request, tasks, wanted, entry, begin, b"}}\n", more)
 
     @app.route("/tasks/created", methods=["GET"])
     @needs(Right.READ)
@@ -104,15 +104,15 @@ class TaskAPI:
         # A number from the future is from another database: take it as "from now on".
         seen = min(since, created.version)
         until = self.clock.seconds() + seconds
-        while True:
-            newest = created.version
-            task = await tasks.next_after(seen)
-            if task is not None:
-                break
+        newest = created.version
+        task = await self.lists.next_after(tasks, seen) if seen < newest else None
+        while task is None:
             seen = newest  # those that this caller may not see are none
             left = until - self.clock.seconds()
             if left <= 0 or await self._wait(created.after(seen), left) in {0, seen}:
                 return reply(request, _UNCHANGED)
+            newest = created.version
+            task = await tasks.next_after(seen)
         task, output = wire.with_output(task, self.folder)
         part = Part.chosen(how, task, output)
         return await self._changed(request, task, part, output=output)
@@ -120,9 +120,11 @@ class TaskAPI:
     @app.route("/<app:app>/<env>", methods=["POST"])
     @needs(Right.RUN)
     async def create(self, request: Request, tasks: Guard, app: str, env: str) -> bytes:
-        body = request.content.read() if request.content is not None else b""
-        kind = header(request, "content-type")
-        asked = wire.parse_new_task(kind, body, query_of(request))
+        asked = wire.parse_new_task(
+            header(request, "content-type"),
+            await body_of(request, tasks.caller.who),
+            query_of(request),
+        )
         variables, secret = asked.variables, asked.secret
         key = wire.parse_key(request.requestHeaders.getRawHeaders("idempotency-key"))
         task = await tasks.create(app, env, asked.action, variables, secret, key)

@@ -8,6 +8,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
+from twisted.web.http_headers import Headers
 from twisted.web.server import Request
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import BytesMessage, CloseConnection, Event, Ping, TextMessage
@@ -18,7 +19,8 @@ from wsproto.utilities import (
     generate_accept_token,
 )
 
-from pulsar_api.web.follow import Valve
+from pulsar_api.web.body import BodyRequest
+from pulsar_api.web.reply import Valve
 from pulsar_api.web.site import LINGER
 
 MAX_MESSAGE = 8192
@@ -73,7 +75,11 @@ class TokenBucket:
 
 
 def handshake(request: Request) -> bytes | None:
-    """Return the answer that makes a request a WebSocket; None if it is no handshake."""
+    """Return the answer that makes a request a WebSocket; None if it is no handshake.
+
+    A handshake has no body: a request is answered from its head on, so the bytes of a body
+    would be taken for frames.
+    """
     headers = request.requestHeaders
 
     def words(name: bytes) -> set[bytes]:
@@ -83,6 +89,7 @@ def handshake(request: Request) -> bytes | None:
     keys = headers.getRawHeaders(b"sec-websocket-key", [])
     if (
         request.clientproto != b"HTTP/1.1"
+        or (isinstance(request, BodyRequest) and request.body is not None)
         or b"websocket" not in words(b"upgrade")
         or b"upgrade" not in words(b"connection")
         or headers.getRawHeaders(b"sec-websocket-version") != [b"13"]
@@ -122,6 +129,10 @@ class WebSocket(Valve):
         self._channel.rawDataReceived = self.dataReceived
         self._channel.transport.write(answer)
         self._request.registerProducer(self, True)
+        # The head is no longer needed, and a socket that stays is not what strangers hold.
+        self._request.requestHeaders = Headers()
+        if isinstance(self._request, BodyRequest):
+            self._request.caller_known()
 
     # -- what a subclass does
 

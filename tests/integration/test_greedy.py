@@ -1,23 +1,36 @@
 """Clients that want more than their share: sign-ins, bodies, lists and searches."""
 
+import json
 import os
+import select
+import selectors
 import socket
 import sqlite3
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from pulsar_api.auth import records
 from pulsar_api.auth.audit import FILE, VISITS, AuditLog
 from tests.integration.conftest import Start
-from tests.integration.daemon import Answer, Daemon, next_answer, wait_for
+from tests.integration.daemon import PATIENCE, Answer, Daemon, next_answer, wait_for
 from tests.integration.others import Times, others
 
 FULL = bool(os.environ.get("PULSAR_HOSTILE"))
 """Whether to attack as hard as is promised to be borne, and to judge how fast it is."""
 SECONDS = 10 if FULL else 1
 SESSIONS = 300_000 if FULL else 2_000
+TASKS = 1000 if FULL else 40
+"""Tasks with as many variables as there may be."""
+SMALL_TASKS = 100_000 if FULL else 3_000
+READERS = 20 if FULL else 4
+STALLED = 50 if FULL else 6
+SEARCHERS = 50 if FULL else 10
+STRANGERS = 1000 if FULL else 100
 MIB = 1 << 20
 FLAT = 16 * MIB
 """Bytes that the daemon's memory may grow by in the end."""
@@ -39,11 +52,11 @@ def new_tokens(
     return [{"Authorization": f"Bearer {secret}"} for secret in secrets]
 
 
-def begin(sock: socket.socket, method: str, path: str, **headers: str) -> None:
-    """Send the head of a request."""
+def head(method: str, path: str, headers: Mapping[str, str]) -> bytes:
+    """Return the head of a request."""
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    sock.sendall("\r\n".join([*lines, "", ""]).encode())
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode()
 
 
 def test_many_right_tokens_at_once_are_all_let_in(start: Start) -> None:
@@ -53,7 +66,7 @@ def test_many_right_tokens_at_once_are_all_let_in(start: Start) -> None:
     with ExitStack() as stack:
         socks = [stack.enter_context(closing(daemon.open_socket())) for _ in headers]
         for sock, shown in zip(socks, headers, strict=True):
-            begin(sock, "GET", "/tasks?limit=1", **shown)
+            sock.sendall(head("GET", "/tasks?limit=1", shown))
         assert [next_answer(sock).status for sock in socks] == [200] * len(headers)
 
 
@@ -124,3 +137,326 @@ def test_one_user_who_signs_in_without_end_disturbs_nobody(start: Start) -> None
     assert found[0] == "run"
     assert found.count("sign-in") < signed_in
     assert sum(entry.get("times", 1) for entry in log.read()) == signed_in + 1
+
+
+# -- lists and searches
+
+LARGE = 60_000
+"""Characters of the variables of a task."""
+LIST = "/tasks?limit=1000&output=none"
+FOREVER = ("--keep-tasks", "0", "--keep-days", "0")
+
+
+def fill_tasks(daemon: Daemon, number: int, size: int) -> None:
+    """Let a daemon begin again with so many ended tasks, and variables of that size."""
+    daemon.stop()
+    now = time.time()
+    row = (json.dumps({"data": "x" * size}), f"deploy data={'x' * size}", now, now, now)
+    with closing(sqlite3.connect(daemon.state / "pulsar-api.db")) as db, db:
+        db.executemany(
+            "INSERT INTO task (revision, status, app, env, action, variables, command,"
+            " exit_code, created_at, started_at, ended_at, output_size)"
+            " VALUES (3, 'finished', 'site', 'prod', 'deploy', ?, ?, 0, ?, ?, ?, 0)",
+            [row] * number,
+        )
+    daemon.start()
+
+
+class Crowd:
+    """Clients that ask for the same again and again, each on its own connection."""
+
+    def __init__(
+        self, daemon: Daemon, clients: int, path: str, headers: Mapping[str, str]
+    ) -> None:
+        self.selector = selectors.DefaultSelector()
+        self.head = head("GET", path, headers)
+        self.answers = 0
+        self.largest = 0
+        for _ in range(clients):
+            sock = daemon.open_socket()
+            self.selector.register(sock, selectors.EVENT_READ, bytearray())
+            sock.sendall(self.head)
+            sock.setblocking(False)
+
+    def go_on(self, seconds: float, least: int) -> None:
+        """Read and ask until the time is over and there were enough answers."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until or self.answers < least:
+            for key, _ in self.selector.select(1):
+                sock: Any = key.fileobj
+                data = sock.recv(1 << 20)
+                assert data, "the daemon has hung up"
+                key.data.extend(data)
+                if _is_whole(key.data):
+                    assert key.data.startswith(b"HTTP/1.1 200 "), key.data[:1000]
+                    self.answers += 1
+                    self.largest = max(self.largest, len(key.data))
+                    key.data.clear()
+                    sock.sendall(self.head)
+
+    def close(self) -> None:
+        """Hang up."""
+        for key in list(self.selector.get_map().values()):
+            sock: Any = key.fileobj
+            sock.close()
+        self.selector.close()
+
+
+def _is_whole(data: bytearray) -> bool:
+    begin = data.find(b"\r\n\r\n")
+    if begin < 0:
+        return False
+    for line in bytes(data[:begin]).split(b"\r\n"):
+        if line.startswith(b"Content-Length: "):
+            return len(data) - begin - 4 >= int(line[16:])
+    return data.endswith(b"\r\n0\r\n\r\n")
+
+
+def test_huge_lists_disturb_nobody(start: Start) -> None:
+    """Those who ask for them wait for each other, and for nothing that others do."""
+    daemon = start("--command", "true", *FOREVER)
+    fill_tasks(daemon, TASKS, LARGE)
+    whole = daemon.get(LIST)
+    assert list(map(int, whole.json()["tasks"])) == list(range(TASKS, 0, -1))
+    assert whole.headers["Content-Length"] is None
+    path = "/task/1?output=none"
+    with others(daemon, path, {}) as idle:
+        time.sleep(1)
+    memory = daemon.memory()
+    daemon.forget_peak()
+    with (
+        closing(Crowd(daemon, READERS, LIST, {})) as crowd,
+        others(daemon, path, {}) as busy,
+    ):
+        crowd.go_on(SECONDS, READERS)
+    grown = (daemon.peak() - memory) / MIB
+    what = f"{crowd.answers} lists of {crowd.largest >> 20} MiB for {READERS}"
+    report(f"{what}, memory +{grown:.1f} MiB", idle, busy)
+    assert calm(idle, busy)
+    assert grown * MIB < 2 * FLAT
+    wait_for(lambda: daemon.memory() - memory < FLAT, "the memory to come back")
+    assert "Traceback" not in daemon.log.read_text()
+
+
+@pytest.mark.parametrize("path", [LIST, "/jobs?pageSize=1000"])
+def test_huge_lists_that_nobody_reads_take_little(start: Start, path: str) -> None:
+    """Not even the next list of the same caller waits for them."""
+    daemon = start("--command", "true", *FOREVER)
+    fill_tasks(daemon, TASKS, LARGE)
+    assert daemon.get(path).status == 200
+    memory = daemon.memory()
+    with ExitStack() as stack:
+        socks = []
+        for _ in range(STALLED):
+            socks.append(stack.enter_context(closing(socket.socket())))
+            socks[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            socks[-1].settimeout(PATIENCE)
+            socks[-1].connect((daemon.host, daemon.port))
+            socks[-1].sendall(head("GET", path, {}))
+        for sock in socks:
+            assert sock.recv(9) == b"HTTP/1.1 "
+        assert daemon.get(path).status == 200
+        grown = (daemon.memory() - memory) / MIB
+        print(f"{STALLED} lists that nobody reads: memory +{grown:.1f} MiB")
+        assert grown * MIB < 2 * FLAT
+        # What one did not read it gets when it goes on.
+        rest = b"HTTP/1.1 "
+        while not rest.endswith(b"\r\n0\r\n\r\n"):
+            data = socks[-1].recv(1 << 20)
+            assert data
+            rest += data
+        assert rest.count(b'"data": "x') >= TASKS
+    wait_for(lambda: daemon.memory() - memory < FLAT, "the memory to come back")
+    assert "Traceback" not in daemon.log.read_text()
+
+
+def test_http_1_0_has_huge_lists_as_well(start: Start) -> None:
+    """Without chunks; it is whole if it ends as JSON does."""
+    daemon = start("--command", "true", *FOREVER)
+    fill_tasks(daemon, 40, LARGE)
+    with closing(daemon.open_socket()) as sock:
+        sock.sendall(f"GET {LIST} HTTP/1.0\r\n\r\n".encode())
+        answer = next_answer(sock)
+    assert answer.headers["Transfer-Encoding"] is None
+    assert answer.body.endswith(b"}}\n")
+    assert len(answer.json()["tasks"]) == 40
+
+
+@pytest.mark.parametrize(
+    ("path", "on"),
+    [
+        ("/tasks/created?since=0&timeout=0", "nothing/*"),
+        ("/tasks/created?since=0&timeout=0", "*"),
+        ("/tasks?text=nothing", "*"),
+        ("/tasks?app=nothing&output=none", "*"),
+        ("/tasks?limit=1", "nothing/*"),
+    ],
+)
+def test_searches_disturb_nobody(start: Start, path: str, on: str) -> None:
+    """However many look at all tasks there are, and find none."""
+    daemon = start(*TOKENS, *FOREVER)
+    (mean,) = new_tokens(daemon, ["mean"], "read", on)
+    (good,) = new_tokens(daemon, ["good"])
+    daemon.headers = good
+    fill_tasks(daemon, SMALL_TASKS, 100)
+    with others(daemon, "/task/1?output=none", good) as idle:
+        time.sleep(1)
+    memory = daemon.memory()
+    with (
+        closing(Crowd(daemon, SEARCHERS, path, mean)) as crowd,
+        others(daemon, "/task/1?output=none", good) as busy,
+    ):
+        crowd.go_on(SECONDS, 2)
+        # Nor is a list of somebody else held up.
+        assert len(daemon.get("/tasks?limit=2").json()["tasks"]) == 2
+    report(f"{crowd.answers} times {path} for {SEARCHERS} with {on}", idle, busy)
+    assert calm(idle, busy)
+    assert daemon.memory() - memory < FLAT
+
+
+# -- heads and bodies
+
+JSON = {"Content-Type": "application/json", "Content-Length": "1000000"}
+WRONG = {"Authorization": "Bearer pulsar_wrong"}
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "statuses"),
+    [
+        ("/site/prod", {}, {401}),
+        ("/site/prod", WRONG, {401, 429}),
+        ("/task/1/kill", {}, {401}),
+        ("/nothing/at/all", {}, {404}),
+        ("/tasks", {}, {405}),
+        ("/login", {}, {413}),
+    ],
+)
+def test_bodies_of_strangers_take_no_memory(
+    start: Start, path: str, headers: dict[str, str], statuses: set[int]
+) -> None:
+    """They are told at the head that nobody wants their bodies."""
+    daemon = start(*TOKENS)
+    (good,) = new_tokens(daemon, ["good"])
+    daemon.headers = good
+    assert daemon.get("/tasks?limit=1").status == 200
+    memory = daemon.memory()
+    daemon.forget_peak()
+    with ExitStack() as stack, others(daemon, "/tasks?limit=1", good) as busy:
+        for _ in range(STRANGERS):
+            sock = stack.enter_context(closing(daemon.open_socket()))
+            sock.sendall(head("POST", path, {**headers, **JSON}))
+            answer = next_answer(sock)
+            assert answer.status in statuses
+            assert answer.headers["Connection"] == "close"
+            sock.setblocking(False)
+            with suppress(OSError):
+                sock.send(b"x" * 500_000)
+        grown = (daemon.peak() - memory) / MIB
+    print(f"{STRANGERS} bodies for {path}: memory +{grown:.1f} MiB; {busy}")
+    assert grown * MIB < FLAT
+    assert daemon.get("/tasks?limit=1").status == 200
+    assert "Traceback" not in daemon.log.read_text()
+
+
+@pytest.mark.parametrize("options", [TOKENS, ("--command", "true")], ids=["auth", "open"])
+def test_who_sends_without_waiting_takes_no_memory(
+    start: Start, options: tuple[str, ...]
+) -> None:
+    """Not even if the whole body is sent before anybody could refuse it."""
+    daemon = start(*options)
+    assert daemon.get("/tasks?limit=1").status in {200, 401}
+    memory = daemon.memory()
+    daemon.forget_peak()
+    data = head("POST", "/site/prod", JSON) + b"x" * 500_000
+    with ExitStack() as stack:
+        for _ in range(STRANGERS):
+            sock = stack.enter_context(closing(daemon.open_socket()))
+            sock.setblocking(False)
+            with suppress(OSError):
+                sock.send(data)
+        wait_for(lambda: daemon.get("/tasks?limit=1").status, "an answer")
+        grown = (daemon.peak() - memory) / MIB
+    print(f"{STRANGERS} bodies at once, {options}: memory +{grown:.1f} MiB")
+    assert grown * MIB < FLAT
+    wait_for(lambda: daemon.memory() - memory < FLAT, "the memory to come back")
+
+
+@pytest.mark.parametrize("line", [b"a%d:b\r\n", b"X%d: " + b"x" * 3000 + b"\r\n"])
+def test_heads_without_end_take_no_memory(start: Start, line: bytes) -> None:
+    """Of many lines or of long ones; others are served meanwhile."""
+    daemon = start("--command", "true")
+    assert daemon.get("/tasks?limit=1").status == 200
+    memory = daemon.memory()
+    daemon.forget_peak()
+    data = b"GET /tasks HTTP/1.1\r\n" + b"".join(line % n for n in range(90))[:15_000]
+    with ExitStack() as stack:
+        for _ in range(STRANGERS):
+            sock = stack.enter_context(closing(daemon.open_socket()))
+            sock.setblocking(False)
+            with suppress(OSError):
+                sock.send(data)
+        assert daemon.get("/tasks?limit=1").status == 200
+        grown = (daemon.peak() - memory) / MIB
+    print(f"{STRANGERS} heads of {len(data)} bytes: memory +{grown:.1f} MiB")
+    assert grown * MIB < FLAT
+
+
+def test_names_of_headers_are_not_kept_for_ever(start: Start) -> None:
+    """Whoever makes them up."""
+    daemon = start("--command", "true")
+    daemon.get("/tasks?limit=1")
+    memory = daemon.memory()
+    for number in range(10 * STRANGERS):
+        with closing(daemon.open_socket()) as sock:
+            sock.sendall(head("GET", "/tasks", {f"x{number}" + "y" * 15_000: "z"}))
+            assert next_answer(sock).status == 400
+    assert daemon.memory() - memory < FLAT // 2
+
+
+def test_many_bodies_of_one_caller_leave_room_for_others(start: Start) -> None:
+    """Who finds no room is told to come back."""
+    daemon = start(*TOKENS)
+    mean, good = new_tokens(daemon, ["mean", "good"])
+    daemon.headers = good
+    memory = daemon.memory()
+    with ExitStack() as stack:
+        socks = []
+        for _ in range(30):
+            socks.append(stack.enter_context(closing(daemon.open_socket())))
+            socks[-1].sendall(head("POST", "/site/prod", {**mean, **JSON}))
+            socks[-1].sendall(b" " * 900_000)
+        number = daemon.run("site", "prod", "deploy", data="x" * LARGE)
+        assert daemon.ended(number)["status"] == "finished"
+        refused = [sock for sock in socks if select.select([sock], [], [], 0.2)[0]]
+        assert 20 < len(refused) < 30
+        for sock in refused:
+            answer = next_answer(sock)
+            assert answer.status == 503
+            assert answer.headers["Retry-After"] == "5"
+        grown = (daemon.memory() - memory) / MIB
+        print(f"bodies of one caller: memory +{grown:.1f} MiB")
+        assert grown * MIB < FLAT
+    wait_for(lambda: daemon.memory() - memory < FLAT, "the memory to come back")
+
+
+def test_streams_that_nobody_reads_take_little(start: Start) -> None:
+    """Also of all that ever happened."""
+    daemon = start("--command", "true", *FOREVER)
+    fill_tasks(daemon, TASKS, LARGE)
+    daemon.get(LIST)
+    memory = daemon.memory()
+    with ExitStack() as stack:
+        for _ in range(STALLED):
+            sock = stack.enter_context(closing(socket.socket()))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.settimeout(PATIENCE)
+            sock.connect((daemon.host, daemon.port))
+            sock.sendall(head("GET", "/events?lastEventId=0-0-0", {}))
+            received = 0
+            while received < 10_000:
+                received += len(sock.recv(4096))
+        assert daemon.get("/tasks?limit=1").status == 200
+        grown = (daemon.memory() - memory) / MIB
+        print(f"{STALLED} streams that nobody reads: memory +{grown:.1f} MiB")
+        assert grown * MIB < 2 * FLAT
+    wait_for(lambda: daemon.memory() - memory < FLAT, "the memory to come back")

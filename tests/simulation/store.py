@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.ports import Keep, NewTask, Reading, TaskStore
-from pulsar_api.task import News, TaskQuery, TaskSnapshot, Within
+from pulsar_api.task import Found, News, TaskQuery, TaskSnapshot, Within
 from tests.fakes import MemoryStore
 
 T = TypeVar("T")
@@ -176,6 +176,12 @@ class SimulatedStore:
 
     def select(self, query: TaskQuery) -> Deferred[list[TaskSnapshot]]:
         return self._reader.do(lambda db: db.select(query))
+
+    def search(self, query: TaskQuery) -> Deferred[Found]:
+        return self._reader.do(lambda db: db.search(query))
+
+    def read(self, numbers: Sequence[int]) -> Deferred[Found]:
+        return self._reader.do(lambda db: db.read(numbers))
 
     def after(self, task_id: int, within: Within = None) -> Deferred[TaskSnapshot | None]:
         return self._reader.do(lambda db: db.after(task_id, within))

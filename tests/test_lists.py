@@ -1,0 +1,410 @@
+"""Lists over HTTP: complete, in little memory, one large one of a caller at a time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import define, evolve, field
+from twisted.internet.address import IPv4Address
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.logger import LogEvent
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+from twisted.web.server import Site
+
+from pulsar_api.auth.audit import AuditLog
+from pulsar_api.command import Commands, Template
+from pulsar_api.ports import Bounds, NewTask
+from pulsar_api.service import Limits, TaskService
+from pulsar_api.steady import SteadyClock
+from pulsar_api.task import Status, TaskSnapshot, TaskSpec
+from pulsar_api.web.access import Access
+from pulsar_api.web.lists import SMALL, STALLED
+from pulsar_api.web.origin import Origins
+from pulsar_api.web.tasks import TaskAPI
+from tests.fakes import ROWS, FakeExecutor, MemoryStore
+
+CASE = SynchronousTestCase()
+LARGE = 60_000
+"""Characters of a variable of each task."""
+JOE, EVE = "192.0.2.1", "192.0.2.2"
+
+
+class Turns(Clock):
+    """A clock that can let one turn of the reactor pass."""
+
+    def turn(self) -> None:
+        """Call what is due now, and not what that wants to be called later."""
+        due = [call for call in self.calls if call.getTime() <= self.seconds()]
+        for call in due:
+            if call.active():
+                self.calls.remove(call)
+                call.called = 1
+                call.func(*call.args, **call.kw)
+
+    def pass_by(self, seconds: float) -> None:
+        """Let time pass, and then a turn."""
+        self.rightNow += seconds
+        self.turn()
+
+
+@define(eq=False)
+class CountingStore(MemoryStore):
+    """Counts what is read of it, and can break."""
+
+    read_rows: int = 0
+
+    def read(self, numbers: Any) -> Any:
+        self.read_rows += ROWS
+        if self.broken:
+            return self.load(0)
+        return MemoryStore.read(self, numbers)
+
+
+class Transport(StringTransport):
+    """A connection that tells its protocol when it is cut."""
+
+    protocol: Any
+    aborted = False
+
+    def abortConnection(self) -> None:
+        """Cut it at once."""
+        self.aborted = True
+        self.protocol.connectionLost(Failure(ConnectionDone()))
+
+
+@define(eq=False)
+class Client:
+    """Somebody who has asked for something."""
+
+    channel: Any
+    transport: Transport = field(factory=Transport)
+
+    def ask(self, path: str, method: str = "GET", version: str = "1.1") -> None:
+        """Ask."""
+        self.transport.protocol = self.channel
+        self.channel.makeConnection(self.transport)
+        head = f"{method} {path} HTTP/{version}\r\nHost: localhost\r\n\r\n"
+        self.channel.dataReceived(head.encode())
+
+    def stop(self) -> None:
+        """Read no more."""
+        producer: Any = self.transport.producer
+        producer.pauseProducing()
+
+    def go_on(self) -> None:
+        """Read again."""
+        producer: Any = self.transport.producer
+        producer.resumeProducing()
+
+    @property
+    def said(self) -> bytes:
+        """What came so far."""
+        transport: Any = self.transport
+        return bytes(transport.value())
+
+    def leave(self) -> None:
+        """Hang up."""
+        self.channel.connectionLost(Failure(ConnectionDone()))
+
+    @property
+    def head(self) -> bytes:
+        """What came before the body."""
+        return self.said.partition(b"\r\n\r\n")[0]
+
+    @property
+    def received(self) -> int:
+        """How many bytes came."""
+        return len(self.said)
+
+    @property
+    def body(self) -> bytes | None:
+        """The body, None if it has not ended."""
+        rest = self.said.partition(b"\r\n\r\n")[2]
+        if b"Transfer-Encoding: chunked" not in self.head:
+            return rest
+        body = b""
+        while rest:
+            size, _, rest = rest.partition(b"\r\n")
+            if not int(size, 16):
+                return body
+            body, rest = body + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
+        return None
+
+
+@define(eq=False)
+class World:
+    """The tasks of a daemon, none of them real; time stands still."""
+
+    folder: Path
+    clock: Turns = field(factory=Turns)
+    store: CountingStore = field(factory=CountingStore)
+    api: TaskAPI = field(init=False)
+    site: Any = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        service = TaskService(
+            self.store,
+            FakeExecutor(self.clock),
+            self.clock,
+            SteadyClock(self.clock.seconds, self.clock.seconds, "a boot"),
+            self.commands,
+            Limits(Bounds(10)),
+        )
+        log = AuditLog(self.folder / "audit.log", self.clock.seconds)
+        access = Access(service, log, Origins("https://pulsar.example"), self.clock)
+        self.api = TaskAPI(access, self.folder, self.clock)
+        self.site = Site(self.api.app.resource(), reactor=self.clock)
+
+    async def commands(self) -> Commands:
+        """Return the command."""
+        return Commands(Template(("true",)), {})
+
+    def fill(self, number: int, size: int = LARGE) -> None:
+        """Add ended tasks."""
+        spec = TaskSpec("site", "prod", "deploy", {"data": "x" * size})
+        for _ in range(number):
+            found: TaskSnapshot = CASE.successResultOf(
+                self.store.create(NewTask(spec, 0.0, 0.0))
+            )
+            ended = evolve(found, status=Status.FINISHED, revision=2, ended_at=1.0)
+            CASE.successResultOf(self.store.save(ended))
+
+    def client(self, host: str = JOE) -> Client:
+        """Return a new client, which is a caller by its address."""
+        return Client(self.site.buildProtocol(IPv4Address("TCP", host, 40000)))
+
+    def ask(self, path: str, host: str = JOE, **more: str) -> Client:
+        """Return a client that has asked."""
+        client = self.client(host)
+        client.transport.peerAddr = IPv4Address("TCP", host, 40000)
+        client.ask(path, **more)
+        return client
+
+    def turns(self, number: int = 1) -> None:
+        """Let the reactor do some turns."""
+        for _ in range(number):
+            self.clock.turn()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left of any list."""
+        lists = self.api.lists
+        return not (lists._searches._locks or lists._large._locks or self.calls)
+
+    @property
+    def calls(self) -> int:
+        """How many delayed calls there are but for those of connections."""
+        names = [getattr(call.func, "__name__", "") for call in self.clock.calls]
+        return len([name for name in names if "imeout" not in name and "imed" not in name])
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    """Return a new one."""
+    return World(tmp_path)
+
+
+LIST = "/tasks?limit=1000&output=none"
+
+
+def numbers(client: Client) -> list[int]:
+    """Return the numbers of the tasks in a whole answer, in their order."""
+    assert client.body is not None
+    return [int(number) for number in json.loads(client.body)["tasks"]]
+
+
+@pytest.mark.parametrize("size", [0, 10, LARGE])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_list_has_all_tasks_whatever_its_size(
+    world: World, size: int, version: str
+) -> None:
+    """Newest first; a small one comes with its length, as ever."""
+    world.fill(20, size)
+    client = world.ask(LIST, version=version)
+    world.turns(200)
+    assert numbers(client) == list(range(20, 0, -1))
+    assert client.head.startswith(f"HTTP/{version} 200 OK".encode())
+    assert (b"Content-Length: " in client.head) == (size < LARGE)
+    assert b"Link" not in client.head
+    # Who cannot tell a whole answer from a cut one by HTTP/1.0 can by its end.
+    assert client.body is not None
+    assert client.body.endswith(b"}}\n")
+    assert client.transport.disconnecting == (version == "1.0")
+    assert world.idle
+
+
+def test_the_next_page_is_named_before_anything_is_sent(world: World) -> None:
+    """By the last number of the whole list, which is not read yet."""
+    world.fill(20)
+    client = world.ask("/tasks?limit=12&output=none&app=site")
+    while not client.received:
+        world.turns()
+    link = b'Link: </tasks?limit=12&output=none&app=site&before=9>; rel="next"'
+    assert link in client.head
+    assert client.body is None
+    world.turns(200)
+    assert numbers(client) == list(range(20, 8, -1))
+
+
+def test_an_empty_list_is_one(world: World) -> None:
+    """Also of jobs, of which one may ask for none."""
+    client = world.ask(LIST)
+    world.turns(3)
+    assert json.loads(client.body or b"")["tasks"] == {}
+
+
+def test_a_client_that_does_not_read_is_waited_for(world: World) -> None:
+    """Meanwhile no more is read for it than it needs next."""
+    world.fill(200)
+    client = world.ask(LIST)
+    while not client.received:
+        world.turns()
+    client.stop()
+    world.clock.pass_by(100 * STALLED)
+    world.turns(100)
+    stopped, rows = client.received, world.store.read_rows
+    assert stopped < SMALL + 8 * LARGE
+    assert rows <= 8
+    world.clock.pass_by(100 * STALLED)
+    assert (client.received, world.store.read_rows) == (stopped, rows)
+    client.go_on()
+    world.turns(1000)
+    assert numbers(client) == list(range(200, 0, -1))
+    assert world.idle
+
+
+def test_a_caller_has_one_large_list_at_a_time(world: World) -> None:
+    """Others have theirs meanwhile, and all get small ones."""
+    world.fill(50)
+    first, second = world.ask(LIST), world.ask(LIST)
+    while not (first.received and second.received):
+        world.turns()
+    begun = second.received
+    other = world.ask(LIST, EVE)
+    small = world.ask("/tasks?limit=1&output=none")
+    world.turns(20)
+    assert first.received > begun
+    assert second.received == begun
+    assert other.received > 0
+    assert numbers(small) == [50]
+    assert first.body is None
+    world.turns(1000)
+    for client in (first, second, other):
+        assert numbers(client) == list(range(50, 0, -1))
+    assert world.idle
+
+
+def test_who_does_not_read_keeps_no_place(world: World) -> None:
+    """It goes on later, where it was."""
+    world.fill(50)
+    stuck, second = world.ask(LIST), world.ask(LIST)
+    while not second.received:
+        world.turns()
+    begun = second.received
+    stuck.stop()
+    world.turns(20)
+    assert second.received == begun
+    world.clock.pass_by(STALLED)
+    world.turns(5)
+    assert second.received > begun
+    stuck.go_on()
+    world.turns(1000)
+    assert numbers(second) == numbers(stuck) == list(range(50, 0, -1))
+    assert world.idle
+
+
+@pytest.mark.parametrize("when", [0, 1, 3, 12, 20])
+def test_nothing_is_left_of_who_goes_away(world: World, when: int) -> None:
+    """Whatever its list was doing; the next one begins."""
+    world.fill(50)
+    clients = [world.ask(LIST) for _ in range(3)]
+    world.turns(when)
+    clients[1].leave()
+    clients[0].leave()
+    world.turns(1000)
+    assert numbers(clients[2]) == list(range(50, 0, -1))
+    assert world.idle
+
+
+def test_who_asks_for_many_lists_has_no_more_turns_than_others(world: World) -> None:
+    """A list of somebody else is there after some turns, not after all of them."""
+    world.fill(30)
+    many = [world.ask(LIST) for _ in range(50)]
+    world.turns(10)
+    other = world.ask(LIST, EVE)
+    turns = 0
+    while other.body is None or not other.received:
+        world.turns()
+        turns += 1
+    assert turns < 4 * 30
+    assert all(client.body is None or not client.received for client in many)
+    for client in many:
+        client.leave()
+
+
+def test_half_a_list_does_not_look_whole(
+    world: World, logged_failures: list[LogEvent]
+) -> None:
+    """The connection is cut when what is missing cannot be read."""
+    world.fill(50)
+    client = world.ask(LIST)
+    while not client.received:
+        world.turns()
+    world.store.broken = True
+    world.turns(100)
+    assert client.transport.aborted
+    assert client.body is None
+    assert len(logged_failures) == 1
+    logged_failures.clear()
+    assert world.idle
+
+
+def test_what_cannot_be_read_at_all_is_a_problem(world: World) -> None:
+    """Before anything is sent there is time to say so."""
+    world.fill(20, 10)
+    world.store.broken = True
+    client = world.ask(LIST)
+    world.turns(20)
+    assert client.head.startswith(b"HTTP/1.1 503 ")
+    assert json.loads(client.body or b"")["type"].endswith(":store-unavailable")
+
+
+def test_the_head_of_a_large_list_costs_no_more_than_that(world: World) -> None:
+    """Nothing is read only to be left out."""
+    world.fill(200)
+    client = world.ask(LIST, method="HEAD")
+    world.turns(100)
+    assert client.head.startswith(b"HTTP/1.1 200 ")
+    assert client.body in {None, b""}
+    assert world.store.read_rows < 10
+    assert world.idle
+
+
+def test_tasks_that_go_meanwhile_are_left_out(world: World) -> None:
+    """Retention does not wait for who reads."""
+    world.fill(50)
+    client = world.ask(LIST)
+    while not client.received:
+        world.turns()
+    CASE.successResultOf(world.store.forget(range(1, 21)))
+    world.turns(1000)
+    assert numbers(client) == list(range(50, 20, -1))
+
+
+def test_the_next_task_since_a_number_takes_its_turn(world: World) -> None:
+    """Of many who ask for it at once one is answered in a turn, others in between."""
+    world.fill(3, 10)
+    CASE.successResultOf(Deferred.fromCoroutine(world.api.access.service.start()))
+    many = [world.ask("/tasks/created?since=0&timeout=0") for _ in range(50)]
+    other = world.ask("/tasks/created?since=2&timeout=0", EVE)
+    world.turns(2)
+    assert other.body is not None
+    assert json.loads(other.body)["task"]["id"] == 3
+    assert len([client for client in many if client.received]) == 1
+    world.turns(50)
+    assert all(client.received for client in many)
