@@ -325,13 +325,23 @@ class ShimExecutor:
         return self._machine.in_thread(remove)
 
     def forget_other_secrets(self, names: AbstractSet[str]) -> Deferred[None]:
-        """Remove all secrets but those of these names."""
+        """Remove all secrets but those of these names.
+
+        It raises `OSError` if nobody can say which there are: nothing looks again later.
+        """
 
         def remove() -> None:
-            with suppress(OSError):
-                for name in self._machine.names(self._secrets):
-                    if name not in names:
-                        self._machine.remove(self._secrets / name)
+            try:
+                left = self._machine.names(self._secrets)
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            for name in left:
+                if name not in names:
+                    path = self._secrets / name
+                    try:
+                        self._machine.remove(path)
+                    except OSError as e:
+                        _log.error("Secrets are left on disk: {path}: {e}", path=path, e=e)
 
         return self._machine.in_thread(remove)
 

@@ -2688,6 +2688,27 @@ async def test_kept_secrets_are_read_again_and_removed(runner: Runner) -> None:
     assert await executor.secrets(7, name) is None
 
 
+async def test_a_secret_that_cannot_be_removed_keeps_no_other(runner: Runner) -> None:
+    """What is in the way of one is not in the way of those beside it."""
+    folder = runner.tasks.parent / "secrets"
+    (folder / "in the way").mkdir(parents=True)
+    for number in range(5):
+        (folder / f"name{number}").write_text("{}")
+    await runner.executor.forget_other_secrets(set())
+    assert [path.name for path in folder.iterdir()] == ["in the way"]
+
+
+async def test_a_daemon_that_cannot_see_the_secrets_that_are_left_does_not_start(
+    runner: Runner,
+) -> None:
+    """Nobody would look again; that there are none is no reason."""
+    folder = runner.tasks.parent / "secrets"
+    await runner.executor.forget_other_secrets(set())
+    folder.symlink_to(folder)
+    with pytest.raises(OSError, match="symbolic"):
+        await runner.executor.forget_other_secrets(set())
+
+
 async def test_secrets_that_cannot_be_kept_leave_nothing(runner: Runner) -> None:
     """Not even under the name that they have while they are written."""
     folder = runner.tasks.parent / "secrets"

@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed += found
             for seed, violations in found:
                 text = violations[0].text.partition("\n")[0]
-                print(f"seed {seed}: {violations[0].invariant}: {text}")
+                print(f"seed {seed}: {violations[0].invariant}: {text}", flush=True)
             if failed and options.stop:
                 pool.terminate()
                 break
