@@ -6,9 +6,6 @@ from attrs import define, field
 
 from pulsar_api.ports import Reading
 
-LEAP = 3600.0
-"""Seconds that a time without a daemon counts at most if the machine has booted in it."""
-
 
 @define(eq=False)
 class SteadyClock:
@@ -16,9 +13,9 @@ class SteadyClock:
 
     Within one boot it goes with `CLOCK_BOOTTIME`, which nobody can set. How long the
     machine was off only the wall clock knows, and that may be wrong at the boot of all
-    times; so a boot counts for `LEAP` at most. It begins near the wall clock and then
-    falls behind it by the time that the machine is off: what expires by it expires late
-    rather than too early.
+    times; so that time does not count. It begins near the wall clock and then falls
+    behind it by the time that the machine is off: what expires by it expires late rather
+    than too early.
     """
 
     _wall: Callable[[], float]
@@ -30,16 +27,16 @@ class SteadyClock:
     def resume(self, last: Reading | None, newest: float | None) -> None:
         """Go on from the last reading of an earlier daemon.
 
-        If there is none: from the wall clock, but at most a `LEAP` behind the newest time
-        in the records.
+        If there is none: from the newest time in the records, or from the wall clock if
+        that is earlier or there are no records.
         """
         uptime, wall = self._uptime(), self._wall()
         if last is None:
-            steady = wall if newest is None else min(wall, newest + LEAP)
+            steady = wall if newest is None else min(wall, newest)
         elif last.boot == self._boot:
             steady = last.steady + max(0.0, uptime - last.uptime)
         else:
-            steady = last.steady + min(max(0.0, wall - last.wall), LEAP)
+            steady = last.steady
         self._ahead = steady - uptime
 
     def wall(self) -> float:
