@@ -475,11 +475,15 @@ class TaskService:
             else:
                 await self._record(live, killed_by=by, reason=reason)
         # Nor is the kill of somebody else forgotten that was answered.
+        await self._kill_on_record(live)
+        return live.task
+
+    async def _kill_on_record(self, live: _Live) -> None:
+        """Wait until everybody who reads the record knows that a kill was asked for."""
         while live.saved < live.kill_revision:
             if self._gone:
                 raise ShuttingDown
             await self.changed.after(self.changed.version)
-        return live.task
 
     # -- the life of a task
 
@@ -682,6 +686,8 @@ class TaskService:
             await self._pause(live)
         secrets = await self._secrets(live)
         if live.kill:
+            # A daemon that finds a start barred has to find on record why.
+            await self._kill_on_record(live)
             if await self._bar(live):
                 await self._killed_waiting(live)
             else:

@@ -759,6 +759,20 @@ def test_a_killed_task_that_cannot_be_barred_yet_waits_for_the_disk(world: World
     assert (world.find(1).status, world.executor.barred) == (Status.KILLED, {1})
 
 
+def test_no_start_is_barred_before_its_kill_is_on_record(world: World) -> None:
+    """Else a daemon that dies between the two leaves a task that is lost, and not why."""
+    world.create()
+    world.executor.run(1).end(error="EAGAIN", unstarted=True, passing=True)
+    world.store.broken = True
+    killed = Deferred.fromCoroutine(world.service.kill(1, "alice"))
+    assert not killed.called
+    assert world.executor.barred == set()
+    world.store.broken = False
+    world.clock.advance(RETRY)
+    assert CASE.successResultOf(killed).snapshot.status is Status.KILLED
+    assert world.executor.barred == {1}
+
+
 def test_what_waits_in_a_copied_state_is_lost() -> None:
     """The daemon of the original may start it, or have started it."""
     world = limited(running=1)

@@ -9,6 +9,7 @@ status is 1 if a promise was broken. It needs root, see `machine`.
 import argparse
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from signal import SIGCONT, SIGKILL, SIGSTOP, SIGTERM
 from typing import Any
@@ -195,9 +197,26 @@ class Chaos:
                     self.client.look(number)  # perhaps nobody has looked
                     if number in self.open():
                         mark = self.witness.accepted[number]
-                        text = f"after {now - since:.0f} s: {self.witness.told[number]}"
+                        told = self.witness.told[number]
+                        how = f"{told['status']}, version {told['version']}"
+                        text = f"after {now - since:.0f} s: {how}; {self.evidence(number)}"
                         self.witness.violation("a kill that is not done", mark, text)
                         self.thaw(mark)  # else its target is taken for good
+
+    def evidence(self, number: int) -> str:
+        """Return what there is of a task: its files, its shim, what was logged of it."""
+        folder = self.daemon.state / "tasks" / str(number)
+        with suppress(OSError):
+            files = {path.name: path.stat().st_size for path in folder.iterdir()}
+            entry = self.ledger.entry(self.witness.accepted[number])
+            shims = [f"{shim}: {stat(shim)}" for *_, shim in entry.starts]
+            said = [
+                line
+                for line in self.daemon.log.read_text(errors="replace").splitlines()
+                if re.search(rf"\b[Tt]asks? {number}\b", line)
+            ]
+            return f"{files}; shims {shims}; daemon {self.daemon.process.pid}; {said[-8:]}"
+        return "its files cannot be read"
 
     def killed(self, number: int) -> None:
         """Ask for a kill until it is answered."""
@@ -404,7 +423,7 @@ class Chaos:
         lines = [f"{name:<42} {value}" for name, value in rows]
         for what, whose in sorted(self.witness.violations.items()):
             lines.append(f"\n{what}:")
-            lines += [f"  {mark}: {text[:600]}" for mark, text in list(whose.items())[:5]]
+            lines += [f"  {mark}: {text[:2000]}" for mark, text in list(whose.items())[:5]]
         return "\n".join(lines)
 
 

@@ -26,10 +26,10 @@ from tests.simulation.store import Database
 EPOCH = 1_700_000_000.0
 """What the wall clock says at the begin of a world."""
 
-PATIENCE = 900.0
+PATIENCE = 3000.0
 """Simulated seconds in which all must come to its end once nothing is broken any more."""
 
-MOST_STEPS = 20_000
+MOST_STEPS = 40_000
 """How many steps that may take."""
 
 SETTLE = 5.0
