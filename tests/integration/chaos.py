@@ -194,8 +194,9 @@ class Chaos:
                 self.killed(chance.choice(tasks))
             for number, since in list(self.witness.kills.items()):
                 if since and now - since > KILL_LIMIT and number in self.open():
-                    self.client.look(number)  # perhaps nobody has looked
-                    if number in self.open():
+                    # Perhaps nobody has looked; a daemon that is just starting says nothing.
+                    looked = self.client.look(number)
+                    if looked is not None and number in self.open():
                         mark = self.witness.accepted[number]
                         told = self.witness.told[number]
                         how = f"{told['status']}, version {told['version']}"
@@ -368,6 +369,9 @@ class Chaos:
             mark = task["variables"]["mark"]
             self.witness.violation("a task that never ended", mark, f"{task}")
             self.thaw(mark)
+        if self.unknown() > 1 + self.bare_lost() // 4:
+            text = f"{self.unknown()} of {self.bare_lost()}"
+            self.witness.violation("what killed shims have left", "bare", text)
         for task in self.client.judge(sorted(self.all_tasks()), self.hurt):
             mark = task["variables"]["mark"]
             if task["status"] == "finished" and self.witness.wishes[mark].kind == "server":
@@ -395,6 +399,19 @@ class Chaos:
         self.witness.violation("a wrong answer", "the list of tasks", "none")
         return {}
 
+    def unknown(self) -> int:
+        """Return how many tasks have left what nobody can know to be theirs."""
+        return len(self.witness.unknown)
+
+    def bare_lost(self) -> int:
+        """Return how many could have, as their shims were killed."""
+        told, wishes = self.witness.told, self.witness.wishes
+        return sum(
+            wishes[mark].kind == "bare" and told[number]["status"] == "lost"
+            for number, mark in self.witness.accepted.items()
+            if number in told
+        )
+
     def table(self) -> str:
         """Return the figures."""
         told = self.witness.told
@@ -414,6 +431,10 @@ class Chaos:
             ("faults while none ran", sum(self.idle.values())),
             ("recoveries of the daemon", f"{len(self.recoveries)}, within {longest:.1f} s"),
             ("starts of the daemon that failed", self.refusals),
+            (
+                "left by a killed shim, and unknown",
+                f"{self.unknown()} of {self.bare_lost()}",
+            ),
             ("violations", sum(map(len, self.witness.violations.values()))),
         ]
         for what, whose in sorted(self.witness.violations.items()):

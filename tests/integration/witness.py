@@ -219,6 +219,12 @@ class Witness:
         self.kills: dict[int, float] = {}
         """When a kill was first answered, 0 while it was only asked for."""
         self.violations: defaultdict[str, dict[str, str]] = defaultdict(dict)
+        self.unknown: dict[str, str] = {}
+        """What killed shims have left that nobody can know to be of a task.
+
+        It has no environment and a session of its own, made since the last look at it:
+        see "What a killed shim may leave" in ``docs/faults.rst``.
+        """
         self.ending: list[int] = []
         """Tasks of which a client has just been told for the first time that they ended."""
         self._lock = threading.Lock()
@@ -303,7 +309,10 @@ class Witness:
         if task["status"] in ENDED and found:
             kind = self.wishes[mark].kind
             text = f"{found} of a {kind}: {task['status']} {task['reason'] or ''}"
-            self.violation("a process of an ended task", mark, text)
+            if kind == "bare" and task["status"] == "lost":
+                self.unknown[mark] = text
+            else:
+                self.violation("a process of an ended task", mark, text)
 
 
 def _untrue(task: Mapping[str, Any], entry: Entry, wish: Wish) -> Iterator[tuple[str, str]]:
