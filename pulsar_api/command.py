@@ -8,8 +8,9 @@ from pathlib import Path
 from attrs import evolve, frozen
 
 from pulsar_api import masking
+from pulsar_api.accounts import Accounts
 from pulsar_api.errors import InvalidInput, NoListing, SettingsError
-from pulsar_api.task import MASK, Command, TaskSpec
+from pulsar_api.task import MASK, Account, Command, TaskSpec
 
 NOTHING: Mapping[str, str] = {}
 
@@ -34,6 +35,12 @@ _OURS = re.compile(
     r"|INVOCATION_ID|MEMORY_PRESSURE_\w+|PULSAR_API_\w+|PULSAR_(APP|ENV|ACTION|TASK_ID"
     r"|USER)|PULSAR_VAR_.*"
 )
+
+_PERSONAL = frozenset(
+    "HOME USER LOGNAME SHELL MAIL SUDO_USER SUDO_UID SUDO_GID XDG_RUNTIME_DIR "
+    "XDG_CONFIG_HOME XDG_CACHE_HOME XDG_DATA_HOME XDG_STATE_HOME".split()
+)
+"""Variables that say who somebody is; what runs as somebody else gets its own."""
 
 
 @frozen
@@ -172,6 +179,7 @@ class Commands:
     config_repo: str | None = None
     config_branch: str = "master"
     names: Names = Names()
+    accounts: Accounts = Accounts()
 
     def split(self, asked: TaskSpec) -> tuple[TaskSpec, Mapping[str, str]]:
         """Return what was asked for without its secrets, and those.
@@ -205,6 +213,7 @@ class Commands:
             raise InvalidInput("action", "the settings of this daemon forbid it")
         if spec.user is not None:
             check_printable("user", spec.user)
+        self.accounts.of(spec.app, spec.env, spec.action)
         self._check_variables(spec.variables)
 
     def _check_variables(self, variables: Mapping[str, str]) -> None:
@@ -275,9 +284,12 @@ class Commands:
             else:
                 arguments.append(_fill(argument, places))
         used = self.template
+        # The listing is of all actions that an app has.
+        account = self.accounts.of(spec.app, spec.env, spec.action or None)
         return Command(
             arguments=tuple(arguments),
-            environment=self._environment(spec, task_id),
+            environment=self._environment(spec, task_id, account),
+            account=account,
             directory=used.directory and _fill(used.directory, places),
             last_line=used.last_line and _fill(used.last_line, places),
         )
@@ -292,8 +304,14 @@ class Commands:
             for part in self.template.variable
         ]
 
-    def _environment(self, spec: TaskSpec, task_id: int) -> dict[str, str]:
+    def _environment(
+        self, spec: TaskSpec, task_id: int, account: Account | None
+    ) -> dict[str, str]:
         result = {k: v for k, v in self.environment.items() if not _OURS.fullmatch(k)}
+        if account is not None:
+            for name in _PERSONAL & result.keys():
+                del result[name]
+            result.update(HOME=account.home, USER=account.name, LOGNAME=account.name)
         if self.template.ruby:
             # Ruby holds output back when it is no terminal, and reads options from here.
             result.pop("RAKEOPT", None)

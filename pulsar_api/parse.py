@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
+from pulsar_api.accounts import RunAs
 from pulsar_api.auth.rights import Rule, Target
 
 
@@ -121,6 +122,12 @@ def rules(value: object) -> tuple[Rule, ...]:
     if not isinstance(value, list):
         raise ValueError("is a list of tables: [[rights]]")  # noqa: TRY004
     return tuple(Rule.parse(table) for table in value)
+
+
+def run_as(value: object) -> tuple[RunAs, ...]:
+    if not isinstance(value, list):
+        raise ValueError("is a list of tables: [[run-as]]")  # noqa: TRY004
+    return tuple(RunAs.parse(table) for table in value)
 
 
 def targets(value: object) -> tuple[Target, ...]:

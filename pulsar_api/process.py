@@ -368,13 +368,19 @@ class ShimExecutor:
         # other settings. A secret may be in it, and then the output does not have it.
         line = (command.last_line or "").encode()
         promise = mask.masked(line, command.secrets) if line else b""
+        account, umask = command.account, self._umask
+        numbers: tuple[int, ...] = ()
+        if account is not None:
+            numbers = (account.uid, account.gid, *account.groups)
+            umask = umask if account.umask is None else account.umask
         fields = [
             *(f"{n:.3f}" for n in (bounds.grace, bounds.total, bounds.silence)),
-            *(str(n) for n in (bounds.max_output, self._umask, self._files)),
+            *(str(n) for n in (bounds.max_output, umask, self._files)),
             *(str(len(texts)) for texts in (command.arguments, command.secrets)),
             _LIBRARY,
             command.directory or "/",
             promise.decode("utf-8", "surrogateescape"),
+            " ".join(map(str, numbers)),
             *command.arguments,
             *(text.decode() for text in command.secrets),
             *(text for pair in command.environment.items() for text in pair),

@@ -255,6 +255,14 @@ def become_subreaper() -> None:
     shim.become_subreaper()
 
 
+def forbid_new_privileges() -> None:
+    """Let no program that is started from now on become more than this process is.
+
+    What is set-uid, such as ``sudo``, runs as who starts it (``no_new_privs``, prctl(2)).
+    """
+    shim.c_function("prctl", shim.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
 class Reaper:
     """Takes the exit status of children that this process got by their parent's death.
 

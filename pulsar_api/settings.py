@@ -11,6 +11,7 @@ from typing import Any
 from attrs import field, fields, frozen
 
 from pulsar_api import parse
+from pulsar_api.accounts import RunAs
 from pulsar_api.auth.rights import Rule, Target
 from pulsar_api.errors import SettingsError
 from pulsar_api.masking import PATTERNS
@@ -199,6 +200,12 @@ class Settings:
     )
     variable_pattern: re.Pattern[str] | None = _option(
         parse.pattern, "which keys of variables are allowed", file_only=True
+    )
+    run_as: tuple[RunAs, ...] = _option(
+        parse.run_as, "whom the commands of which targets run as", (), file_only=True
+    )
+    allow_sudo: bool = _option(
+        parse.flag, "let tasks use sudo and other programs that change the user", False
     )
     forbidden_actions: tuple[str, ...] = _option(
         parse.texts, "actions that nobody may run", (), file_only=True

@@ -36,7 +36,9 @@ KILL_PATIENCE = 5.0  # seconds after KILL; a process in the kernel cannot be end
 LISTED = 50  # processes that a result names at most
 ROUNDS = 20  # in which TERM goes to those that were born in the round before
 RETRY = 0.25  # seconds until the next try of what could not be done
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
+PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+CAP_HEADER = b"\x22\x05\x08\x20" + bytes(4)  # of capset(2): its third version, this process
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MEMORY = 1 << 23  # bytes that may be kept for later use
 PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -63,9 +65,11 @@ class Spec:
         numbers = [int(field) for field in fields[3:8]]
         self.limit, self.umask, self.files, count, secrets = numbers
         self.library, self.directory, self.promise = fields[8:11]
-        self.arguments = fields[11 : 11 + count]
-        self.secrets = fields[11 + count : 11 + count + secrets]
-        pairs = fields[11 + count + secrets :]
+        # User, group and further groups; nothing: those of the daemon.
+        self.account = [int(number) for number in fields[11].split()]
+        self.arguments = fields[12 : 12 + count]
+        self.secrets = fields[12 + count : 12 + count + secrets]
+        pairs = fields[12 + count + secrets :]
         self.environment = dict(zip(pairs[::2], pairs[1::2], strict=True))
 
 
@@ -239,6 +243,19 @@ class LongLong(_ctypes._SimpleCData):  # type: ignore[type-arg]
     """A number of 64 bits for a function of C."""
 
     _type_ = "q"
+
+
+class Half(_ctypes._SimpleCData):  # type: ignore[type-arg]
+    """One half of a set of capabilities."""
+
+    _type_ = "I"
+
+
+class Sets(_ctypes.Array):  # type: ignore[type-arg]
+    """What a process may do: effective, permitted, inheritable, in two halves."""
+
+    _type_ = Half
+    _length_ = 6
 
 
 def c_function(name: str, *arguments: object) -> int:
@@ -667,16 +684,18 @@ class Shim:
         spec = self.spec
         name = spec.arguments[0]
         self.began = self.last_output = time.monotonic()
-        self.enter()
+        if not spec.account:
+            self.enter()
         posix.umask(spec.umask)
         candidates = [name]
         if b"/" not in name:
             folders = spec.environment.get(b"PATH", b"/usr/local/bin:/usr/bin:/bin")
             candidates = [f + b"/" + name for f in folders.split(b":") if f]
         problem = "not found in PATH" if name else "the name is empty"
+        spawn = self.spawn_as if spec.account else self.spawn
         for path in candidates if name else ():
             try:
-                self.pid = self.spawn(path)
+                self.pid = spawn(path)
                 break
             except OSError as e:
                 if e.errno in SCARCE:
@@ -718,6 +737,68 @@ class Shim:
         finally:
             for limit, soft in ours:
                 set_soft_limit(limit, soft)
+
+    def spawn_as(self, path: bytes) -> int:
+        """Start the command under another account, in which nothing of ours is left.
+
+        Raises as `spawn`.
+        """
+        out, err = (stream.write_end for stream in self.streams)
+        for fd in (out, err):
+            # Else it could not open /dev/stderr: a pipe is of whoever has made it.
+            posix.fchmod(fd, 0o622)
+        told, tell = posix.pipe2(posix.O_CLOEXEC)
+        pid = posix.fork()
+        if not pid:
+            try:
+                self.become(path, out, err, tell)
+            finally:
+                posix._exit(127)
+        posix.close(tell)
+        said = posix.read(told, 64)  # nothing, as soon as another program runs
+        posix.close(told)
+        if not said:
+            return pid
+        posix.waitpid(pid, 0)
+        stage, number = said.split()
+        error = int(number)
+        if stage == b"start":
+            if not error:
+                name = text(self.spec.arguments[0])
+                raise CannotStart(f"cannot start {name}: a text in it has a NUL")
+            raise OSError(error, posix.strerror(error))
+        if error in SCARCE:
+            raise OSError(error, posix.strerror(error))
+        what = f"enter {text(self.spec.directory)}" if stage == b"enter" else "change the user"
+        raise CannotStart(f"cannot {what}: {posix.strerror(error)}")
+
+    def become(self, path: bytes, out: int, err: int, tell: int) -> None:
+        """Be another account's process, and run the command; return only if that fails."""
+        spec, stage = self.spec, b"change"
+        try:
+            posix.setpgid(0, 0)
+            for limit, soft in self.limits:
+                set_soft_limit(limit, soft)
+            user, group, *groups = spec.account
+            posix.setgroups(groups)
+            posix.setresgid(group, group, group)
+            posix.setresuid(user, user, user)
+            drop_capabilities()
+            stage = b"enter"
+            posix.chdir(spec.directory or "/")
+            stage = b"start"
+            null = posix.open("/dev/null", posix.O_RDONLY | posix.O_CLOEXEC)
+            for fd, number in ((null, 0), (out, 1), (err, 2)):
+                posix.dup2(fd, number)
+            for number in _signal.valid_signals():
+                if number not in (_signal.SIGKILL, _signal.SIGSTOP):
+                    _signal.signal(number, _signal.SIG_DFL)
+            _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
+            posix.execve(path, spec.arguments, spec.environment)
+        except OSError as e:
+            posix.write(tell, b"%b %d" % (stage, e.errno))
+        except ValueError:
+            posix.write(tell, b"%b 0" % stage)
 
     def reap(self) -> bool:
         """Take what has ended; return whether any descendant may be left."""
@@ -1032,6 +1113,28 @@ def write_synced(folder: int, name: str, data: bytes) -> None:
         posix.close(fd)
 
 
+def drop_capabilities() -> None:
+    """Give up all that this process may do beyond its user (capabilities(7)).
+
+    A change from one ordinary user to another takes nothing away by itself.
+    """
+    c_function("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    if c_function("capset", CAP_HEADER, Sets()):
+        raise OSError(errno.EPERM, posix.strerror(errno.EPERM))
+
+
+def keep_capabilities() -> None:
+    """Keep what this process may do from the programs that it starts, and keep it itself.
+
+    From root nothing can be kept: its programs may do all in any case.
+    """
+    c_function("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    sets = Sets()
+    if not c_function("capget", CAP_HEADER, sets):
+        sets[2] = sets[5] = 0  # what is inheritable, both halves
+        c_function("capset", CAP_HEADER, sets)
+
+
 def become_subreaper() -> None:
     """Make every orphan below this process a child of it (prctl(2))."""
     c_function("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -1108,6 +1211,7 @@ def main(folder: str) -> int:
     if shim is None:
         return TAKEN
     become_subreaper()
+    keep_capabilities()
     keep_memory()
     ear.ready()
     try:

@@ -37,6 +37,7 @@ from pulsar_api import (
     store,
     tls,
 )
+from pulsar_api.accounts import Accounts, check_capabilities
 from pulsar_api.auth import audit, records
 from pulsar_api.auth.gate import Gate, Provider
 from pulsar_api.auth.github import DEADLINE, GitHub, Members, OAuth
@@ -246,7 +247,10 @@ def _commands(settings: Settings, environment: Mapping[str, str]) -> Commands:
         frozenset(settings.forbidden_actions),
         settings.secret_variables,
     )
-    return Commands(template, environment, repo, settings.config_branch, names)
+    accounts = Accounts.find(settings.run_as, os.geteuid())
+    if settings.run_as:
+        check_capabilities()
+    return Commands(template, environment, repo, settings.config_branch, names, accounts)
 
 
 @define(eq=False)
@@ -344,6 +348,13 @@ class Daemon(MultiService):
                 "pulsar-api {version} listens on {url}",
                 version=__version__,
                 url=service.url("http" if self._renewal is None else "https"),
+            )
+        if not self._settings.allow_sudo:
+            processes.forbid_new_privileges()
+        if os.geteuid() == 0 and not self._settings.run_as:
+            _log.warn(
+                "TASKS RUN AS ROOT, as this daemon does: give it a user of its own, or its "
+                "tasks one by [[run-as]] in the settings"
             )
         if self._shared_key:
             _log.warn("DEVELOPMENT CERTIFICATE: everybody has its key, it protects nothing")

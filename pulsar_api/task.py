@@ -56,6 +56,19 @@ class TaskSpec:
 
 
 @frozen
+class Account:
+    """Whom a command runs as, if not as the daemon: names and numbers of passwd(5)."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    home: str
+    umask: int | None = None
+    """None: as the daemon was started with."""
+
+
+@frozen
 class Command:
     """What a task runs: a list of arguments, never a line for a shell."""
 
@@ -68,6 +81,8 @@ class Command:
     """What must not be seen in its output, in each form."""
     secret_file: str | None = None
     """See `TaskSnapshot.secret_file`."""
+    account: Account | None = None
+    """Whom it runs as; None: as the daemon."""
     shown: tuple[str, ...] | None = None
     """The arguments as people may see them, if not all of them may be seen."""
 
