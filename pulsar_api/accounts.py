@@ -101,6 +101,10 @@ class Accounts:
         return None
 
 
+OWN_ACCOUNT = Accounts()
+"""All tasks run as the daemon."""
+
+
 def _account(table: RunAs, own: int) -> Account:
     try:
         user = pwd.getpwnam(table.user)

@@ -8,7 +8,7 @@ from pathlib import Path
 from attrs import evolve, frozen
 
 from pulsar_api import masking
-from pulsar_api.accounts import Accounts
+from pulsar_api.accounts import OWN_ACCOUNT, Accounts
 from pulsar_api.errors import InvalidInput, NoListing, SettingsError
 from pulsar_api.task import MASK, Account, Command, TaskSpec
 
@@ -179,7 +179,7 @@ class Commands:
     config_repo: str | None = None
     config_branch: str = "master"
     names: Names = Names()
-    accounts: Accounts = Accounts()
+    accounts: Accounts = OWN_ACCOUNT
 
     def split(self, asked: TaskSpec) -> tuple[TaskSpec, Mapping[str, str]]:
         """Return what was asked for without its secrets, and those.

@@ -769,7 +769,9 @@ class Shim:
             raise OSError(error, posix.strerror(error))
         if error in SCARCE:
             raise OSError(error, posix.strerror(error))
-        what = f"enter {text(self.spec.directory)}" if stage == b"enter" else "change the user"
+        what = (
+            f"enter {text(self.spec.directory)}" if stage == b"enter" else "change the user"
+        )
         raise CannotStart(f"cannot {what}: {posix.strerror(error)}")
 
     def become(self, path: bytes, out: int, err: int, tell: int) -> None:
@@ -796,7 +798,7 @@ class Shim:
             _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
             posix.execve(path, spec.arguments, spec.environment)
         except OSError as e:
-            posix.write(tell, b"%b %d" % (stage, e.errno))
+            posix.write(tell, b"%b %d" % (stage, e.errno or errno.EPERM))
         except ValueError:
             posix.write(tell, b"%b 0" % stage)
 

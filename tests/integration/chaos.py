@@ -194,7 +194,7 @@ class Chaos:
                 self.killed(chance.choice(tasks))
             for number, since in list(self.witness.kills.items()):
                 if since and now - since > KILL_LIMIT and number in self.open():
-                    # Perhaps nobody has looked; a daemon that is just starting says nothing.
+                    # Perhaps nobody has looked; a daemon that starts says nothing.
                     looked = self.client.look(number)
                     if looked is not None and number in self.open():
                         mark = self.witness.accepted[number]

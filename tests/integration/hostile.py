@@ -1,0 +1,88 @@
+"""Tries what a task must not be able to do; prints a table of what became of it as JSON.
+
+It runs as a task, below the account of its app: nothing of the project can be imported.
+Arguments: the state folder, the daemon's number, the number of another account's process.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+state, daemon, other = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+shim = os.getppid()
+while os.stat(f"/proc/{shim}").st_uid == os.getuid():  # the shell of the command
+    with open(f"/proc/{shim}/stat") as file:
+        shim = int(file.read().rpartition(")")[2].split()[1])
+own = os.environ["PULSAR_TASK_FOLDER"]
+libc = ctypes.CDLL(None, use_errno=True)
+results: dict[str, str] = {}
+_buffer = ctypes.create_string_buffer(8)
+HERE = (ctypes.c_size_t * 2)(ctypes.addressof(_buffer), 8)
+"""Eight bytes, as readv(2) wants it; at the same place of another process."""
+
+
+def attempt(what: str, function: Callable[..., object], *arguments: object) -> None:
+    """Try one thing."""
+    try:
+        found = function(*arguments)
+    except OSError as e:
+        results[what] = f"refused: {e.strerror}"
+    else:
+        results[what] = f"done: {found!r}"
+
+
+def call(name: str, *arguments: object) -> int:
+    """Call a function of the C library."""
+    result: int = getattr(libc, name)(*arguments)
+    if result == -1:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def read(path: str) -> bytes:
+    """Return the begin of a file."""
+    with open(path, "rb", buffering=0) as file:
+        return file.read(10)
+
+
+def change(path: str) -> None:
+    """Change a file."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
+
+
+for folder in (state, f"{state}/tasks", f"{state}/secrets", own, f"{own}/output.idx"):
+    attempt(f"list {folder}", os.listdir, folder)
+    attempt(f"open {folder} to the public", os.chmod, folder, 0o777)
+    attempt(f"rename {folder}", os.rename, folder, f"{folder}.away")
+for name in ("auth.db", "pulsar-api.db", "audit.db", "shim.pyc", "lock", "permits"):
+    attempt(f"read {name}", read, f"{state}/{name}")
+    attempt(f"change {name}", change, f"{state}/{name}")
+for name in ("output", "output.idx", "lock", "begun", "exit", "spec", "new"):
+    attempt(f"read own {name}", read, f"{own}/{name}")
+    attempt(f"change own {name}", change, f"{own}/{name}")
+    attempt(f"own FIFO {name}", os.mkfifo, f"{own}/{name}")
+    attempt(f"own link {name}", os.symlink, "/dev/zero", f"{own}/{name}")
+for who, pid in (("daemon", daemon), ("shim", shim), ("other", other)):
+    for number in (signal.SIGTERM, signal.SIGSTOP, signal.SIGKILL):
+        attempt(f"send {number.name} to {who}", os.kill, pid, number)
+    for name in ("environ", "mem", "maps", "auxv", "stack"):
+        attempt(f"read {name} of {who}", read, f"/proc/{pid}/{name}")
+    attempt(f"descriptors of {who}", os.listdir, f"/proc/{pid}/fd")
+    attempt(f"root of {who}", os.listdir, f"/proc/{pid}/root/")
+    attempt(f"trace {who}", call, "ptrace", 16, pid, None, None)
+    attempt(f"priority of {who}", os.setpriority, os.PRIO_PROCESS, pid, 19)
+    attempt(f"limits of {who}", call, "prlimit", pid, 7, b"\0" * 16, None)
+    attempt(f"memory of {who}", call, "process_vm_readv", pid, HERE, 1, HERE, 1, 0)
+attempt("become root", os.setuid, 0)
+attempt("become the other", os.setuid, os.stat(f"/proc/{other}").st_uid)
+attempt("take a group", os.setgroups, [0])
+attempt("mount", call, "mount", b"none", b"/mnt", b"tmpfs", 0, None)
+attempt("change the root", os.chroot, "/")
+for fd in range(3, 256):
+    with contextlib.suppress(OSError):
+        results[f"inherited {fd}"] = f"done: {os.readlink(f'/proc/self/fd/{fd}')}"
+print(json.dumps(results))

@@ -1,0 +1,242 @@
+"""Commands under accounts of their own, and what hostile ones try. These need root."""
+
+import json
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.daemon import SHELL, Daemon, wait_for
+
+OWN, SHOP, TOYS = "backup", "games", "news"
+"""Accounts of every Debian: the daemon's, if it is not root, and those of two apps."""
+
+TABLES = f"""
+[[run-as]]
+on = ["shop/*"]
+user = "{SHOP}"
+umask = "027"
+
+[[run-as]]
+on = ["toys/*"]
+user = "{TOYS}"
+home = "/var/tmp"
+"""
+
+PYTHON = shutil.which("python3", path="/usr/bin:/usr/local/bin")
+"""One that every account can run; that of the tests may be in somebody's home."""
+
+HOSTILE = Path(__file__).with_name("hostile.py")
+
+Start = Callable[..., Daemon]
+
+
+def capable(user: str) -> tuple[str, ...]:
+    """Return what starts a program as a user who may give others their accounts.
+
+    And who can read what is below the home of root, where this Python may be.
+    """
+    may = "+setuid,+setgid,+kill,+dac_read_search"
+    return (
+        *("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"),
+        *(f"--inh-caps={may}", f"--ambient-caps={may}"),
+    )
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """Return a folder that every account can enter; those of pytest nobody else can."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["root", OWN])
+def start(request: pytest.FixtureRequest, place: Path) -> Iterator[Start]:
+    """Return a function that starts a daemon, as root and as an ordinary user."""
+    daemons: list[Daemon] = []
+    user = request.param
+
+    def begin(*options: str, tables: str = TABLES) -> Daemon:
+        (place / "settings.toml").write_text(tables)
+        home = place / "home"
+        home.mkdir(mode=0o755)
+        shutil.chown(home, user)
+        before = () if user == "root" else capable(user)
+        program = (*before, sys.executable, "-m", "pulsar_api")
+        config = ("--config", str(place / "settings.toml"), "--kill-grace", "1")
+        state = home / "state"
+        made = Daemon(
+            place, "--command", SHELL, *config, *options, program=program, state=state
+        )
+        daemons.append(made)
+        return made
+
+    yield begin
+    for daemon in daemons:
+        daemon.kill()
+
+
+def attempts(daemon: Daemon, app: str, *arguments: object) -> dict[str, str]:
+    """Run the hostile program as a task; return what became of what it tried."""
+    words = " ".join(map(str, arguments))
+    number = daemon.run(
+        app,
+        "live",
+        "run",
+        run=f"{PYTHON} -ISs - {words} <<'END'\n{HOSTILE.read_text()}\nEND\n",
+    )
+    task = daemon.ended(number)
+    text = daemon.get(f"/task/{number}/log").body.decode()
+    assert task["exitCode"] == 0, text
+    found: dict[str, str] = json.loads(text.splitlines()[-1])
+    return found
+
+
+def test_a_hostile_task_gets_nothing(start: Start) -> None:
+    """Neither of the daemon, nor of its own shim, nor of the tasks of other accounts."""
+    daemon = start()
+    hidden = "the-secret-of-another"
+    other = daemon.run(
+        "toys", "live", "run", run="echo here; exec sleep 60", password=hidden
+    )
+    wait_for(lambda: "here" in daemon.task(other)["output"], "the other task")
+    victim = daemon.task(other)["pid"]
+    tried = attempts(daemon, "shop", daemon.state, daemon.process.pid, victim)
+    assert len(tried) > 40
+    assert {what: how for what, how in tried.items() if not how.startswith("refused")} == {}
+    assert daemon.task(other)["status"] == "running"
+    assert daemon.post(f"/task/{other}/kill").status == 200
+    assert daemon.ended(other)["status"] == "killed"
+
+
+def test_who_a_task_is(start: Start) -> None:
+    """Its account has its home, its mask of modes, and nothing of the daemon's groups."""
+    daemon = start()
+    script = "id -un; id -gn; id -Gn; umask; echo $HOME $USER $LOGNAME; echo x >/dev/stderr"
+    for app, name, mask, home in (
+        ("shop", SHOP, "0027", pwd.getpwnam(SHOP).pw_dir),
+        ("toys", TOYS, "0022", "/var/tmp"),
+    ):
+        number = daemon.run(app, "live", "run", run=script)
+        assert daemon.ended(number)["status"] == "finished"
+        said = daemon.get(f"/task/{number}/log").body.decode().splitlines()
+        assert sorted(said) == sorted(
+            [name, name, name, mask, f"{home} {name} {name}", "x"]
+        )
+
+
+def test_no_command_has_a_capability(start: Start) -> None:
+    """Nor can it get one by a program that is set-uid, unless the settings allow sudo."""
+    daemon = start()
+    number = daemon.run(
+        "shop", "live", "run", run="grep -E '^(Cap|NoNew)' /proc/self/status"
+    )
+    daemon.ended(number)
+    lines = daemon.get(f"/task/{number}/log").body.decode().split()
+    sets = dict(zip(lines[::2], lines[1::2], strict=True))
+    assert sets.pop("NoNewPrivs:") == "1"
+    sets.pop("CapBnd:")
+    assert len(sets) == 4
+    assert {int(value, 16) for value in sets.values()} == {0}
+
+
+def test_a_target_without_account_is_refused(start: Start) -> None:
+    """It never runs as the daemon."""
+    daemon = start()
+    answer = daemon.post("/games/live", {"action": "run", "variables": {"run": "id"}})
+    assert (answer.status, answer.json()["field"]) == (400, "app")
+    assert "run-as" in answer.json()["detail"]
+    assert daemon.get("/tasks").json()["tasks"] == {}
+
+
+def test_a_task_of_an_account_survives_the_daemon_and_is_killed(start: Start) -> None:
+    """The next daemon adopts it, and ends all of it, deaf children as well."""
+    daemon = start()
+    run = "trap '' TERM; (trap '' TERM; setsid sleep 300 & echo $!; wait) & wait"
+    number = daemon.run("shop", "live", "run", run=run)
+
+    def said() -> str:
+        return str(daemon.task(number)["output"]).strip()
+
+    child = int(wait_for(said, "the child"))
+    assert os.stat(f"/proc/{child}").st_uid == pwd.getpwnam(SHOP).pw_uid
+    daemon.kill()
+    daemon.start()
+    assert daemon.task(number)["status"] == "running"
+    assert daemon.post(f"/task/{number}/kill").status == 200
+    task = daemon.ended(number)
+    assert (task["status"], task["heldBy"]) == ("killed", [])
+    wait_for(lambda: not Path(f"/proc/{child}").exists(), "the end of the child")
+
+
+def test_what_cannot_be_entered_or_run_fails_and_says_why(
+    start: Start, place: Path
+) -> None:
+    """As the account it would have run as, not as the daemon."""
+    shut = place / "shut"
+    shut.mkdir(mode=0o700)
+    (shut / "program").write_text("#!/bin/sh\n")
+    (shut / "program").chmod(0o755)
+    daemon = start("--command", f"{shut}/program")
+    number = daemon.run("shop", "live", "run")
+    task = daemon.ended(number)
+    assert task["status"] == "failed"
+    assert task["reason"].endswith("program: Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("table", "why"),
+    [
+        ('user = "root"', "root may do everything"),
+        ('user = "nobody-has-this-name"', "there is no user nobody-has-this-name"),
+        ('user = "games"\ngroup = "none-has-this"', "there is no group none-has-this"),
+        ('user = "games"\ngroup = "root"', "group of root"),
+        ('user = "games"\numask = "9"', "umask"),
+        ('user = "games"\nnice = 3', "'nice' is unknown"),
+        ('group = "games"', "user"),
+    ],
+)
+def test_an_account_that_cannot_be_is_refused_at_the_start(
+    place: Path, table: str, why: str
+) -> None:
+    """In one line, before anything is started."""
+    refused(place, f'[[run-as]]\non = ["shop/*"]\n{table}\n', why)
+
+
+def test_a_daemon_that_cannot_change_the_user_refuses_accounts(place: Path) -> None:
+    """Tasks would run as the daemon, or not at all."""
+    refused(place, TABLES, "CAP_SETUID", f"setpriv --reuid={OWN} --clear-groups".split())
+
+
+def test_the_daemons_own_account_is_no_other(place: Path) -> None:
+    """Its tasks could change its state."""
+    table = f'[[run-as]]\non = ["*"]\nuser = "{OWN}"\n'
+    refused(place, table, "the daemon itself runs as that user", capable(OWN))
+
+
+def refused(place: Path, tables: str, why: str, before: Any = ()) -> None:
+    """Start a daemon with settings that must be refused for a reason."""
+    (place / "settings.toml").write_text(tables)
+    state = place / "state"
+    state.mkdir()
+    state.chmod(0o777)
+    program = (*before, sys.executable, "-m", "pulsar_api", "--state-dir", str(state))
+    found = subprocess.run(
+        (*program, "--port", "0", "--config", str(place / "settings.toml")),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd="/",
+    )
+    assert found.returncode == 1
+    assert why in found.stderr + found.stdout
