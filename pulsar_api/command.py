@@ -253,8 +253,7 @@ class Commands:
         """
         spec = evolve(spec, variables={**spec.variables, **secrets})
         self.check(spec)
-        made = self._made(self.template.arguments, spec, task_id)
-        return evolve(made, secrets=masking.forms(secrets.values()))
+        return self._made(self.template.arguments, spec, task_id)
 
     def listing(self, app: str, env: str) -> Command:
         """Return what prints the actions of an app; `InvalidInput` or `NoListing`."""

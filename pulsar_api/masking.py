@@ -7,11 +7,29 @@ from base64 import b64encode
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from urllib.parse import quote, quote_plus
 
+from pulsar_api import shells
+
 PATTERNS = ("*password*", "*token*", "*secret*", "*key*")
 """Which variables are secret by their name, unless the settings say otherwise."""
 
 SHORTEST = 4
 """Characters; what is shorter would be masked in the middle of every other word."""
+
+COMMON = frozenset("default disabled enabled false none null true undefined".split())
+"""Words, in capitals or not, that would be masked all over a log and hide nothing."""
+
+LINES = 500
+"""Lines of all secrets of a task that are looked for as other programs write them.
+
+Those of the longest values are beyond that, and each is looked for as it is.
+"""
+
+_NUMBER = re.compile("[0-9]{4}")
+_COMMON_LINE = re.compile(
+    rf"^[^\S\n]*(?:{'|'.join(COMMON)}|{_NUMBER.pattern})[^\S\n]*$",
+    re.MULTILINE | re.IGNORECASE,
+)
+_PLAIN = re.compile(r"\w+", re.ASCII)  # what all programs write as it is
 
 # What programs leave as it is: most of them, Python's quote, encodeURIComponent, encodeURI,
 # Go in the user of a URL and in its path.
@@ -26,18 +44,40 @@ def is_secret(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name.lower(), text.lower()) for text in patterns)
 
 
+def _is_common(text: str) -> bool:
+    return text.casefold() in COMMON or _NUMBER.fullmatch(text) is not None
+
+
+def _in_full(values: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Yield each value, and whether its lines are looked for in every form."""
+    room = LINES
+    for value in sorted(set(values), key=lambda value: (value.count("\n"), value)):
+        room -= value.count("\n")
+        yield value, room >= 0
+
+
 def notes(values: Mapping[str, str]) -> list[str]:
-    """Return a sentence for each secret that is too short to be masked."""
+    """Return a sentence for each secret that is not masked, or not in every form."""
+    in_full = dict(_in_full(values.values()))
     found = []
     for name, value in sorted(values.items()):
         text = value.strip()
-        what = "" if len(text) < SHORTEST else None
-        if any(0 < len(line.strip()) < SHORTEST for line in text.split("\n")) and text:
-            what = "a line of it is " if what is None else what
-        if what is not None:
+        # Thousands of lines must not take more than some milliseconds.
+        lines = {line.strip() for line in text.split("\n")} - {""}
+        why = None
+        if min(map(len, lines), default=0) < SHORTEST:
+            why = f"shorter than {SHORTEST} characters"
+        elif _COMMON_LINE.search(text):
+            why = "a common word or a number of four digits"
+        if why is not None:
+            what = "" if len(text) < SHORTEST or _is_common(text) else "a line of it is "
             found.append(
-                f"variables.{name}: {what}shorter than {SHORTEST} characters, so it is not "
-                "masked in the output."
+                f"variables.{name}: {what}{why}, so it is not masked in the output."
+            )
+        if not in_full[value]:
+            found.append(
+                f"variables.{name}: the secrets have more than {LINES} lines, so each line "
+                "of this one is masked in the output only if it is printed as it is."
             )
     return found
 
@@ -46,38 +86,43 @@ def forms(values: Collection[str]) -> tuple[bytes, ...]:
     """Return the texts that must not be seen: the values, and ways of writing them.
 
     Written as they are, each line of several by itself, as base64 (also as a part of
-    longer base64), percent-encoded, as a string of JSON, and quoted by a shell.
+    longer base64), percent-encoded, as a string of JSON, and quoted by a shell. What is
+    too short or too common is left out, see `notes`. It may take half a second.
     """
     found: set[bytes] = set()
-    for value in values:
+    for value, in_full in _in_full(values):
         # The white space around it is no secret, and many programs take it away. Masked
         # with it, a line's end would be missing.
         text = value.strip()
-        if len(text) >= SHORTEST:
-            found.update(_forms(text))
+        lines = [*map(str.strip, text.split("\n"))] if "\n" in text else []
+        for one in dict.fromkeys([text, *lines]):
+            if len(one) >= SHORTEST and not _is_common(one):
+                found.update(_as_text(one) if in_full or one == text else [one.encode()])
+                if one == text:
+                    found.update(_forms(text))
     return tuple(sorted(found))
 
 
 def _forms(text: str) -> Iterator[bytes]:
-    data = text.encode()
-    yield from (form.encode() for form in _as_text(text))
-    yield from _base64(data)
+    yield from _base64(text.encode())
     yield from (form.encode() for form in _percent(text))
     lines = text.replace("\r\n", "\n").split("\n")
     if len(lines) > 1:
         for end in ("\n", "\r\n"):
-            yield from (form.encode() for form in _as_text(end.join(lines)))
-        for line in map(str.strip, lines):
-            if len(line) >= SHORTEST:
-                yield from (form.encode() for form in _as_text(line))
+            yield from _as_text(end.join(lines))
 
 
-def _as_text(text: str) -> Iterator[str]:
-    """Yield a text as it is, as JSON writes it, and as a shell does that is traced."""
-    yield text
-    for quote_in_quotes in ("'\\''", "'\"'\"'"):
-        yield text.replace("'", quote_in_quotes)
-    yield re.sub(r"(\W)", r"\\\1", text)
+def _as_text(text: str) -> Iterator[bytes]:
+    """Yield a text as it is, as programs quote it for a shell, and as JSON writes it."""
+    yield text.encode()
+    if not _PLAIN.fullmatch(text):
+        yield from shells.quoted(text)
+        yield text.replace("'", "'\"'\"'").encode()  # shlex of Python
+        yield re.sub(r"(\W)", r"\\\1", text).encode()
+        yield from (form.encode() for form in _json(text))
+
+
+def _json(text: str) -> Iterator[str]:
     plain, ascii_only = (json.dumps(text, ensure_ascii=a)[1:-1] for a in (False, True))
     for form in (plain, ascii_only):
         yield form

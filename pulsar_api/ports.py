@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Protocol
 
-from attrs import frozen
+from attrs import field, frozen
 from twisted.internet.defer import Deferred
 
 from pulsar_api.task import (
@@ -36,6 +36,8 @@ class NewTask:
     """The idempotency key."""
     secret_file: str | None = None
     """See `Executor.keep_secrets`."""
+    notes: tuple[str, ...] = ()
+    """See `TaskSnapshot.notes`."""
 
 
 @frozen
@@ -47,6 +49,16 @@ class Bounds:
     silence: float = 0
     max_output: int = 0
     """Bytes of output, and of its index; of more the middle is cut. 0: all is kept."""
+
+
+@frozen
+class Secrets:
+    """The secrets of a task."""
+
+    values: Mapping[str, str] = field(factory=dict, repr=False)
+    """By the names of the variables."""
+    forms: tuple[bytes, ...] = field(default=(), repr=False)
+    """What must not be seen of them: `masking.forms`."""
 
 
 @frozen
@@ -131,7 +143,7 @@ class Executor(Protocol):
         Under a given name they replace what was there. Fails with `StoreUnavailable`.
         """
 
-    def secrets(self, task_id: int, name: str | None) -> Deferred[Mapping[str, str] | None]:
+    def secrets(self, task_id: int, name: str | None) -> Deferred[Secrets | None]:
         """Fire with the secrets that are kept, None if there are none (any more).
 
         Fails with `StoreUnavailable` if nobody can know now.

@@ -23,11 +23,11 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from pulsar_api import mask, orphans, shim
+from pulsar_api import mask, masking, orphans, shim
 from pulsar_api.background import own
 from pulsar_api.errors import FolderInUse, StoreUnavailable
 from pulsar_api.machine import USUAL, LocalMachine, Machine
-from pulsar_api.ports import Bounds, Run, Sink
+from pulsar_api.ports import Bounds, Run, Secrets, Sink
 from pulsar_api.runs import BEGUN, NOTHING, AdoptedRun, ShimProtocol, alive
 from pulsar_api.task import Command, Exit, Process
 
@@ -286,14 +286,14 @@ class ShimExecutor:
 
         return machine.in_thread(write)
 
-    def secrets(self, task_id: int, name: str | None) -> Deferred[Mapping[str, str] | None]:
-        """Fire with the secrets that are kept, or None."""
+    def secrets(self, task_id: int, name: str | None) -> Deferred[Secrets | None]:
+        """Fire with the secrets that are kept, or None, in a thread: forms take long."""
         # A daemon that has died may have moved them already, see `start`.
         paths = [self._tasks / str(task_id) / "secrets"]
         if name is not None:
             paths.insert(0, self._secrets / name)
 
-        def read() -> Mapping[str, str] | None:
+        def read() -> Secrets | None:
             for path in paths:
                 try:
                     found: Mapping[str, str] = json.loads(self._machine.read(path))
@@ -301,7 +301,7 @@ class ShimExecutor:
                     continue
                 except OSError as e:
                     raise _unavailable(path, e) from None
-                return found
+                return Secrets(found, masking.forms(found.values()))
             return None
 
         return self._machine.in_thread(read)
@@ -367,27 +367,30 @@ class ShimExecutor:
         # The shim hands it on to whoever reads the result, perhaps a later daemon with
         # other settings. A secret may be in it, and then the output does not have it.
         line = (command.last_line or "").encode()
-        promise = mask.masked(line, command.secrets) if line else b""
+        promise = mask.masked(line, tuple(text for text in command.secrets if text in line))
         account, umask = command.account, self._umask
         numbers: tuple[int, ...] = ()
         if account is not None:
             numbers = (account.uid, account.gid, *account.groups)
             umask = umask if account.umask is None else account.umask
-        fields = [
+        fields: list[str | bytes] = [
             *(f"{n:.3f}" for n in (bounds.grace, bounds.total, bounds.silence)),
             *(str(n) for n in (bounds.max_output, umask, self._files)),
             *(str(len(texts)) for texts in (command.arguments, command.secrets)),
             _LIBRARY,
             command.directory or "/",
-            promise.decode("utf-8", "surrogateescape"),
+            promise,
             " ".join(map(str, numbers)),
             *command.arguments,
-            *(text.decode() for text in command.secrets),
+            *command.secrets,
             *(text for pair in command.environment.items() for text in pair),
             *(orphans.MARK, str(folder)),
         ]
         # Always UTF-8, whatever the locale; odd bytes of our own environment stay as is.
-        encoded = [text.encode("utf-8", "surrogateescape") for text in fields]
+        encoded = [
+            field if isinstance(field, bytes) else field.encode("utf-8", "surrogateescape")
+            for field in fields
+        ]
         encoded.insert(0, b"%d" % len(encoded))
         # Lengths, as no sign is safe from standing in a text.
         data = b"".join(len(text).to_bytes(8, "little") + text for text in encoded)

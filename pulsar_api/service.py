@@ -8,6 +8,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
+from pulsar_api import masking
 from pulsar_api.background import own, shielded
 from pulsar_api.changes import Changes
 from pulsar_api.command import Commands, shown
@@ -21,7 +22,7 @@ from pulsar_api.errors import (
     StoreUnavailable,
     UnknownTask,
 )
-from pulsar_api.ports import Bounds, Executor, Keep, NewTask, Run, TaskStore
+from pulsar_api.ports import Bounds, Executor, Keep, NewTask, Run, Secrets, TaskStore
 from pulsar_api.retention import Retention
 from pulsar_api.steady import SteadyClock
 from pulsar_api.task import (
@@ -341,7 +342,8 @@ class TaskService:
                 # Before anybody can find the task: a retry must find both or neither.
                 secret_file = await self._executor.keep_secrets(secrets)
             wall, steady = self._time.wall(), self._time.steady()
-            new = NewTask(spec, wall, steady, key, secret_file)
+            notes = tuple(masking.notes(secrets))
+            new = NewTask(spec, wall, steady, key, secret_file, notes)
             snapshot = await self._store.create(new)
         except StoreUnavailable:
             if secret_file is not None:
@@ -600,36 +602,37 @@ class TaskService:
             live.run.kill()
         self._moved.advance(self._moved.version + 1)
 
-    async def _command(
-        self, live: _Live, secrets: Mapping[str, str] | None
-    ) -> Command | None:
+    async def _command(self, live: _Live, secrets: Secrets | None) -> Command | None:
         """Return what a task runs; None: it cannot be run, see `_fail`."""
         why = "the values of its secret variables are gone."
         if secrets is not None:
             try:
                 commands = await self._commands()
                 spec, task_id = live.newest.spec, live.newest.id
-                command = commands.command(spec, task_id, secrets)
-                if not secrets:
+                command = commands.command(spec, task_id, secrets.values)
+                if not secrets.values:
                     return command
                 # What is shown and recorded has no secret in it.
-                to_show = commands.command(spec, task_id).arguments
-                name = live.newest.secret_file
-                return evolve(command, shown=to_show, secret_file=name)
+                return evolve(
+                    command,
+                    shown=commands.command(spec, task_id).arguments,
+                    secrets=secrets.forms,
+                    secret_file=live.newest.secret_file,
+                )
             except InvalidInput as e:
                 why = str(e)
         await self._fail(live, why)
         return None
 
-    async def _secrets(self, live: _Live) -> Mapping[str, str] | None:
-        """Return the values of a task's secret variables; None: they are gone."""
+    async def _secrets(self, live: _Live) -> Secrets | None:
+        """Return the secrets of a task; None: they are gone."""
         task_id, name = live.newest.id, live.newest.secret_file
         while live.newest.spec.secret_names and not (live.kill or self._stopping):
             try:
                 return await self._executor.secrets(task_id, name)
             except StoreUnavailable as e:
                 await self._disk(live, e)
-        return {}
+        return Secrets()
 
     async def _permit(self, live: _Live) -> str | None:
         """Return a permit as soon as what the task prints can be kept.

@@ -293,8 +293,8 @@ class SQLiteStore:
             cursor = db.execute(
                 "INSERT INTO task (revision, status, app, env, action, variables, user,"
                 " secret_names, secret_file, command, created_at, created_steady,"
-                " output_size, idempotency_key, change)"
-                " VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, '', ?, ?, 0, ?, ?)",
+                " output_size, idempotency_key, notes, change)"
+                " VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, '', ?, ?, 0, ?, ?, ?)",
                 (
                     Status.CREATED,
                     spec.app,
@@ -307,6 +307,7 @@ class SQLiteStore:
                     new.created_at,
                     new.steady,
                     new.key,
+                    json.dumps(new.notes),
                     _count(db),
                 ),
             )
@@ -316,6 +317,7 @@ class SQLiteStore:
                 spec,
                 new.created_at,
                 secret_file=new.secret_file,
+                notes=new.notes,
                 created_steady=new.steady,
             )
 

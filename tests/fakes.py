@@ -9,7 +9,8 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IReactorTime
 
 from pulsar_api.errors import FolderInUse, StoreUnavailable, UnknownTask
-from pulsar_api.ports import RESTART, Bounds, Keep, NewTask, Reading, Sink
+from pulsar_api.masking import forms
+from pulsar_api.ports import RESTART, Bounds, Keep, NewTask, Reading, Secrets, Sink
 from pulsar_api.steady import SteadyClock
 from pulsar_api.task import (
     KEY_LIFE,
@@ -64,6 +65,7 @@ class MemoryStore:
             new.spec,
             new.created_at,
             secret_file=new.secret_file,
+            notes=new.notes,
             created_steady=new.steady,
         )
         self.rows[self.last] = snapshot
@@ -360,10 +362,13 @@ class FakeExecutor:
             self.slow.append(written)
         return written.addCallback(keep)
 
-    def secrets(self, task_id: int, name: str | None) -> Deferred[Mapping[str, str] | None]:
+    def secrets(self, task_id: int, name: str | None) -> Deferred[Secrets | None]:
         if self.full:
             return fail(StoreUnavailable("the fake is full", full=True))
-        return succeed(self.kept_secrets.get(name or ""))
+        values = self.kept_secrets.get(name or "")
+        if values is None:
+            return succeed(None)
+        return succeed(Secrets(values, forms(values.values())))
 
     def forget_secrets(self, task_id: int, name: str | None) -> None:
         self.kept_secrets.pop(name or "", None)

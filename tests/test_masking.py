@@ -211,3 +211,41 @@ def test_base64_in_lines_is_masked_whatever_comes_behind(size: int) -> None:
 def test_what_is_too_short_is_told(value: str, *, told: bool) -> None:
     """Also of one line of several."""
     assert len(notes({"key": value})) == told
+
+
+@pytest.mark.parametrize("value", ["true", "FALSE", " null\n", "undefined", "8080"])
+def test_common_word_is_not_masked_and_a_note_says_so(value: str) -> None:
+    """It would be masked all over a log, and everybody would know what it is."""
+    assert forms([value]) == ()
+    (note,) = notes({"key": value})
+    assert note.startswith("variables.key: a common word or a number of four digits, so")
+
+
+def test_common_line_is_not_masked_and_a_note_says_so() -> None:
+    """The other lines are, and so is the whole."""
+    value = "hunter22\n  true\nhunter33"
+    texts = forms([value])
+    assert masked(b"true hunter22 hunter33", texts) == b"true *** ***"
+    assert masked(value.encode(), texts) == b"***"
+    (note,) = notes({"key": value})
+    assert note.startswith("variables.key: a line of it is a common word")
+
+
+@pytest.mark.parametrize("value", ["truely", "12345", "80 80", "nullify", "true false"])
+def test_what_only_holds_a_common_word_is_masked(value: str) -> None:
+    """Nothing else is as common."""
+    assert masked(value.encode(), forms([value])) == b"***"
+    assert notes({"key": value}) == []
+
+
+def test_number_of_forms_is_bounded_and_a_note_says_so() -> None:
+    """Of very many lines each is looked for as it is, and the whole in every form."""
+    lines = [f"{n:04x}'" for n in range(4096, 4096 + 10_000)]
+    value, short = "\n".join(lines), "it's\nthe <key>"
+    texts = forms([value, short])
+    assert len(texts) < len(lines) + 300
+    printed = [*lines[::100], json.dumps(value), r"'it'\''s' the\ \<key\>"]
+    expected = [*["***"] * 100, '"***"', "'***' ***"]
+    assert masked(" ".join(printed).encode(), texts).decode() == " ".join(expected)
+    (note,) = notes({"long": value, "short": short})
+    assert note.startswith("variables.long: the secrets have more than 500 lines")

@@ -30,8 +30,9 @@ from twisted.internet.task import Clock, deferLater
 from pulsar_api import mask, orphans, process, shim
 from pulsar_api.errors import FolderInUse, StoreUnavailable
 from pulsar_api.machine import USUAL, LocalMachine
+from pulsar_api.masking import forms
 from pulsar_api.output import Output, Record
-from pulsar_api.ports import Bounds, Reading, Run
+from pulsar_api.ports import Bounds, Reading, Run, Secrets
 from pulsar_api.process import ShimExecutor
 from pulsar_api.runs import alive, read_exit
 from pulsar_api.steady import SteadyClock
@@ -2677,11 +2678,13 @@ async def test_kept_secrets_are_read_again_and_removed(runner: Runner) -> None:
     folder = runner.tasks.parent / "secrets"
     assert (folder / name).stat().st_mode & 0o777 == 0o600
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert await executor.secrets(7, name) == secrets
+    assert await executor.secrets(7, name) == Secrets(secrets, forms(secrets.values()))
     # A retry brings them again, under the name that is on record.
     (folder / name).unlink()
     assert await executor.keep_secrets({"password": "new"}, name) == name
-    assert await executor.secrets(7, name) == {"password": "new"}
+    found = await executor.secrets(7, name)
+    assert found is not None
+    assert found.values == {"password": "new"}
     await executor.forget_other_secrets({name})
     assert [path.name for path in folder.iterdir()] == [name]
     executor.forget_secrets(7, name)
@@ -2742,7 +2745,7 @@ async def test_a_daemon_that_dies_at_the_start_leaves_the_secrets(runner: Runner
     name = await executor.keep_secrets({"password": "x"})
     await executor.permit(1)
     (runner.tasks.parent / "secrets" / name).rename(runner.tasks / "1" / "secrets")
-    assert await executor.secrets(1, name) == {"password": "x"}
+    assert await executor.secrets(1, name) == Secrets({"password": "x"})
     command = Command(("true",), runner.environment, secret_file=name)
     story = Story()
     runner.runs.append(executor.start(1, command, Bounds(5), story))

@@ -1295,6 +1295,17 @@ def test_secrets_go_a_way_of_their_own(world: World) -> None:
     assert world.executor.kept_secrets == {}
 
 
+def test_task_notes_that_a_secret_is_not_masked() -> None:
+    """Whoever reads the task sees it, also after a restart."""
+    world = limited(running=1)
+    world.create(SPEC)
+    task = world.create(evolve(SPEC, variables={"password": "true"}))
+    (note,) = task.snapshot.notes
+    assert note.startswith("variables.password: a common word")
+    world.restart()
+    assert world.find(2).notes == (note,)
+
+
 def test_a_task_that_waits_gets_its_secrets_after_a_restart() -> None:
     """They are kept as long as it waits; if they are gone it fails, and says so."""
     world = limited(running=1)

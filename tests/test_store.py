@@ -557,3 +557,10 @@ async def test_only_what_counts_is_listed(
         assert await store.select(TaskQuery(within=many)) == found
     first = await store.after(0, within)
     assert first == (found[-1] if found else None)
+
+
+async def test_notes_of_a_new_task_are_on_record(store: TaskStore) -> None:
+    """Before anything happens to it."""
+    task = await store.create(evolve(new(SPEC, 0.0), notes=("odd",)))
+    assert task.notes == ("odd",)
+    assert (await store.load(task.id)).notes == ("odd",)
