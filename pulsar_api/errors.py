@@ -2,6 +2,8 @@
 
 from attrs import field, frozen
 
+from pulsar_api.principal import Principal
+
 
 class PulsarError(Exception):
     """The base of every error that a user can be told about."""
@@ -155,6 +157,22 @@ class NotAllowed(PulsarError):
         return (
             f"{self.who} may not {self.right} {self.where}; who runs this daemon can give "
             "that right in its settings."
+        )
+
+
+@frozen
+class LoginBound(PulsarError):
+    """Another account has the login of somebody who is listed."""
+
+    principal: Principal
+    """The account that has the login now."""
+
+    def __str__(self) -> str:
+        login, id = self.principal.name, self.principal.id
+        return (
+            f"The login {login} is bound to another account than yours, whose id is {id}. "
+            "If the login now belongs to you, ask an operator to run: "
+            f"pulsar-api login rebind {login} {id}"
         )
 
 

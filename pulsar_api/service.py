@@ -22,6 +22,7 @@ from pulsar_api.errors import (
     UnknownTask,
 )
 from pulsar_api.ports import Bounds, Executor, Keep, NewTask, Run, TaskStore
+from pulsar_api.principal import Principal
 from pulsar_api.retention import Retention
 from pulsar_api.steady import SteadyClock
 from pulsar_api.task import (
@@ -130,7 +131,7 @@ class TaskService:
     _held: dict[int, _Live] = field(factory=dict, init=False)
     """Tasks that have ended and hold their target."""
     _creating: list[str] = field(factory=list, init=False)
-    _keys: set[tuple[str | None, str]] = field(factory=set, init=False)
+    _keys: set[tuple[Principal | None, str]] = field(factory=set, init=False)
     _retention: Retention = field(init=False)
     _stopping: bool = field(default=False, init=False)
     _gone: bool = field(default=False, init=False)
@@ -273,9 +274,10 @@ class TaskService:
             _log.info("Task {id} is left running", id=task_id)
         else:
             _log.error("Task {id} is left as it is on record", id=task_id)
-        if live.kill and live.saved < live.newest.revision:
+        by = live.newest.killed_by
+        if live.kill and by is not None and live.saved < live.newest.revision:
             # The next daemon must know of it, even if the database is away for both.
-            self._executor.note_kill(task_id, live.newest.killed_by or "a caller")
+            self._executor.note_kill(task_id, by)
         live.task.settle()
 
     def release(self) -> None:
@@ -317,7 +319,8 @@ class TaskService:
             known = await self._store.by_key(key, spec.user, since)
             if known is None:
                 return await self._create(spec, secrets, key)
-            if known.spec != spec:
+            # Of an older record only the name of its user is known.
+            if evolve(known.spec, user=spec.user) != spec:
                 raise KeyReused(key)
             await self._supply(known, secrets)
             return await self.find(known.id)
@@ -448,14 +451,14 @@ class TaskService:
         """Return what has been recorded since a change and a task."""
         return await self._store.news(since, known, limit)
 
-    async def kill(self, task_id: int, by: str) -> Task:
+    async def kill(self, task_id: int, by: Principal) -> Task:
         """End a task: its whole process tree, or its waiting. Of an ended one: nothing.
 
         It goes on when who asked does not wait any more.
         """
         return await shielded(self._kill(task_id, by))
 
-    async def _kill(self, task_id: int, by: str) -> Task:
+    async def _kill(self, task_id: int, by: Principal) -> Task:
         live = self._live(task_id)
         if live is None:
             return await self.find(task_id)
@@ -463,7 +466,7 @@ class TaskService:
             live.kill = True
             live.kill_revision = live.newest.revision + 1
             live.wake()
-            _log.info("Task {id}: kill asked for by {by}", id=task_id, by=by)
+            _log.info("Task {id}: kill asked for by {by}", id=task_id, by=by.name)
             if live.run is not None:
                 live.run.kill()
             reason = f"Kill asked for by {by}."
@@ -764,14 +767,14 @@ class TaskService:
         self._held.pop(live.newest.id, None)
         self._schedule()
 
-    async def free(self, target: str, by: str) -> Sequence[int]:
+    async def free(self, target: str, by: Principal) -> Sequence[int]:
         """Give back a target that ended tasks hold; return the numbers of those tasks.
 
         What still runs of them goes on running, and is listed in them.
         """
         return await shielded(self._free(target, by))
 
-    async def _free(self, target: str, by: str) -> Sequence[int]:
+    async def _free(self, target: str, by: Principal) -> Sequence[int]:
         found = [e for e in self._held.values() if e.newest.spec.target == target]
         for live in found:
             note = f"{by} gave {target} back while these still ran: "
