@@ -49,13 +49,17 @@ class FolderInUse(PulsarError):
 
 @frozen
 class QueueFull(PulsarError):
-    """More tasks wait than may wait."""
+    """More tasks wait than may wait, of all callers or of this one."""
 
     limit: int
+    whose: str = field(default="")
+    """Whose share of the queue is full; "": all of it is."""
 
     def __str__(self) -> str:
+        share = f" of {self.whose}" if self.whose else ""
+        limit = "the limit for one user" if self.whose else "the limit"
         return (
-            f"{self.limit} tasks are waiting already, which is the limit; "
+            f"{self.limit} tasks{share} are waiting already, which is {limit}; "
             "try again when some have started."
         )
 

@@ -66,6 +66,11 @@ class Limits:
     queued: int = 1000
     keep: Keep = Keep()
 
+    @property
+    def share(self) -> int:
+        """How many tasks of one principal may wait: half of the queue."""
+        return (self.queued + 1) // 2
+
 
 @define(eq=False)
 class _Live:
@@ -130,7 +135,7 @@ class TaskService:
     _running: dict[int, _Live] = field(factory=dict, init=False)
     _held: dict[int, _Live] = field(factory=dict, init=False)
     """Tasks that have ended and hold their target."""
-    _creating: list[str] = field(factory=list, init=False)
+    _creating: list[TaskSpec] = field(factory=list, init=False)
     _keys: set[tuple[Principal | None, str]] = field(factory=set, init=False)
     _retention: Retention = field(init=False)
     _stopping: bool = field(default=False, init=False)
@@ -335,9 +340,8 @@ class TaskService:
         if self._stopping:
             raise ShuttingDown
         self._executor.check()
-        if not self._room_for(spec.target):
-            raise QueueFull(self._limits.queued)
-        self._creating.append(spec.target)
+        self._check_room(spec)
+        self._creating.append(spec)
         secret_file = None
         try:
             if secrets:
@@ -351,7 +355,7 @@ class TaskService:
                 self._executor.forget_secrets(0, secret_file)
             raise
         finally:
-            self._creating.remove(spec.target)
+            self._creating.remove(spec)
         snapshot = evolve(snapshot, command=shown(commands.command(spec, snapshot.id)))
         live = _Live(self, Task(self._clock, snapshot), snapshot)
         # Before anybody hears of it: whoever looks for it finds this one.
@@ -374,14 +378,24 @@ class TaskService:
             if live is None or live.newest.status.ended:  # meanwhile
                 self._executor.forget_secrets(known.id, name)
 
-    def _room_for(self, target: str) -> bool:
-        """Return whether a task may be created: it can start, or there is room to wait."""
-        if len(self._waiting) + len(self._creating) < self._limits.queued:
-            return True
+    def _check_room(self, spec: TaskSpec) -> None:
+        """Raise `QueueFull` unless a task can start, or there is room for it to wait."""
+        queued = len(self._waiting) + len(self._creating)
+        full = None
+        if queued >= self._limits.queued:
+            full = QueueFull(self._limits.queued)
+        elif spec.user is not None and queued >= self._limits.share:
+            specs = [live.newest.spec for live in self._waiting.values()]
+            mine = sum(one.user == spec.user for one in (*specs, *self._creating))
+            if mine >= self._limits.share:
+                full = QueueFull(self._limits.share, spec.user.name)
+        if full is None:
+            return
         busy = [live.newest.spec.target for live in self._running.values()]
-        busy += self._creating
+        busy += [one.target for one in self._creating]
         per_target = self._limits.running_per_target or len(busy) + 1
-        return len(busy) < self._limits.running and busy.count(target) < per_target
+        if len(busy) >= self._limits.running or busy.count(spec.target) >= per_target:
+            raise full
 
     def _live(self, task_id: int) -> _Live | None:
         for lives in (self._waiting, self._running, self._held):

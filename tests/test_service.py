@@ -268,6 +268,38 @@ def test_a_full_queue_is_said() -> None:
     assert len(world.store.rows) == 2
 
 
+def test_one_user_has_half_of_the_queue() -> None:
+    """The other half is for others, also after a restart; a retry finds its task."""
+    world = limited(running=1, queued=4)
+    alice, bob = (evolve(SPEC, user=person(name)) for name in ("alice", "bob"))
+
+    def refused(spec: TaskSpec) -> QueueFull:
+        asked = Deferred.fromCoroutine(world.service.create(spec))
+        error: QueueFull = CASE.failureResultOf(asked, QueueFull).value
+        return error
+
+    def keyed() -> Task:
+        return CASE.successResultOf(
+            Deferred.fromCoroutine(world.service.create(alice, "key"))
+        )
+
+    world.create(alice)  # runs
+    world.create(alice)
+    waits = keyed().snapshot.id
+    for _ in range(2):
+        error = refused(alice)
+        assert (error.limit, error.whose) == (2, "alice")
+        assert "2 tasks of alice are waiting already" in str(error)
+        assert keyed().snapshot.id == waits
+        renamed = evolve(alice, user=Principal("static", "alice", "alicia"))
+        assert refused(renamed).whose == "alicia"
+        world.restart()
+    world.create(bob)
+    world.create(bob)
+    assert (refused(bob).limit, refused(bob).whose) == (4, "")
+    assert len(world.store.rows) == 5
+
+
 def test_without_a_queue_only_what_can_start_is_taken() -> None:
     """Who would have to wait is refused, also for the target's sake."""
     world = limited(running=2, per_target=1, queued=0)
