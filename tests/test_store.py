@@ -1,5 +1,6 @@
 """One contract for every `TaskStore`, and what only the real database has to stand."""
 
+import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
@@ -16,6 +17,7 @@ from twisted.internet import reactor as global_reactor
 from twisted.internet.defer import gatherResults
 from twisted.internet.threads import deferToThread
 
+from pulsar_api.database import connect
 from pulsar_api.errors import StoreUnavailable, UnknownTask
 from pulsar_api.ports import RESTART, Keep, NewTask, Reading, TaskStore
 from pulsar_api.store import _SCHEMA, SQLiteStore, prepare
@@ -462,6 +464,23 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable, match=r"tasks\.db"):
         prepare(path)
     assert path.read_bytes() == b"this is my diary" * 100
+
+
+def test_file_that_is_refused_is_not_left_open(tmp_path: Path) -> None:
+    """Neither by who makes it nor by who only opens it, while the error is looked at."""
+    path = tmp_path / "tasks.db"
+    path.write_bytes(b"this is my diary" * 100)
+
+    def is_open() -> bool:
+        fds = Path("/proc/self/fd").iterdir()
+        return str(path) in {os.readlink(fd) for fd in fds if fd.is_symlink()}
+
+    with pytest.raises(StoreUnavailable) as refused:
+        prepare(path)
+    assert not is_open(), refused
+    with pytest.raises(sqlite3.DatabaseError) as not_opened:
+        connect(path)
+    assert not is_open(), not_opened
 
 
 def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
