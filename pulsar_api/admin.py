@@ -17,18 +17,24 @@ from pulsar_api.auth.audit import FILE, AuditLog
 from pulsar_api.auth.records import FILE as DATABASE
 from pulsar_api.auth.records import (
     PREFIX,
+    Login,
     Token,
     add_token,
+    all_logins,
     all_tokens,
+    bind_login,
     new_secret,
     opened,
     remove_token,
 )
 from pulsar_api.auth.rights import Caller, Grant, Right
 from pulsar_api.errors import StoreUnavailable
+from pulsar_api.principal import Principal
 
 _Now = Callable[[], float]
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+_LOGIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+_ID = re.compile(r"[1-9][0-9]{0,18}")
 
 
 class _Failed(Exception):
@@ -91,13 +97,34 @@ def add_to(commands: Any) -> None:
     )
     revoke.add_argument("name", metavar="NAME")
     revoke.set_defaults(local=_revoke_token)
+    login = commands.add_parser(
+        "login",
+        help="show and change whose the listed logins of GitHub are",
+        description=(
+            "A login of GitHub that the settings list is bound to the first account that "
+            "is let in by it. Another account that gets the login later is refused until "
+            "the login is bound to it here."
+        ),
+    )
+    kinds = login.add_subparsers(dest="kind", required=True, metavar="COMMAND")
+    listing = kinds.add_parser("list", parents=[state], help="show the bound logins")
+    listing.add_argument("--json", action="store_true", help="for programs: lines of JSON")
+    listing.set_defaults(local=_list_logins)
+    rebind = kinds.add_parser(
+        "rebind", parents=[state], help="bind a login to another account, within a minute"
+    )
+    rebind.add_argument("login", metavar="LOGIN")
+    rebind.add_argument("id", metavar="ID", help="the number of the account at GitHub")
+    rebind.set_defaults(local=_rebind_login)
     audit = commands.add_parser(
         "audit",
         parents=[state],
         help="show who wanted what, and whether they got it",
         description="Shows the audit log of a daemon on this machine, oldest first.",
     )
-    audit.add_argument("--user", help="only what this user, or token:NAME, wanted")
+    audit.add_argument(
+        "--user", help="only what this user wanted: by name, token:NAME or github:ID"
+    )
     audit.add_argument("--refused", action="store_true", help="only what was not allowed")
     audit.add_argument("--limit", type=int, default=100, help="the last so many [100]")
     audit.add_argument("--json", action="store_true", help="for programs: lines of JSON")
@@ -151,8 +178,9 @@ def _end_tasks(given: argparse.Namespace, _: _Now) -> None:
 
 
 def _noted(state: Path, now: _Now, what: str, **more: object) -> None:
-    operator = Caller(getpass.getuser(), "this machine", "command line")
-    AuditLog(state / FILE, now).write(operator, what, allowed=True, **more)
+    operator = Principal("machine", str(os.geteuid()), getpass.getuser())
+    caller = Caller(operator, "this machine", "command line")
+    AuditLog(state / FILE, now).write(caller, what, allowed=True, **more)
 
 
 def _create_token(given: argparse.Namespace, now: _Now) -> None:
@@ -214,6 +242,34 @@ def _revoke_token(given: argparse.Namespace, now: _Now) -> None:
     print(f"{given.name} is revoked; a daemon that runs lets nobody in by it after 10 s.")
 
 
+def _list_logins(given: argparse.Namespace, _: _Now) -> None:
+    with opened(_state(given) / DATABASE) as db:
+        logins = all_logins(db)
+    for login in logins:
+        bound = _day(login.bound_at)
+        if given.json:
+            print(json.dumps({"login": login.name, "id": login.id, "bound": bound}))
+        else:
+            print(f"{login.name:40} {login.id:20} bound {bound}")
+
+
+def _rebind_login(given: argparse.Namespace, now: _Now) -> None:
+    if not _LOGIN.fullmatch(given.login):
+        raise _Failed(f"{given.login!r} is no login of GitHub")
+    if not _ID.fullmatch(given.id):
+        raise _Failed(f"{given.id!r} is not the number of an account at GitHub")
+    state = _state(given)
+    login = Login(given.login.casefold(), given.id, now())
+    with opened(state / DATABASE) as db:
+        before = {one.name: one.id for one in all_logins(db)}.get(login.name)
+        bind_login(db, login)
+    _noted(state, now, "login rebind", login=login.name, id=login.id, before=before)
+    print(
+        f"{login.name} is bound to account {login.id}; a daemon that runs knows it "
+        "within a minute."
+    )
+
+
 def _day(at: float | None) -> str | None:
     if at is None:
         return None
@@ -224,7 +280,7 @@ def _audit(given: argparse.Namespace, now: _Now) -> None:
     wanted = (
         entry
         for entry in AuditLog(Path(given.state_dir) / FILE, now).read()
-        if (given.user is None or entry.get("who") == given.user)
+        if given.user in {None, entry.get("who"), entry.get("principal")}
         and not (given.refused and entry.get("allowed"))
     )
     show: Callable[[dict[str, Any]], str] = json.dumps if given.json else _line
@@ -240,7 +296,7 @@ def _line(entry: dict[str, Any]) -> str:
         yield str(entry.get("what"))
         place = [entry[name] for name in ("app", "env", "action") if entry.get(name)]
         yield "/".join(map(str, place))
-        for name in ("task", "user", "token", "times"):
+        for name in ("task", "user", "token", "login", "id", "times"):
             if entry.get(name) is not None:
                 yield f"{name} {entry[name]}"
         if isinstance(entry.get("tasks"), list):

@@ -212,7 +212,7 @@ class Commands:
         if action in self.names.forbidden_actions:
             raise InvalidInput("action", "the settings of this daemon forbid it")
         if spec.user is not None:
-            check_printable("user", spec.user)
+            check_printable("user", spec.user.name)
         self.accounts.of(spec.app, spec.env, spec.action)
         self._check_variables(spec.variables)
 
@@ -271,7 +271,7 @@ class Commands:
             "config_repo": self.config_repo,
             "config_branch": self.config_branch,
             "id": str(task_id),
-            "user": spec.user or "",
+            "user": _name(spec),
         }
         arguments: list[str] = []
         for argument in template:
@@ -326,8 +326,12 @@ class Commands:
         result["PULSAR_ENV"] = spec.env
         result["PULSAR_ACTION"] = spec.action
         result["PULSAR_TASK_ID"] = str(task_id)
-        result["PULSAR_USER"] = spec.user or ""
+        result["PULSAR_USER"] = _name(spec)
         return result
+
+
+def _name(spec: TaskSpec) -> str:
+    return "" if spec.user is None else spec.user.name
 
 
 def shown(command: Command) -> str:

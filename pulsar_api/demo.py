@@ -20,10 +20,12 @@ from twisted.web.http_headers import Headers
 
 from pulsar_api import settings, tap, tls
 from pulsar_api.errors import CannotListen
+from pulsar_api.principal import Principal
 from pulsar_api.task import Status, TaskQuery
 
 EXAMPLE = Path(__file__).with_name("example")
 JSON = "application/json"
+_END = Principal("demo", "end", "the end of the demonstration")
 ACTIONS = ("deploy", "rollback", "fail")
 
 
@@ -56,7 +58,7 @@ async def _run(reactor: Any, action: str, *, once: bool) -> None:
     async def stop() -> None:
         if daemon.tasks is not None:
             for task in await daemon.tasks.list(TaskQuery(status=Status.RUNNING)):
-                await daemon.tasks.kill(task.id, "the end of the demonstration")
+                await daemon.tasks.kill(task.id, _END)
         await daemon.stopService()
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -2,6 +2,8 @@
 
 from attrs import field, frozen
 
+from pulsar_api.principal import Principal
+
 
 class PulsarError(Exception):
     """The base of every error that a user can be told about."""
@@ -47,13 +49,17 @@ class FolderInUse(PulsarError):
 
 @frozen
 class QueueFull(PulsarError):
-    """More tasks wait than may wait."""
+    """More tasks wait than may wait, of all callers or of this one."""
 
     limit: int
+    whose: str = field(default="")
+    """Whose share of the queue is full; "": all of it is."""
 
     def __str__(self) -> str:
+        share = f" of {self.whose}" if self.whose else ""
+        limit = "the limit for one user" if self.whose else "the limit"
         return (
-            f"{self.limit} tasks are waiting already, which is the limit; "
+            f"{self.limit} tasks{share} are waiting already, which is {limit}; "
             "try again when some have started."
         )
 
@@ -155,6 +161,22 @@ class NotAllowed(PulsarError):
         return (
             f"{self.who} may not {self.right} {self.where}; who runs this daemon can give "
             "that right in its settings."
+        )
+
+
+@frozen
+class LoginBound(PulsarError):
+    """Another account has the login of somebody who is listed."""
+
+    principal: Principal
+    """The account that has the login now."""
+
+    def __str__(self) -> str:
+        login, id = self.principal.name, self.principal.id
+        return (
+            f"The login {login} is bound to another account than yours, whose id is {id}. "
+            "If the login now belongs to you, ask an operator to run: "
+            f"pulsar-api login rebind {login} {id}"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 from attrs import field, frozen
 from twisted.internet.defer import Deferred
 
+from pulsar_api.principal import Principal
 from pulsar_api.task import (
     Command,
     Exit,
@@ -158,10 +159,10 @@ class Executor(Protocol):
     def forget_all_secrets(self, task_ids: Sequence[int]) -> Deferred[None]:
         """Remove what still holds secrets in the folders of ended runs."""
 
-    def note_kill(self, task_id: int, by: str) -> None:
+    def note_kill(self, task_id: int, by: Principal) -> None:
         """Leave word for the next daemon that a kill was asked for."""
 
-    def noted_kill(self, task_id: int) -> str | None:
+    def noted_kill(self, task_id: int) -> Principal | None:
         """Return who asked for a kill that an earlier daemon has left word of."""
 
     def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
@@ -214,7 +215,7 @@ class TaskStore(Protocol):
         """Record a new task; its number is higher than any before, for ever."""
 
     def by_key(
-        self, key: str, user: str | None, since: float
+        self, key: str, user: Principal | None, since: float
     ) -> Deferred[TaskSnapshot | None]:
         """Fire with the newest task with this key of a user.
 

@@ -28,6 +28,7 @@ from pulsar_api.background import own
 from pulsar_api.errors import FolderInUse, StoreUnavailable
 from pulsar_api.machine import USUAL, LocalMachine, Machine
 from pulsar_api.ports import Bounds, Run, Secrets, Sink
+from pulsar_api.principal import Principal
 from pulsar_api.runs import BEGUN, NOTHING, AdoptedRun, ShimProtocol, alive
 from pulsar_api.task import Command, Exit, Process
 
@@ -345,22 +346,24 @@ class ShimExecutor:
 
         return self._machine.in_thread(remove)
 
-    def note_kill(self, task_id: int, by: str) -> None:
+    def note_kill(self, task_id: int, by: Principal) -> None:
         """Leave word for the next daemon that a kill was asked for."""
         folder = self._tasks / str(task_id)
         try:
             self._machine.make_folder(folder)
-            self._machine.write(folder / "kill", by.encode())
+            self._machine.write(folder / "kill", f"{by.name}\n{by.key}".encode())
             self._machine.sync(folder / "kill")
             self._machine.sync(folder)
         except OSError as e:
             _log.error("The kill of task {id} cannot be noted: {e}", id=task_id, e=e)
 
-    def noted_kill(self, task_id: int) -> str | None:
+    def noted_kill(self, task_id: int) -> Principal | None:
         """Return who asked for a kill that an earlier daemon has left word of."""
         with suppress(OSError):
             path = self._tasks / str(task_id) / "kill"
-            return self._machine.read(path).decode("utf-8", "replace")
+            text = self._machine.read(path).decode("utf-8", "replace")
+            name, line, key = text.partition("\n")
+            return Principal.from_key(key if line else None, name)
         return None
 
     def _write_spec(self, folder: Path, command: Command, bounds: Bounds) -> None:

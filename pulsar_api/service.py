@@ -23,6 +23,7 @@ from pulsar_api.errors import (
     UnknownTask,
 )
 from pulsar_api.ports import Bounds, Executor, Keep, NewTask, Run, Secrets, TaskStore
+from pulsar_api.principal import Principal
 from pulsar_api.retention import Retention
 from pulsar_api.steady import SteadyClock
 from pulsar_api.task import (
@@ -65,6 +66,11 @@ class Limits:
     running_per_target: int = 0
     queued: int = 1000
     keep: Keep = Keep()
+
+    @property
+    def share(self) -> int:
+        """How many tasks of one principal may wait: half of the queue."""
+        return (self.queued + 1) // 2
 
 
 @define(eq=False)
@@ -130,8 +136,8 @@ class TaskService:
     _running: dict[int, _Live] = field(factory=dict, init=False)
     _held: dict[int, _Live] = field(factory=dict, init=False)
     """Tasks that have ended and hold their target."""
-    _creating: list[str] = field(factory=list, init=False)
-    _keys: set[tuple[str | None, str]] = field(factory=set, init=False)
+    _creating: list[TaskSpec] = field(factory=list, init=False)
+    _keys: set[tuple[Principal | None, str]] = field(factory=set, init=False)
     _retention: Retention = field(init=False)
     _stopping: bool = field(default=False, init=False)
     _gone: bool = field(default=False, init=False)
@@ -274,9 +280,10 @@ class TaskService:
             _log.info("Task {id} is left running", id=task_id)
         else:
             _log.error("Task {id} is left as it is on record", id=task_id)
-        if live.kill and live.saved < live.newest.revision:
+        by = live.newest.killed_by
+        if live.kill and by is not None and live.saved < live.newest.revision:
             # The next daemon must know of it, even if the database is away for both.
-            self._executor.note_kill(task_id, live.newest.killed_by or "a caller")
+            self._executor.note_kill(task_id, by)
         live.task.settle()
 
     def release(self) -> None:
@@ -318,7 +325,8 @@ class TaskService:
             known = await self._store.by_key(key, spec.user, since)
             if known is None:
                 return await self._create(spec, secrets, key)
-            if known.spec != spec:
+            # Of an older record only the name of its user is known.
+            if evolve(known.spec, user=spec.user) != spec:
                 raise KeyReused(key)
             await self._supply(known, secrets)
             return await self.find(known.id)
@@ -333,9 +341,8 @@ class TaskService:
         if self._stopping:
             raise ShuttingDown
         self._executor.check()
-        if not self._room_for(spec.target):
-            raise QueueFull(self._limits.queued)
-        self._creating.append(spec.target)
+        self._check_room(spec)
+        self._creating.append(spec)
         secret_file = None
         try:
             if secrets:
@@ -350,7 +357,7 @@ class TaskService:
                 self._executor.forget_secrets(0, secret_file)
             raise
         finally:
-            self._creating.remove(spec.target)
+            self._creating.remove(spec)
         snapshot = evolve(snapshot, command=shown(commands.command(spec, snapshot.id)))
         live = _Live(self, Task(self._clock, snapshot), snapshot)
         # Before anybody hears of it: whoever looks for it finds this one.
@@ -373,14 +380,24 @@ class TaskService:
             if live is None or live.newest.status.ended:  # meanwhile
                 self._executor.forget_secrets(known.id, name)
 
-    def _room_for(self, target: str) -> bool:
-        """Return whether a task may be created: it can start, or there is room to wait."""
-        if len(self._waiting) + len(self._creating) < self._limits.queued:
-            return True
+    def _check_room(self, spec: TaskSpec) -> None:
+        """Raise `QueueFull` unless a task can start, or there is room for it to wait."""
+        queued = len(self._waiting) + len(self._creating)
+        full = None
+        if queued >= self._limits.queued:
+            full = QueueFull(self._limits.queued)
+        elif spec.user is not None and queued >= self._limits.share:
+            specs = [live.newest.spec for live in self._waiting.values()]
+            mine = sum(one.user == spec.user for one in (*specs, *self._creating))
+            if mine >= self._limits.share:
+                full = QueueFull(self._limits.share, spec.user.name)
+        if full is None:
+            return
         busy = [live.newest.spec.target for live in self._running.values()]
-        busy += self._creating
+        busy += [one.target for one in self._creating]
         per_target = self._limits.running_per_target or len(busy) + 1
-        return len(busy) < self._limits.running and busy.count(target) < per_target
+        if len(busy) >= self._limits.running or busy.count(spec.target) >= per_target:
+            raise full
 
     def _live(self, task_id: int) -> _Live | None:
         for lives in (self._waiting, self._running, self._held):
@@ -450,14 +467,14 @@ class TaskService:
         """Return what has been recorded since a change and a task."""
         return await self._store.news(since, known, limit)
 
-    async def kill(self, task_id: int, by: str) -> Task:
+    async def kill(self, task_id: int, by: Principal) -> Task:
         """End a task: its whole process tree, or its waiting. Of an ended one: nothing.
 
         It goes on when who asked does not wait any more.
         """
         return await shielded(self._kill(task_id, by))
 
-    async def _kill(self, task_id: int, by: str) -> Task:
+    async def _kill(self, task_id: int, by: Principal) -> Task:
         live = self._live(task_id)
         if live is None:
             return await self.find(task_id)
@@ -465,7 +482,7 @@ class TaskService:
             live.kill = True
             live.kill_revision = live.newest.revision + 1
             live.wake()
-            _log.info("Task {id}: kill asked for by {by}", id=task_id, by=by)
+            _log.info("Task {id}: kill asked for by {by}", id=task_id, by=by.name)
             if live.run is not None:
                 live.run.kill()
             reason = f"Kill asked for by {by}."
@@ -773,14 +790,14 @@ class TaskService:
         self._held.pop(live.newest.id, None)
         self._schedule()
 
-    async def free(self, target: str, by: str) -> Sequence[int]:
+    async def free(self, target: str, by: Principal) -> Sequence[int]:
         """Give back a target that ended tasks hold; return the numbers of those tasks.
 
         What still runs of them goes on running, and is listed in them.
         """
         return await shielded(self._free(target, by))
 
-    async def _free(self, target: str, by: str) -> Sequence[int]:
+    async def _free(self, target: str, by: Principal) -> Sequence[int]:
         found = [e for e in self._held.values() if e.newest.spec.target == target]
         for live in found:
             note = f"{by} gave {target} back while these still ran: "

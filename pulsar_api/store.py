@@ -13,6 +13,7 @@ from pulsar_api import database
 from pulsar_api.database import DatabaseThread
 from pulsar_api.errors import UnknownTask
 from pulsar_api.ports import RESTART, Keep, NewTask, Reading
+from pulsar_api.principal import Principal
 from pulsar_api.task import (
     KEY_LIFE,
     Found,
@@ -90,13 +91,17 @@ _SCHEMA = [
     ) STRICT;
     CREATE TABLE removed (id INTEGER PRIMARY KEY) STRICT;
     """,
+    """
+    ALTER TABLE task ADD COLUMN user_key TEXT;
+    ALTER TABLE task ADD COLUMN killer_key TEXT;
+    """,
 ]
 
 _PLAIN = (
-    "revision status command pid exit_code signal reason killed_by started_at ended_at "
+    "revision status command pid exit_code signal reason started_at ended_at "
     "output_size index_size permit secret_file held ended_steady"
 ).split()
-_COLUMNS = [*_PLAIN, "still_running", "notes"]
+_COLUMNS = [*_PLAIN, "still_running", "notes", "killed_by", "killer_key"]
 _UPDATE = (
     f"UPDATE task SET {', '.join(f'{name} = :{name}' for name in _COLUMNS)}, "  # noqa: S608
     "change = :change WHERE id = :id AND revision <= :revision"
@@ -111,7 +116,8 @@ _HOLDS = f"({' OR '.join(f'instr(lower({name}), ?)' for name in _HOLDERS)})"
 def _snapshot(row: sqlite3.Row) -> TaskSnapshot:
     variables = json.loads(row["variables"])
     secret = frozenset(json.loads(row["secret_names"]))
-    spec = TaskSpec(row["app"], row["env"], row["action"], variables, row["user"], secret)
+    user = _principal(row["user"], row["user_key"])
+    spec = TaskSpec(row["app"], row["env"], row["action"], variables, user, secret)
     rest = {name: row[name] for name in _PLAIN if name not in {"status", "held"}}
     return TaskSnapshot(
         id=row["id"],
@@ -119,11 +125,20 @@ def _snapshot(row: sqlite3.Row) -> TaskSnapshot:
         created_at=row["created_at"],
         created_steady=row["created_steady"],
         status=Status(row["status"]),
+        killed_by=_principal(row["killed_by"], row["killer_key"]),
         still_running=tuple(Process(*found) for found in json.loads(row["still_running"])),
         notes=tuple(json.loads(row["notes"])),
         held=bool(row["held"]),
         **rest,
     )
+
+
+def _principal(name: str | None, key: str | None) -> Principal | None:
+    return None if name is None else Principal.from_key(key, name)
+
+
+def _name_and_key(of: Principal | None) -> tuple[str | None, str | None]:
+    return (None, None) if of is None else (of.name, of.key)
 
 
 def _first(rows: Iterable[sqlite3.Row]) -> TaskSnapshot | None:
@@ -231,9 +246,12 @@ def _last_change(db: sqlite3.Connection) -> int:
 
 
 def _values(snapshot: TaskSnapshot) -> dict[str, object]:
+    killer, killer_key = _name_and_key(snapshot.killed_by)
     return {
         "id": snapshot.id,
         **{name: getattr(snapshot, name) for name in _PLAIN},
+        "killed_by": killer,
+        "killer_key": killer_key,
         "still_running": json.dumps([astuple(one) for one in snapshot.still_running]),
         "notes": json.dumps(snapshot.notes),
     }
@@ -292,16 +310,16 @@ class SQLiteStore:
         def job(db: sqlite3.Connection) -> TaskSnapshot:
             cursor = db.execute(
                 "INSERT INTO task (revision, status, app, env, action, variables, user,"
-                " secret_names, secret_file, command, created_at, created_steady,"
+                " user_key, secret_names, secret_file, command, created_at, created_steady,"
                 " output_size, idempotency_key, notes, change)"
-                " VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, '', ?, ?, 0, ?, ?, ?)",
+                " VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, '', ?, ?, 0, ?, ?, ?)",
                 (
                     Status.CREATED,
                     spec.app,
                     spec.env,
                     spec.action,
                     json.dumps(dict(spec.variables)),
-                    spec.user,
+                    *_name_and_key(spec.user),
                     json.dumps(sorted(spec.secret_names)),
                     new.secret_file,
                     new.created_at,
@@ -324,15 +342,18 @@ class SQLiteStore:
         return self._writer.do(job)
 
     def by_key(
-        self, key: str, user: str | None, since: float
+        self, key: str, user: Principal | None, since: float
     ) -> Deferred[TaskSnapshot | None]:
         """Fire with the newest task with this key of a user that was created since."""
         text = (
-            "SELECT * FROM task WHERE idempotency_key = ? AND user IS ?"
-            " AND created_steady > ? ORDER BY id DESC LIMIT 1"
+            "SELECT * FROM task WHERE idempotency_key = ? AND created_steady > ?"
+            # Records of earlier versions have only the name.
+            " AND CASE WHEN user_key IS NULL THEN user IS ? ELSE user_key = ? END"
+            " ORDER BY id DESC LIMIT 1"
         )
+        values = (key, since, *_name_and_key(user))
         # By the writer: it has all that was answered, in order.
-        return self._writer.do(lambda db: _first(db.execute(text, (key, user, since))))
+        return self._writer.do(lambda db: _first(db.execute(text, values)))
 
     def reserve(self, number: int) -> Deferred[int]:
         """Give no task this number or a lower one; fires with the last one given."""

@@ -8,8 +8,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard, cast
@@ -43,7 +44,7 @@ from pulsar_api.auth.gate import Gate, Provider
 from pulsar_api.auth.github import DEADLINE, GitHub, Members, OAuth
 from pulsar_api.auth.own import OwnTokens, Static
 from pulsar_api.auth.records import Records
-from pulsar_api.auth.rights import Policy
+from pulsar_api.auth.rights import Caller, Policy
 from pulsar_api.auth.sessions import Sessions
 from pulsar_api.changes import Changes
 from pulsar_api.command import Commands, Names
@@ -52,6 +53,7 @@ from pulsar_api.lines import LineIndexes
 from pulsar_api.machine import LocalMachine
 from pulsar_api.memory import Memory
 from pulsar_api.ports import Bounds, Keep
+from pulsar_api.principal import Principal
 from pulsar_api.process import ShimExecutor
 from pulsar_api.renewal import Renewal
 from pulsar_api.rota import Rota
@@ -442,7 +444,8 @@ class Daemon(MultiService):
         if s.auth_provider == "github":
             pool = HTTPConnectionPool(self._reactor, persistent=True)
             pool._factory.noisy = False  # noqa: SLF001 - two lines for each connection
-            self._github = github(s, policy, self._reactor, pool)
+            bound = partial(_note_login, log)
+            self._github = github(s, policy, self._reactor, pool, self._records, bound)
             providers.append(self._github)
             self._pool = pool
         gate = Gate(providers, self._reactor)
@@ -518,7 +521,19 @@ class Daemon(MultiService):
         return Deferred.fromCoroutine(self._stop())
 
 
-def github(s: Settings, policy: Policy, reactor: Any, pool: HTTPConnectionPool) -> GitHub:
+def _note_login(log: audit.AuditLog, account: Principal) -> None:
+    caller = Caller(account, "the daemon", "github")
+    log.write(caller, "login bind", allowed=True, login=account.name.casefold())
+
+
+def github(
+    s: Settings,
+    policy: Policy,
+    reactor: Any,
+    pool: HTTPConnectionPool,
+    logins: Records,
+    bound: Callable[[Principal], object],
+) -> GitHub:
     """Return the provider that the settings describe."""
     oauth = None
     if s.github_client_id is not None and s.github_client_secret is not None:
@@ -536,6 +551,8 @@ def github(s: Settings, policy: Policy, reactor: Any, pool: HTTPConnectionPool) 
         reactor,
         time.time,
         s.api_url,
+        logins,
+        bound,
         Members(s.auth_method or "user", names),
         policy.groups(),
         own,

@@ -7,6 +7,7 @@ from attrs import define, evolve, field, frozen
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 from pulsar_api.changes import Changes
+from pulsar_api.principal import Principal
 
 MASK = "***"
 """What is shown in place of a secret."""
@@ -45,7 +46,8 @@ class TaskSpec:
     action: str
     variables: Mapping[str, str] = field(factory=dict)
     """Of one that is secret `MASK` stands here; its value goes another way."""
-    user: str | None = None
+    user: Principal | None = None
+    """Who asked for it; None: nobody is asked who they are."""
     secret_names: frozenset[str] = frozenset()
     """Which of the variables are secret. Of a task that is asked for, some of them."""
 
@@ -153,7 +155,7 @@ def listed(processes: Sequence[Process]) -> str:
     return f"{names} and {more} more" if more > 0 else names
 
 
-def judge(exit: Exit, killed_by: str | None) -> tuple[Status, str | None]:
+def judge(exit: Exit, killed_by: Principal | None) -> tuple[Status, str | None]:
     """Return what a result means, and a sentence if it needs one."""
     if exit.lost:
         return Status.LOST, exit.error
@@ -196,7 +198,7 @@ class TaskSnapshot:
     exit_code: int | None = None
     signal: str | None = None
     reason: str | None = None
-    killed_by: str | None = None
+    killed_by: Principal | None = None
     waiting_for: str | None = None
     started_at: float | None = None
     ended_at: float | None = None
@@ -258,6 +260,7 @@ class TaskQuery:
     app: str | None = None
     env: str | None = None
     user: str | None = None
+    """The name that the tasks show."""
     text: str | None = None
     """In one of app, env, action and user, whatever the case of its ASCII letters."""
     offset: int = 0

@@ -347,7 +347,7 @@ def task_fields(snapshot: TaskSnapshot, base: str) -> dict[str, object]:
         "signal": snapshot.signal,
         "reason": snapshot.reason,
         "variables": dict(spec.variables),
-        "user": spec.user,
+        "user": None if spec.user is None else spec.user.name,
         "waitingFor": snapshot.waiting_for,
         "heldBy": remaining if snapshot.held else [],
         "stillRunning": [] if snapshot.held else remaining,

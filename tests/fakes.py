@@ -11,6 +11,7 @@ from twisted.internet.interfaces import IReactorTime
 from pulsar_api.errors import FolderInUse, StoreUnavailable, UnknownTask
 from pulsar_api.masking import forms
 from pulsar_api.ports import RESTART, Bounds, Keep, NewTask, Reading, Secrets, Sink
+from pulsar_api.principal import Principal
 from pulsar_api.steady import SteadyClock
 from pulsar_api.task import (
     KEY_LIFE,
@@ -27,6 +28,11 @@ from pulsar_api.task import (
 
 ROWS = 3
 """Tasks that are read at a time."""
+
+
+def person(name: str) -> Principal:
+    """Return the principal of a user who is known by a name and a password."""
+    return Principal("static", name, name)
 
 
 def steady_clock(clock: IReactorTime) -> SteadyClock:
@@ -46,7 +52,7 @@ class MemoryStore:
     """While set, records are done only when `finish` is called."""
     _pending: list[Deferred[None]] = field(factory=list)
 
-    keys: dict[tuple[str | None, str], int] = field(factory=dict)
+    keys: dict[tuple[Principal | None, str], int] = field(factory=dict)
     changes: dict[int, int] = field(factory=dict)
     """The number of each task's last change."""
     count: int = 0
@@ -73,7 +79,7 @@ class MemoryStore:
         return self._written().addCallback(lambda _: snapshot)
 
     def by_key(
-        self, key: str, user: str | None, since: float
+        self, key: str, user: Principal | None, since: float
     ) -> Deferred[TaskSnapshot | None]:
         found = self.rows.get(self.keys.get((user, key), 0))
         fits = found is not None and (found.created_steady or 0) > since
@@ -182,7 +188,7 @@ class MemoryStore:
             for name, value in wanted.items():
                 holder, _, attribute = name.rpartition(".")
                 found = getattr(row.spec if holder else row, attribute)
-                if value is not None and found != value:
+                if value is not None and str(found) != value:
                     return False
             before = query.before is None or row.id < query.before
             return before and _holds(row, query.text) and _is_within(row, query.within)
@@ -231,7 +237,7 @@ def _page(numbers: Sequence[int], rows: Mapping[int, TaskSnapshot]) -> Found:
 
 
 def _holds(row: TaskSnapshot, text: str | None) -> bool:
-    names = (row.spec.app, row.spec.env, row.spec.action, row.spec.user or "")
+    names = (row.spec.app, row.spec.env, row.spec.action, str(row.spec.user or ""))
     # Of bytes only the letters of ASCII have a case.
     return text is None or any(
         text.encode().lower() in name.encode().lower() for name in names
@@ -303,7 +309,7 @@ class FakeExecutor:
     begun: set[int] = field(factory=set)
     """Tasks whose shim has begun, although nobody knows."""
     alive: tuple[Process, ...] = ()
-    kills_noted: dict[int, str] = field(factory=dict)
+    kills_noted: dict[int, Principal] = field(factory=dict)
     forgotten: set[int] = field(factory=set)
     """Ended tasks of which a start has removed the secrets."""
     bug: Exception | None = None
@@ -382,10 +388,10 @@ class FakeExecutor:
         self.forgotten |= set(task_ids)
         return succeed(None)
 
-    def note_kill(self, task_id: int, by: str) -> None:
+    def note_kill(self, task_id: int, by: Principal) -> None:
         self.kills_noted[task_id] = by
 
-    def noted_kill(self, task_id: int) -> str | None:
+    def noted_kill(self, task_id: int) -> Principal | None:
         return self.kills_noted.get(task_id)
 
     def forget(self, task_ids: Sequence[int]) -> Deferred[None]:

@@ -13,8 +13,9 @@ from twisted.internet.task import Clock
 from pulsar_api.auth import audit
 from pulsar_api.auth.audit import AuditLog
 from pulsar_api.auth.rights import Caller
+from tests.fakes import person
 
-JOE = Caller("joe", "192.0.2.1", "static")
+JOE = Caller(person("joe"), "192.0.2.1", "static")
 
 
 def log_in(folder: Path, max_size: int = audit.MAX_SIZE) -> AuditLog:
@@ -30,6 +31,7 @@ def test_an_entry_has_all_that_is_promised(tmp_path: Path) -> None:
         {
             "at": "2023-11-14T22:13:20.000Z",
             "who": "joe",
+            "principal": "static:joe",
             "from": "192.0.2.1",
             "means": "static",
             "what": "kill",
@@ -74,7 +76,9 @@ def test_a_large_file_is_set_aside_and_few_are_kept(tmp_path: Path) -> None:
 def _write_many(folder: Path, name: str) -> None:
     log = log_in(folder)
     for number in range(300):
-        log.write(Caller(name, "", ""), "run", allowed=True, task=number, more="x" * 250)
+        log.write(
+            Caller(person(name), "", ""), "run", allowed=True, task=number, more="x" * 250
+        )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +120,7 @@ def test_one_user_has_so_many_lines_in_a_minute(tmp_path: Path) -> None:
     """Of what is beyond there is a line for each kind; others have lines of their own."""
     clock = Clock()
     log = AuditLog(tmp_path / "audit.log", clock.seconds)
-    eve = Caller("eve", "192.0.2.2", "static")
+    eve = Caller(person("eve"), "192.0.2.2", "static")
     for number in range(1, audit.DEEDS + 6):
         log.write(JOE, "run", allowed=True, task=number)
     for _ in range(audit.VISITS + 3):

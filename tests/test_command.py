@@ -20,8 +20,11 @@ from pulsar_api.command import (
 )
 from pulsar_api.errors import InvalidInput, SettingsError
 from pulsar_api.task import Command, TaskSpec
+from tests.fakes import person
 
-SPEC = TaskSpec("site", "production", "deploy", {"branch": "main", "tag": "a b"}, "alice")
+SPEC = TaskSpec(
+    "site", "production", "deploy", {"branch": "main", "tag": "a b"}, person("alice")
+)
 BASE = {"PATH": "/bin", "HOME": "/home/d", "NOTIFY_SOCKET": "/run/x", "PULSAR_VAR_old": "1"}
 
 
@@ -289,12 +292,15 @@ def everything_allowed(name: str) -> Commands:
 def test_no_pattern_allows_what_no_name_may_be(name: str, field: str, bad: str) -> None:
     """No NUL, no option, no line of a log, nothing that cannot be seen."""
     loose = everything_allowed(name)
-    spec = evolve(SPEC, variables={}, **{field: bad})  # type: ignore[arg-type]
+
+    def called(text: str) -> TaskSpec:
+        value = person(text) if field == "user" else text
+        return evolve(SPEC, variables={}, **{field: value})  # type: ignore[arg-type]
+
     with pytest.raises(InvalidInput) as raised:
-        loose.check(spec)
+        loose.check(called(bad))
     assert raised.value.field == field
-    good = evolve(SPEC, variables={}, **{field: "to be - ö; $(id)"})  # type: ignore[arg-type]
-    loose.check(good)
+    loose.check(called("to be - ö; $(id)"))
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "run {variables}"])

@@ -19,6 +19,7 @@ from pulsar_api.auth.gate import (
 )
 from pulsar_api.auth.rights import Identity
 from pulsar_api.errors import NotAuthenticated, ProviderUnavailable, TooManyFailures
+from tests.fakes import person
 
 CASE = SynchronousTestCase()
 HERE, THERE = "192.0.2.1", "192.0.2.2"
@@ -50,7 +51,7 @@ class FakeProvider:
         if self.broken is not None:
             raise self.broken
         name = self.known.get(credentials.secret)
-        return None if name is None else Identity(name, "fake")
+        return None if name is None else Identity(person(name))
 
 
 @define(eq=False)
@@ -71,7 +72,7 @@ class World:
 
     def ask(self, shown: Credentials, address: str = HERE) -> str:
         """Return who it is."""
-        return CASE.successResultOf(self.begin(shown, address)).name
+        return CASE.successResultOf(self.begin(shown, address)).principal.name
 
     def refused(self, shown: Credentials, address: str = HERE) -> BaseException:
         """Return why nobody is let in."""
@@ -185,7 +186,7 @@ def test_many_guesses_at_the_same_time_are_braked_as_well(world: World) -> None:
     elsewhere = world.begin(ALICE, THERE)
     assert len(world.provider.asked) == ASKED + 1
     world.answer_all()
-    assert CASE.successResultOf(elsewhere).name == "alice"
+    assert CASE.successResultOf(elsewhere).principal.name == "alice"
     for guess in guesses[:FAILURES]:
         CASE.failureResultOf(guess, NotAuthenticated)
     for guess in guesses[FAILURES:]:
@@ -204,7 +205,7 @@ def test_right_credentials_are_let_in_however_many_come_at_once(world: World) ->
         most = max(most, len(world.provider.waiting))
         world.provider.waiting.pop(0).callback(None)
     assert most == ASKED
-    names = [CASE.successResultOf(one).name for one in asking]
+    names = [CASE.successResultOf(one).principal.name for one in asking]
     assert names == [f"bot {n}" for n in range(6 * ASKED)]
     assert world.idle
 
@@ -219,7 +220,7 @@ def test_after_failures_as_many_are_looked_up_as_may_still_fail(world: World) ->
     )
     assert len(world.provider.waiting) == 1
     world.answer_all()
-    assert CASE.successResultOf(right).name == "alice"
+    assert CASE.successResultOf(right).principal.name == "alice"
     CASE.failureResultOf(wrong, NotAuthenticated)
     CASE.failureResultOf(late, TooManyFailures)
     assert world.idle
@@ -256,7 +257,7 @@ def test_what_was_proved_is_looked_up_without_waiting(world: World) -> None:
         world.begin(Credentials("", f"slow {number}"))
     again = world.begin(ALICE)
     world.provider.waiting.pop().callback(None)
-    assert CASE.successResultOf(again).name == "alice"
+    assert CASE.successResultOf(again).principal.name == "alice"
     world.answer_all()
 
 
@@ -268,7 +269,7 @@ def test_those_who_ask_the_same_share_one_answer(world: World) -> None:
     first.cancel()
     CASE.failureResultOf(first)
     world.provider.waiting[0].callback(None)
-    assert {CASE.successResultOf(one).name for one in asking} == {"alice"}
+    assert {CASE.successResultOf(one).principal.name for one in asking} == {"alice"}
     assert len(world.provider.asked) == 1
 
 

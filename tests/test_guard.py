@@ -15,7 +15,7 @@ from pulsar_api.auth.rights import Caller, Right
 from pulsar_api.command import Commands, Template
 from pulsar_api.ports import Bounds
 from pulsar_api.service import Limits, TaskService
-from tests.fakes import FakeExecutor, MemoryStore, steady_clock
+from tests.fakes import FakeExecutor, MemoryStore, person, steady_clock
 
 CASE = SynchronousTestCase()
 
@@ -43,7 +43,7 @@ class World:
             limits,
         )
         CASE.successResultOf(Deferred.fromCoroutine(service.start()))
-        joe = Caller("joe", "192.0.2.1", "static")
+        joe = Caller(person("joe"), "192.0.2.1", "static")
         self.tasks = Guard(service, joe, Right.KILL, self.log)
 
     async def commands(self) -> Commands:

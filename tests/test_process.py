@@ -37,6 +37,7 @@ from pulsar_api.process import ShimExecutor
 from pulsar_api.runs import alive, read_exit
 from pulsar_api.steady import SteadyClock
 from pulsar_api.task import Cause, Command, Exit, Process, Status, judge
+from tests.fakes import person
 from tests.integration.daemon import (
     PATIENCE,
     end_shim,
@@ -1412,7 +1413,7 @@ async def test_kill_between_last_look_and_result_counts(runner: Runner) -> None:
     assert (exit.code, exit.cause, exit.left) == (0, Cause.KILL, ())
     assert runner.left() == []
     exit = await runner.start("nosuchcommand", number=2).story.end()
-    assert judge(exit, "me")[0] is Status.KILLED
+    assert judge(exit, person("me"))[0] is Status.KILLED
 
 
 async def command_has_ended(started: Started) -> None:
@@ -1510,7 +1511,7 @@ if _may_become_root():  # else these tests do not exist
         reason = (
             f"Killed by me; TERM and KILL were sent, but these processes still run: {name}."
         )
-        assert judge(exit, "me") == (Status.KILLED, reason)
+        assert judge(exit, person("me")) == (Status.KILLED, reason)
         # It is still watched over.
         assert shim.process(exit.left[0].pid)[0] == started.watcher
         os.kill(exit.left[0].pid, signal.SIGKILL)
@@ -1534,7 +1535,7 @@ if _may_become_root():  # else these tests do not exist
         assert (exit.code, exit.signal, exit.cause) == (None, None, cause)
         assert _root(exit.left) == [("sleep", "root")]
         assert exit.left[0].pid == started.story.pids[0]
-        status, reason = judge(exit, "me")
+        status, reason = judge(exit, person("me"))
         assert status is (Status.KILLED if cause is Cause.KILL else Status.FAILED)
         assert f"still run: {exit.left[0]}." in str(reason)
 
@@ -1563,7 +1564,7 @@ if _may_become_root():  # else these tests do not exist
         exit = await started.story.end()
         assert (exit.code, exit.cause, exit.forced) == (0, Cause.KILL, True)
         assert _root(exit.left) == [("sleep", "root")]
-        status, reason = judge(exit, "me")
+        status, reason = judge(exit, person("me"))
         assert (status, str(exit.left[0]) in str(reason)) == (Status.KILLED, True)
 
     def _is_root(runner: Runner) -> bool:
@@ -2210,7 +2211,7 @@ async def test_a_kill_works_while_a_shim_waits_before_the_start(
         limit(started, resource.RLIMIT_NOFILE, 100)
     exit = await started.story.end()
     assert (exit.cause, exit.code, exit.forced) == (Cause.KILL, None, False)
-    assert judge(exit, "me") == (
+    assert judge(exit, person("me")) == (
         Status.KILLED,
         "Killed by me. The command was not started.",
     )

@@ -16,6 +16,11 @@ from pulsar_api.auth.rights import (
     Rule,
     Target,
 )
+from pulsar_api.principal import Principal
+from tests.fakes import person
+
+ALICE = Principal("github", "1", "Alice")
+CI = Principal("token", "ci", "token:ci")
 
 NAME = st.text("ab.*?", min_size=1, max_size=6)
 
@@ -79,34 +84,34 @@ def test_rules_add_up() -> None:
             rule("*", "read", "public"),
         ]
     )
-    alice = Identity("Alice", "github", frozenset({"user:alice", "org:acme"}))
-    caller = Caller("Alice", "127.0.0.1", "github", policy.grants(alice))
+    alice = Identity(ALICE, frozenset({"user:alice", "org:acme"}))
+    caller = Caller(ALICE, "127.0.0.1", "github", policy.grants(alice))
     assert caller.may(Right.READ, "shop", "production", "x")
     assert not caller.may(Right.RUN, "shop", "production", "x")
     assert caller.may(Right.KILL, "shop", "staging", "x")
     assert not caller.may(Right.KILL, "shop", "production", "x")
-    assert policy.groups() == {"org:acme", "team:acme/ops"}
-    eve = policy.grants(Identity("eve", "github", frozenset({"user:eve"})))
-    assert Caller("eve", "", "", eve).where(Right.READ) == (Target("public"),)
+    assert policy.groups() == {"org:acme", "team:acme/ops", "user:alice"}
+    eve = policy.grants(Identity(person("eve"), frozenset({"user:eve"})))
+    assert Caller(person("eve"), "", "", eve).where(Right.READ) == (Target("public"),)
     own = (Grant.parse(["kill"], ["x"]),)
-    token = Identity("token:ci", "token", frozenset({"token:ci"}), own)
-    found = Caller("token:ci", "", "", policy.grants(token))
+    token = Identity(CI, frozenset({"token:ci"}), own)
+    found = Caller(CI, "", "", policy.grants(token))
     assert found.where(Right.RUN) == (Target("blog"),)
     assert found.where(Right.KILL) == (Target("x"),)
 
 
 def test_without_rules_whoever_is_let_in_may_everything() -> None:
     """But a token only what it was made with, which may be nothing."""
-    alice = Identity("alice", "github", frozenset({"user:alice"}))
+    alice = Identity(ALICE, frozenset({"user:alice"}))
     assert Policy().grants(alice) == (ALL,)
-    assert Caller("alice", "", "", (ALL,)).where(Right.KILL) is None
-    token = Identity("token:ci", "token", frozenset({"token:ci"}))
+    assert Caller(ALICE, "", "", (ALL,)).where(Right.KILL) is None
+    token = Identity(CI, frozenset({"token:ci"}))
     assert Policy().grants(token) == ()
 
 
 def test_an_empty_list_of_rules_lets_nobody_do_anything() -> None:
     """It is a list, and nobody is in it."""
-    assert Policy([]).grants(Identity("alice", "github")) == ()
+    assert Policy([]).grants(Identity(ALICE)) == ()
 
 
 def test_many_stars_cost_no_more_than_the_text_is_long() -> None:

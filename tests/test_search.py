@@ -16,12 +16,12 @@ from twisted.trial.unittest import SynchronousTestCase
 from pulsar_api.ports import NewTask, TaskStore
 from pulsar_api.store import _WINDOW, PAGE, SQLiteStore
 from pulsar_api.task import Found, Status, TaskQuery, TaskSnapshot, TaskSpec
-from tests.fakes import MemoryStore
+from tests.fakes import MemoryStore, person
 
 CASE = SynchronousTestCase()
 reactor: Any = global_reactor  # its type knows no threads
-SPEC = TaskSpec("site", "prod", "deploy", {"branch": "main"}, "alice")
-OTHER = evolve(SPEC, app="shop", env="staging", user="bob")
+SPEC = TaskSpec("site", "prod", "deploy", {"branch": "main"}, person("alice"))
+OTHER = evolve(SPEC, app="shop", env="staging", user=person("bob"))
 MINE = [("shop", "*", "*")]
 QUICK = [
     TaskQuery(),

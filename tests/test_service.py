@@ -24,6 +24,7 @@ from pulsar_api.errors import (
     UnknownTask,
 )
 from pulsar_api.ports import Bounds, Keep
+from pulsar_api.principal import Principal
 from pulsar_api.retention import TIDY
 from pulsar_api.service import LEAVE, LOOK, MAX_ID, RETRY, Limits, TaskService
 from pulsar_api.steady import SteadyClock
@@ -38,9 +39,10 @@ from pulsar_api.task import (
     TaskSnapshot,
     TaskSpec,
 )
-from tests.fakes import FakeExecutor, MemoryStore
+from tests.fakes import FakeExecutor, MemoryStore, person
 
 CASE = SynchronousTestCase()
+BOB = person("bob")
 SPEC = TaskSpec("site", "production", "deploy")
 OTHER = TaskSpec("shop", "production", "deploy")
 
@@ -93,7 +95,7 @@ class World:
     def create(self, spec: TaskSpec = SPEC) -> Task:
         return CASE.successResultOf(Deferred.fromCoroutine(self.service.create(spec)))
 
-    def kill(self, task_id: int, by: str = "bob") -> Task:
+    def kill(self, task_id: int, by: Principal = BOB) -> Task:
         return CASE.successResultOf(Deferred.fromCoroutine(self.service.kill(task_id, by)))
 
     def find(self, task_id: int) -> TaskSnapshot:
@@ -175,10 +177,10 @@ def test_a_kill_names_who_asked(world: World) -> None:
     task = world.create()
     run = world.executor.run(1)
     run.start()
-    assert world.kill(1, "alice") is task
+    assert world.kill(1, person("alice")) is task
     assert "alice" in (task.snapshot.reason or "")
     assert task.snapshot.status is Status.RUNNING
-    world.kill(1, "bob")
+    world.kill(1, BOB)
     assert run.kills == 1
     world.clock.advance(0)
     assert world.find(1).status is Status.KILLED
@@ -197,7 +199,7 @@ def test_a_waiting_task_can_be_killed(world: World) -> None:
     world = limited(running=1)
     world.create()
     waiting = world.create()
-    world.kill(2, "alice")
+    world.kill(2, person("alice"))
     assert waiting.snapshot.status is Status.KILLED
     assert waiting.snapshot.reason == "Killed by alice before it started."
     world.executor.run(1).end(0)
@@ -213,7 +215,7 @@ def test_a_kill_between_the_record_and_the_process_starts_nothing(world: World) 
     made = Deferred.fromCoroutine(world.service.create(SPEC))
     world.store.finish()
     task = CASE.successResultOf(made)
-    killed = Deferred.fromCoroutine(world.service.kill(2, "alice"))
+    killed = Deferred.fromCoroutine(world.service.kill(2, person("alice")))
     while not killed.called:
         world.store.finish()
     world.store.slow = False
@@ -229,7 +231,7 @@ def test_unknown_tasks_are_an_error(world: World) -> None:
         CASE.failureResultOf(
             Deferred.fromCoroutine(world.service.find(number)), UnknownTask
         )
-    CASE.failureResultOf(Deferred.fromCoroutine(world.service.kill(7, "bob")), UnknownTask)
+    CASE.failureResultOf(Deferred.fromCoroutine(world.service.kill(7, BOB)), UnknownTask)
 
 
 def test_more_than_may_run_wait_in_order() -> None:
@@ -264,6 +266,38 @@ def test_a_full_queue_is_said() -> None:
     refused = Deferred.fromCoroutine(world.service.create(SPEC))
     assert CASE.failureResultOf(refused, QueueFull).value.limit == 1
     assert len(world.store.rows) == 2
+
+
+def test_one_user_has_half_of_the_queue() -> None:
+    """The other half is for others, also after a restart; a retry finds its task."""
+    world = limited(running=1, queued=4)
+    alice, bob = (evolve(SPEC, user=person(name)) for name in ("alice", "bob"))
+
+    def refused(spec: TaskSpec) -> QueueFull:
+        asked = Deferred.fromCoroutine(world.service.create(spec))
+        error: QueueFull = CASE.failureResultOf(asked, QueueFull).value
+        return error
+
+    def keyed() -> Task:
+        return CASE.successResultOf(
+            Deferred.fromCoroutine(world.service.create(alice, "key"))
+        )
+
+    world.create(alice)  # runs
+    world.create(alice)
+    waits = keyed().snapshot.id
+    for _ in range(2):
+        error = refused(alice)
+        assert (error.limit, error.whose) == (2, "alice")
+        assert "2 tasks of alice are waiting already" in str(error)
+        assert keyed().snapshot.id == waits
+        renamed = evolve(alice, user=Principal("static", "alice", "alicia"))
+        assert refused(renamed).whose == "alicia"
+        world.restart()
+    world.create(bob)
+    world.create(bob)
+    assert (refused(bob).limit, refused(bob).whose) == (4, "")
+    assert len(world.store.rows) == 5
 
 
 def test_without_a_queue_only_what_can_start_is_taken() -> None:
@@ -366,7 +400,7 @@ def test_a_kill_goes_on_after_a_restart(world: World) -> None:
     world.create()
     world.executor.run(1).start()
     world.executor.run(1).deaf = True
-    world.kill(1, "alice")
+    world.kill(1, person("alice"))
     world.restart()
     world.clock.advance(0)
     assert world.find(1).reason == "Killed by alice."
@@ -463,14 +497,14 @@ def test_a_kill_that_a_stop_could_not_record_is_done_by_the_next_daemon() -> Non
     world.create()
     world.create()
     world.store.broken = True
-    killed = Deferred.fromCoroutine(world.service.kill(2, "alice"))
+    killed = Deferred.fromCoroutine(world.service.kill(2, person("alice")))
     CASE.assertNoResult(killed)
     stopped = Deferred.fromCoroutine(world.service.stop(0))
     world.clock.advance(LEAVE)
     CASE.successResultOf(stopped)
     CASE.failureResultOf(killed, ShuttingDown)
     assert world.clock.getDelayedCalls() == []
-    assert world.executor.kills_noted == {2: "alice"}
+    assert world.executor.kills_noted == {2: person("alice")}
     world.store.broken = False
     noted = world.executor.kills_noted
     world.restart(kills_noted=noted)
@@ -695,7 +729,7 @@ def test_a_killed_task_whose_shim_begins_all_the_same_is_followed(world: World) 
     """A shim of the dead daemon came late: it is ended like any other."""
     world.create()
     world.executor.run(1).deaf = True
-    world.kill(1, "alice")
+    world.kill(1, person("alice"))
     world.restart(begun={1})
     world.executor.run(1).deaf = True
     world.executor.run(1).end(error="never", unstarted=True)
@@ -735,7 +769,7 @@ def test_a_killed_task_that_was_never_started_does_not_start(world: World) -> No
     """Somebody did not want it any more."""
     world.create()
     world.executor.run(1).deaf = True
-    world.kill(1, "alice")
+    world.kill(1, person("alice"))
     world.restart()
     world.executor.run(1).end(error="never", unstarted=True)
     assert world.find(1).reason == "Killed by alice before it started."
@@ -748,7 +782,7 @@ def test_a_killed_task_that_cannot_be_barred_yet_waits_for_the_disk(world: World
     """Its end is told when it is certain that no shim begins with it."""
     world.create()
     world.executor.run(1).deaf = True
-    world.kill(1, "alice")
+    world.kill(1, person("alice"))
     world.restart()
     world.executor.full = True
     world.executor.run(1).end(error="never", unstarted=True)
@@ -764,7 +798,7 @@ def test_no_start_is_barred_before_its_kill_is_on_record(world: World) -> None:
     world.create()
     world.executor.run(1).end(error="EAGAIN", unstarted=True, passing=True)
     world.store.broken = True
-    killed = Deferred.fromCoroutine(world.service.kill(1, "alice"))
+    killed = Deferred.fromCoroutine(world.service.kill(1, person("alice")))
     assert not killed.called
     assert world.executor.barred == set()
     world.store.broken = False
@@ -875,14 +909,14 @@ def test_an_operator_gives_a_target_back() -> None:
     world.executor.alive = (SUDO,)
     world.executor.run(1).end(lost=True, error="gone", left=(SUDO,))
     world.create()
-    freed = Deferred.fromCoroutine(world.service.free("site/production", "alice"))
+    freed = Deferred.fromCoroutine(world.service.free("site/production", person("alice")))
     assert CASE.successResultOf(freed) == [1]
     assert (first.snapshot.held, first.snapshot.still_running) == (False, (SUDO,))
     assert first.snapshot.notes == (
         "alice gave site/production back while these still ran: 4711 sleep 1000 (root).",
     )
     assert world.executor.run(2).command is not None
-    again = Deferred.fromCoroutine(world.service.free("site/production", "alice"))
+    again = Deferred.fromCoroutine(world.service.free("site/production", person("alice")))
     assert CASE.successResultOf(again) == []
 
 
@@ -995,7 +1029,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(number=st.integers(1, 10))
     def kill(self, number: int) -> None:
-        killed = Deferred.fromCoroutine(self.world.service.kill(number, "bob"))
+        killed = Deferred.fromCoroutine(self.world.service.kill(number, BOB))
         killed.addErrback(lambda failure: failure.trap(UnknownTask))
 
     @rule()
@@ -1133,7 +1167,7 @@ def test_a_client_that_goes_away_does_not_stop_its_kill() -> None:
     world.create()
     waiting = world.create()
     world.store.slow = True
-    asked = Deferred.fromCoroutine(world.service.kill(2, "bob"))
+    asked = Deferred.fromCoroutine(world.service.kill(2, BOB))
     asked.addErrback(lambda _: None)
     asked.cancel()
     world.store.finish()
@@ -1151,14 +1185,14 @@ def test_a_second_kill_is_answered_when_the_first_is_on_record(running: int) -> 
     world.create()
     world.executor.runs[-1].deaf = True
     world.store.slow = True
-    first = Deferred.fromCoroutine(world.service.kill(2, "bob"))
-    second = Deferred.fromCoroutine(world.service.kill(2, "alice"))
+    first = Deferred.fromCoroutine(world.service.kill(2, BOB))
+    second = Deferred.fromCoroutine(world.service.kill(2, person("alice")))
     if running == 2:
         world.executor.run(2).start()  # announces what is not on record yet
     CASE.assertNoResult(second)
     world.store.finish()
     assert CASE.successResultOf(second) is CASE.successResultOf(first)
-    assert world.store.rows[2].killed_by == "bob"
+    assert world.store.rows[2].killed_by == BOB
 
 
 def test_a_second_kill_does_not_outlast_the_daemon() -> None:
@@ -1167,7 +1201,9 @@ def test_a_second_kill_does_not_outlast_the_daemon() -> None:
     world.create()
     world.create()
     world.store.slow = True
-    kills = [Deferred.fromCoroutine(world.service.kill(2, by)) for by in ("bob", "al")]
+    kills = [
+        Deferred.fromCoroutine(world.service.kill(2, by)) for by in (BOB, person("al"))
+    ]
     stopped = Deferred.fromCoroutine(world.service.stop(0))
     world.clock.advance(LEAVE)
     CASE.successResultOf(stopped)
@@ -1183,7 +1219,7 @@ def test_a_kill_of_a_waiting_task_survives_a_restart() -> None:
     world.create()
     world.create()
     row = world.store.rows[2]
-    world.store.rows[2] = evolve(row, killed_by="bob", revision=row.revision + 1)
+    world.store.rows[2] = evolve(row, killed_by=BOB, revision=row.revision + 1)
     world.restart()
     assert world.find(2).status is Status.KILLED
     world.executor.run(1).end(0)
@@ -1196,7 +1232,7 @@ def test_a_kill_while_the_end_is_recorded_changes_nothing(world: World) -> None:
     world.executor.run(1).start()
     world.store.slow = True
     world.executor.run(1).end(0)
-    CASE.successResultOf(Deferred.fromCoroutine(world.service.kill(1, "bob")))
+    CASE.successResultOf(Deferred.fromCoroutine(world.service.kill(1, BOB)))
     world.store.finish()
     found = task.snapshot
     assert (found.status, found.killed_by, found.reason) == (Status.FINISHED, None, None)
@@ -1210,7 +1246,7 @@ def test_output_that_comes_during_a_record_is_not_taken_back(world: World) -> No
     run.sink.printed(100)  # type: ignore[union-attr]
     run.deaf = True
     world.store.slow = True
-    asked = Deferred.fromCoroutine(world.service.kill(1, "bob"))
+    asked = Deferred.fromCoroutine(world.service.kill(1, BOB))
     run.sink.printed(5000)  # type: ignore[union-attr]
     world.clock.advance(1)
     before = task.snapshot.version

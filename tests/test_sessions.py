@@ -9,11 +9,11 @@ import pytest_twisted
 from attrs import define, field
 from twisted.internet import reactor
 
-from pulsar_api import database
 from pulsar_api.auth import records
 from pulsar_api.auth.gate import Credentials
 from pulsar_api.auth.records import MOST_SESSIONS, Records, digest
 from pulsar_api.auth.sessions import IDLE, TOTAL, Sessions
+from tests.fakes import person
 
 SHOWN = Credentials("joe", "hunter2")
 
@@ -39,7 +39,7 @@ class World:
 
     async def begin(self, user: str = "joe") -> str:
         """Return a new id."""
-        return await self.sessions.begin(user, SHOWN)
+        return await self.sessions.begin(person(user), SHOWN)
 
     async def find(self, id: str) -> Credentials | None:
         """Return whose it is."""
@@ -87,7 +87,7 @@ async def test_sessions_end_one_by_one_or_all_of_a_user(world: World) -> None:
     assert [await world.find(id) is None for id in (one, two, three, other)] == [True] + [
         False
     ] * 3
-    await world.sessions.end_all("joe")
+    await world.sessions.end_all(person("joe"))
     assert [await world.find(id) is None for id in (one, two, three, other)] == [
         True
     ] * 3 + [False]
@@ -113,7 +113,7 @@ async def test_a_record_that_was_changed_is_no_session(world: World) -> None:
     await world.close()
     with sqlite3.connect(world.folder / "auth.db") as db:
         db.execute(
-            "UPDATE session SET sealed = (SELECT sealed FROM session WHERE user = 'eve')"
+            "UPDATE session SET sealed = (SELECT sealed FROM session WHERE name = 'eve')"
         )
     db.close()
     world.open()
@@ -157,7 +157,7 @@ async def test_what_a_sign_in_costs_does_not_grow_with_the_sessions(world: World
         await thread.do(watch)
     id = await world.begin()
     await world.find(id)
-    await world.sessions.end_all("joe")
+    await world.sessions.end_all(person("joe"))
     statements = [text for text in seen if "session" in text]
     assert len(statements) == 6
 
@@ -174,12 +174,13 @@ async def test_what_a_sign_in_costs_does_not_grow_with_the_sessions(world: World
 
 
 def fill(path: Path, **users: int) -> None:
-    """Write many sessions as the first version kept them."""
-    database.prepare(path, records._SCHEMA[:1])
+    """Write many sessions at once."""
+    records.prepare(path)
     with sqlite3.connect(path) as db:
         for user, number in users.items():
-            rows = [(f"{user} {n}", user, 1e9 + n, 1e9 + n) for n in range(number)]
-            db.executemany("INSERT INTO session VALUES (?, ?, x'00', ?, ?)", rows)
+            key = person(user).key
+            rows = [(f"{user} {n}", key, 1e9 + n, 1e9 + n, user) for n in range(number)]
+            db.executemany("INSERT INTO session VALUES (?, ?, x'00', ?, ?, ?)", rows)
     db.close()
 
 

@@ -1,5 +1,6 @@
 """One contract for every `TaskStore`, and what only the real database has to stand."""
 
+import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
@@ -16,15 +17,16 @@ from twisted.internet import reactor as global_reactor
 from twisted.internet.defer import gatherResults
 from twisted.internet.threads import deferToThread
 
+from pulsar_api.database import connect
 from pulsar_api.errors import StoreUnavailable, UnknownTask
 from pulsar_api.ports import RESTART, Keep, NewTask, Reading, TaskStore
 from pulsar_api.store import _SCHEMA, SQLiteStore, prepare
 from pulsar_api.task import Process, Status, TaskQuery, TaskSpec, Within
-from tests.fakes import MemoryStore
+from tests.fakes import MemoryStore, person
 from tests.simulation.store import Database, SimulatedStore
 
 reactor: Any = global_reactor  # its type knows no threads
-SPEC = TaskSpec("site", "production", "deploy", {"branch": "main"}, "alice")
+SPEC = TaskSpec("site", "production", "deploy", {"branch": "main"}, person("alice"))
 
 
 def new(spec: TaskSpec, created_at: float, key: str | None = None) -> NewTask:
@@ -96,7 +98,7 @@ async def test_what_is_saved_is_found(store: TaskStore) -> None:
         exit_code=3,
         signal="SIGKILL",
         reason="somebody asked",
-        killed_by="bob",
+        killed_by=person("bob"),
         started_at=2.0,
         ended_at=3.0,
         output_size=99,
@@ -150,7 +152,7 @@ async def test_lists_can_be_narrowed(
     first = await store.create(new(SPEC, 0.0))
     await store.create(new(evolve(SPEC, app="shop"), 0.0))
     await store.create(new(evolve(SPEC, env="staging"), 0.0))
-    await store.create(new(evolve(SPEC, user="bob"), 0.0))
+    await store.create(new(evolve(SPEC, user=person("bob")), 0.0))
     await store.save(evolve(first, status=Status.FAILED, revision=2))
     assert [task.id for task in await store.select(query)] == found
 
@@ -180,9 +182,9 @@ async def test_lists_can_be_searched(store: TaskStore, text: str, found: list[in
     await store.create(new(evolve(spec, app="my-shop"), 0.0))
     await store.create(new(evolve(spec, env="staging-o"), 0.0))
     await store.create(new(evolve(spec, action="deploy:web"), 0.0))
-    await store.create(new(evolve(spec, user="BoB"), 0.0))
+    await store.create(new(evolve(spec, user=person("BoB")), 0.0))
     await store.create(new(TaskSpec("a_b", "x", "y"), 0.0))
-    await store.create(new(TaskSpec("x", "x", "y", user="é"), 0.0))
+    await store.create(new(TaskSpec("x", "x", "y", user=person("é")), 0.0))
     assert [task.id for task in await store.select(TaskQuery(text=text))] == found
     page = await store.select(TaskQuery(text=text, limit=1, offset=1))
     assert [task.id for task in page] == found[1:2]
@@ -246,8 +248,8 @@ async def test_ages_and_keys_are_by_the_steady_clock(store: TaskStore) -> None:
     """Whatever the wall clock said when the task was created and ended."""
     wrong = 32_000_000.0
     task = await store.create(NewTask(SPEC, wrong, 100.0, "key"))
-    assert await store.by_key("key", "alice", 99.0) == task
-    assert await store.by_key("key", "alice", 101.0) is None
+    assert await store.by_key("key", person("alice"), 99.0) == task
+    assert await store.by_key("key", person("alice"), 101.0) is None
     ended = evolve(task, status=Status.FINISHED, revision=2, ended_at=wrong)
     await store.save(evolve(ended, ended_steady=110.0))
     day = 86400.0
@@ -272,10 +274,10 @@ async def test_a_key_finds_its_task_for_a_time(store: TaskStore) -> None:
     """By who asks for it since when."""
     created = await store.create(new(SPEC, 100.0, "key"))
     await store.create(new(SPEC, 100.0))
-    assert await store.by_key("key", "alice", 99.0) == created
-    assert await store.by_key("key", "alice", 100.0) is None
-    assert await store.by_key("other", "alice", 0.0) is None
-    assert await store.by_key("key", "bob", 0.0) is None
+    assert await store.by_key("key", person("alice"), 99.0) == created
+    assert await store.by_key("key", person("alice"), 100.0) is None
+    assert await store.by_key("other", person("alice"), 0.0) is None
+    assert await store.by_key("key", person("bob"), 0.0) is None
 
 
 @pytest.mark.parametrize(
@@ -464,6 +466,23 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     assert path.read_bytes() == b"this is my diary" * 100
 
 
+def test_file_that_is_refused_is_not_left_open(tmp_path: Path) -> None:
+    """Neither by who makes it nor by who only opens it, while the error is looked at."""
+    path = tmp_path / "tasks.db"
+    path.write_bytes(b"this is my diary" * 100)
+
+    def is_open() -> bool:
+        fds = Path("/proc/self/fd").iterdir()
+        return str(path) in {os.readlink(fd) for fd in fds if fd.is_symlink()}
+
+    with pytest.raises(StoreUnavailable) as refused:
+        prepare(path)
+    assert not is_open(), refused
+    with pytest.raises(sqlite3.DatabaseError) as not_opened:
+        connect(path)
+    assert not is_open(), not_opened
+
+
 def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     """An old daemon must not write into what it does not understand."""
     path = tmp_path / "tasks.db"
@@ -482,7 +501,8 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 @settings(max_examples=25, deadline=None)
 async def test_any_text_comes_back(variables: dict[str, str], user: str | None) -> None:
     """Whatever is in variables and names, from the closed and reopened file."""
-    spec = TaskSpec("site", "production", "deploy", variables, user)
+    by = None if user is None else person(user)
+    spec = TaskSpec("site", "production", "deploy", variables, by)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "tasks.db"
         store = SQLiteStore(path, reactor.callFromThread)
@@ -507,7 +527,7 @@ async def test_a_database_of_an_older_version_is_brought_up(tmp_path: Path) -> N
     store = SQLiteStore(path, reactor.callFromThread)
     assert (await store.load(1)).spec == TaskSpec("a", "b", "c", {}, None)
     assert (await store.create(new(SPEC, 10.0, "key"))).id == 2
-    found = await store.by_key("key", "alice", 0)
+    found = await store.by_key("key", person("alice"), 0)
     assert found is not None
     assert found.id == 2
     await store.close()

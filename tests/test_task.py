@@ -15,6 +15,7 @@ from pulsar_api.task import (
     TaskSpec,
     judge,
 )
+from tests.fakes import person
 
 SPEC = TaskSpec("site", "production", "deploy")
 
@@ -140,4 +141,4 @@ def test_a_reason_claims_only_what_has_happened(
     exit: Exit, status: str, reason: str | None
 ) -> None:
     """What could not be ended is named; what a command leaves behind is no fault."""
-    assert judge(exit, "me") == (status, reason)
+    assert judge(exit, person("me")) == (status, reason)

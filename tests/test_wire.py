@@ -14,6 +14,7 @@ from pulsar_api import wire
 from pulsar_api.errors import InvalidInput
 from pulsar_api.output import Output
 from pulsar_api.task import Status, TaskQuery, TaskSnapshot, TaskSpec
+from tests.fakes import person
 
 JSON = "application/json"
 FORM = "application/x-www-form-urlencoded"
@@ -180,7 +181,7 @@ def test_a_key_has_bounds(given: list[str]) -> None:
 
 SNAPSHOT = TaskSnapshot(
     id=47,
-    spec=TaskSpec("fuboo", "production", "shell", {"k": "v"}, "alice"),
+    spec=TaskSpec("fuboo", "production", "shell", {"k": "v"}, person("alice")),
     created_at=1_700_000_000.25,
     status=Status.FAILED,
     command="true",

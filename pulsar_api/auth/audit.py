@@ -12,6 +12,7 @@ from attrs import define, field
 from twisted.logger import Logger
 
 from pulsar_api.auth.rights import Caller
+from pulsar_api.principal import Principal
 
 _log = Logger()
 
@@ -64,7 +65,7 @@ class AuditLog:
     """The seconds since the epoch."""
     max_size: int = MAX_SIZE
     _minute: float = field(default=0.0, init=False)
-    _written: dict[tuple[str | None, str], _More] = field(factory=dict, init=False)
+    _written: dict[tuple[Principal | None, str], _More] = field(factory=dict, init=False)
     """By whom and of which kind, since then."""
 
     def write(self, caller: Caller, what: str, *, allowed: bool, **more: object) -> None:
@@ -82,7 +83,7 @@ class AuditLog:
         if not 0 <= self._now() - self._minute < 60:
             self.close()
             self._minute = self._now()
-        written = self._written.setdefault((caller.name, kind), _More())
+        written = self._written.setdefault((caller.principal, kind), _More())
         written.lines += 1
         if written.lines <= _MOST[kind]:
             self._write(kind, caller, what, more)
@@ -91,10 +92,10 @@ class AuditLog:
 
     def close(self) -> None:
         """Say how much was not written down one by one."""
-        for (name, kind), written in self._written.items():
+        for (principal, kind), written in self._written.items():
             times = written.lines - _MOST[kind]
             if times > 0:
-                caller = Caller(name, "here and there", "unknown")
+                caller = Caller(principal, "here and there", "unknown")
                 more: dict[str, object] = {"times": times}
                 if written.tasks:
                     more["tasks"] = [written.tasks[0], written.tasks[-1]]
@@ -105,9 +106,11 @@ class AuditLog:
         self, kind: str, caller: Caller, what: str, more: Mapping[str, object]
     ) -> None:
         at = datetime.fromtimestamp(self._now(), UTC).isoformat(timespec="milliseconds")
+        who = caller.principal
         entry = {
             "at": at.replace("+00:00", "Z"),
-            "who": caller.name,
+            "who": None if who is None else who.name,
+            "principal": None if who is None else who.key,
             "from": caller.address,
             "means": caller.means,
             "what": what,

@@ -15,6 +15,7 @@ from twisted.python.failure import Failure
 
 from pulsar_api.auth.rights import Identity
 from pulsar_api.errors import (
+    LoginBound,
     NotAuthenticated,
     ProviderUnavailable,
     PulsarError,
@@ -22,6 +23,9 @@ from pulsar_api.errors import (
 )
 
 _log = Logger()
+
+_Answer = Identity | LoginBound | None
+"""Who it is; or that the account must not use its login; or that it is nobody."""
 
 FAILURES = 10
 """Wrong credentials from one address in a minute, after which it is not heard."""
@@ -65,7 +69,11 @@ class Provider(Protocol):
         """Return whether these are for this provider to judge."""
 
     async def identify(self, credentials: Credentials) -> Identity | None:
-        """Return who it is, None if it is nobody; or raise `ProviderUnavailable`."""
+        """Return who it is; None if it is nobody.
+
+        Raises `LoginBound` for an account that must not use the login that it has, and
+        `ProviderUnavailable`.
+        """
 
 
 @define(eq=False)
@@ -144,9 +152,9 @@ class Gate:
     brake: Brake = field(init=False)
     refused: Callable[[Credentials, str], object] = lambda *_: None
     """Is told of each wrong guess, and where it came from."""
-    _answers: OrderedDict[bytes, tuple[float, Identity | None]] = field(factory=OrderedDict)
+    _answers: OrderedDict[bytes, tuple[float, _Answer]] = field(factory=OrderedDict)
     """Until when an answer counts."""
-    _waiting: dict[bytes, list[Deferred[Identity | None]]] = field(factory=dict)
+    _waiting: dict[bytes, list[Deferred[_Answer]]] = field(factory=dict)
     """Who waits for the same answer."""
     _proved: OrderedDict[bytes, float] = field(factory=OrderedDict)
     _lines: dict[str, _Line] = field(factory=dict)
@@ -160,10 +168,12 @@ class Gate:
     ) -> Identity:
         """Return who it is.
 
-        Raises `NotAuthenticated`, `TooManyFailures` or `ProviderUnavailable`. ``guess``:
-        whether a no counts as one; what has been proved once does not.
+        Raises `NotAuthenticated`, `LoginBound`, `TooManyFailures` or
+        `ProviderUnavailable`. ``guess``: whether a no counts as one; what has been proved
+        once does not.
         """
         key, now = credentials.key, self._clock.seconds()
+        identity: _Answer
         until, identity = self._answers.get(key, (0.0, None))
         if key in self._waiting:
             identity = await self._ask(key)
@@ -184,18 +194,20 @@ class Gate:
             self._failed(credentials, address)
         if identity is None:
             raise NotAuthenticated
+        if isinstance(identity, LoginBound):
+            raise LoginBound(identity.principal)  # each time a new one
         return identity
 
     def _failed(self, credentials: Credentials, address: str) -> None:
         self.brake.failed(address)
         self.refused(credentials, address)
 
-    def _ask(self, key: bytes) -> Deferred[Identity | None]:
-        answer: Deferred[Identity | None] = Deferred()
+    def _ask(self, key: bytes) -> Deferred[_Answer]:
+        answer: Deferred[_Answer] = Deferred()
         self._waiting[key].append(answer)
         return answer
 
-    def _tell(self, result: Identity | Failure | None, key: bytes) -> None:
+    def _tell(self, result: _Answer | Failure, key: bytes) -> None:
         if isinstance(result, Failure) and not result.check(PulsarError):
             _log.failure("A provider has failed", result)
         for answer in self._waiting.pop(key):
@@ -204,7 +216,7 @@ class Gate:
 
     async def _look_in_turn(
         self, credentials: Credentials, address: str, *, guess: bool
-    ) -> Identity | None:
+    ) -> _Answer:
         """Look up who it is when there is room for it.
 
         Never are more looked up than may fail before the address is not heard: so any
@@ -238,18 +250,23 @@ class Gate:
 
     async def _look(
         self, credentials: Credentials, address: str, *, guess: bool
-    ) -> Identity | None:
+    ) -> _Answer:
         key = credentials.key
         provider = next((p for p in self._providers if p.takes(credentials)), None)
-        identity = None if provider is None else await provider.identify(credentials)
+        identity: _Answer = None
+        try:
+            identity = None if provider is None else await provider.identify(credentials)
+        except LoginBound as e:
+            identity = e
         if identity is None and guess:
             self._failed(credentials, address)
         if provider is None:
             return None
         now = self._clock.seconds()
-        self._answers[key] = (now + (provider.good if identity else provider.bad), identity)
+        good = isinstance(identity, Identity)
+        self._answers[key] = (now + (provider.good if good else provider.bad), identity)
         self._answers.move_to_end(key)
-        if identity is not None:
+        if good:
             self._proved[key] = now
             self._proved.move_to_end(key)
         for remembered in (self._answers, self._proved):

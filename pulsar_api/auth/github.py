@@ -31,8 +31,11 @@ from twisted.web.client import ResponseDone
 from twisted.web.http_headers import Headers
 
 from pulsar_api.auth.gate import Credentials
+from pulsar_api.auth.records import Login, Records
 from pulsar_api.auth.rights import Identity
-from pulsar_api.errors import ProviderUnavailable
+from pulsar_api.background import shielded
+from pulsar_api.errors import LoginBound, ProviderUnavailable, PulsarError
+from pulsar_api.principal import Principal
 
 _log = Logger()
 T = TypeVar("T")
@@ -47,6 +50,7 @@ KNOWN = 10.0
 daemon's own questions are counted by GitHub, 5,000 in an hour."""
 _MAX_ANSWER = 1 << 20
 _MAX_WAIT = 3600
+_MOST_ID = 1 << 63
 _REMEMBERED = 1000
 _TOKEN = re.compile(r"[A-Za-z0-9_.\-]{8,255}", re.ASCII)
 _LOGIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", re.ASCII)
@@ -98,18 +102,21 @@ class GitHub:
     _now: Callable[[], float]
     """The seconds since the epoch, as GitHub's limits have them."""
     api_url: str
+    _records: Records
+    _bound: Callable[[Principal], object]
+    """Is told of each listed login that is seen for the first time, and whose it is."""
     members: Members
     groups: frozenset[str] = frozenset()
-    """What else rules want to know: ``org:o`` and ``team:o/t``."""
+    """What else rules want to know: ``user:u``, ``org:o`` and ``team:o/t``."""
     own: tuple[str, str] | None = field(default=None, repr=False)
     """User and token of the daemon, to see members by; else by the caller's token."""
     oauth: OAuth | None = None
     good: float = 60.0 - KNOWN
     bad: float = 10.0
-    _known: OrderedDict[str, tuple[float, frozenset[str] | None]] = field(
-        factory=OrderedDict
+    _known: OrderedDict[tuple[str, frozenset[str]], tuple[float, frozenset[str] | None]] = (
+        field(factory=OrderedDict)
     )
-    """The groups of a user, by the daemon's own questions."""
+    """The groups of an account with these logins, by the daemon's own questions."""
     _asking: DeferredSemaphore = field(factory=lambda: DeferredSemaphore(MOST))
     _silent: OrderedDict[bytes, float] = field(factory=OrderedDict)
     """Until when GitHub wants to hear nothing from somebody: seconds since the epoch."""
@@ -125,7 +132,12 @@ class GitHub:
         return _TOKEN.fullmatch(credentials.secret) is not None
 
     async def identify(self, credentials: Credentials) -> Identity | None:
-        """Return the user and their groups; None if the token is wrong or not let in."""
+        """Return the user and their groups; None if the token is wrong or not let in.
+
+        A login that the settings list is bound to the first account that is let in by it,
+        which keeps what it may when it is renamed. Raises `LoginBound` for another account
+        that has the login later.
+        """
         return await self._in_time(self._identify(credentials))
 
     async def token_for(self, code: str, verifier: str, callback: str) -> str | None:
@@ -141,7 +153,7 @@ class GitHub:
 
         try:
             return await answer.addTimeout(DEADLINE, self._clock, late)
-        except (ProviderUnavailable, CancelledError):
+        except (PulsarError, CancelledError):
             raise
         except Exception as e:  # noqa: BLE001 - whatever it is, it is no yes
             _log.error("{name} cannot be asked: {e!r}", name=self.api_url, e=e)
@@ -152,32 +164,60 @@ class GitHub:
         status, user = await self._get("/user", auth)
         if status == 401:
             return None
-        login = user.get("login") if isinstance(user, dict) else None
-        if status != 200 or not isinstance(login, str) or not _LOGIN.fullmatch(login):
+        account = _account(user)
+        if status != 200 or account is None:
             raise ProviderUnavailable(NAME, f"it answers {status} and no user")
-        if credentials.user.casefold() not in {"", login.casefold()}:
+        login = account.name.casefold()
+        if credentials.user.casefold() not in {"", login}:
             return None
-        groups = await self._groups(login, auth)
+        listed = self.groups | self.members.groups()
+        ids = await self._records.logins(login, account.id)
+        named = {f"user:{name}" for name, id in ids.items() if id == account.id}
+        named |= {f"user:{login}"}
+        groups = await self._groups(account, auth, listed & named)
         if groups is None:
-            _log.info("{login} of {name} is not let in", login=login, name=NAME)
+            _log.info("{login} of {name} is not let in", login=account.name, name=NAME)
             return None
-        return Identity(login, "github", groups)
+        if f"user:{login}" in listed:
+            await self._check_login(account, ids.get(login))
+        return Identity(account, groups)
 
-    async def _groups(self, login: str, auth: str) -> frozenset[str] | None:
-        """Return the groups of a user; None if none of them is let in."""
-        until, found = self._known.get(login, (0.0, None))
+    async def _check_login(self, account: Principal, bound: str | None) -> None:
+        """Raise `LoginBound` if the login of an account is somebody else's; or bind it."""
+        if bound is None:
+            # It is in the audit log even if who asked does not wait for it.
+            bound = await shielded(self._bind(account))
+        if bound != account.id:
+            raise LoginBound(account)
+
+    async def _bind(self, account: Principal) -> str:
+        login = Login(account.name.casefold(), account.id, self._now())
+        id, new = await self._records.bind_new_login(login)
+        if new:
+            self._bound(account)
+        return id
+
+    async def _groups(
+        self, account: Principal, auth: str, named: frozenset[str]
+    ) -> frozenset[str] | None:
+        """Return the groups of a user; None if none of them is let in.
+
+        ``named`` are those that stand for the user alone.
+        """
+        login = account.name
+        known = account.id, named
+        until, found = self._known.get(known, (0.0, None))
         if self.own is not None and until > self._clock.seconds():
             return found
-        groups = {f"user:{login.casefold()}"}
         # Strangers cost no more questions than it takes to know that.
         members = self.members.groups()
-        groups |= await self._those_with(login, auth, self._asked(members))
+        groups = named | await self._those_with(login, auth, self._asked(members))
         found = None
         if groups & members:
             more = self._asked(self.groups - members)
-            found = frozenset(groups | await self._those_with(login, auth, more))
+            found = groups | await self._those_with(login, auth, more)
         if self.own is not None:
-            self._known[login] = (self._clock.seconds() + KNOWN, found)
+            self._known[known] = (self._clock.seconds() + KNOWN, found)
             while len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
         return found
@@ -282,6 +322,18 @@ class GitHub:
                 self._silent.popitem(last=False)
             _log.warn("{name}: rate limit, silent for {s:.0f} s", name=NAME, s=wait)
             raise ProviderUnavailable(NAME, "its rate limit is reached", math.ceil(wait))
+
+
+def _account(user: object) -> Principal | None:
+    """Return whom GitHub's answer is about; None if it names no user."""
+    if not isinstance(user, dict):
+        return None
+    login, id = user.get("login"), user.get("id")
+    if not isinstance(login, str) or not _LOGIN.fullmatch(login):
+        return None
+    if not isinstance(id, int) or isinstance(id, bool) or not 0 < id < _MOST_ID:
+        return None
+    return Principal("github", str(id), login)
 
 
 def _digest(auth: str) -> bytes:

@@ -60,7 +60,7 @@ class Guard:
         _bounded(app=app, env=env)
         _bounded(MAX_ACTION, action=action)
         self._check(app, env, action)
-        spec = TaskSpec(app, env, action, variables, self.caller.name, secret)
+        spec = TaskSpec(app, env, action, variables, self.caller.principal, secret)
         return await self._created(spec, key)
 
     async def restart(self, number: int) -> Task:
@@ -70,7 +70,7 @@ class Guard:
             raise NotRestartable(old.id, old.status)
         if old.spec.secret_names:
             raise SecretsGone(old.id)
-        return await self._created(evolve(old.spec, user=self.caller.name), None)
+        return await self._created(evolve(old.spec, user=self.caller.principal), None)
 
     async def _created(self, spec: TaskSpec, key: str | None) -> Task:
         # In the log even if who asked does not wait for it.
@@ -92,13 +92,13 @@ class Guard:
         changes = not snapshot.status.ended and snapshot.killed_by is None
         note = self._note if changes else self._note_unchanged
         note(spec.app, spec.env, spec.action, task=number)
-        return await self._service.kill(number, self.caller.who)
+        return await self._service.kill(number, self.caller.by)
 
     async def free(self, app: str, env: str) -> Sequence[int]:
         """Give back a target that ended tasks hold, as `TaskService.free`."""
         _bounded(app=app, env=env)
         self._check(app, env, None)
-        freed = await self._service.free(f"{app}/{env}", self.caller.who)
+        freed = await self._service.free(f"{app}/{env}", self.caller.by)
         self._note(app, env, None, freed=list(freed))
         return freed
 
@@ -162,7 +162,7 @@ class Guard:
             where = "/".join(part for part in (app, env, action) if part is not None)
             if "task" in more and not self.caller.may(Right.READ, app, env, action):
                 where = f"task {more['task']}"  # what it is, is not for them to know
-            raise NotAllowed(self.caller.who, self.right, where)
+            raise NotAllowed(self.caller.by.name, self.right, where)
 
     def _note(
         self,

@@ -12,6 +12,7 @@ from twisted.python.failure import Failure
 from pulsar_api.auth.gate import Credentials
 from pulsar_api.auth.records import PREFIX, Records, Token
 from pulsar_api.auth.rights import Identity
+from pulsar_api.principal import Principal
 
 _log = Logger()
 
@@ -43,7 +44,8 @@ class OwnTokens:
         token = await self._records.token(credentials.secret)
         found = token or _NOBODY
         name = f"token:{found.name}"
-        identity = Identity(name, "token", frozenset({name}), found.grants)
+        principal = Principal("token", found.name, name)
+        identity = Identity(principal, frozenset({name}), found.grants)
         now = self._now()
         good = now < (inf if found.expires_at is None else found.expires_at)
         if good & (self._used.get(found.name, 0.0) <= now - _STEP):
@@ -73,7 +75,8 @@ class Static:
 
     @_identity.default
     def _known(self) -> Identity:
-        return Identity(self._user, "static", frozenset({f"user:{self._user.casefold()}"}))
+        principal = Principal("static", self._user, self._user)
+        return Identity(principal, frozenset({f"user:{self._user.casefold()}"}))
 
     def takes(self, credentials: Credentials) -> bool:
         """Return whether there is a name to look at."""

@@ -14,6 +14,7 @@ from twisted.internet.defer import Deferred
 
 from pulsar_api import database
 from pulsar_api.auth.rights import Grant
+from pulsar_api.principal import Principal
 
 FILE = "auth.db"
 PREFIX = "pulsar_"
@@ -49,6 +50,17 @@ _SCHEMA = [
     CREATE INDEX session_user ON session (user, seen_at, created_at);
     CREATE INDEX session_created ON session (created_at);
     CREATE INDEX session_seen ON session (seen_at);
+    """,
+    # Sessions of earlier versions know no more than the name of their user.
+    """
+    DELETE FROM session;
+    ALTER TABLE session ADD COLUMN name TEXT NOT NULL DEFAULT '';
+    CREATE TABLE login (
+        login TEXT PRIMARY KEY,
+        id TEXT NOT NULL,
+        bound_at REAL NOT NULL
+    ) STRICT;
+    CREATE INDEX login_id ON login (id);
     """,
 ]
 
@@ -87,7 +99,7 @@ class Token:
 class SessionRecord:
     """A session as it is kept."""
 
-    user: str
+    user: Principal
     sealed: bytes
     """The credentials, which only who has the session's id can open."""
     created_at: float
@@ -162,6 +174,30 @@ def remove_token(db: sqlite3.Connection, name: str) -> bool:
     return db.execute("DELETE FROM token WHERE name = ?", (name,)).rowcount > 0
 
 
+# -- the accounts that listed logins are bound to
+
+
+@frozen
+class Login:
+    """A listed login, and the one account of GitHub that may use it."""
+
+    name: str
+    """In lower case."""
+    id: str
+    bound_at: float
+
+
+def all_logins(db: sqlite3.Connection) -> list[Login]:
+    """Return all bound logins by name."""
+    return [Login(*row) for row in db.execute("SELECT * FROM login ORDER BY login")]
+
+
+def bind_login(db: sqlite3.Connection, login: Login) -> None:
+    """Bind a login to an account, whatever it was bound to."""
+    text = "INSERT OR REPLACE INTO login VALUES (?, ?, ?)"
+    db.execute(text, (login.name, login.id, login.bound_at))
+
+
 # -- for the daemon
 
 
@@ -202,14 +238,46 @@ class Records:
         """Note that a token was used."""
         return self._run("UPDATE token SET used_at = ? WHERE name = ?", (now, name))
 
+    def logins(self, name: str, id: str) -> Deferred[dict[str, str]]:
+        """Fire with the ids that a login and the logins of an account are bound to."""
+        text = "SELECT login, id FROM login WHERE login = ? OR id = ?"
+        return self._reader.do(
+            lambda db: {row["login"]: row["id"] for row in db.execute(text, (name, id))}
+        )
+
+    def bind_new_login(self, login: Login) -> Deferred[tuple[str, bool]]:
+        """Bind a login unless it is bound.
+
+        Fires with the id that it is bound to, and whether that is new.
+        """
+
+        def job(db: sqlite3.Connection) -> tuple[str, bool]:
+            text = "INSERT OR IGNORE INTO login VALUES (?, ?, ?)"
+            values = (login.name, login.id, login.bound_at)
+            new = db.execute(text, values).rowcount > 0
+            found = db.execute("SELECT id FROM login WHERE login = ?", (login.name,))
+            return found.fetchone()[0], new
+
+        return self._writer.do(job)
+
     def add_session(self, key: str, session: SessionRecord) -> Deferred[None]:
         """Keep a new session under the digest of its id."""
-        values = (key, session.user, session.sealed, session.created_at, session.seen_at)
-        text = "INSERT INTO session VALUES (?, ?, ?, ?, ?)"
+        values = (
+            key,
+            session.user.key,
+            session.sealed,
+            session.created_at,
+            session.seen_at,
+            session.user.name,
+        )
+        text = (
+            "INSERT INTO session (digest, user, sealed, created_at, seen_at, name)"
+            " VALUES (?, ?, ?, ?, ?, ?)"
+        )
         return self._run(text, values)
 
     def forget_sessions(
-        self, created: float, seen: float, user: str, key: str
+        self, created: float, seen: float, user: Principal, key: str
     ) -> Deferred[bool]:
         """Forget some old sessions; fires with whether there may be more of them.
 
@@ -222,7 +290,7 @@ class Records:
             "seen_at < ?": (seen,),
             # Not the newest one: a clock that was set back makes it look like the oldest.
             "user = ? AND digest <> ? ORDER BY seen_at DESC, created_at DESC, rowid DESC": (
-                user,
+                user.key,
                 key,
             ),
         }
@@ -243,9 +311,11 @@ class Records:
         """Fire with the session of a digest."""
 
         def job(db: sqlite3.Connection) -> SessionRecord | None:
-            text = "SELECT user, sealed, created_at, seen_at FROM session WHERE digest = ?"
-            row = db.execute(text, (key,)).fetchone()
-            return None if row is None else SessionRecord(*row)
+            row = db.execute("SELECT * FROM session WHERE digest = ?", (key,)).fetchone()
+            if row is None:
+                return None
+            user = Principal.from_key(row["user"], row["name"])
+            return SessionRecord(user, row["sealed"], row["created_at"], row["seen_at"])
 
         return self._reader.do(job)
 
@@ -257,9 +327,9 @@ class Records:
         """Forget a session."""
         return self._run("DELETE FROM session WHERE digest = ?", (key,))
 
-    def end_sessions(self, user: str) -> Deferred[None]:
+    def end_sessions(self, user: Principal) -> Deferred[None]:
         """Forget all sessions of a user."""
-        return self._run("DELETE FROM session WHERE user = ?", (user,))
+        return self._run("DELETE FROM session WHERE user = ?", (user.key,))
 
     def _run(self, text: str, values: Sequence[object]) -> Deferred[None]:
         def job(db: sqlite3.Connection) -> None:

@@ -8,6 +8,8 @@ from functools import lru_cache
 
 from attrs import frozen
 
+from pulsar_api.principal import Principal
+
 EVERYBODY = "*"
 
 _PATTERN = re.compile(r"[^/\s\0\[\]]+(/[^/\s\0\[\]]+(/[^\s\0\[\]]+)?)?")
@@ -134,10 +136,8 @@ class Rule:
 class Identity:
     """Somebody, as a provider or our own list of tokens knows them."""
 
-    name: str
-    """As tasks and the audit log show it; that of a token begins with ``token:``."""
-    means: str
-    """How it is known: ``github``, ``static`` or ``token``."""
+    principal: Principal
+    """The name of a token begins with ``token:``."""
     groups: frozenset[str] = frozenset()
     """What rules may call them, in lower case."""
     grants: tuple[Grant, ...] = ()
@@ -148,16 +148,16 @@ class Identity:
 class Caller:
     """Who sends a request, from where, and what they may do."""
 
-    name: str | None
-    """None: nobody is asked who they are."""
+    principal: Principal | None
+    """None: nobody is asked who they are, or nobody knows."""
     address: str
     means: str = "anonymous"
     grants: tuple[Grant, ...] = (ALL,)
 
     @property
-    def who(self) -> str:
-        """How to name them, also if nobody knows who they are."""
-        return self.name or self.address
+    def by(self) -> Principal:
+        """Who it is; of whom nobody knows who they are, where the request comes from."""
+        return self.principal or Principal("address", self.address, self.address)
 
     def may(self, right: Right, app: str, env: str, action: str | None) -> bool:
         """Return whether they may do this there; no action: with any action there."""
@@ -179,11 +179,12 @@ class Policy:
         """Return what somebody may."""
         own = identity.grants
         if self.rules is None:
-            return own if identity.means == "token" else (ALL,)
+            return own if identity.principal.provider == "token" else (ALL,)
         names = identity.groups | {EVERYBODY}
         return own + tuple(rule.grant for rule in self.rules if rule.who & names)
 
     def groups(self) -> frozenset[str]:
-        """Return the organisations and teams that rules name."""
+        """Return the users, organisations and teams that rules name."""
         named = {name for rule in self.rules or () for name in rule.who}
-        return frozenset(name for name in named if name.startswith(("org:", "team:")))
+        kinds = ("user:", "org:", "team:")
+        return frozenset(name for name in named if name.startswith(kinds))

@@ -22,6 +22,7 @@ from pulsar_api.auth.records import (
 )
 from pulsar_api.background import own
 from pulsar_api.errors import StoreUnavailable
+from pulsar_api.principal import Principal
 
 _log = Logger()
 
@@ -51,12 +52,12 @@ class Sessions:
     _records: Records
     _now: Callable[[], float]
     """Seconds by a clock that does not jump, or a wrong one would sign everybody out."""
-    _forgetting: set[str] = field(factory=set, init=False)
+    _forgetting: set[Principal] = field(factory=set, init=False)
     """The users of whom there are many sessions to forget."""
-    _used: OrderedDict[str, dict[str, float]] = field(factory=OrderedDict, init=False)
+    _used: OrderedDict[Principal, dict[str, float]] = field(factory=OrderedDict, init=False)
     """For each user which sessions were used when; on disk that is a minute old."""
 
-    async def begin(self, user: str, credentials: Credentials) -> str:
+    async def begin(self, user: Principal, credentials: Credentials) -> str:
         """Return the id of a new session."""
         now = self._now()
         id = new_secret()
@@ -70,7 +71,7 @@ class Sessions:
         await added
         return id
 
-    async def _forget_old(self, user: str, key: str) -> None:
+    async def _forget_old(self, user: Principal, key: str) -> None:
         """Forget sessions that are over, and those of a user that are too many."""
         try:
             more = await self._forget_some(user, key)
@@ -86,7 +87,7 @@ class Sessions:
         except StoreUnavailable as e:
             _log.error("Cannot forget old sessions: {e}", e=e)
 
-    def _forget_some(self, user: str, key: str) -> Deferred[bool]:
+    def _forget_some(self, user: Principal, key: str) -> Deferred[bool]:
         now = self._now()
         return self._records.forget_sessions(now - TOTAL, now - IDLE, user, key)
 
@@ -116,7 +117,7 @@ class Sessions:
             return None
         return Credentials(user, secret)
 
-    def _note(self, user: str, key: str, now: float) -> None:
+    def _note(self, user: Principal, key: str, now: float) -> None:
         used = self._used.setdefault(user, {})
         self._used.move_to_end(user)
         used.pop(key, None)
@@ -130,12 +131,12 @@ class Sessions:
         """End a session."""
         await self._records.end_session(digest(id))
 
-    async def user(self, id: str) -> str | None:
+    async def user(self, id: str) -> Principal | None:
         """Return whose session it is, whatever that one may by now."""
         found = await self._records.session(digest(id))
         return None if found is None else found.user
 
-    async def end_all(self, user: str) -> None:
+    async def end_all(self, user: Principal) -> None:
         """End all sessions of somebody."""
         await self._records.end_sessions(user)
 

@@ -19,7 +19,7 @@ from pulsar_api.auth.gate import Credentials, Gate
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Caller, Policy, Right
 from pulsar_api.auth.sessions import TOTAL, Sessions
-from pulsar_api.errors import NotAuthenticated, PulsarError
+from pulsar_api.errors import LoginBound, NotAuthenticated, PulsarError
 from pulsar_api.service import TaskService
 from pulsar_api.web.body import BodyRequest
 from pulsar_api.web.origin import ForeignOrigin, Origins
@@ -177,8 +177,13 @@ class Access:
             if isinstance(shown, str) and self.sessions is not None:
                 await self.sessions.end(shown)
             raise
+        except LoginBound as e:
+            stranger = Caller(e.principal, address, e.principal.provider + means, ())
+            self.audit.write(stranger, "sign-in", allowed=False, reason="login-bound")
+            raise
         grants = self.policy.grants(identity)
-        return Caller(identity.name, address, identity.means + means, grants)
+        principal = identity.principal
+        return Caller(principal, address, principal.provider + means, grants)
 
     def _refused(self, credentials: Credentials, address: str) -> None:
         # A name that might be a token is not written down.
@@ -235,17 +240,19 @@ class Access:
         self, shown: Credentials | str, address: str, some: list[_Held]
     ) -> None:
         now = self.clock.seconds()
-        grants = None
+        now_known = None
         unsure = False
+        who = some[0].caller.by.name
         try:
-            grants = (await self.caller(shown, address, used=False)).grants
-        except NotAuthenticated as e:
-            _log.info("{who} is let in no more: {e}", who=some[0].caller.who, e=e)
+            caller = await self.caller(shown, address, used=False)
+            now_known = caller.principal, caller.grants
+        except (NotAuthenticated, LoginBound) as e:
+            _log.info("{who} is let in no more: {e}", who=who, e=e)
         except PulsarError as e:
-            _log.warn("Nobody knows whether {who} may: {e}", who=some[0].caller.who, e=e)
+            _log.warn("Nobody knows whether {who} may: {e}", who=who, e=e)
             unsure = True
         for held in some:
-            if held.caller.grants == grants:
+            if (held.caller.principal, held.caller.grants) == now_known:
                 held.sure = now
             elif held in self._held and not (unsure and now < held.sure + GRACE):
                 del self._held[held]

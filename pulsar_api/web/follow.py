@@ -221,7 +221,7 @@ class FollowAPI:
                 await outlet.write(text)
                 if size >= PIECE:
                     size = 0
-                    await self.rota.turn(tasks.caller.who)
+                    await self.rota.turn(tasks.caller.by.key)
             if not more:
                 await outlet.wait(changed, seen)
                 # Of much that happens at once each stream asks a few times a second.

@@ -30,6 +30,7 @@ _PROBLEMS: dict[type[errors.PulsarError], tuple[int, str, str, int | None]] = {
     errors.UnknownTask: (404, "unknown-task", "Unknown task", None),
     errors.NotAuthenticated: (401, "not-authenticated", "Not authenticated", None),
     errors.NotAllowed: (403, "not-allowed", "Not allowed", None),
+    errors.LoginBound: (403, "login-bound", "Login bound to another account", None),
     errors.TooManyFailures: (429, "too-many-failures", "Too many failures", None),
     errors.ProviderUnavailable: (
         *(503, "provider-unavailable", "Provider unavailable"),

@@ -25,6 +25,7 @@ from pulsar_api.auth.records import new_secret
 from pulsar_api.auth.rights import Caller, Target
 from pulsar_api.errors import (
     InvalidInput,
+    LoginBound,
     NotAuthenticated,
     ProviderUnavailable,
     TooManyFailures,
@@ -129,7 +130,7 @@ class SignIn:
             for grant in caller.grants
         ]
         me = {
-            "user": caller.name,
+            "user": None if caller.principal is None else caller.principal.name,
             "means": caller.means,
             "rights": rights,
             "signedIn": self.access.gate is not None and isinstance(shown, str),
@@ -185,6 +186,8 @@ class SignIn:
             await self._begin(request, credentials)
         except NotAuthenticated:
             return self._form(request, target, refusal, 403)
+        except LoginBound as e:
+            return self._form(request, target, str(e), 403)
         except TooManyFailures as e:
             return self._later(request, target, e, 429)
         except ProviderUnavailable as e:
@@ -208,11 +211,11 @@ class SignIn:
             raise InvalidInput("login", "this daemon asks nobody who they are")
         address = self.access.origins.address(request)
         caller = await self.access.caller(credentials, address)
-        assert caller.name is not None
+        assert caller.principal is not None
         old = self.access.session(request)
         if old is not None:
             await sessions.end(old)
-        id = await sessions.begin(caller.name, credentials)
+        id = await sessions.begin(caller.principal, credentials)
         set_session(request, id, secure=self.access.secure(request))
         self.access.audit.write(caller, "sign-in", allowed=True)
 

@@ -122,7 +122,7 @@ class TaskAPI:
     async def create(self, request: Request, tasks: Guard, app: str, env: str) -> bytes:
         asked = wire.parse_new_task(
             header(request, "content-type"),
-            await body_of(request, tasks.caller.who),
+            await body_of(request, tasks.caller.by.key),
             query_of(request),
         )
         variables, secret = asked.variables, asked.secret

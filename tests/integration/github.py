@@ -26,6 +26,8 @@ class GitHubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.users: dict[str, str] = {}
         """Login by token."""
+        self.ids: dict[str, int] = {}
+        """The account of each login, in lower case; others get one when they are seen."""
         self.members: set[tuple[str, str]] = set()
         """Organisation or ``org/team``, and login."""
         self.pending: set[tuple[str, str]] = set()
@@ -62,6 +64,10 @@ class GitHubServer(ThreadingHTTPServer):
         sock, address = super().get_request()
         self.connections.append(sock)
         return sock, address
+
+    def id_of(self, login: str) -> int:
+        """Return the number of the account that has a login now."""
+        return self.ids.setdefault(login.lower(), 1000 + len(self.ids))
 
     def hang_up(self) -> None:
         """End what is open, as a machine that goes away."""
@@ -125,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
         if login is None and not own:
             self._json(401, {"message": "Bad credentials"})
         elif path == ["user"]:
-            self._json(200, {"login": login, "id": 1})
+            self._json(200, {"login": login, "id": hub.id_of(login or "")})
         elif path[:3] == ["user", "memberships", "orgs"]:
             self._membership(path[3], login or "", may=hub.own is None)
         elif path[2:3] == ["teams"]:

@@ -1,6 +1,7 @@
 """A team on GitHub: who is let in, what happens while GitHub is away, and for how long."""
 
 import base64
+import json
 import os
 import subprocess
 import threading
@@ -175,6 +176,98 @@ def test_a_team_has_the_rights_that_its_rules_say(team: Team) -> None:
         assert asked(daemon, token, path).status == status, (token, path)
 
 
+# -- a login is bound to the first account that is let in by it
+
+
+def operator(daemon: Daemon, *command: str) -> str:
+    """Return what a command for operators prints."""
+    state = ("--state-dir", str(daemon.state))
+    done = subprocess.run(
+        [*PULSAR_API, *command, *state], check=True, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+def restarted(daemon: Daemon) -> None:
+    """Start the daemon again, so that it remembers no answer of GitHub."""
+    daemon.process.terminate()
+    daemon.process.wait()
+    daemon.start()
+
+
+def test_login_that_another_account_has_taken_is_refused(
+    team: Team, hub: GitHubServer
+) -> None:
+    """Also after a restart, until an operator binds it; the log tells all of it."""
+    daemon = team("user", "alice")
+    hub.ids["alice"] = 7
+    assert asked(daemon, ALICE).json()["user"] == "Alice"
+    hub.users = {EVE: "Alice"}
+    hub.ids["alice"] = 99
+    for _ in range(2):
+        refused = asked(daemon, EVE)
+        problem(refused, 403)
+        assert refused.json()["type"].endswith("login-bound")
+        assert "pulsar-api login rebind Alice 99" in refused.json()["detail"]
+        restarted(daemon)
+    assert operator(daemon, "login", "list").split()[:2] == ["alice", "7"]
+    operator(daemon, "login", "rebind", "ALICE", "99")
+    assert asked(daemon, EVE).json()["user"] == "Alice"
+    lines = operator(daemon, "audit", "--json").splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert [
+        (one["principal"], one["what"], one["allowed"])
+        for one in entries
+        if one["what"] in {"login bind", "sign-in"}
+    ] == [
+        ("github:7", "login bind", True),
+        *[("github:99", "sign-in", False)] * 2,
+    ]
+    rebound = next(one for one in entries if one["what"] == "login rebind")
+    assert (rebound["login"], rebound["id"], rebound["before"]) == ("alice", "99", "7")
+
+
+def test_user_who_is_renamed_stays_who_they_are(team: Team, hub: GitHubServer) -> None:
+    """They keep their rights and their idempotency keys under the new name."""
+    daemon = team(
+        "org", "acme", '[[rights]]\nwho = "user:alice"\nmay = ["run"]\non = ["site"]\n'
+    )
+    hub.ids["alice"] = 7
+
+    def run(token: str) -> Answer:
+        headers = {**bearer(token), "Idempotency-Key": "one"}
+        return daemon.request("POST", "/site/p?action=x", headers=headers)
+
+    first = run(ALICE).json()["id"]
+    hub.users[ALICE] = "alicia"
+    hub.ids["alicia"] = 7
+    hub.members.add(("acme", "alicia"))
+    restarted(daemon)
+    assert asked(daemon, ALICE).json()["user"] == "alicia"
+    assert run(ALICE).json()["id"] == first
+
+
+@pytest.mark.parametrize(("method", "members"), [("org", "acme"), ("team", "acme/ops")])
+def test_only_members_bind_a_login(
+    team: Team, hub: GitHubServer, method: str, members: str
+) -> None:
+    """A stranger is nobody, and a member whose login was somebody else's is refused."""
+    rule = '[[rights]]\nwho = "user:alice"\nmay = ["run"]\n'
+    daemon = team(method, members, rule)
+    hub.ids["alice"] = 5
+    there = set(hub.members)
+    hub.members.clear()
+    problem(asked(daemon, ALICE), 401)
+    assert operator(daemon, "login", "list") == ""
+    hub.members |= there
+    hub.ids["alice"] = 7
+    restarted(daemon)
+    assert asked(daemon, ALICE).status == 200
+    hub.ids["alice"] = 99
+    restarted(daemon)
+    assert asked(daemon, ALICE).json()["type"].endswith("login-bound")
+
+
 # -- GitHub is away, slow, or somebody else
 
 
@@ -185,7 +278,10 @@ NONSENSE: list[tuple[int, bytes, dict[str, str]]] = [
     (200, b"", {}),
     (200, b"<html>welcome", {}),
     (200, b"[]", {}),
-    (200, b'{"login": null}', {}),
+    (200, b'{"login": null, "id": 7}', {}),
+    (200, b'{"login": "Alice"}', {}),
+    (200, b'{"login": "Alice", "id": true}', {}),
+    (200, b'{"login": "Alice", "id": -7}', {}),
     (200, b'{"login": "../../user"}', {}),
     (200, b'{"login": "' + b"x" * (2 << 20) + b'"}', {}),
     (200, b"[" * 100_000, {}),

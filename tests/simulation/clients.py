@@ -17,6 +17,7 @@ from pulsar_api.errors import (
 )
 from pulsar_api.service import TaskService
 from pulsar_api.task import TaskSnapshot, TaskSpec
+from tests.fakes import person
 from tests.simulation.daemon import Broken
 from tests.simulation.shims import ACTIONS
 
@@ -106,7 +107,7 @@ class Client:
         if rng.random() < 0.4:
             variables["password"] = f"secret {ref}"
         env = rng.choice(("production", "production", "staging"))
-        spec = TaskSpec("shop", env, rng.choice(ACTIONS), variables, "alice")
+        spec = TaskSpec("shop", env, rng.choice(ACTIONS), variables, person("alice"))
         key = f"key {ref}" if rng.random() < 0.7 else None
         request = Request(ref, spec, key)
         self.world.tell("wanted", request)
@@ -148,7 +149,7 @@ class Client:
 
     async def _kill(self, task_id: int, pause: float) -> None:
         await self._sleep(pause)
-        by = f"client {self.number}"
+        by = person(f"client {self.number}")
 
         async def kill(service: TaskService) -> TaskSnapshot:
             return (await service.kill(task_id, by)).snapshot

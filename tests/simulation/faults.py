@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pulsar_api.service import TaskService
 from pulsar_api.task import Status
+from tests.fakes import person
 from tests.simulation.disk import Inode
 from tests.simulation.shims import Shim
 
@@ -175,7 +176,7 @@ def store(world: "World", rng: Random) -> None:
 
 
 async def _kill(task_id: int, service: TaskService) -> None:
-    await service.kill(task_id, "an operator")
+    await service.kill(task_id, person("an operator"))
 
 
 def full(world: "World", rng: Random) -> None:

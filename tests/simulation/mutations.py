@@ -9,6 +9,7 @@ from twisted.internet.defer import Deferred, succeed
 
 from pulsar_api import service
 from pulsar_api.ports import NewTask
+from pulsar_api.principal import Principal
 from pulsar_api.process import ShimExecutor
 from pulsar_api.service import TaskService, _Live
 from pulsar_api.steady import SteadyClock
@@ -136,7 +137,7 @@ def free_targets() -> Iterator[None]:
 def keys_at_once() -> Iterator[None]:
     """Two requests with one key may be under way at once."""
 
-    class Forgetful(set[tuple[str | None, str]]):
+    class Forgetful(set[tuple[Principal | None, str]]):
         def __contains__(self, _: object) -> bool:
             return False
 

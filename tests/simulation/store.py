@@ -15,6 +15,7 @@ from twisted.python.failure import Failure
 
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.ports import Keep, NewTask, Reading, TaskStore
+from pulsar_api.principal import Principal
 from pulsar_api.task import Found, News, TaskQuery, TaskSnapshot, Within
 from tests.fakes import MemoryStore
 
@@ -146,7 +147,7 @@ class SimulatedStore:
         return self._writer.do(lambda db: db.create(new))
 
     def by_key(
-        self, key: str, user: str | None, since: float
+        self, key: str, user: Principal | None, since: float
     ) -> Deferred[TaskSnapshot | None]:
         return self._writer.do(lambda db: db.by_key(key, user, since))
 
