@@ -205,7 +205,10 @@ class Settings:
         parse.run_as, "whom the commands of which targets run as", (), file_only=True
     )
     allow_sudo: bool = _option(
-        parse.flag, "let tasks use sudo and other programs that change the user", False
+        parse.flag,
+        "let tasks use sudo and other programs that change the user",
+        False,
+        file_only=True,
     )
     forbidden_actions: tuple[str, ...] = _option(
         parse.texts, "actions that nobody may run", (), file_only=True

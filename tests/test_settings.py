@@ -96,6 +96,8 @@ class TestDefaults:
             "keep_days": 365.0,
             "max_state_size": 0,
             "max_output_size": 1 << 30,
+            "run_as": (),
+            "allow_sudo": False,
             "forbidden_actions": (),
             "auth_members": (),
             "hosts": (),
