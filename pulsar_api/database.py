@@ -4,6 +4,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -24,9 +25,9 @@ def trouble(error: Exception) -> StoreUnavailable:
     return StoreUnavailable(text, full=full)
 
 
-def connect(path: Path, mode: str = "rw") -> sqlite3.Connection:
-    """Open the database; only with the mode ``rwc`` is it made."""
-    uri = f"{path.absolute().as_uri()}?mode={mode}"
+def connect(path: Path) -> sqlite3.Connection:
+    """Open a database, which is never made here."""
+    uri = f"{path.absolute().as_uri()}?mode=rw"
     db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
     try:
@@ -48,13 +49,29 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def _reserve(path: Path) -> None:
+    """Make the file of a database, for this user alone; SQLite gives its others this mode.
+
+    Raises: `StoreUnavailable` if there is something else.
+    """
+    try:
+        # One that is there is not opened: closing it would drop the locks of SQLite.
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        if not path.is_file():
+            raise StoreUnavailable(f"{path} is not a regular file")
+    except OSError as e:
+        raise StoreUnavailable(f"{path}: {e.strerror}") from e
+
+
 def prepare(path: Path, schema: Sequence[str]) -> None:
     """Make a database, or bring it to this version's form; `StoreUnavailable` if not.
 
     ``schema`` has one script per version.
     """
+    _reserve(path)
     try:
-        db = connect(path, "rwc")
+        db = connect(path)
         try:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version > len(schema):

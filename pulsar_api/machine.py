@@ -5,11 +5,9 @@ its own, with a disk that forgets what was not synced.
 """
 
 import errno
-import fcntl
 import os
 import shutil
 import signal
-import stat
 import sys
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
@@ -21,7 +19,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.threads import deferToThreadPool
 
-from pulsar_api import proc, processes, shim
+from pulsar_api import files, proc, processes, shim
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.orphans import Memory
 from pulsar_api.output import Output, Record
@@ -37,9 +35,6 @@ ROOM = 1 << 20
 
 INODES = 32
 """Files that one can still make on the disk, for the same."""
-
-SMALL = 1 << 22
-"""Bytes of a small file; one that is larger was not written by us."""
 
 
 @frozen
@@ -83,7 +78,10 @@ class Machine(Protocol):
         """Raise `StoreUnavailable` if a new task could not be kept in a folder."""
 
     def read(self, path: Path, *, tail: bool = False) -> bytes:
-        """Return a small file; of a larger one the first `SMALL` bytes, or the last."""
+        """Return a small file; of a larger one the first `SMALL` bytes, or the last.
+
+        Raises `Damaged` if it is no file, and never will be.
+        """
 
     def write(self, path: Path, data: bytes) -> None:
         """Make or replace a file; nobody else can read it; it is not synced."""
@@ -116,7 +114,10 @@ class Machine(Protocol):
         """Return which file or folder this is."""
 
     def holder(self, lock: Path) -> int:
-        """Return the number of the shim that holds a lock, 0 if nobody does."""
+        """Return the number of the shim that holds a lock, 0 if nobody does.
+
+        -1 if its number is not known. Raises `Damaged` if the lock is no file.
+        """
 
     def output(self, folder: Path) -> Records:
         """Return a reader of what a shim has written."""
@@ -144,10 +145,19 @@ def _living(of: Sequence[Process]) -> Iterable[Process]:
     return processes.living(of)
 
 
+def _holder(folder: Path) -> Key | None:
+    """Return the living shim of a folder, as far as its lock can be read."""
+    try:
+        return processes.holder(folder)
+    except OSError as e:
+        proc.gone(e)  # raises it for want of descriptors or memory
+        return None  # the disk is ill, or the lock damaged: what runs is known without it
+
+
 def _named(folder: Path) -> Key | None:
     """Return the shim that a lock names, living or not; None: it names none."""
     try:
-        pid, start = (folder / "lock").read_bytes().split()
+        pid, start = files.read(folder / "lock", processes.LOCK_SIZE).split()
         return int(pid), int(start)
     except (OSError, ValueError):
         return None
@@ -195,25 +205,17 @@ class LocalMachine:
 
     def read(self, path: Path, *, tail: bool = False) -> bytes:
         """Return a small file; of a larger one the first `SMALL` bytes, or the last."""
-        # Not following links, and not waiting for the other end of a FIFO.
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        with open(os.open(path, flags), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(errno.EINVAL, "is not a regular file", str(path))
-            if tail:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - SMALL))
-            return file.read(SMALL)
+        return files.read(path, tail=tail)
 
     def write(self, path: Path, data: bytes) -> None:
         """Make or replace a file; nobody else can read it; it is not synced."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-        with open(os.open(path, flags, 0o600), "wb") as file:
+        with open(files.make(path), "wb") as file:
             file.write(data)
 
     def append(self, path: Path, data: bytes) -> None:
         """Add to a file, which is made if need be, and wait until it is on disk."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        with open(os.open(path, flags, 0o600), "wb", buffering=0) as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        with open(files.open_regular(path, flags), "wb", buffering=0) as file:
             if file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, "is written in part", str(path))
             os.fsync(file.fileno())
@@ -230,7 +232,7 @@ class LocalMachine:
 
     def sync(self, path: Path) -> None:
         """Wait until a file or a folder is on disk."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             os.fsync(fd)
         finally:
@@ -263,17 +265,8 @@ class LocalMachine:
         return Identity(found.st_dev, found.st_ino, found.st_ctime_ns, found.st_size)
 
     def holder(self, lock: Path) -> int:
-        """Return the number of the shim that holds a lock, 0 if nobody does.
-
-        -1 if its number is not known.
-        """
-        with lock.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                found = file.read().split()
-                return (int(found[0]) if found and found[0].isdigit() else 0) or -1
-        return 0
+        """Return the number of the shim that holds a lock, 0 if nobody does."""
+        return processes.lock_holder(lock)
 
     def output(self, folder: Path) -> Output:
         """Return a reader of what a shim has written."""
@@ -304,11 +297,7 @@ class LocalMachine:
         return self.in_thread(lambda: self._end(folder, numbers))
 
     def _end(self, folder: Path, numbers: bool) -> tuple[Process, ...]:  # noqa: FBT001
-        try:
-            living = processes.holder(folder)
-        except OSError as e:
-            proc.gone(e)  # raises it for want of descriptors or memory
-            living = None  # the disk is ill; what runs is known without it
+        living = _holder(folder)
         remains = [] if living is None else processes.end_tree(living)
         dead = _named(folder) if numbers else None
         memory = self._memory(folder.parent)
@@ -323,7 +312,7 @@ class LocalMachine:
         """Remember the processes of tasks; fires with the seconds that it took."""
 
         def look() -> float:
-            found = {number: processes.holder(tasks / str(number)) for number in running}
+            found = {number: _holder(tasks / str(number)) for number in running}
             shims = {n: key or _named(tasks / str(n)) for n, key in found.items()}
             known = {n: key for n, key in shims.items() if key is not None}
             return self._memory(tasks).look(known)

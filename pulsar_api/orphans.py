@@ -16,7 +16,7 @@ from pathlib import Path
 
 from attrs import define, field, frozen
 
-from pulsar_api import shim
+from pulsar_api import files, shim
 from pulsar_api.proc import (
     TICKS,
     Entry,
@@ -27,6 +27,7 @@ from pulsar_api.proc import (
     describe,
     environ,
     gone,
+    now,
     send,
 )
 from pulsar_api.processes import KILL_PATIENCE, Guard, kill_all
@@ -42,6 +43,7 @@ MOST_SESSIONS = 1024
 MOST_PROCESSES = 4096
 """How much of one task is remembered."""
 
+_MOST_NOTED = 1 << 17  # bytes of the file of the sessions
 _AGAIN = TICKS  # within that time no number of a process comes round again
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _ROUNDS = 20  # in which processes are stopped that were started in the round before
@@ -80,16 +82,17 @@ class Session:
 def read_sessions(folder: Path) -> dict[int, Session]:
     """Return the sessions that a daemon wrote down since this machine was booted."""
     try:
-        boot, *lines = (folder / SESSIONS).read_bytes().splitlines()
+        boot, *lines = files.read(folder / SESSIONS, _MOST_NOTED).splitlines()
         if boot != _BOOT.read_bytes().strip():
             return {}
-        found = [Session(*map(int, line.split())) for line in lines]
+        found = [Session(*map(int, line.split())) for line in lines[:MOST_SESSIONS]]
     except OSError as e:
         gone(e)
         return {}
     except (ValueError, TypeError):
         return {}  # the daemon was killed while it wrote them
-    return {session.id: session for session in found}
+    # 0 is the session of whatever is outside of a container.
+    return {session.id: session for session in found if session.id > 0}
 
 
 def write_sessions(folder: Path, sessions: Iterable[Session]) -> None:
@@ -100,8 +103,7 @@ def write_sessions(folder: Path, sessions: Iterable[Session]) -> None:
     lines = [_BOOT.read_bytes().strip()]
     lines += [b"%d %d %d" % (s.id, s.leader, s.seen) for s in sessions]
     new = folder / f"{SESSIONS}.tmp"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    with open(os.open(new, flags, 0o600), "wb") as file:
+    with open(files.make(new), "wb") as file:
         file.write(b"\n".join([*lines, b""]))
     os.rename(new, folder / SESSIONS)
 
@@ -109,13 +111,16 @@ def write_sessions(folder: Path, sessions: Iterable[Session]) -> None:
 def _last_sign(folder: Path, start: int) -> int:
     """Return when, in ticks since the boot, a dead shim is known to have lived."""
     at = 0
-    with suppress(FileNotFoundError), (folder / "output.idx").open("rb") as file:
+    with (
+        suppress(FileNotFoundError, NotADirectoryError, files.Damaged),
+        open(files.open_regular(folder / "output.idx"), "rb") as file,
+    ):
         records = os.stat(file.fileno()).st_size // shim.RECORD
         if records:
             file.seek((records - 1) * shim.RECORD)
             at = int.from_bytes(file.read(shim.RECORD)[8:], "little") >> 8
     # Milliseconds since it had begun, a moment after its start.
-    return start + at * TICKS // 1000
+    return min(start + at * TICKS // 1000, now())
 
 
 @frozen

@@ -5,12 +5,15 @@ from codecs import getincrementaldecoder
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from errno import EIO
+from itertools import islice
 from pathlib import Path
 from struct import Struct
 from typing import NamedTuple
 
 from attrs import define, field, frozen
 
+from pulsar_api import files
+from pulsar_api.files import Damaged
 from pulsar_api.shim import CLOCK, RECORD, STDERR, STDOUT, incomplete
 
 PIECE = 1 << 16
@@ -22,7 +25,17 @@ NAMES = {STDOUT: "stdout", STDERR: "stderr"}
 """The streams, by their numbers in a record."""
 _PRINTED = frozenset(NAMES)
 _Decoder = getincrementaldecoder("utf-8")
-_FAR = 1 << 63  # more than the size of any file
+_CUTS = 20  # looks at what was cut, if it is something else each time
+_MOST_BLOCKS = 1 << 12  # of an index that are looked at for the last line
+_MOST_RECORDS = 1 << 16  # the same
+_NEWS = 1 << 8  # of an index that are looked at in one turn of the reactor, in blocks
+NO_TIME = 253_402_300_800_000
+"""Milliseconds from 1970 to the year 10000."""
+FAR = 1 << 63
+"""More than the size of any file."""
+LARGEST = 1 << 53
+"""Bytes that a task may say it has printed: sums of many such still fit into 64 bits."""
+_CUT_SIZE = 256  # bytes; four numbers are less
 _NOTES = 64  # records that are not of output and stand together, at most
 
 
@@ -43,10 +56,6 @@ class Record:
         """Make a record of its 16 bytes."""
         number, rest = _FIELDS.unpack(data)
         return cls(rest & 0xFF, number, rest >> 8)
-
-
-class Damaged(OSError):
-    """A file of a task makes no sense, and never will."""
 
 
 class Cut(NamedTuple):
@@ -70,7 +79,7 @@ class Cut(NamedTuple):
         """
         numbers = [int(text) for text in data.split()]
         start, end, first, stop = numbers if len(numbers) != 2 else (*numbers, 0, 0)
-        if not (0 <= start <= end < _FAR and 0 <= first <= stop < _FAR):
+        if not (0 <= start <= end < FAR and 0 <= first <= stop < FAR):
             raise ValueError(data)
         return cls(start, end, first // RECORD, stop // RECORD)
 
@@ -104,13 +113,13 @@ class Output:
     def size(self) -> int:
         """Return how many bytes are on disk."""
         try:
-            return os.stat(self.folder / "output").st_size
+            return min(files.size(self.folder / "output"), LARGEST)
         except FileNotFoundError:
             return 0
 
     def check(self) -> None:
         """Raise OSError if there is no output any more; it costs next to nothing."""
-        os.stat(self.folder / "output")
+        files.size(self.folder / "output")
 
     def readable(self, size: int) -> bool:
         """Return whether an output of ``size`` bytes is there and makes sense.
@@ -128,7 +137,7 @@ class Output:
     def index_size(self) -> int:
         """Return how many bytes of the index are kept."""
         try:
-            size = os.stat(self.folder / "output.idx").st_size
+            size = min(files.size(self.folder / "output.idx"), LARGEST)
         except FileNotFoundError:
             return 0
         cut = self._known_holes()
@@ -137,7 +146,7 @@ class Output:
     def weight(self) -> int:
         """Return how much work it is to read all of it, in bytes: small pieces are dear."""
         cut = self._known_holes()
-        return self.size() - (cut.end - cut.start) + 4 * self.index_size()
+        return max(0, self.size() - (cut.end - cut.start)) + 4 * self.index_size()
 
     def read(self, start: int, end: int) -> bytes:
         """Return the bytes from ``start`` to before ``end``, which are not too many."""
@@ -147,8 +156,10 @@ class Output:
         """Yield the bytes from ``start`` to before ``end``, 64 KiB at a time."""
         if end <= start:
             return
-        fd = os.open(self.folder / "output", os.O_RDONLY | os.O_CLOEXEC)
+        fd = files.open_regular(self.folder / "output")
         try:
+            # A record that is damaged may name any number.
+            end = min(end, os.fstat(fd).st_size)
             while start < end and (data := os.pread(fd, min(PIECE, end - start), start)):
                 start += len(data)
                 yield data
@@ -169,7 +180,7 @@ class Output:
         """
         path = self.folder / "cut"
         try:
-            return Cut.parse(path.read_bytes())
+            return Cut.parse(files.read(path, _CUT_SIZE))
         except FileNotFoundError:
             return _WHOLE
         except ValueError as e:
@@ -219,14 +230,18 @@ class Output:
     def news(self, first: int) -> Iterator[tuple[int, Record]]:
         """Yield the records that say more than the next one, from number ``first`` on.
 
-        These are, with their numbers, all that are not of output, and of those that are
-        the last of some thousands.
+        These are, with their numbers, those that are not of output, and of those that are
+        the last of some thousands. It ends after a part of a very large index.
         """
-        while (block := self.block(first)).data:
+        for _ in range(_NEWS):
+            block = self.block(first)
             codes = block.data[8::RECORD]
+            if not codes:
+                return
             wanted = [max(codes.rfind(code) for code in _PRINTED)]
             if codes.translate(None, bytes(_PRINTED)):
-                wanted += [at for at, code in enumerate(codes) if code not in _PRINTED]
+                others = (at for at, code in enumerate(codes) if code not in _PRINTED)
+                wanted += islice(others, _NOTES)
             for at in sorted(wanted):
                 if at >= 0:
                     data = block.data[at * RECORD : (at + 1) * RECORD]
@@ -252,19 +267,25 @@ class Output:
         If that one was cut, from the first one behind what was cut.
         """
         try:
-            fd = os.open(self.folder / "output.idx", os.O_RDONLY | os.O_CLOEXEC)
+            fd = files.open_regular(self.folder / "output.idx")
         except FileNotFoundError:
             return Block(first, b"", more=False, cut=_WHOLE)
         try:
-            while True:
+            for _ in range(_CUTS):
                 # A client may have made the number up.
                 at = min(first * RECORD, os.fstat(fd).st_size)
                 data = os.pread(fd, BLOCK * RECORD, at)
+                if data and not any(data):
+                    # A hole that no shim has made may be larger than any disk.
+                    first = max(first, _next_data(fd, at) // RECORD)
+                    data = os.pread(fd, BLOCK * RECORD, first * RECORD)
                 # Looked at after the read: what was cut meanwhile has been read as zeros.
                 cut = self.holes()
                 if not cut.first <= first < cut.next:
                     break
                 first = cut.next
+            else:
+                raise Damaged(EIO, "what was cut changes all the time", str(self.folder))
         finally:
             os.close(fd)
         size = len(data) // RECORD
@@ -276,7 +297,7 @@ class Output:
     def record_at(self, offset: int) -> int:
         """Return the number of the record of the byte at ``offset``, or one before it."""
         try:
-            fd = os.open(self.folder / "output.idx", os.O_RDONLY | os.O_CLOEXEC)
+            fd = files.open_regular(self.folder / "output.idx")
         except FileNotFoundError:
             return 0
         try:
@@ -303,10 +324,12 @@ class Output:
 
     def began(self) -> int | None:
         """Return when the shim began: milliseconds since 1970; None if it is not known."""
-        for record in self.records():
-            if record.code == CLOCK:
-                return record.number - record.at
-            if record.code in _PRINTED:
+        # It is one of the first records, and these are never cut.
+        for number, rest in _FIELDS.iter_unpack(self.block(0).data):
+            if rest & 0xFF == CLOCK:
+                began = number - (rest >> 8)
+                return began if 0 <= began < NO_TIME else None
+            if rest & 0xFF in _PRINTED:
                 break
         return None
 
@@ -321,7 +344,7 @@ class Output:
             cut = self.holes()
         except Damaged:
             return b""
-        for record in self._backwards(cut):
+        for record in islice(self._backwards(cut), _MOST_RECORDS):
             if record.code not in {STDOUT, STDERR}:
                 continue
             if end is not None:
@@ -343,9 +366,10 @@ class Output:
     def _backwards(self, cut: Cut) -> Iterator[Record]:
         """Yield records from the last one on, as far back as there is a hole."""
         try:
-            with (self.folder / "output.idx").open("rb") as file:
+            with open(files.open_regular(self.folder / "output.idx"), "rb") as file:
                 at = file.seek(0, os.SEEK_END) // RECORD
                 least = cut.next if cut.first < cut.next else 0
+                least = max(least, at - _MOST_BLOCKS * BLOCK)
                 while at > least:
                     first = max(least, at - BLOCK)
                     file.seek(first * RECORD)
@@ -389,6 +413,14 @@ class Missing(Output):
     def stdout(self, end: int, start: int = 0) -> Iterator[str]:
         """Yield nothing."""
         return iter(())
+
+
+def _next_data(fd: int, at: int) -> int:
+    """Return where the next bytes are that are on disk, or the end of the file."""
+    try:
+        return os.lseek(fd, at, os.SEEK_DATA)
+    except OSError:  # ENXIO: there are none
+        return os.fstat(fd).st_size
 
 
 def begin_of_character(data: bytes, at: int) -> int:
@@ -572,7 +604,8 @@ class Timed:
         """Return when it was: milliseconds since 1970; None if it is not known."""
         if not self._asked:
             self._asked, self._began = True, self.output.began()
-        return None if self._began is None else self._began + chunk.at
+        moment = None if self._began is None else self._began + chunk.at
+        return None if moment is None or moment >= NO_TIME else moment
 
     def dress(self, chunk: Chunk) -> bytes:
         """Return the bytes of a chunk with the time before each line, if it is known.

@@ -1,7 +1,9 @@
 """Runs commands, each below a shim of its own, and follows those of an earlier daemon."""
 
 import json
+import os
 import py_compile
+import re
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -23,9 +25,10 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from pulsar_api import mask, masking, orphans, shim
+from pulsar_api import files, mask, masking, orphans, shim
 from pulsar_api.background import own
 from pulsar_api.errors import FolderInUse, StoreUnavailable
+from pulsar_api.files import Damaged
 from pulsar_api.machine import USUAL, LocalMachine, Machine
 from pulsar_api.ports import Bounds, Run, Secrets, Sink
 from pulsar_api.principal import Principal
@@ -50,8 +53,12 @@ def compiled(folder: Path) -> Sequence[str]:
     """
     copy = folder / "shim.pyc"
     try:
-        py_compile.compile(mask.__file__, str(folder / "mask.pyc"), doraise=True)
-        py_compile.compile(shim.__file__, str(copy), doraise=True)
+        for source, target in ((mask.__file__, folder / "mask.pyc"), (shim.__file__, copy)):
+            # It replaces no link and no FIFO by itself, and gives the rights of the source.
+            os.close(files.make(target))
+            py_compile.compile(source, str(target), doraise=True)
+            for _ in files.narrow(target):
+                pass
     except OSError as e:
         _log.error("Cannot write {copy}: {e}", copy=copy, e=e)
         return USUAL
@@ -65,11 +72,17 @@ def end_all(state: Path) -> list[int]:
     keeps the result for the next daemon.
     """
     machine = LocalMachine(None)
-    folders = (state / "tasks").glob("[0-9]*")
-    found = sorted(int(folder.name) for folder in folders if alive(machine, folder) > 0)
+    folders = [f for f in (state / "tasks").glob("[0-9]*") if _NUMBER.fullmatch(f.name)]
+    found = sorted(int(folder.name) for folder in folders if _runs(machine, folder))
     for number in found:
         machine.terminate(state / "tasks" / str(number))
     return found
+
+
+def _runs(machine: Machine, folder: Path) -> bool:
+    with suppress(OSError):  # what cannot be read hides no other task
+        return alive(machine, folder) > 0
+    return False
 
 
 LOOK = 2.0
@@ -86,6 +99,13 @@ PERMIT = "start"
 
 USED = "begun"
 """The name that a shim gives to the permit under which it begins."""
+
+
+_NUMBER = re.compile(r"[1-9][0-9]{0,14}")
+"""The name of a task's folder."""
+
+_WHO = 1024
+"""Bytes of the name of who asked for a kill, at most."""
 
 
 @frozen
@@ -156,6 +176,12 @@ class ShimExecutor:
                 lines = self._machine.read(self._permits, tail=True).split(b"\n")
             except FileNotFoundError:
                 return frozenset()
+            except Damaged as e:
+                # As if it had been removed: tasks that wait are lost, see `Reading`.
+                aside = self._permits.with_name(f"permits.{self._new_name()}")
+                _log.error("{e}; it is now {aside}", e=e, aside=aside)
+                self._machine.rename(self._permits, aside)
+                return frozenset()
             except OSError as e:
                 raise _unavailable(self._permits, e) from None
             # A line that was not written whole was not told to anybody.
@@ -182,13 +208,13 @@ class ShimExecutor:
         try:
             text = self._machine.read(folder / PERMIT)
             return text == self._permitted(folder) and permit == self._permit_name(folder)
-        except (FileNotFoundError, NotADirectoryError):
+        except (*NOTHING, Damaged):
             return False
 
     def _is_here(self, folder: Path) -> bool:
         """Return whether a folder, copied or not, is in use where and when it was made."""
         for name in (USED, PERMIT):
-            with suppress(FileNotFoundError, NotADirectoryError):
+            with suppress(*NOTHING, Damaged):
                 return self._machine.read(folder / name) == self._permitted(folder)
         return False
 
@@ -242,8 +268,9 @@ class ShimExecutor:
         def remove() -> None:
             for task_id in task_ids:
                 folder = self._tasks / str(task_id)
-                # What cannot be removed now is at the next start.
-                with suppress(OSError, ValueError):
+                # What cannot be removed now is at the next start; folders may be in too
+                # deep for `shutil.rmtree`.
+                with suppress(OSError, RecursionError):
                     if not alive(machine, folder):
                         machine.remove_folder(folder)
 
@@ -257,7 +284,8 @@ class ShimExecutor:
                 names = self._machine.names(self._tasks)
             except FileNotFoundError:
                 return []
-            return sorted(int(n) for n in names if n.isdecimal() and n.isascii())
+            # Others are not ours, and a number that is too large would use all of them up.
+            return sorted(int(n) for n in names if _NUMBER.fullmatch(n))
 
         return self._machine.in_thread(look)
 
@@ -297,12 +325,15 @@ class ShimExecutor:
         def read() -> Secrets | None:
             for path in paths:
                 try:
-                    found: Mapping[str, str] = json.loads(self._machine.read(path))
-                except (FileNotFoundError, ValueError):
+                    found = json.loads(self._machine.read(path))
+                except (*NOTHING, Damaged, ValueError, RecursionError):
                     continue
                 except OSError as e:
                     raise _unavailable(path, e) from None
-                return Secrets(found, masking.forms(found.values()))
+                if isinstance(found, dict) and all(
+                    isinstance(value, str) for value in found.values()
+                ):
+                    return Secrets(found, masking.forms(found.values()))
             return None
 
         return self._machine.in_thread(read)
@@ -361,7 +392,7 @@ class ShimExecutor:
         """Return who asked for a kill that an earlier daemon has left word of."""
         with suppress(OSError):
             path = self._tasks / str(task_id) / "kill"
-            text = self._machine.read(path).decode("utf-8", "replace")
+            text = self._machine.read(path)[:_WHO].decode("utf-8", "replace")
             name, line, key = text.partition("\n")
             return Principal.from_key(key if line else None, name)
         return None

@@ -6,6 +6,7 @@ thread. It raises `OSError` for want of descriptors or memory.
 
 import fcntl
 import os
+import re
 import signal
 import time
 from collections.abc import Container, Iterable
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from attrs import frozen
 
-from pulsar_api import shim
+from pulsar_api import files, shim
 from pulsar_api.proc import (
     Answer,
     Entry,
@@ -32,6 +33,9 @@ from pulsar_api.task import Process
 KILL_PATIENCE = 5.0
 """Seconds from KILL until a process counts as one that does not end."""
 
+LOCK_SIZE = 64
+"""Bytes of a lock that are looked at; two numbers are in it."""
+
 _PAUSE = 0.005  # seconds between two looks whether something has ended
 _CHASE = 0.1  # seconds in which a process is looked for that no table has
 
@@ -45,16 +49,43 @@ def holder(folder: Path) -> Key | None:
     The lock says so beyond doubt; a number alone might be somebody else's by now.
     """
     try:
-        with (folder / "lock").open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                number = file.read(64).split()[:1]
-                found = Entry.of(int(number[0])) if number else None
-                return None if found is None else found.key
+        number = lock_holder(folder / "lock")
     except (FileNotFoundError, NotADirectoryError):
-        pass
-    return None
+        return None
+    found = Entry.of(number) if number > 0 else None
+    return None if found is None else found.key
+
+
+def lock_holder(lock: Path) -> int:
+    """Return the number of the process that holds a lock, 0 if nobody does.
+
+    It stands in the file; if a task has damaged that, the kernel is asked. -1 if the number
+    is not known. Raises what `open_regular` raises.
+    """
+    fd = files.open_regular(lock)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        words = os.pread(fd, LOCK_SIZE, 0).split()[:1]
+        if words and re.fullmatch(rb"[1-9][0-9]{0,9}", words[0]):
+            return int(words[0])
+        return _flock_owner(os.fstat(fd)) or -1
+    finally:
+        os.close(fd)
+    return 0
+
+
+def _flock_owner(found: os.stat_result) -> int:
+    """Return who holds a file by flock(2), as proc_locks(5) says; 0 if it does not."""
+    device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+    place = f"{device}:{found.st_ino}".encode()
+    with open("/proc/locks", "rb") as file:
+        for line in file:
+            # 4: FLOCK  ADVISORY  WRITE 4711 08:01:131 0 EOF
+            fields = line.split()
+            if fields[1] == b"FLOCK" and fields[5] == place:
+                return max(0, int(fields[4]))
+    return 0
 
 
 def terminate(folder: Path) -> bool:

@@ -16,8 +16,9 @@ from twisted.python.failure import Failure
 
 from pulsar_api import shim
 from pulsar_api.background import own
+from pulsar_api.files import Damaged
 from pulsar_api.machine import Machine
-from pulsar_api.output import Damaged, Record
+from pulsar_api.output import LARGEST, NO_TIME, Record
 from pulsar_api.ports import Bounds, Sink
 from pulsar_api.task import Cause, Exit, Process
 
@@ -50,21 +51,29 @@ def read_exit(machine: Machine, folder: Path) -> Exit | None:
 
     It is judged by what the command promised to print last (`Command.last_line`).
     """
+    damaged = Exit(error="The file with its result is damaged.", lost=True)
     try:
         data = machine.read(folder / "exit")
     except NOTHING:
         return None
+    except Damaged:
+        return damaged
     try:
         exit, promise = _parse_exit(data)
     except (KeyError, ValueError, OverflowError):
-        return Exit(error="The file with its result is damaged.", lost=True)
-    output = machine.output(folder)
-    if promise is None and not data.startswith(shim.RESULT):
-        # An older shim had it in a file of its own.
-        with suppress(*NOTHING):
-            promise = machine.read(folder / "promise")
-    good = exit.code != 0 or promise is None or output.last_line() == promise
-    return evolve(exit, good=good, index_size=output.index_size())
+        return damaged
+    good, index = exit.code != 0, 0
+    try:
+        if promise is None and not data.startswith(shim.RESULT):
+            # An older shim had it in a file of its own.
+            with suppress(*NOTHING):
+                promise = machine.read(folder / "promise")
+        output = machine.output(folder)
+        index = output.index_size()
+        good = good or promise is None or output.last_line() == promise
+    except Damaged:
+        good = good or promise is None
+    return evolve(exit, good=good, index_size=index)
 
 
 def _lines(data: bytes) -> list[str]:
@@ -87,22 +96,40 @@ def _parse_exit(data: bytes) -> tuple[Exit, bytes | None]:
     found = dict(line.partition(" ")[::2] for line in lines)
     number, promise = found.get("signal"), found.get("promise")
     left = [line.split(" ", 4)[1:] for line in lines if line.startswith("left ")]
-    users = {user: _user_name(int(user)) for _, _, user, _ in left}
+    if len(left) > shim.LISTED:
+        raise ValueError("more processes are named than a shim names")
+    users = {user: _user_name(_number(user, 1 << 32)) for _, _, user, _ in left}
     exit = Exit(
-        ended_at=float(found["ended"]),
-        code=int(found["code"]) if "code" in found else None,
-        signal=_signal_name(int(number)) if number else None,
-        error=found.get("error"),
+        ended_at=_moment(found["ended"]),
+        code=_number(found["code"], 256) if "code" in found else None,
+        signal=_signal_name(_number(number, signal.NSIG)) if number else None,
+        error=found["error"][:_TROUBLE] if "error" in found else None,
         cause=Cause(found["cause"]),
         forced=found["forced"] == "1",
-        output_size=int(found["size"]),
+        output_size=_number(found["size"], LARGEST + 1),
         open=found.get("open") == "1",
         left=tuple(
-            Process(int(pid), int(start), name, users[user])
+            Process(_number(pid, LARGEST), _number(start, LARGEST), name[:99], users[user])
             for pid, start, user, name in left
         ),
     )
     return exit, None if promise is None else bytes.fromhex(promise)
+
+
+def _number(text: str, end: int) -> int:
+    """Return a number from 0 to before ``end``, or raise `ValueError`."""
+    number = int(text)
+    if not 0 <= number < end:
+        raise ValueError(f"no shim writes {text[:20]}")
+    return number
+
+
+def _moment(text: str) -> float:
+    """Return a time before the year 10000, or raise `ValueError`."""
+    moment = float(text)
+    if not 0 <= moment < NO_TIME / 1000:
+        raise ValueError(f"no shim writes {text[:20]}")
+    return moment
 
 
 def _user_name(number: int) -> str:
@@ -122,11 +149,12 @@ def _signal_name(number: int) -> str:
 def alive(machine: Machine, folder: Path) -> int:
     """Return the process number of the folder's shim, 0 if it is not alive.
 
-    The lock says so beyond doubt; a number alone might be somebody else's by now.
+    The lock says so beyond doubt; a number alone might be somebody else's by now. Where
+    the lock is damaged nobody is known to live.
     """
     try:
         return machine.holder(folder / "lock")
-    except NOTHING:
+    except (*NOTHING, Damaged):
         return 0
 
 
@@ -242,6 +270,13 @@ class _Following:
         self._machine.identity(self._folder.parent)
         self._end_all(Exit(error=why, lost=True), numbers=numbers)
 
+    def conclude(self, exit: Exit, *, numbers: bool) -> None:
+        """Take a result; one that is damaged says nothing of what may still run."""
+        if exit.lost:
+            self.lost(exit.error or "", numbers=numbers)
+        else:
+            self._tell_end(exit)
+
     def _force(self, cause: Cause) -> None:
         _log.error("The shim in {folder} is stopped; it is killed", folder=self._folder)
         self._end_all(Exit(cause=cause, forced=True), numbers=True)
@@ -274,7 +309,7 @@ class _Following:
         output = self._machine.output(self._folder)
         try:
             return output.size(), output.index_size()
-        except NotADirectoryError:
+        except (NotADirectoryError, Damaged):
             return 0, 0
 
     def cannot_read(self, error: OSError) -> None:
@@ -293,7 +328,7 @@ class _Following:
             sink.ended(exit)
 
     def _read(self, record: Record) -> None:
-        if self._sink is None:
+        if self._sink is None or record.number > LARGEST:
             return
         if record.code in _PRINTED:
             self._watch.printed()
@@ -397,14 +432,17 @@ class ShimProtocol(_Following, ProcessProtocol):
         if self._over:
             return
         try:
+            # A living shim puts its own result in place of one that is damaged.
+            lives = alive(self._machine, self._folder) != 0
             exit = self.result()
+            if exit is not None and exit.lost and lives:
+                self._look_later()
+            elif exit is not None:
+                self._over = True
+                self.conclude(exit, numbers=True)
         except OSError as e:
             self.cannot_read(e)
             self._look_later()
-            return
-        if exit is not None:
-            self._over = True
-            self._tell_end(exit)
 
     def _close_later(self) -> None:
         """Close the pipes from a shim that sends nothing more, when they have been read.
@@ -454,15 +492,16 @@ class ShimProtocol(_Following, ProcessProtocol):
                 why = f"The process that watched the command ended: {why}."
                 self.lost(why, numbers=True)
                 return
+            if exit is not None:
+                self.conclude(exit, numbers=True)
+                return
         except OSError as e:
             self.cannot_read(e)
             if self._sink is not None:
                 self._clock.callLater(LOOK, self._conclude, why)
             return
-        if exit is None:
-            error = f"cannot start the process that watches the command: {why}"
-            exit = Exit(error=error)
-        self._tell_end(exit)
+        error = f"cannot start the process that watches the command: {why}"
+        self._tell_end(Exit(error=error))
 
 
 @define(eq=False)
@@ -513,14 +552,16 @@ class AdoptedRun(_Following):
         lock = self._folder / "lock"
         try:
             begun, lives = True, self._machine.holder(lock) != 0
+        except Damaged:  # a shim has begun here: nothing else lets a task into its folder
+            begun, lives = True, False
         except NOTHING:
             begun = lives = False
         exit = self.result()
         # What cannot be known of the output any more changes nothing about the end.
         with suppress(NotADirectoryError, Damaged):
             self._news()
-        if exit is not None:
-            self._tell_end(exit)
+        if exit is not None and not (exit.lost and lives):
+            self.conclude(exit, numbers=self._is_here())
         elif lives:
             if self._killed:
                 self._machine.terminate(self._folder)

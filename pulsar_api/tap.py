@@ -8,10 +8,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from http.cookiejar import CookieJar, DefaultCookiePolicy
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard, cast
 from uuid import uuid4
@@ -31,6 +32,7 @@ from twisted.web.server import Request
 from pulsar_api import (
     __version__,
     command,
+    files,
     listener,
     process,
     processes,
@@ -81,6 +83,7 @@ _log = Logger()
 
 DATABASE = "pulsar-api.db"
 TASKS = "tasks"
+_NAMED = 20  # files that were open to other users and are named in the log
 LOG = "pulsar-api.log"
 
 REAP = 1.0
@@ -213,7 +216,7 @@ def _lock(state: Path) -> int:
     """Return a descriptor that keeps other daemons out as long as it is open."""
     path = state / "lock"
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = files.open_regular(path, os.O_RDWR | os.O_CREAT)
     except OSError as e:
         raise SettingsError(f"--state-dir: cannot open {path}: {e.strerror}") from None
     try:
@@ -223,6 +226,24 @@ def _lock(state: Path) -> int:
         text = f"--state-dir: another pulsar-api uses {state}; give each its own"
         raise SettingsError(text) from None
     return fd
+
+
+OWN = (
+    *("lock", "permits", "secrets", "shim.pyc", "mask.pyc"),
+    *(f"{name}{end}" for name in (DATABASE, records.FILE) for end in ("", "-wal", "-shm")),
+    *(f"{name}*" for name in (audit.FILE, audit.ACCESS_FILE)),
+)
+"""What is ours in the state folder, beside the folder of the tasks."""
+
+
+def _narrow(paths: Iterable[Path]) -> None:
+    """Take all rights of others from files and folders of ours, and say which had some."""
+    number = 0
+    for number, path in enumerate(chain.from_iterable(map(files.narrow, paths)), 1):
+        if number <= _NAMED:
+            _log.warn("{path} was open to other users; now it is not", path=path)
+    if number > _NAMED:
+        _log.warn("So were {n} other files and folders", n=number - _NAMED)
 
 
 def _only_loopback(settings: Settings, identity: tls.Identity | None) -> str | None:
@@ -343,7 +364,9 @@ class Daemon(MultiService):
         """Open the state, take up the tasks, and then serve."""
         super().startService()
         state = Path(self._settings.state_dir)
+        os.umask(0o077)
         self._lock = _lock(state)
+        _narrow(path for name in OWN for path in state.glob(name))
         self._store = SQLiteStore(state / DATABASE, self._reactor.callFromThread)
         for service in self.listeners:
             _log.info(
@@ -372,6 +395,8 @@ class Daemon(MultiService):
             Deferred.fromCoroutine(pulsar.find_out()).addErrback(self._cannot_start)
         tasks = state / TASKS
         tasks.mkdir(mode=0o700, exist_ok=True)
+        # Of very many files it takes long; nobody waits for it, and nothing at the end.
+        threading.Thread(target=_narrow, args=([tasks],), daemon=True).start()
         # What a killed shim leaves becomes a child of this process, and is found as such.
         processes.become_subreaper()
         own_children = reapProcessHandlers

@@ -11,6 +11,7 @@ from typing import Any
 from attrs import define, field
 from twisted.logger import Logger
 
+from pulsar_api import files
 from pulsar_api.auth.rights import Caller
 from pulsar_api.principal import Principal
 
@@ -119,10 +120,10 @@ class AuditLog:
         }
         entry = {name: _shortened(value) for name, value in entry.items()}
         line = json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         path = self.path if kind == "done" else self._access
         try:
-            fd = os.open(path, flags, 0o600)
+            fd = files.open_regular(path, flags)
             try:
                 written = os.write(fd, line)
                 if written < len(line):
@@ -159,10 +160,10 @@ def _numbered(path: Path, number: int) -> Path:
 def _entries(path: Path) -> Iterator[dict[str, Any]]:
     for number in range(KEPT, -1, -1):
         try:
-            file = _numbered(path, number).open(encoding="utf-8", errors="replace")
+            fd = files.open_regular(_numbered(path, number))
         except FileNotFoundError:
             continue
-        with file:
+        with open(fd, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
                     entry = json.loads(line)

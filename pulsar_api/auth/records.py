@@ -140,7 +140,6 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
 
 def prepare(path: Path) -> None:
     """Make the database, readable by nobody else, or bring it to this version's form."""
-    path.touch(mode=0o600, exist_ok=True)
     database.prepare(path, _SCHEMA)
 
 
