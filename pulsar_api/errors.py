@@ -48,6 +48,16 @@ class FolderInUse(PulsarError):
 
 
 @frozen
+class Busy(PulsarError):
+    """As many apps are asked for their actions as may be at a time."""
+
+    limit: int
+
+    def __str__(self) -> str:
+        return f"The actions of {self.limit} apps are being listed; try again soon."
+
+
+@frozen
 class QueueFull(PulsarError):
     """More tasks wait than may wait, of all callers or of this one."""
 

@@ -52,6 +52,7 @@ from pulsar_api.changes import Changes
 from pulsar_api.command import Commands, Names
 from pulsar_api.errors import CannotListen, SettingsError, StoreUnavailable
 from pulsar_api.lines import LineIndexes
+from pulsar_api.listings import Listings
 from pulsar_api.machine import LocalMachine
 from pulsar_api.memory import Memory
 from pulsar_api.ports import Bounds, Keep
@@ -67,7 +68,7 @@ from pulsar_api.task import Command
 from pulsar_api.web.access import Access
 from pulsar_api.web.feed import Feed
 from pulsar_api.web.follow import FollowAPI
-from pulsar_api.web.jobs import LISTED, JobAPI
+from pulsar_api.web.jobs import JobAPI
 from pulsar_api.web.lists import Lists
 from pulsar_api.web.origin import Origins
 from pulsar_api.web.pages import Pages, Root
@@ -83,6 +84,7 @@ _log = Logger()
 
 DATABASE = "pulsar-api.db"
 TASKS = "tasks"
+LISTINGS = "listings"
 _NAMED = 20  # files that were open to other users and are named in the log
 LOG = "pulsar-api.log"
 
@@ -356,6 +358,7 @@ class Daemon(MultiService):
         self._records: Records | None = None
         self._github: GitHub | None = None
         self._pool: HTTPConnectionPool | None = None
+        self._listings: Listings | None = None
         self._lookout: process.Lookout | None = None
         self._reaper: LoopingCall | None = None
         self._memory = Memory(reactor)
@@ -406,9 +409,7 @@ class Daemon(MultiService):
         launcher = process.compiled(state)
         machine = LocalMachine(self._reactor, launcher, own_children)
         machine.sync(state)
-        executor = ShimExecutor(
-            machine, self._reactor, tasks, lambda: uuid4().hex, self._umask, self._files[0]
-        )
+        executor = self._executor(machine, tasks)
         clock = SteadyClock(time.time, uptime, machine.boot_id())
         bounds = Bounds(s.kill_grace, s.task_timeout, s.silence_timeout, s.max_output_size)
         most = s.max_output_size
@@ -427,11 +428,9 @@ class Daemon(MultiService):
         lists = Lists(self._reactor, rota)
         api = TaskAPI(access, tasks, self._reactor, s.poll_timeout, feed, lists)
         follow = FollowAPI(access, tasks, self._reactor, rota)
-
-        async def ask(asked: Command) -> str:
-            return await process.ask(self._reactor, self._reactor, asked, LISTED)
-
-        jobs = JobAPI(access, tasks, feed, ask, lists)
+        listings = self._listings = self._make_listings(state / LISTINGS, machine)
+        await listings.start()
+        jobs = JobAPI(access, tasks, feed, listings, lists)
         self._sockjs = SockJS(access, feed, self._reactor)
         sign_in = SignIn(access, self._reactor, self._github, s.confirm, s.secret_variables)
         self.site.resource = Root(
@@ -446,6 +445,18 @@ class Daemon(MultiService):
             access.origins,
         )
         self._memory.start()
+
+    def _executor(self, machine: LocalMachine, folder: Path) -> ShimExecutor:
+        return ShimExecutor(
+            machine, self._reactor, folder, lambda: uuid4().hex, self._umask, self._files[0]
+        )
+
+    def _make_listings(self, folder: Path, machine: LocalMachine) -> Listings:
+        # With a permit for each, which are kept beside their folders.
+        folder = folder / TASKS
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        executor = self._executor(machine, folder)
+        return Listings(executor, machine, self._reactor, folder)
 
     def _names(self) -> frozenset[str]:
         """Return the names in the certificate of now."""
@@ -489,14 +500,14 @@ class Daemon(MultiService):
         if self.tasks is not None:
             await self.tasks.stop(self._settings.drain_timeout)
             self.tasks.release()
-        if self._lookout is not None:
-            self._lookout.stop()
+        for service in (self._listings, self._lookout):
+            if service is not None:
+                service.stop()
         if self._reaper is not None and self._reaper.running:
             self._reaper.stop()
-        if self._sockjs is not None:
-            self._sockjs.release()
-        if self._access is not None:
-            self._access.release()
+        for answers in (self._sockjs, self._access):
+            if answers is not None:
+                answers.release()
         # What was answered has to leave before the connections are cut.
         until = self._reactor.seconds() + 1
         while self.site.serving and self._reactor.seconds() < until:

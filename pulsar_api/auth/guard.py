@@ -133,7 +133,9 @@ class Guard:
         """Return what lists the actions of an app, of which one may be run."""
         _bounded(app=app, env=env)
         self._check(app, env, None)
-        return await self._service.listing(app, env)
+        command = await self._service.listing(app, env)
+        self._audit.write_unchanged(self.caller, "list", app=app, env=env)
+        return command
 
     def sees(self, snapshot: TaskSnapshot) -> bool:
         """Return whether the caller may see a task."""

@@ -1,32 +1,27 @@
 """The API of release 0.6: the same tasks, called jobs, for the clients of those days."""
 
 import re
-from collections.abc import Awaitable, Callable
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
-from attrs import field, frozen
+from attrs import frozen
 from klein import Klein
-from twisted.internet.defer import DeferredSemaphore
 from twisted.web.server import Request
 
 from pulsar_api import wire
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
+from pulsar_api.listings import Listings
 from pulsar_api.output import Output
-from pulsar_api.task import Command, TaskQuery, TaskSnapshot
+from pulsar_api.task import TaskQuery, TaskSnapshot
 from pulsar_api.web.access import Access, needs
 from pulsar_api.web.feed import Feed
 from pulsar_api.web.lists import Entry, Lists
 from pulsar_api.web.reply import new_app, reply
 from pulsar_api.web.tasks import find, query_of, respond
 
-LISTED = 60.0
-"""Seconds for a command to say which actions there are."""
-
 _LISTED = re.compile(r"^(?:cap |pulsar )?(\S+) +# ?(.*?) *$", re.MULTILINE)
-_LISTS = 2  # such commands at the same time
 _MOST_PAGES = 1_000_000
 
 
@@ -40,21 +35,15 @@ class JobAPI:
     folder: Path
     """Where the output of task 47 is in the folder ``47``."""
     feed: Feed
-    ask: Callable[[Command], Awaitable[str]]
-    """Returns what a command prints, "" if it cannot be run."""
+    listings: Listings
     lists: Lists
-    _asking: DeferredSemaphore = field(factory=lambda: DeferredSemaphore(_LISTS))
 
     @app.route("/<app>/<env>/tasks", methods=["GET"])
     @needs(Right.RUN)
     async def tasks(self, request: Request, tasks: Guard, app: str, env: str) -> bytes:
         """Answer which actions there are, as the command itself says."""
         command = await tasks.listing(app, env)
-        await self._asking.acquire()
-        try:
-            text = await self.ask(command)
-        finally:
-            self._asking.release()
+        text = await self.listings.ask(app, command)
         return reply(request, wire.encode(dict(_LISTED.findall(text))))
 
     @app.route("/jobs", methods=["GET"])

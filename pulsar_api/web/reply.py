@@ -43,6 +43,7 @@ _PROBLEMS: dict[type[errors.PulsarError], tuple[int, str, str, int | None]] = {
     errors.SecretsGone: (409, "secrets-gone", "Secrets are gone", None),
     errors.KeyInFlight: (409, "key-in-flight", "First request is under way", 1),
     errors.QueueFull: (503, "queue-full", "Queue full", 10),
+    errors.Busy: (503, "busy", "Busy", 10),
     errors.ShuttingDown: (503, "stopping", "Daemon is stopping", 5),
     errors.StoreUnavailable: (503, "store-unavailable", "State unavailable", 10),
     body.BodyTooLarge: (413, "body-too-large", "Content Too Large", None),

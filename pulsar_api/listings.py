@@ -1,0 +1,148 @@
+"""Runs what lists the actions of an app: below a shim, as a task is, but on no record."""
+
+from pathlib import Path
+
+from attrs import define, field, frozen
+from twisted.internet.defer import Deferred, DeferredLock
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from pulsar_api.background import own, shielded
+from pulsar_api.errors import Busy, StoreUnavailable
+from pulsar_api.machine import Machine
+from pulsar_api.output import Output
+from pulsar_api.ports import Bounds, Executor, Run
+from pulsar_api.task import Command, Exit
+
+_log = Logger()
+
+MOST_OUTPUT = 256 * 1024
+"""Bytes of what a listing prints that are looked at."""
+
+MOST_LISTINGS = 8
+"""Apps whose actions are listed at the same time."""
+
+FRESH = 10.0
+"""Seconds for which an answer is given again."""
+
+BOUNDS = Bounds(grace=1.0, total=60.0, silence=0.0, max_output=2 * MOST_OUTPUT)
+
+_Key = tuple[tuple[str, ...], str | None]
+
+
+@frozen
+class _Answer:
+    text: str
+    until: float
+
+
+@define(eq=False)
+class _End:
+    """Waits for the end of one run; a `Sink`."""
+
+    exit: Deferred[Exit] = field(factory=Deferred)
+
+    def started(self, pid: int) -> None:
+        """Nobody asks."""
+
+    def printed(self, size: int) -> None:
+        """It is read at the end."""
+
+    def ended(self, exit: Exit) -> None:
+        """Say so."""
+        self.exit.callback(exit)
+
+
+@define(eq=False)
+class Listings:
+    """Asks commands, each in a folder that is removed afterwards.
+
+    One app is asked once at a time, whoever wants to know, and so hanging commands of one
+    app hold up no other. No process of a listing outlives it.
+    """
+
+    _executor: Executor
+    """Of these folders alone."""
+    _machine: Machine
+    _clock: IReactorTime
+    _folder: Path
+    """Where the folder of the first one is ``1``."""
+    _bounds: Bounds = BOUNDS
+    _last: int = field(default=0, init=False)
+    _locks: dict[str, DeferredLock] = field(factory=dict, init=False)
+    _runs: dict[int, Run] = field(factory=dict, init=False)
+    _answers: dict[_Key, _Answer] = field(factory=dict, init=False)
+    _stopped: bool = field(default=False, init=False)
+
+    async def start(self) -> None:
+        """End and remove what an earlier daemon has left."""
+        left = await self._executor.kept()
+        self._last = max((*left, *await self._executor.permitted()), default=0)
+        for number in left:
+            own(self._remove(number))
+
+    def stop(self) -> None:
+        """End what runs; nobody is told."""
+        self._stopped = True
+        for run in self._runs.values():
+            run.kill()
+
+    async def ask(self, app: str, command: Command) -> str:
+        """Return what a command prints, of much the begin; "" if it cannot be started.
+
+        Raises `Busy` if too many apps are asked already, or `StoreUnavailable`.
+        """
+        lock = self._locks.get(app)
+        if lock is None:
+            if len(self._locks) >= MOST_LISTINGS:
+                raise Busy(MOST_LISTINGS)
+            lock = self._locks[app] = DeferredLock()
+        await lock.acquire()
+        # It goes on if who asked does not wait: the next one wants to know as well.
+        return await shielded(self._ask(app, command, lock))
+
+    async def _ask(self, app: str, command: Command, lock: DeferredLock) -> str:
+        try:
+            key = command.arguments, command.directory
+            now = self._clock.seconds()
+            known = {k: a for k, a in self._answers.items() if a.until > now}
+            self._answers = known
+            if key not in known:
+                text, good = await self._run(command)
+                if not good:
+                    return text
+                known[key] = _Answer(text, self._clock.seconds() + FRESH)
+            return known[key].text
+        finally:
+            if not lock.waiting:
+                del self._locks[app]
+            lock.release()
+
+    async def _run(self, command: Command) -> tuple[str, bool]:
+        self._executor.check()
+        self._last += 1
+        number, end = self._last, _End()
+        await self._executor.permit(number)
+        try:
+            self._runs[number] = self._executor.start(number, command, self._bounds, end)
+            if self._stopped:
+                self._runs[number].kill()
+            exit = await end.exit
+            if exit.code != 0:
+                why = exit.error or f"exit code {exit.code}, signal {exit.signal}"
+                _log.warn("Listing by {it}: {why}", it=command.arguments, why=why)
+            output = Output(self._folder / str(number))
+            data = output.read(0, min(output.size(), MOST_OUTPUT))
+            return data.decode("utf-8", "replace"), exit.code == 0
+        except OSError as e:
+            raise StoreUnavailable(str(e)) from None
+        finally:
+            del self._runs[number]
+            own(self._remove(number))
+
+    async def _remove(self, number: int) -> None:
+        """End all that is left of a run, and remove its folder."""
+        remains = await self._machine.end(self._folder / str(number), numbers=True)
+        if remains:
+            _log.warn("Of a listing these still run: {it}", it=[p.pid for p in remains])
+        await self._executor.forget([number])

@@ -1,0 +1,162 @@
+"""What lists the actions of an app, by real shims."""
+
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+
+from pulsar_api.errors import Busy
+from pulsar_api.listings import MOST_LISTINGS, MOST_OUTPUT, Listings
+from pulsar_api.machine import LocalMachine
+from pulsar_api.ports import Bounds
+from pulsar_api.process import ShimExecutor
+from pulsar_api.task import Command
+from tests.integration.daemon import PATIENCE
+from tests.integration.machine import alive
+
+
+def sh(text: str) -> Command:
+    """Return a command that runs a line of shell."""
+    return Command(("/bin/sh", "-c", text), {"PATH": os.environ["PATH"]})
+
+
+def made(folder: Path, seconds: float = 60) -> Listings:
+    """Return listings that end what takes longer."""
+    (folder / "tasks").mkdir(parents=True, exist_ok=True)
+    machine = LocalMachine(reactor)
+    executor = ShimExecutor(machine, reactor, folder / "tasks", lambda: uuid4().hex)
+    bounds = Bounds(0.2, seconds, 0, 2 * MOST_OUTPUT)
+    return Listings(executor, machine, reactor, folder / "tasks", bounds)
+
+
+@pytest_twisted.async_yield_fixture
+async def listings(tmp_path: Path) -> AsyncIterator[Listings]:
+    found = made(tmp_path)
+    await found.start()
+    yield found
+    found.stop()
+    await until(lambda: not left(tmp_path))
+
+
+def left(folder: Path) -> list[str]:
+    """Return the folders that have not been removed."""
+    return os.listdir(folder / "tasks")
+
+
+def lives(note: Path) -> bool:
+    """Return whether a process lives whose number is in a file."""
+    return any(alive(int(pid)) for pid in note.read_text().split())
+
+
+async def until(condition: object) -> None:
+    """Wait until something is true."""
+    end = reactor.seconds() + PATIENCE
+    while not condition():  # type: ignore[operator]
+        assert reactor.seconds() < end
+        await deferLater(reactor, 0.02)
+
+
+def asked(listings: Listings, app: str, text: str) -> "Deferred[str]":
+    """Ask without waiting."""
+    return Deferred.fromCoroutine(listings.ask(app, sh(text)))
+
+
+async def test_what_a_command_prints_is_answered(listings: Listings) -> None:
+    """Also if it fails; one that cannot be started says nothing."""
+    assert await listings.ask("site", sh("echo deploy '#' now")) == "deploy # now\n"
+    assert await listings.ask("site", sh("echo a; exit 3")) == "a\n"
+    assert await listings.ask("site", Command(("/no/program",), {})) == ""
+
+
+async def test_a_child_that_stays_holds_up_nothing_and_is_ended(
+    listings: Listings, tmp_path: Path
+) -> None:
+    """Neither in a session of its own, nor with the pipe in its hands."""
+    note = tmp_path / "pid"
+    text = f"(setsid sh -c 'echo $$ > {note}; exec sleep 300' &); echo a"
+    assert await listings.ask("site", sh(text)) == "a\n"
+    await until(lambda: not left(tmp_path))
+    assert not lives(note)
+
+
+async def test_a_hanging_one_is_ended_and_holds_up_no_other_app(tmp_path: Path) -> None:
+    """Nor does it leave anything: no descriptor, no process, no folder."""
+    listings = made(tmp_path, 1)
+    await listings.start()
+    assert await listings.ask("first", sh("echo a")) == "a\n"
+    await until(lambda: not left(tmp_path))
+    before = sorted(os.listdir("/proc/self/fd"))
+    text = f"echo $$ >> {tmp_path}/pids; echo a; trap '' TERM; while :; do sleep 1; done"
+    hanging = [asked(listings, f"app{n}", text) for n in range(3)]
+    assert await listings.ask("other", sh("echo b")) == "b\n"
+    assert not any(one.called for one in hanging)
+    assert [await one for one in hanging] == ["a\n"] * 3
+    await until(lambda: not left(tmp_path))
+    assert not lives(tmp_path / "pids")
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+async def test_who_asks_at_the_same_time_shares_a_run(
+    listings: Listings, tmp_path: Path
+) -> None:
+    """And who asks soon after it gets the same answer, unless it was none."""
+    count = f"echo >> {tmp_path}/count; "
+    several = [asked(listings, "site", count + "sleep 0.2; echo a") for _ in range(5)]
+    assert [await one for one in several] == ["a\n"] * 5
+    assert await listings.ask("site", sh(count + "sleep 0.2; echo a")) == "a\n"
+    assert (tmp_path / "count").read_text() == "\n"
+    for _ in range(2):
+        assert await listings.ask("site", sh(count + "exit 1")) == ""
+    assert (tmp_path / "count").read_text() == "\n" * 3
+
+
+async def test_who_hangs_up_takes_the_answer_from_nobody(listings: Listings) -> None:
+    """The command goes on."""
+    first, second = (asked(listings, "site", "sleep 0.3; echo a") for _ in range(2))
+    first.addErrback(lambda _: None)
+    first.cancel()
+    assert await second == "a\n"
+
+
+async def test_there_are_only_so_many_at_a_time(tmp_path: Path) -> None:
+    """More are refused at once; later there is room again."""
+    listings = made(tmp_path, 0.5)
+    await listings.start()
+    several = [asked(listings, f"app{n}", "exec sleep 300") for n in range(MOST_LISTINGS)]
+    with pytest.raises(Busy):
+        await listings.ask("one more", sh("echo a"))
+    assert [await one for one in several] == [""] * MOST_LISTINGS
+    assert await listings.ask("one more", sh("echo a")) == "a\n"
+    await until(lambda: not left(tmp_path))
+
+
+async def test_of_a_flood_only_the_begin_is_read(listings: Listings) -> None:
+    """And what a listing prints cannot fill the disk."""
+    text = await listings.ask("site", sh("yes | head -c 4000000"))
+    assert 0 < len(text) <= MOST_OUTPUT
+    assert text.startswith("y\ny\n")
+
+
+async def test_what_a_dead_daemon_has_left_is_ended(tmp_path: Path) -> None:
+    """Its command runs on below a shim, and nobody wants to know any more."""
+    dead = made(tmp_path)
+    await dead.start()
+    note = tmp_path / "pid"
+    forgotten = asked(dead, "site", f"echo $$ > {note}; exec sleep 300")
+    await until(lambda: note.exists() and note.read_text().strip())
+    for run in dead._runs.values():
+        run.detach()
+    listings = made(tmp_path)
+    await listings.start()
+    await until(lambda: not left(tmp_path))
+    assert not lives(note)
+    assert await listings.ask("site", sh("echo a")) == "a\n"
+    forgotten.addErrback(lambda _: None)
+    forgotten.cancel()
+    await until(lambda: not left(tmp_path))
