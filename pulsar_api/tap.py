@@ -231,7 +231,7 @@ def _lock(state: Path) -> int:
 
 
 OWN = (
-    *("lock", "permits", "secrets", "shim.pyc", "mask.pyc"),
+    *("lock", "permits", "secrets", LISTINGS, "shim.pyc", "mask.pyc"),
     *(f"{name}{end}" for name in (DATABASE, records.FILE) for end in ("", "-wal", "-shm")),
     *(f"{name}*" for name in (audit.FILE, audit.ACCESS_FILE)),
 )
@@ -505,9 +505,7 @@ class Daemon(MultiService):
                 service.stop()
         if self._reaper is not None and self._reaper.running:
             self._reaper.stop()
-        for answers in (self._sockjs, self._access):
-            if answers is not None:
-                answers.release()
+        self._release()
         # What was answered has to leave before the connections are cut.
         until = self._reactor.seconds() + 1
         while self.site.serving and self._reactor.seconds() < until:
@@ -530,6 +528,13 @@ class Daemon(MultiService):
         # Nor is there anything left to read again; and SIG_DFL would end it by the signal.
         if signal.getsignal(signal.SIGHUP) == self.hang_up:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def _release(self) -> None:
+        """Answer who waits."""
+        if self._sockjs is not None:
+            self._sockjs.release()
+        if self._access is not None:
+            self._access.release()
 
     async def _within(self, what: str, closing: Deferred[Any]) -> None:
         """Wait until something is closed, for `CLOSE` seconds at most."""
