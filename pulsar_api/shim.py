@@ -365,8 +365,7 @@ class Middle:
     def announce(self, end: tuple[int, int]) -> None:
         """Say where the holes begin and end: two numbers each."""
         text = b"%d %d %d %d\n" % (self.begin[0], end[0], self.begin[1], end[1])
-        write_synced(self.folder, "cut.tmp", text)
-        posix.rename("cut.tmp", "cut", src_dir_fd=self.folder, dst_dir_fd=self.folder)
+        put(self.folder, "cut", text)
 
 
 class Clear:
@@ -1040,10 +1039,8 @@ class Shim:
                 if self.size:
                     posix.fdatasync(self.output)
                     posix.fdatasync(self.index)
-                write_synced(self.folder, "exit.tmp", result)
-                here = self.folder
-                posix.rename("exit.tmp", "exit", src_dir_fd=here, dst_dir_fd=here)
-                posix.fsync(here)
+                put(self.folder, "exit", result)
+                posix.fsync(self.folder)
             except OSError as e:
                 if e.errno not in PASSING:
                     raise
@@ -1104,15 +1101,34 @@ def complain(text: str) -> None:
         pass
 
 
-def write_synced(folder: int, name: str, data: bytes) -> None:
-    """Write a file and wait until it is on disk."""
-    flags = posix.O_WRONLY | posix.O_CREAT | posix.O_TRUNC | posix.O_CLOEXEC
-    fd = posix.open(name, flags, 0o600, dir_fd=folder)
+def put(folder: int, name: str, data: bytes) -> None:
+    """Put a synced file in place of what has this name, all of it or nothing.
+
+    The task may have put anything there: what cannot be replaced gets another name.
+    """
+    temporary = name + ".tmp"
+    flags = posix.O_WRONLY | posix.O_CREAT | posix.O_EXCL | posix.O_CLOEXEC
+    clear(folder, temporary)
+    fd = posix.open(temporary, flags, 0o600, dir_fd=folder)
     try:
         write_all(fd, data)
         posix.fsync(fd)
     finally:
         posix.close(fd)
+    try:
+        posix.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except IsADirectoryError:
+        clear(folder, name)
+        posix.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def clear(folder: int, name: str) -> None:
+    """Remove what has a name, or give it another one if it is a folder."""
+    try:
+        remove(name, folder)
+    except IsADirectoryError:
+        aside = f"{name}.{time.monotonic_ns()}"
+        posix.rename(name, aside, src_dir_fd=folder, dst_dir_fd=folder)
 
 
 def drop_capabilities() -> None:

@@ -315,13 +315,13 @@ UNREADABLE = "What it printed cannot be read: its files are gone or damaged."
 def with_output(snapshot: TaskSnapshot, folder: Path) -> tuple[TaskSnapshot, Output]:
     """Return a task and its output, for an answer that must not fail for one of many.
 
-    If the output of an ended task cannot be read any more, it is `Missing` and a note of
+    If the output of a task cannot be read any more, it is `Missing` and a note of
     the task says so. ``folder`` holds the output of task 47 in the folder ``47``.
 
     Raises: `OSError` if nobody can look now.
     """
     output = Output(folder / str(snapshot.id))
-    if not snapshot.status.ended or output.readable(snapshot.output_size):
+    if output.readable(snapshot.output_size):
         return snapshot, output
     noted = evolve(snapshot, notes=(*snapshot.notes, UNREADABLE))
     return noted, Missing(output.folder)

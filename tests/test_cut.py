@@ -365,13 +365,13 @@ def test_a_cut_waits_for_room_on_the_disk(
 ) -> None:
     """What was printed meanwhile comes after it, and nothing is lost but what is cut."""
     feed = feeds(64 * KIB)
-    real = shim.write_synced
+    real = shim.put
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "full")
 
     for turn in range(6):
-        monkeypatch.setattr(shim, "write_synced", full if turn % 2 else real)
+        monkeypatch.setattr(shim, "put", full if turn % 2 else real)
         feed.burst(((OUT, ERR), 1, 4000))
         feed.burst(((OUT,), 100_000, 1))
         assert feed.watcher.waiting == (turn % 2 == 1)

@@ -2759,3 +2759,24 @@ async def test_secrets_that_cannot_be_kept_are_an_error(runner: Runner) -> None:
     (runner.tasks.parent / "secrets").touch()
     with pytest.raises(StoreUnavailable):
         await runner.executor.keep_secrets({"password": "x"})
+
+
+IN_THE_WAY = {
+    "a FIFO": "mkfifo {0}",
+    "a link": "ln -s /dev/full {0}",
+    "a link to nowhere": "ln -s /nowhere/at/all {0}",
+    "a folder": "mkdir -p {0}/full/of; touch {0}/full/things",
+    "a file": "echo nonsense > {0}; chmod 000 {0}",
+    "a folder that is made again": "mkdir -p {0}/full {0}.away/full",
+}
+
+
+@pytest.mark.parametrize("name", ["exit", "exit.tmp"])
+@pytest.mark.parametrize("what", IN_THE_WAY)
+async def test_what_a_task_puts_in_place_of_its_result_is_no_obstacle(
+    runner: Runner, what: str, name: str
+) -> None:
+    """The shim puts it aside, and the end is the true one."""
+    task = runner.sh(f'cd "$PULSAR_TASK_FOLDER"; {IN_THE_WAY[what].format(name)}; exit 3')
+    exit = await task.story.end()
+    assert (exit.code, exit.lost, exit.error) == (3, False, None)

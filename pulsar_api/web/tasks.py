@@ -221,7 +221,14 @@ class TaskAPI:
         return Output(self.folder / str(snapshot.id))
 
     def _pieces(self, snapshot: TaskSnapshot, base: str, part: Part) -> Iterator[bytes]:
-        return wire.task_pieces(snapshot, base, self._output(snapshot), part)
+        snapshot, output = self._with_output(snapshot, part)
+        return wire.task_pieces(snapshot, base, output, part)
+
+    def _with_output(self, task: TaskSnapshot, part: Part) -> tuple[TaskSnapshot, Output]:
+        # How a task ended is told to who wants no more, whatever became of its output.
+        return (
+            (task, self._output(task)) if part.size else wire.with_output(task, self.folder)
+        )
 
     def _seconds(self, request: Request, query: dict[str, str]) -> float:
         seconds = wire.parse_seconds(query, "timeout", self.poll_timeout)
@@ -239,10 +246,12 @@ class TaskAPI:
         output: Output | None = None,
     ) -> bytes:
         base = self._base(request)
+        if output is None:
+            snapshot, output = self._with_output(snapshot, part)
         offset = b"" if next_offset is None else b', "nextOffset": %d' % next_offset
         pieces = chain(
             [b'{"changed": true%s, "task": ' % offset],
-            wire.task_pieces(snapshot, base, output or self._output(snapshot), part),
+            wire.task_pieces(snapshot, base, output, part),
             [b"}\n"],
         )
         if part.size > _SMALL:

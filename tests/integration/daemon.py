@@ -336,7 +336,11 @@ def end_shim(lock: Path, number: int = signal.SIGTERM) -> None:
 
 def shim_of(folder: Path) -> int:
     """Return the process number of a task's shim, 0 if a daemon has taken its place."""
-    word = ((folder / "lock").read_bytes().split() or [b""])[0]
+    lock = folder / "lock"
+    if not lock.is_file():  # a task may have put anything there
+        return 0
+    with lock.open("rb") as file:
+        word = (file.read(100).split() or [b""])[0]
     return int(word) if word.isdigit() else 0
 
 
