@@ -379,6 +379,10 @@ class Daemon(MultiService):
             )
         if not self._settings.allow_sudo:
             processes.forbid_new_privileges()
+        if not self._settings.run_as:
+            # Its tasks can replace the shim, or change what one is told: with such a
+            # capability they would become root.
+            processes.keep_capabilities()
         if os.geteuid() == 0 and not self._settings.run_as:
             _log.warn(
                 "TASKS RUN AS ROOT, as this daemon does: give it a user of its own, or its "

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pulsar_api.accounts import NEEDED, capabilities
 from tests.integration.daemon import SHELL, Daemon, wait_for
 
 OWN, SHOP, TOYS = "backup", "games", "news"
@@ -147,6 +148,19 @@ def test_no_command_has_a_capability(start: Start) -> None:
     sets.pop("CapBnd:")
     assert len(sets) == 4
     assert {int(value, 16) for value in sets.values()} == {0}
+
+
+def test_a_daemon_without_accounts_hands_no_capability_on(place: Path) -> None:
+    """Its tasks can change what its shims are told, and the shims themselves."""
+    (place / "state").mkdir()
+    shutil.chown(place / "state", OWN)
+    daemon = Daemon(place, program=(*capable(OWN), sys.executable, "-m", "pulsar_api"))
+    try:
+        found = capabilities(Path(f"/proc/{daemon.process.pid}/status"))
+    finally:
+        daemon.kill()
+    assert (found["CapAmb"], found["CapInh"]) == (0, 0)
+    assert found["CapEff"] & NEEDED == NEEDED
 
 
 def test_a_target_without_account_is_refused(start: Start) -> None:
