@@ -213,7 +213,7 @@ class Commands:
             raise InvalidInput("action", "the settings of this daemon forbid it")
         if spec.user is not None:
             check_printable("user", spec.user.name)
-        self.accounts.of(spec.app, spec.env, spec.action)
+        self._account(spec)
         self._check_variables(spec.variables)
 
     def _check_variables(self, variables: Mapping[str, str]) -> None:
@@ -283,8 +283,7 @@ class Commands:
             else:
                 arguments.append(_fill(argument, places))
         used = self.template
-        # The listing is of all actions that an app has.
-        account = self.accounts.of(spec.app, spec.env, spec.action or None)
+        account = self._account(spec)
         return Command(
             arguments=tuple(arguments),
             environment=self._environment(spec, task_id, account),
@@ -292,6 +291,13 @@ class Commands:
             directory=used.directory and _fill(used.directory, places),
             last_line=used.last_line and _fill(used.last_line, places),
         )
+
+    def _account(self, spec: TaskSpec) -> Account | None:
+        action = spec.action
+        if self.template.action_arguments:
+            action = action.partition("[")[0]
+        # Without an action it is a listing, which is of all that an app has.
+        return self.accounts.of(spec.app, spec.env, action or None)
 
     def _variables(self, spec: TaskSpec) -> list[str]:
         # Everybody on the machine can read the arguments of a process.
