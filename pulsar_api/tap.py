@@ -458,7 +458,6 @@ class Daemon(MultiService):
     def _make_listings(self, folder: Path, machine: LocalMachine) -> Listings:
         # With a permit for each, which are kept beside their folders.
         folder = folder / TASKS
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         executor = self._executor(machine, folder)
         return Listings(executor, machine, self._reactor, folder)
 
