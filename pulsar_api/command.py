@@ -263,6 +263,16 @@ class Commands:
         _check_name("env", env, self.names.env, MAX_NAME)
         return self._made(self.template.listing, TaskSpec(app, env, ""), 0)
 
+    def version(self) -> Command:
+        """Return what prints which pulsar is installed, for `preset_for`.
+
+        It runs under the first account that there is: those of tasks may own what is
+        found in PATH.
+        """
+        account = next((account for _, account in self.accounts.tables), None)
+        arguments = DETECTED, "--version"
+        return Command(arguments, self._inherited(account), account=account)
+
     def _made(self, template: Sequence[str], spec: TaskSpec, task_id: int) -> Command:
         places = {
             "app": spec.app,
@@ -309,14 +319,18 @@ class Commands:
             for part in self.template.variable
         ]
 
-    def _environment(
-        self, spec: TaskSpec, task_id: int, account: Account | None
-    ) -> dict[str, str]:
+    def _inherited(self, account: Account | None) -> dict[str, str]:
         result = {k: v for k, v in self.environment.items() if not _OURS.fullmatch(k)}
         if account is not None:
             for name in _PERSONAL & result.keys():
                 del result[name]
             result.update(HOME=account.home, USER=account.name, LOGNAME=account.name)
+        return result
+
+    def _environment(
+        self, spec: TaskSpec, task_id: int, account: Account | None
+    ) -> dict[str, str]:
+        result = self._inherited(account)
         if self.template.ruby:
             # Ruby holds output back when it is no terminal, and reads options from here.
             result.pop("RAKEOPT", None)

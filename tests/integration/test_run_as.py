@@ -3,6 +3,7 @@
 import json
 import os
 import pwd
+import re
 import shutil
 import subprocess
 import sys
@@ -161,6 +162,28 @@ def test_a_daemon_without_accounts_hands_no_capability_on(place: Path) -> None:
         daemon.kill()
     assert (found["CapAmb"], found["CapInh"]) == (0, 0)
     assert found["CapEff"] & NEEDED == NEEDED
+
+
+def test_the_version_of_pulsar_is_asked_for_under_an_account(
+    start: Start, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The accounts of tasks may own what is found in PATH."""
+    program = place / "bin" / "pulsar"
+    program.parent.mkdir(mode=0o755)
+    program.write_text(
+        "#!/bin/sh\necho 1.0 $(id -un) $HOME $(grep CapEff /proc/self/status)\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    daemon = start("--command", "pulsar")
+
+    def found() -> re.Match[str] | None:
+        return re.search("says (.*): using pulsar-1", daemon.log.read_text())
+
+    said = wait_for(found, "the version")
+    assert said is not None
+    home = pwd.getpwnam(SHOP).pw_dir
+    assert said[1] == f"1.0 {SHOP} {home} CapEff: {0:016}"
 
 
 def test_a_target_without_account_is_refused(start: Start) -> None:
