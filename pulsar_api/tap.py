@@ -401,6 +401,11 @@ class Daemon(MultiService):
                 "TASKS RUN AS ROOT, as this daemon does: give it a user of its own, or its "
                 "tasks one by [[run-as]] in the settings"
             )
+        if self._settings.run_as and not self._settings.authenticated:
+            _log.warn(
+                "EVERY TASK CAN ASK THIS DAEMON FOR TASKS OF ALL ACCOUNTS, as nobody has "
+                "to say who they are: [[run-as]] protects nothing without --auth-provider"
+            )
         if self._shared_key:
             _log.warn("DEVELOPMENT CERTIFICATE: everybody has its key, it protects nothing")
         starting = Deferred.fromCoroutine(self._start(state))

@@ -186,6 +186,17 @@ def test_the_version_of_pulsar_is_asked_for_under_an_account(
     assert said[1] == f"1.0 {SHOP} {home} CapEff: {0:016}"
 
 
+def test_accounts_without_authentication_are_warned_of(start: Start) -> None:
+    """Each task can ask the daemon for tasks of all other accounts."""
+    assert "EVERY TASK CAN ASK" in start().log.read_text()
+
+
+def test_accounts_with_authentication_are_not_warned_of(start: Start) -> None:
+    """Tasks are nobody to the daemon then."""
+    daemon = start("--auth-provider", "tokens")
+    assert "EVERY TASK CAN ASK" not in daemon.log.read_text()
+
+
 def test_a_target_without_account_is_refused(start: Start) -> None:
     """It never runs as the daemon."""
     daemon = start()
