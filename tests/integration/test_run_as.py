@@ -5,11 +5,14 @@ import os
 import pwd
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -224,6 +227,41 @@ def test_a_task_of_an_account_survives_the_daemon_and_is_killed(start: Start) ->
     task = daemon.ended(number)
     assert (task["status"], task["heldBy"]) == ("killed", [])
     wait_for(lambda: not Path(f"/proc/{child}").exists(), "the end of the child")
+
+
+def stop_before_exec(state: Path, user: str) -> int:
+    """Stop the next process of a user that is a copy of a shim yet; return its number."""
+    uid = pwd.getpwnam(user).pw_uid
+
+    def stopped() -> int:
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with suppress(OSError):
+                if (
+                    f"\nUid:\t{uid}\t" in Path(f"/proc/{name}/status").read_text()
+                    and bytes(state) in Path(f"/proc/{name}/cmdline").read_bytes()
+                ):
+                    os.kill(int(name), signal.SIGSTOP)
+                    return int(name)
+        return 0
+
+    return wait_for(stopped, "a process before its program")
+
+
+def test_a_command_that_is_stopped_before_it_runs_is_killed(start: Start) -> None:
+    """Another task of its account can do that; its shim still hears a kill."""
+    daemon = start()
+    found: list[int] = []
+    hunter = Thread(target=lambda: found.append(stop_before_exec(daemon.state, SHOP)))
+    hunter.start()
+    number = 0
+    while not found:
+        number = daemon.run("shop", f"env{number}", "run", run="exec sleep 300")
+        hunter.join(0.3)
+        if not found:
+            daemon.post(f"/task/{number}/kill")
+    daemon.post(f"/task/{number}/kill")
+    wait_for(lambda: daemon.task(number)["status"] == "killed", "the end", 20)
+    assert not Path(f"/proc/{found[0]}").exists()
 
 
 def test_what_cannot_be_entered_or_run_fails_and_says_why(
