@@ -213,7 +213,7 @@ class Commands:
             raise InvalidInput("action", "the settings of this daemon forbid it")
         if spec.user is not None:
             check_printable("user", spec.user.name)
-        self.accounts.of(spec.app, spec.env, spec.action)
+        self._account(spec)
         self._check_variables(spec.variables)
 
     def _check_variables(self, variables: Mapping[str, str]) -> None:
@@ -263,6 +263,16 @@ class Commands:
         _check_name("env", env, self.names.env, MAX_NAME)
         return self._made(self.template.listing, TaskSpec(app, env, ""), 0)
 
+    def version(self) -> Command:
+        """Return what prints which pulsar is installed, for `preset_for`.
+
+        It runs under the first account that there is: those of tasks may own what is
+        found in PATH.
+        """
+        account = next((account for _, account in self.accounts.tables), None)
+        arguments = DETECTED, "--version"
+        return Command(arguments, self._inherited(account), account=account)
+
     def _made(self, template: Sequence[str], spec: TaskSpec, task_id: int) -> Command:
         places = {
             "app": spec.app,
@@ -283,8 +293,7 @@ class Commands:
             else:
                 arguments.append(_fill(argument, places))
         used = self.template
-        # The listing is of all actions that an app has.
-        account = self.accounts.of(spec.app, spec.env, spec.action or None)
+        account = self._account(spec)
         return Command(
             arguments=tuple(arguments),
             environment=self._environment(spec, task_id, account),
@@ -292,6 +301,13 @@ class Commands:
             directory=used.directory and _fill(used.directory, places),
             last_line=used.last_line and _fill(used.last_line, places),
         )
+
+    def _account(self, spec: TaskSpec) -> Account | None:
+        action = spec.action
+        if self.template.action_arguments:
+            action = action.partition("[")[0]
+        # Without an action it is a listing, which is of all that an app has.
+        return self.accounts.of(spec.app, spec.env, action or None)
 
     def _variables(self, spec: TaskSpec) -> list[str]:
         # Everybody on the machine can read the arguments of a process.
@@ -303,14 +319,18 @@ class Commands:
             for part in self.template.variable
         ]
 
-    def _environment(
-        self, spec: TaskSpec, task_id: int, account: Account | None
-    ) -> dict[str, str]:
+    def _inherited(self, account: Account | None) -> dict[str, str]:
         result = {k: v for k, v in self.environment.items() if not _OURS.fullmatch(k)}
         if account is not None:
             for name in _PERSONAL & result.keys():
                 del result[name]
             result.update(HOME=account.home, USER=account.name, LOGNAME=account.name)
+        return result
+
+    def _environment(
+        self, spec: TaskSpec, task_id: int, account: Account | None
+    ) -> dict[str, str]:
+        result = self._inherited(account)
         if self.template.ruby:
             # Ruby holds output back when it is no terminal, and reads options from here.
             result.pop("RAKEOPT", None)

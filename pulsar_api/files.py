@@ -81,6 +81,18 @@ def make(path: Path) -> int:
     raise Damaged(errno.EEXIST, "is made again and again by somebody else", str(path))
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder for this user alone, in place of what has this name and is none.
+
+    A link is removed, and what it leads to stays.
+    """
+    with suppress(FileNotFoundError):
+        if not stat.S_ISDIR(os.stat(path, follow_symlinks=False).st_mode):
+            os.unlink(path)
+    path.mkdir(mode=0o700, exist_ok=True)
+    _give_back(path)
+
+
 def size(path: Path) -> int:
     """Return the bytes of a regular file; errors as `open_regular`."""
     try:

@@ -7,12 +7,13 @@ from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
+from pulsar_api import files
 from pulsar_api.background import own, shielded
 from pulsar_api.errors import Busy, StoreUnavailable
 from pulsar_api.machine import Machine
 from pulsar_api.output import Output
 from pulsar_api.ports import Bounds, Executor, Run
-from pulsar_api.task import Command, Exit
+from pulsar_api.task import Account, Command, Exit
 
 _log = Logger()
 
@@ -27,7 +28,7 @@ FRESH = 10.0
 
 BOUNDS = Bounds(grace=1.0, total=60.0, silence=0.0, max_output=2 * MOST_OUTPUT)
 
-_Key = tuple[tuple[str, ...], str | None]
+_Key = tuple[tuple[str, ...], str | None, Account | None]
 
 
 @frozen
@@ -75,11 +76,20 @@ class Listings:
     _stopped: bool = field(default=False, init=False)
 
     async def start(self) -> None:
-        """End and remove what an earlier daemon has left."""
-        left = await self._executor.kept()
-        self._last = max((*left, *await self._executor.permitted()), default=0)
+        """End and remove what an earlier daemon has left.
+
+        Whatever is wrong with the folder, the daemon can do its work without.
+        """
+        try:
+            self._make_folder()
+            left = await self._executor.kept()
+            self._last = max((*left, *await self._executor.permitted()), default=0)
+        except (OSError, StoreUnavailable) as e:
+            _log.error("Listings cannot be made for now: {e}", e=e)
+            return
         for number in left:
-            own(self._remove(number))
+            # After a boot, or in a copy, the numbers of its processes are others'.
+            own(self._remove(number, numbers=self._executor.is_here(number)))
 
     def stop(self) -> None:
         """End what runs; nobody is told."""
@@ -103,7 +113,7 @@ class Listings:
 
     async def _ask(self, app: str, command: Command, lock: DeferredLock) -> str:
         try:
-            key = command.arguments, command.directory
+            key = command.arguments, command.directory, command.account
             now = self._clock.seconds()
             known = {k: a for k, a in self._answers.items() if a.until > now}
             self._answers = known
@@ -118,7 +128,16 @@ class Listings:
                 del self._locks[app]
             lock.release()
 
+    def _make_folder(self) -> None:
+        # Beside it are the permits.
+        for folder in (self._folder.parent, self._folder):
+            files.make_folder(folder)
+
     async def _run(self, command: Command) -> tuple[str, bool]:
+        try:
+            self._make_folder()
+        except OSError as e:
+            raise StoreUnavailable(str(e)) from None
         self._executor.check()
         self._last += 1
         number, end = self._last, _End()
@@ -138,11 +157,11 @@ class Listings:
             raise StoreUnavailable(str(e)) from None
         finally:
             del self._runs[number]
-            own(self._remove(number))
+            own(self._remove(number, numbers=True))
 
-    async def _remove(self, number: int) -> None:
+    async def _remove(self, number: int, *, numbers: bool) -> None:
         """End all that is left of a run, and remove its folder."""
-        remains = await self._machine.end(self._folder / str(number), numbers=True)
+        remains = await self._machine.end(self._folder / str(number), numbers=numbers)
         if remains:
             _log.warn("Of a listing these still run: {it}", it=[p.pid for p in remains])
         await self._executor.forget([number])

@@ -117,6 +117,12 @@ class Executor(Protocol):
     def permitted(self) -> Deferred[AbstractSet[int]]:
         """Fire with the numbers of all tasks that were ever allowed to start."""
 
+    def is_here(self, task_id: int) -> bool:
+        """Return whether the permit of a run, used or not, is of this boot and folder.
+
+        Only then do process numbers in its folder mean the same processes.
+        """
+
     def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> Run:
         """Start a command. Whatever goes wrong is told to the sink, as an end."""
 

@@ -218,6 +218,13 @@ class ShimExecutor:
                 return self._machine.read(folder / name) == self._permitted(folder)
         return False
 
+    def is_here(self, task_id: int) -> bool:
+        """Return whether the permit of a run, used or not, is of this boot and folder."""
+        try:
+            return self._is_here(self._tasks / str(task_id))
+        except OSError:
+            return False
+
     def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> Run:
         """Start a command. Whatever goes wrong is told to the sink, as an end."""
         folder = self._tasks / str(task_id)

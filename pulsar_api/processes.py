@@ -294,6 +294,11 @@ def forbid_new_privileges() -> None:
     shim.c_function("prctl", shim.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
+def keep_capabilities() -> None:
+    """Keep the capabilities of this process from all programs started from now on."""
+    shim.keep_capabilities()
+
+
 class Reaper:
     """Takes the exit status of children that this process got by their parent's death.
 

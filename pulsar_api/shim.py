@@ -754,10 +754,12 @@ class Shim:
             finally:
                 posix._exit(127)
         posix.close(tell)
+        self.wait_for_exec(pid, told)
         said = posix.read(told, 64)  # nothing, as soon as another program runs
         posix.close(told)
         if not said:
             return pid
+        posix.kill(pid, _signal.SIGKILL)  # it may be stopped
         posix.waitpid(pid, 0)
         stage, number = said.split()
         error = int(number)
@@ -772,6 +774,26 @@ class Shim:
             f"enter {text(self.spec.directory)}" if stage == b"enter" else "change the user"
         )
         raise CannotStart(f"cannot {what}: {posix.strerror(error)}")
+
+    def wait_for_exec(self, pid: int, told: int) -> None:
+        """Wait until a child runs the command, or has said why not, or is killed.
+
+        As soon as it has the other account, processes of that can stop it.
+        """
+        poll = select.poll()
+        for fd in (told, self.ear.fd):
+            poll.register(fd, select.POLLIN)
+        until = self.began + self.spec.total if self.spec.total else 0.0
+        while True:
+            left = max(0.0, until - time.monotonic()) * 1000 + 1 if until else None
+            ready = {fd for fd, _ in poll.poll(left)}
+            if told in ready:
+                return
+            self.ear.empty()
+            if self.ear.term or (until and time.monotonic() >= until):
+                # What follows is as if the command had just been started.
+                posix.kill(pid, _signal.SIGKILL)
+                until = 0.0
 
     def become(self, path: bytes, out: int, err: int, tell: int) -> None:
         """Be another account's process, and run the command; return only if that fails."""

@@ -50,7 +50,7 @@ from pulsar_api.auth.rights import Caller, Policy
 from pulsar_api.auth.sessions import Sessions
 from pulsar_api.changes import Changes
 from pulsar_api.command import Commands, Names
-from pulsar_api.errors import CannotListen, SettingsError, StoreUnavailable
+from pulsar_api.errors import Busy, CannotListen, SettingsError, StoreUnavailable
 from pulsar_api.lines import LineIndexes
 from pulsar_api.listings import Listings
 from pulsar_api.machine import LocalMachine
@@ -86,6 +86,7 @@ DATABASE = "pulsar-api.db"
 TASKS = "tasks"
 LISTINGS = "listings"
 _NAMED = 20  # files that were open to other users and are named in the log
+_AGAIN = 2.0  # seconds until pulsar is asked again for its version
 LOG = "pulsar-api.log"
 
 REAP = 1.0
@@ -283,6 +284,7 @@ class Pulsar:
     """Finds out, once, which pulsar is installed, and gives the commands for it."""
 
     _reactor: Any
+    _listings: Listings
     _usual: Commands
     _found: Commands | None = None
     _known: Changes = field(init=False)
@@ -291,14 +293,25 @@ class Pulsar:
         self._known = Changes(self._reactor)
 
     async def find_out(self) -> None:
-        environment = self._usual.environment
-        version = Command((command.DETECTED, "--version"), environment)
-        answer = await process.ask(self._reactor, self._reactor, version)
+        version = self._usual.version()
+        if version.account is None:
+            answer = await process.ask(self._reactor, self._reactor, version)
+        else:
+            answer = await self._ask_below_a_shim(version)
         name = command.preset_for(answer)
         said = answer.strip() or "nothing"
         _log.info("pulsar --version says {said}: using {name}", said=said, name=name)
         self._found = evolve(self._usual, template=command.PRESETS[name])
         self._known.advance(1)
+
+    async def _ask_below_a_shim(self, version: Command) -> str:
+        # Only a shim can run it under another account.
+        while True:
+            try:
+                return await self._listings.ask(command.DETECTED, version)
+            except (StoreUnavailable, Busy) as e:
+                _log.error("Cannot find out which pulsar is installed: {e}", e=e)
+                await deferLater(self._reactor, _AGAIN)
 
     async def commands(self) -> Commands:
         while self._found is None:
@@ -379,10 +392,19 @@ class Daemon(MultiService):
             )
         if not self._settings.allow_sudo:
             processes.forbid_new_privileges()
+        if not self._settings.run_as:
+            # Its tasks can replace the shim, or change what one is told: with such a
+            # capability they would become root.
+            processes.keep_capabilities()
         if os.geteuid() == 0 and not self._settings.run_as:
             _log.warn(
                 "TASKS RUN AS ROOT, as this daemon does: give it a user of its own, or its "
                 "tasks one by [[run-as]] in the settings"
+            )
+        if self._settings.run_as and not self._settings.authenticated:
+            _log.warn(
+                "EVERY TASK CAN ASK THIS DAEMON FOR TASKS OF ALL ACCOUNTS, as nobody has "
+                "to say who they are: [[run-as]] protects nothing without --auth-provider"
             )
         if self._shared_key:
             _log.warn("DEVELOPMENT CERTIFICATE: everybody has its key, it protects nothing")
@@ -393,9 +415,6 @@ class Daemon(MultiService):
         s = self._settings
         detect = s.command == command.DETECTED
         known = None if detect else self._commands
-        pulsar = Pulsar(self._reactor, self._commands, known)
-        if detect:
-            Deferred.fromCoroutine(pulsar.find_out()).addErrback(self._cannot_start)
         tasks = state / TASKS
         tasks.mkdir(mode=0o700, exist_ok=True)
         # Of very many files it takes long; nobody waits for it, and nothing at the end.
@@ -409,6 +428,11 @@ class Daemon(MultiService):
         launcher = process.compiled(state)
         machine = LocalMachine(self._reactor, launcher, own_children)
         machine.sync(state)
+        listings = self._listings = self._make_listings(state / LISTINGS, machine)
+        await listings.start()
+        pulsar = Pulsar(self._reactor, listings, self._commands, known)
+        if detect:
+            Deferred.fromCoroutine(pulsar.find_out()).addErrback(self._cannot_start)
         executor = self._executor(machine, tasks)
         clock = SteadyClock(time.time, uptime, machine.boot_id())
         bounds = Bounds(s.kill_grace, s.task_timeout, s.silence_timeout, s.max_output_size)
@@ -428,8 +452,6 @@ class Daemon(MultiService):
         lists = Lists(self._reactor, rota)
         api = TaskAPI(access, tasks, self._reactor, s.poll_timeout, feed, lists)
         follow = FollowAPI(access, tasks, self._reactor, rota)
-        listings = self._listings = self._make_listings(state / LISTINGS, machine)
-        await listings.start()
         jobs = JobAPI(access, tasks, feed, listings, lists)
         self._sockjs = SockJS(access, feed, self._reactor)
         sign_in = SignIn(access, self._reactor, self._github, s.confirm, s.secret_variables)
@@ -454,7 +476,6 @@ class Daemon(MultiService):
     def _make_listings(self, folder: Path, machine: LocalMachine) -> Listings:
         # With a permit for each, which are kept beside their folders.
         folder = folder / TASKS
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         executor = self._executor(machine, folder)
         return Listings(executor, machine, self._reactor, folder)
 

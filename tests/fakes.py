@@ -341,6 +341,9 @@ class FakeExecutor:
     def permitted(self) -> Deferred[AbstractSet[int]]:
         return succeed(set(self.allowed))
 
+    def is_here(self, task_id: int) -> bool:
+        return True
+
     def bar(self, task_id: int) -> bool:
         self.check()
         self.barred.add(task_id)

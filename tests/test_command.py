@@ -9,6 +9,8 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pulsar_api.accounts import Accounts
+from pulsar_api.auth.rights import Target
 from pulsar_api.command import (
     PRESETS,
     Commands,
@@ -19,7 +21,7 @@ from pulsar_api.command import (
     shown,
 )
 from pulsar_api.errors import InvalidInput, SettingsError
-from pulsar_api.task import Command, TaskSpec
+from pulsar_api.task import Account, Command, TaskSpec
 from tests.fakes import person
 
 SPEC = TaskSpec(
@@ -201,6 +203,18 @@ def test_only_capistrano_carries_arguments_of_an_action(action: str) -> None:
     for name in ("pulsar-0.3", "pulsar-1", "scripts", "run {action}"):
         with pytest.raises(InvalidInput):
             commands(name).command(spec, 1)
+
+
+@pytest.mark.parametrize("arguments", ["", "[]", "[now]"])
+def test_the_arguments_of_an_action_change_no_account(arguments: str) -> None:
+    """To Rake ``deploy[]`` is ``deploy``, and it is no other action to the settings."""
+    deploy, other = (Account(name, 1, 1, (1,), "/") for name in ("deploy", "other"))
+    accounts = Accounts((((Target("*", "*", "deploy"),), deploy), ((Target(),), other)))
+    made = evolve(commands("capistrano"), accounts=accounts)
+    spec = evolve(SPEC, action=f"deploy{arguments}")
+    assert made.command(spec, 1).account == deploy
+    only = evolve(made, accounts=Accounts(accounts.tables[:1]))
+    only.check(spec)
 
 
 @pytest.mark.parametrize(

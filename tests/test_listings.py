@@ -1,24 +1,31 @@
 """What lists the actions of an app, by real shims."""
 
 import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import pytest_twisted
+from attrs import evolve
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
-from pulsar_api.errors import Busy
+from pulsar_api.errors import Busy, StoreUnavailable
 from pulsar_api.listings import MOST_LISTINGS, MOST_OUTPUT, Listings
 from pulsar_api.machine import LocalMachine
 from pulsar_api.ports import Bounds
 from pulsar_api.process import ShimExecutor
-from pulsar_api.task import Command
+from pulsar_api.shim import process
+from pulsar_api.task import Account, Command
 from tests.integration.daemon import PATIENCE
 from tests.integration.machine import alive
+from tests.test_damage import NO_FILES, damage
 
 
 def sh(text: str) -> Command:
@@ -52,6 +59,21 @@ def left(folder: Path) -> list[str]:
 def lives(note: Path) -> bool:
     """Return whether a process lives whose number is in a file."""
     return any(alive(int(pid)) for pid in note.read_text().split())
+
+
+def stranger() -> tuple[int, int]:
+    """Start a process whose session has lost its leader; return both numbers."""
+    text = (
+        "import os; os.fork() and os._exit(0); "
+        "os.write(1, b'%d %d' % (os.getpid(), os.getsid(0))); "
+        "os.close(1); os.execlp('sleep', 'sleep', '60')"
+    )
+    command = (sys.executable, "-c", text)
+    started = subprocess.run(
+        command, stdout=subprocess.PIPE, start_new_session=True, check=True
+    )
+    pid, session = map(int, started.stdout.split())
+    return pid, session
 
 
 async def until(condition: object) -> None:
@@ -141,6 +163,78 @@ async def test_of_a_flood_only_the_begin_is_read(listings: Listings) -> None:
     text = await listings.ask("site", sh("yes | head -c 4000000"))
     assert 0 < len(text) <= MOST_OUTPUT
     assert text.startswith("y\ny\n")
+
+
+@pytest.mark.parametrize("how", [how for how in NO_FILES if how != "a folder"])
+@pytest.mark.parametrize("name", ["listings", "listings/tasks"])
+async def test_whatever_stands_in_place_of_the_folder_stops_nothing(
+    tmp_path: Path, name: str, how: str
+) -> None:
+    """It is removed, and the folder is made."""
+    folder = tmp_path / "listings"
+    listings = made(folder)
+    shutil.rmtree(tmp_path / name)
+    damage(tmp_path / name, how)
+    await listings.start()
+    assert await listings.ask("site", sh("echo a")) == "a\n"
+    assert not (tmp_path / name).is_symlink()
+    await until(lambda: not left(folder))
+
+
+async def test_a_link_in_place_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+    """Else what has a number elsewhere, such as a task, would be removed."""
+    (tmp_path / "tasks" / "7").mkdir(parents=True)
+    listings = made(tmp_path / "listings")
+    shutil.rmtree(tmp_path / "listings")
+    (tmp_path / "listings").symlink_to(tmp_path)
+    await listings.start()
+    assert await listings.ask("site", sh("echo a")) == "a\n"
+    await until(lambda: not left(tmp_path / "listings"))
+    assert (tmp_path / "tasks" / "7").is_dir()
+
+
+async def test_a_folder_that_cannot_be_made_stops_no_start(tmp_path: Path) -> None:
+    """Who asks is told, until it can be made."""
+    state = tmp_path / "state"
+    listings = made(state / "listings")
+    shutil.rmtree(state)
+    await listings.start()
+    with pytest.raises(StoreUnavailable):
+        await listings.ask("site", sh("echo a"))
+    state.mkdir()
+    assert await listings.ask("site", sh("echo a")) == "a\n"
+    await until(lambda: not left(state / "listings"))
+
+
+async def test_numbers_of_another_boot_are_not_believed(tmp_path: Path) -> None:
+    """A process that has the number of a shim by now is somebody else's."""
+    pid, session = stranger()
+    started = process(pid)[1]
+    try:
+        listings = made(tmp_path)
+        folder = tmp_path / "tasks" / "7"
+        folder.mkdir()
+        # The shim of then lived until a moment after the stranger started now.
+        (folder / "lock").write_text(f"{session} {started + 500}\n")
+        (folder / "begun").write_text("boot of-yesterday\nstate 1 1\nfolder 1 1\n")
+        await listings.start()
+        await until(lambda: not left(tmp_path))
+        assert alive(pid)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
+async def test_an_answer_is_for_the_account_that_gave_it(
+    listings: Listings, tmp_path: Path
+) -> None:
+    """The same command may say something else under another one."""
+    command = sh(f"echo >> {tmp_path}/count; wc -l < {tmp_path}/count")
+    own = Account("me", os.getuid(), os.getgid(), (os.getgid(),), "/")
+    assert await listings.ask("site", command) == "1\n"
+    # Only root can change the user, even to itself.
+    expected = "2\n" if os.getuid() == 0 else ""
+    assert await listings.ask("site", evolve(command, account=own)) == expected
+    assert await listings.ask("site", command) == "1\n"
 
 
 async def test_what_a_dead_daemon_has_left_is_ended(tmp_path: Path) -> None:

@@ -3,16 +3,21 @@
 import json
 import os
 import pwd
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
+from pulsar_api.accounts import NEEDED, capabilities
 from tests.integration.daemon import SHELL, Daemon, wait_for
 
 OWN, SHOP, TOYS = "backup", "games", "news"
@@ -149,6 +154,52 @@ def test_no_command_has_a_capability(start: Start) -> None:
     assert {int(value, 16) for value in sets.values()} == {0}
 
 
+def test_a_daemon_without_accounts_hands_no_capability_on(place: Path) -> None:
+    """Its tasks can change what its shims are told, and the shims themselves."""
+    (place / "state").mkdir()
+    shutil.chown(place / "state", OWN)
+    daemon = Daemon(place, program=(*capable(OWN), sys.executable, "-m", "pulsar_api"))
+    try:
+        found = capabilities(Path(f"/proc/{daemon.process.pid}/status"))
+    finally:
+        daemon.kill()
+    assert (found["CapAmb"], found["CapInh"]) == (0, 0)
+    assert found["CapEff"] & NEEDED == NEEDED
+
+
+def test_the_version_of_pulsar_is_asked_for_under_an_account(
+    start: Start, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The accounts of tasks may own what is found in PATH."""
+    program = place / "bin" / "pulsar"
+    program.parent.mkdir(mode=0o755)
+    program.write_text(
+        "#!/bin/sh\necho 1.0 $(id -un) $HOME $(grep CapEff /proc/self/status)\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    daemon = start("--command", "pulsar")
+
+    def found() -> re.Match[str] | None:
+        return re.search("says (.*): using pulsar-1", daemon.log.read_text())
+
+    said = wait_for(found, "the version")
+    assert said is not None
+    home = pwd.getpwnam(SHOP).pw_dir
+    assert said[1] == f"1.0 {SHOP} {home} CapEff: {0:016}"
+
+
+def test_accounts_without_authentication_are_warned_of(start: Start) -> None:
+    """Each task can ask the daemon for tasks of all other accounts."""
+    assert "EVERY TASK CAN ASK" in start().log.read_text()
+
+
+def test_accounts_with_authentication_are_not_warned_of(start: Start) -> None:
+    """Tasks are nobody to the daemon then."""
+    daemon = start("--auth-provider", "tokens")
+    assert "EVERY TASK CAN ASK" not in daemon.log.read_text()
+
+
 def test_a_target_without_account_is_refused(start: Start) -> None:
     """It never runs as the daemon."""
     daemon = start()
@@ -176,6 +227,41 @@ def test_a_task_of_an_account_survives_the_daemon_and_is_killed(start: Start) ->
     task = daemon.ended(number)
     assert (task["status"], task["heldBy"]) == ("killed", [])
     wait_for(lambda: not Path(f"/proc/{child}").exists(), "the end of the child")
+
+
+def stop_before_exec(state: Path, user: str) -> int:
+    """Stop the next process of a user that is a copy of a shim yet; return its number."""
+    uid = pwd.getpwnam(user).pw_uid
+
+    def stopped() -> int:
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with suppress(OSError):
+                if (
+                    f"\nUid:\t{uid}\t" in Path(f"/proc/{name}/status").read_text()
+                    and bytes(state) in Path(f"/proc/{name}/cmdline").read_bytes()
+                ):
+                    os.kill(int(name), signal.SIGSTOP)
+                    return int(name)
+        return 0
+
+    return wait_for(stopped, "a process before its program")
+
+
+def test_a_command_that_is_stopped_before_it_runs_is_killed(start: Start) -> None:
+    """Another task of its account can do that; its shim still hears a kill."""
+    daemon = start()
+    found: list[int] = []
+    hunter = Thread(target=lambda: found.append(stop_before_exec(daemon.state, SHOP)))
+    hunter.start()
+    number = 0
+    while not found:
+        number = daemon.run("shop", f"env{number}", "run", run="exec sleep 300")
+        hunter.join(0.3)
+        if not found:
+            daemon.post(f"/task/{number}/kill")
+    daemon.post(f"/task/{number}/kill")
+    wait_for(lambda: daemon.task(number)["status"] == "killed", "the end", 20)
+    assert not Path(f"/proc/{found[0]}").exists()
 
 
 def test_what_cannot_be_entered_or_run_fails_and_says_why(
