@@ -88,9 +88,11 @@ FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 def fill_sessions(path: Path, user: str, number: int) -> None:
     """Write sessions of a user as if they had signed in so often."""
     now = time.time()
-    rows = ((f"{n:064d}", user, now - 100 - n / 1e3) for n in range(number))
+    rows = (
+        (f"{n:064d}", f"static:{user}", now - 100 - n / 1e3, user) for n in range(number)
+    )
     with closing(sqlite3.connect(path)) as db, db:
-        db.executemany("INSERT INTO session VALUES (?, ?, x'00', ?3, ?3)", rows)
+        db.executemany("INSERT INTO session VALUES (?, ?, x'00', ?3, ?3, ?4)", rows)
 
 
 def sessions(path: Path) -> int:
