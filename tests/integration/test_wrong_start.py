@@ -1,5 +1,6 @@
 """Whatever is wrong is said in one line, with exit status 1, before anything starts."""
 
+import os
 import shutil
 import socket
 import sqlite3
@@ -359,6 +360,7 @@ def test_a_state_that_belongs_to_another_user_is_refused(
     daemon.stop()
     path = daemon.state / name
     path.chmod(path.stat().st_mode & ~0o222)
+    os.chown(path, 1, 1)  # the daemon gives itself back what belongs to it
     said = refusal(tmp_path, "--state-dir", str(daemon.state), before=POWERLESS)
     assert str(path) in said
 
