@@ -21,6 +21,7 @@ from twisted.internet.threads import deferToThreadPool
 
 from pulsar_api import files, proc, processes, shim
 from pulsar_api.errors import StoreUnavailable
+from pulsar_api.launch import Launcher
 from pulsar_api.orphans import Memory
 from pulsar_api.output import Output, Record
 from pulsar_api.proc import Key
@@ -173,9 +174,11 @@ class LocalMachine:
 
     _reactor: Any
     """Starts processes and has a thread pool; no interface says both."""
-    _launcher: Sequence[str] = USUAL
+    _shim: Sequence[str] = USUAL
+    """How a shim is started where there is no launcher."""
     _own: Container[int] | None = None
     """The children that this process waits for itself; None: it is no subreaper."""
+    _launcher: Launcher | None = None
     _memories: dict[Path, Memory] = field(factory=dict, init=False)
     """What is remembered of the processes of tasks, by the folder of the tasks."""
 
@@ -274,12 +277,14 @@ class LocalMachine:
 
     def spawn(self, protocol: ProcessProtocol, folder: Path) -> None:
         """Start the shim of a folder."""
+        if self._launcher is not None and self._launcher.spawn(protocol, folder):
+            return
         # No path, uid or gid: with them Twisted forks the whole daemon. The shim
         # changes directory itself.
         self._reactor.spawnProcess(
             protocol,
-            self._launcher[0],
-            [*self._launcher, str(folder)],
+            self._shim[0],
+            [*self._shim, str(folder)],
             env={},
             childFDs={0: "w", 1: "r", 2: "r"},
         )

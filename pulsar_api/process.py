@@ -8,7 +8,6 @@ import resource
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
-from errno import EAGAIN, EMFILE, ENFILE, ENOMEM
 from functools import partial
 from pathlib import Path
 
@@ -25,15 +24,15 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from pulsar_api import files, mask, masking, orphans, shim
+from pulsar_api import files, launcher, mask, masking, orphans, shim
 from pulsar_api.background import own
 from pulsar_api.errors import FolderInUse, StoreUnavailable
 from pulsar_api.files import Damaged
 from pulsar_api.machine import USUAL, LocalMachine, Machine
 from pulsar_api.ports import Bounds, Run, Secrets, Sink
 from pulsar_api.principal import Principal
-from pulsar_api.runs import BEGUN, NOTHING, AdoptedRun, ShimProtocol, alive
-from pulsar_api.task import Command, Exit, Process
+from pulsar_api.runs import BEGUN, NOTHING, AdoptedRun, ShimProtocol, alive, not_started
+from pulsar_api.task import Command, Process
 
 _log = Logger()
 
@@ -44,25 +43,36 @@ _LIBRARY = str(Path(ahocorasick_rs.__file__).parents[1])
 """Where the shim finds what it masks secrets with."""
 
 
-def compiled(folder: Path) -> Sequence[str]:
-    """Return how a shim is started from a compiled copy, which is made in the folder.
+@frozen
+class Programs:
+    """How what stands between the daemon and its commands is started."""
 
-    That spares 4 ms per task. And it is the shim of this version, whatever an upgrade of
+    shim: Sequence[str] = USUAL
+    launcher: Sequence[str] = (*USUAL[:-1], launcher.__file__)
+
+
+def compiled(folder: Path) -> Programs:
+    """Return how shim and launcher are started from compiled copies, made in the folder.
+
+    That spares 4 ms per start. And it is the shim of this version, whatever an upgrade of
     the package does before the daemon is started again. But the library that masks secrets
     is not copied: a task with secrets takes the one that is installed when it starts.
     """
-    copy = folder / "shim.pyc"
     try:
-        for source, target in ((mask.__file__, folder / "mask.pyc"), (shim.__file__, copy)):
+        for source in (mask.__file__, shim.__file__, launcher.__file__):
+            target = folder / Path(source).with_suffix(".pyc").name
             # It replaces no link and no FIFO by itself, and gives the rights of the source.
             os.close(files.make(target))
             py_compile.compile(source, str(target), doraise=True)
             for _ in files.narrow(target):
                 pass
     except OSError as e:
-        _log.error("Cannot write {copy}: {e}", copy=copy, e=e)
-        return USUAL
-    return *USUAL[:-1], str(copy)
+        _log.error("Cannot write {target}: {e}", target=target, e=e)
+        return Programs()
+    before = USUAL[:-1]
+    return Programs(
+        (*before, str(folder / "shim.pyc")), (*before, str(folder / "launcher.pyc"))
+    )
 
 
 def end_all(state: Path) -> list[int]:
@@ -87,9 +97,6 @@ def _runs(machine: Machine, folder: Path) -> bool:
 
 LOOK = 2.0
 """Seconds between two looks at the processes of tasks, if that costs little."""
-
-PASSING = {*shim.NO_SPACE, EAGAIN, EMFILE, ENFILE, ENOMEM}
-"""Errors at a start that come from what is scarce now and may not be later."""
 
 SECRET = ("secrets", "secrets.tmp", "spec", "spec.tmp")
 """Files in a task's folder that may hold secrets."""
@@ -234,10 +241,7 @@ class ShimExecutor:
             self._write_spec(folder, command, bounds)
             self._machine.spawn(run, folder)
         except OSError as e:
-            error = f"cannot start: {e.strerror}: {e.filename or folder}"
-            # No process was made, so it can be tried again.
-            passing = e.errno in PASSING
-            run.end(Exit(error=error, unstarted=passing, passing=passing))
+            run.end(not_started(e, folder))
         return run
 
     def _take_secrets(self, folder: Path, command: Command) -> None:

@@ -4,6 +4,7 @@ import pwd
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from errno import EAGAIN, EMFILE, ENFILE, ENOMEM
 from pathlib import Path
 
 from attrs import define, evolve, field
@@ -17,6 +18,7 @@ from twisted.python.failure import Failure
 from pulsar_api import shim
 from pulsar_api.background import own
 from pulsar_api.files import Damaged
+from pulsar_api.launch import NotStarted, StatusUnknown
 from pulsar_api.machine import Machine
 from pulsar_api.output import LARGEST, NO_TIME, Record
 from pulsar_api.ports import Bounds, Sink
@@ -38,6 +40,9 @@ BEGUN = frozenset({"begun", "output", "output.idx", "cut", "sessions", "exit.tmp
 
 NOTHING = (FileNotFoundError, NotADirectoryError)
 """What is raised where there is no file, or no folder in which it could be."""
+
+PASSING = {*shim.NO_SPACE, EAGAIN, EMFILE, ENFILE, ENOMEM}
+"""Errors at a start that come from what is scarce now and may not be later."""
 
 _OUTCOMES = ("code", "signal", "error")
 """What a result says of the command: one of these."""
@@ -74,6 +79,13 @@ def read_exit(machine: Machine, folder: Path) -> Exit | None:
     except Damaged:
         good = good or promise is None
     return evolve(exit, good=good, index_size=index)
+
+
+def not_started(error: OSError, folder: Path) -> Exit:
+    """Return how a run ended for which no process was made; it can be tried again."""
+    passing = error.errno in PASSING
+    text = f"cannot start: {error.strerror}: {error.filename or folder}"
+    return Exit(error=text, unstarted=passing, passing=passing)
 
 
 def _lines(data: bytes) -> list[str]:
@@ -352,6 +364,8 @@ class ShimProtocol(_Following, ProcessProtocol):
     _closing: IDelayedCall | None = field(default=None, init=False)
     _other: "AdoptedRun | None" = field(default=None, init=False)
     """The run of a shim that was faster than ours."""
+    _again: bool = field(default=False, init=False)
+    """Whether an earlier start is in doubt: its shim may still come."""
     transport: IProcessTransport = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -467,14 +481,17 @@ class ShimProtocol(_Following, ProcessProtocol):
         if self._over:
             return
         end = reason.value
+        if isinstance(end, StatusUnknown):
+            self._again = True
+        if isinstance(end, NotStarted) and not self._again:
+            self._tell_end(not_started(end.error, self._folder))
+            return
+        if isinstance(end, NotStarted | StatusUnknown):
+            self._again_later(0)
+            return
         assert isinstance(end, ProcessDone | ProcessTerminated)
         if end.exitCode == shim.TAKEN and self._sink is not None:
-            self._watch.stop()
-            self._other = AdoptedRun(
-                self._machine, self._clock, self._folder, self._bounds, self._sink
-            )
-            if self._killed:
-                self._other.kill()
+            self._follow(self._sink)
             return
         if not self._ready:
             # Nobody will read it, and it may hold secrets.
@@ -482,6 +499,41 @@ class ShimProtocol(_Following, ProcessProtocol):
                 self._machine.remove(self._folder / "spec")
         how = _signal_name(end.signal) if end.signal else f"exit status {end.exitCode}"
         self._conclude(trouble.rpartition("\n")[2] or how)
+
+    def _follow(self, sink: Sink) -> None:
+        """Leave it to another shim, which has the lock or had it."""
+        self._watch.stop()
+        self._other = AdoptedRun(
+            self._machine, self._clock, self._folder, self._bounds, sink, self._is_new
+        )
+        if self._killed:
+            self._other.kill()
+
+    def _is_new(self) -> bool:
+        """Return whether no shim can have begun if there is no sign of one."""
+        return not self._again
+
+    def _again_later(self, seconds: float) -> None:
+        self._looking = self._clock.callLater(seconds, self._start_again)
+
+    def _start_again(self) -> None:
+        """Start a shim of which nobody knows whether it was started.
+
+        If it was, it takes the lock, or has taken it; then this one ends and says so, and
+        reads nothing of what is to be run. If any file says that one has begun, it did.
+        """
+        if self._sink is None or self._ending:
+            return
+        self._buffer = self._trouble = b""
+        self._ready, self._closing = False, None
+        try:
+            if (BEGUN | {"lock", "exit"}) & set(self._machine.names(self._folder)):
+                self._follow(self._sink)
+            else:
+                self._machine.spawn(self, self._folder)
+        except OSError as e:
+            self.cannot_read(e)
+            self._again_later(LOOK)
 
     def _conclude(self, why: str) -> None:
         if self._ending:
@@ -494,6 +546,11 @@ class ShimProtocol(_Following, ProcessProtocol):
                 return
             if exit is not None:
                 self.conclude(exit, numbers=True)
+                return
+            # Before it is called ended: the shim of an earlier start may still come.
+            taken = self._again and not self._machine.claim(self._folder / "lock")
+            if taken and self._sink is not None:
+                self._follow(self._sink)
                 return
         except OSError as e:
             self.cannot_read(e)

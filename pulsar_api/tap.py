@@ -51,6 +51,7 @@ from pulsar_api.auth.sessions import Sessions
 from pulsar_api.changes import Changes
 from pulsar_api.command import Commands, Names
 from pulsar_api.errors import Busy, CannotListen, SettingsError, StoreUnavailable
+from pulsar_api.launch import Launcher
 from pulsar_api.lines import LineIndexes
 from pulsar_api.listings import Listings
 from pulsar_api.machine import LocalMachine
@@ -374,6 +375,7 @@ class Daemon(MultiService):
         self._listings: Listings | None = None
         self._lookout: process.Lookout | None = None
         self._reaper: LoopingCall | None = None
+        self._launcher: Launcher | None = None
         self._memory = Memory(reactor)
 
     def startService(self) -> None:
@@ -425,8 +427,10 @@ class Daemon(MultiService):
         self._reaper = LoopingCall(_reap, processes.Reaper(own_children))
         self._reaper.clock = self._reactor
         self._reaper.start(REAP)
-        launcher = process.compiled(state)
-        machine = LocalMachine(self._reactor, launcher, own_children)
+        programs = process.compiled(state)
+        self._launcher = Launcher(self._reactor, programs.launcher, state)
+        self._launcher.start()
+        machine = LocalMachine(self._reactor, programs.shim, own_children, self._launcher)
         machine.sync(state)
         listings = self._listings = self._make_listings(state / LISTINGS, machine)
         await listings.start()
@@ -521,7 +525,7 @@ class Daemon(MultiService):
         if self.tasks is not None:
             await self.tasks.stop(self._settings.drain_timeout)
             self.tasks.release()
-        for service in (self._listings, self._lookout):
+        for service in (self._listings, self._lookout, self._launcher):
             if service is not None:
                 service.stop()
         if self._reaper is not None and self._reaper.running:

@@ -547,7 +547,7 @@ async def test_a_compiled_shim_is_a_copy_of_our_own(
     source = tmp_path / "shim.py"
     shutil.copyfile(shim.__file__, source)
     monkeypatch.setattr(shim, "__file__", str(source))
-    runner.launcher = process.compiled(tmp_path)
+    runner.launcher = process.compiled(tmp_path).shim
     source.unlink()
     assert (await runner.start("true").story.end()).code == 0
 
@@ -555,7 +555,7 @@ async def test_a_compiled_shim_is_a_copy_of_our_own(
 def test_without_room_for_a_copy_the_shim_of_the_package_is_used(tmp_path: Path) -> None:
     """A daemon has to start also when the disk is full."""
     (tmp_path / "file").touch()
-    assert process.compiled(tmp_path / "file") == USUAL
+    assert process.compiled(tmp_path / "file").shim == USUAL
 
 
 async def test_a_shim_that_cannot_be_started_is_an_error(runner: Runner) -> None:
