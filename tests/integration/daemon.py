@@ -203,6 +203,22 @@ class Daemon:
         """Return where the bytes of a task are."""
         return self.state / "tasks" / str(number) / "output"
 
+    def launcher(self) -> int:
+        """Return the process number of the launcher, as soon as there is one."""
+
+        def found() -> int:
+            path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+            for child in path.read_text().split():
+                with suppress(FileNotFoundError, ProcessLookupError):
+                    line = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+                    if line[3:4] == [bytes(self.state / "launcher.pyc")] and (
+                        not line[4].strip(b" ") and not line[5]
+                    ):
+                        return int(child)
+            return 0
+
+        return wait_for(found, "a launcher")
+
     def memory(self) -> int:
         """Return the resident memory of the daemon in bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()

@@ -337,8 +337,9 @@ def test_no_more_processes(start: Start, tmp_path: Path) -> None:
     assert found is not None
 
     def allow(processes: str) -> None:
-        pid = f"--pid={daemon.process.pid}"
-        subprocess.run([*user, "prlimit", pid, f"--nproc={processes}:"], check=True)
+        for process in (daemon.process.pid, daemon.launcher()):
+            pid = f"--pid={process}"
+            subprocess.run([*user, "prlimit", pid, f"--nproc={processes}:"], check=True)
 
     allow("0")
     waits = daemon.sh("true")

@@ -320,11 +320,18 @@ def test_nothing_of_a_task_is_left_in_the_process_table(mortal: Victims) -> None
             victim.ready()
             victim.kill()
         victim.daemon.ended(victim.number)
-    children = Path(f"/proc/{mortal.daemon.process.pid}/task").glob("*/children")
+    launcher = mortal.daemon.launcher()
+
+    def children(pid: int) -> list[int]:
+        paths = list(Path(f"/proc/{pid}/task").glob("*/children"))
+        assert paths
+        return [int(child) for path in paths for child in path.read_text().split()]
+
     wait_for(
-        lambda: all(path.read_text() == "" for path in children),
-        "the daemon to have no child",
+        lambda: children(mortal.daemon.process.pid) == [launcher],
+        "the daemon to have no child but the launcher",
     )
+    wait_for(lambda: children(launcher) == [], "the launcher to have no child")
 
 
 # -- a shim that is killed, or stopped

@@ -1,0 +1,126 @@
+"""A real daemon whose launcher is killed and stopped: tasks end truthfully, started once."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from pulsar_api.proc import Entry
+from tests.integration.conftest import Start
+from tests.integration.daemon import SHELL, Daemon, shim_of, wait_for
+
+NOTE = 'echo "$PULSAR_VAR_name" >> "$PULSAR_VAR_file"'
+
+
+@pytest.fixture
+def daemon(start: Start) -> Daemon:
+    """Return a daemon with a launcher that works."""
+    daemon = start("--command", SHELL, "--kill-grace=1", "--max-running=40")
+    forks(daemon)
+    return daemon
+
+
+def forks(daemon: Daemon) -> None:
+    """Wait until shims are forked by the launcher."""
+
+    def forked() -> bool:
+        number = daemon.sh("sleep 60", env=f"try{time.monotonic_ns()}")
+        shim = wait_for(lambda: running_shim(daemon, number), "a shim")
+        assert daemon.get(f"/task/{number}/kill").status == 200
+        daemon.ended(number)
+        return shim.parent == daemon.launcher()
+
+    wait_for(forked, "a launcher that works")
+
+
+def running_shim(daemon: Daemon, number: int) -> Entry | None:
+    """Return the shim of a task whose command runs."""
+    if daemon.task(number)["status"] != "running" or daemon.task(number)["pid"] is None:
+        return None
+    return Entry.of(shim_of(daemon.state / "tasks" / str(number)))
+
+
+def descriptors(daemon: Daemon) -> int:
+    """Return how many descriptors the daemon has open, but for connections."""
+    count = 0
+    for path in Path(f"/proc/{daemon.process.pid}/fd").iterdir():
+        try:
+            count += not os.readlink(path).startswith("socket")
+        except FileNotFoundError:
+            pass
+    return count
+
+
+def test_a_launcher_that_is_killed_again_and_again_loses_no_task(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    """While tasks run and while they start; each is started once, and ends as it does."""
+    chance = random.Random(7)
+    file, go = tmp_path / "starts", tmp_path / "go"
+    before = descriptors(daemon)
+    numbers = {}
+    for turn in range(12):
+        for n in range(5):
+            name, code = f"{turn}.{n}", (turn * 5 + n) % 100
+            wait = f"while ! [ -e {go} ]; do sleep 0.02; done; " if n == 0 else ""
+            run = f"{NOTE}; {wait}echo {name}; exit {code}"
+            numbers[daemon.sh(run, env=name, name=name, file=str(file))] = name, code
+        time.sleep(chance.uniform(0, 0.05))
+        os.kill(daemon.launcher(), signal.SIGKILL)
+    go.touch()
+    for number, (name, code) in numbers.items():
+        task = daemon.ended(number)
+        assert (task["exitCode"], task["reason"], task["signal"]) == (code, None, None)
+        assert daemon.output_file(number).read_text() == f"{name}\n"
+    assert sorted(file.read_text().split()) == sorted(name for name, _ in numbers.values())
+    wait_for(lambda: descriptors(daemon) <= before + 1, "the end of all pipes")
+    assert "Traceback" not in daemon.log.read_text()
+
+
+def test_what_ran_below_a_dead_launcher_is_the_daemons(daemon: Daemon) -> None:
+    """It gets the shims as its children: it kills them, and hears of their death at once."""
+    numbers = [daemon.sh("echo $$; sleep 60", env=f"env{n}") for n in range(3)]
+    shims = [wait_for(lambda n=n: running_shim(daemon, n), "a shim") for n in numbers]
+    os.kill(daemon.launcher(), signal.SIGKILL)
+    forks(daemon)
+    for shim in shims:
+        entry = Entry.of(shim.pid)
+        assert entry is not None
+        assert (entry.key, entry.parent) == (shim.key, daemon.process.pid)
+    # An orphan of one is none of the others.
+    os.kill(shims[0].pid, signal.SIGKILL)
+    assert daemon.ended(numbers[0])["status"] == "lost"
+    assert daemon.get(f"/task/{numbers[1]}/kill").status == 200
+    assert daemon.ended(numbers[1])["status"] == "killed"
+    assert daemon.task(numbers[2])["status"] == "running"
+    wait_for(lambda: Entry.of(shims[1].pid) is None, "no zombie")
+
+
+def test_a_launcher_that_is_stopped_holds_a_start_up_for_seconds(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    """Then it is killed, and the task starts without it, once."""
+    file = tmp_path / "starts"
+    os.kill(daemon.launcher(), signal.SIGSTOP)
+    begin = time.monotonic()
+    ended = daemon.ended(daemon.sh(f"{NOTE}; exit 3", name="one", file=str(file)))
+    assert time.monotonic() < begin + 20
+    assert (ended["exitCode"], file.read_text()) == (3, "one\n")
+    assert "does not answer" in daemon.log.read_text()
+    forks(daemon)
+
+
+def test_the_launcher_ends_with_the_daemon(daemon: Daemon) -> None:
+    """However that ends, and the tasks go on."""
+    number = daemon.sh("sleep 0.5; exit 3")
+    wait_for(lambda: running_shim(daemon, number), "a shim")
+    for end in (daemon.kill, daemon.process.terminate):
+        launcher = daemon.launcher()
+        end()
+        daemon.process.wait()
+        wait_for(lambda pid=launcher: Entry.of(pid) is None, "the end of the launcher")
+        daemon.start()
+    assert daemon.ended(number)["exitCode"] == 3

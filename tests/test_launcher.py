@@ -1,0 +1,559 @@
+"""Shims that the launcher forks, and what happens to them if it fails."""
+
+import errno
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import define, field
+from twisted.internet import reactor
+from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
+from twisted.internet.interfaces import IProcessTransport
+from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.task import deferLater
+from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
+from twisted.python.failure import Failure
+from zope.interface import implementer
+from zope.interface.verify import verifyObject
+
+from pulsar_api import launch, proc
+from pulsar_api.launch import Launcher, StatusUnknown
+from pulsar_api.machine import LocalMachine
+from pulsar_api.ports import Bounds
+from pulsar_api.proc import Entry, Table
+from pulsar_api.process import Programs, ShimExecutor
+from pulsar_api.task import Cause, Command
+from tests.integration.daemon import wait_for
+from tests.test_process import MEASURED, Runner, Started, until
+
+ROOT = Path(__file__).parents[1]
+
+
+def changed(*lines: str) -> Sequence[str]:
+    """Return how a launcher is started in which lines of Python have changed something."""
+    code = [
+        "import os, posix, signal, sys, time",
+        f"sys.path.insert(0, {str(ROOT)!r})",
+        "from pulsar_api import launcher, shim",
+        "die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
+        *lines,
+        "os._exit(launcher.main())",
+    ]
+    return (sys.executable, "-I", "-S", "-c", "\n".join(code))
+
+
+@define
+class Residents(Runner):
+    """Runs commands below shims that a launcher forks, unless a test says otherwise."""
+
+    resident: Launcher | None = None
+
+    @property
+    def executor(self) -> ShimExecutor:
+        """The executor under test."""
+        machine = LocalMachine(reactor, self.launcher, None, self.resident)
+        return ShimExecutor(machine, reactor, self.tasks, str, self.umask, self.files)
+
+    @property
+    def pid(self) -> int:
+        """The process number of the launcher that works."""
+        assert self.resident is not None
+        assert self.resident._launch is not None
+        transport: Any = self.resident._launch.transport
+        number: int = transport.pid
+        return number
+
+    async def begin(self, command: Sequence[str] = Programs().launcher) -> None:
+        """Start a launcher and wait until it is ready."""
+        self.resident = Launcher(reactor, command, self.tasks.parent)
+        self.resident.start()
+        await self.works()
+
+    async def works(self) -> None:
+        """Wait until there is one that is ready."""
+        assert self.resident is not None
+        await until(lambda: self.resident and self.resident._works, "a launcher")
+
+    def prepare(self, number: int, *arguments: str) -> Path:
+        """Make the folder of a task that something else starts, and return it."""
+        folder = self.tasks / str(number)
+        folder.mkdir()
+        self.executor._write_spec(folder, Command(arguments, self.environment), Bounds(1))
+        return folder
+
+    def starts(self) -> list[str]:
+        """Return the shims of the commands that were started."""
+        path = self.tasks.parent / "starts"
+        return path.read_text().split() if path.exists() else []
+
+    def count(self, then: str = "", number: int = 1) -> Started:
+        """Start a line of shell that first notes that it was started."""
+        note = f"echo $PPID >> {self.tasks.parent}/starts"
+        return self.start("/bin/sh", "-c", f"{note}; {then}", number=number)
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Iterator[Residents]:
+    """Return a runner; what its commands leave ends with the test."""
+    runner = Residents(tmp_path / "tasks")
+    runner.tasks.mkdir()
+    yield runner
+    for run in runner.runs:
+        run.detach()
+    if runner.resident is not None:
+        runner.resident.stop()
+    for entry in Table().entries.values():
+        if str(tmp_path).encode() in b"\0".join(proc.arguments(entry)):
+            with suppress(ProcessLookupError):
+                os.kill(entry.pid, signal.SIGKILL)
+    wait_for(runner.kill_left, "the end of all that this test started")
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """Return what is logged, as it is shown."""
+    texts: list[str] = []
+
+    @implementer(ILogObserver)
+    def observe(event: LogEvent) -> None:
+        with suppress(KeyError):
+            texts.append(event["log_format"].format(**event))
+
+    globalLogPublisher.addObserver(observe)
+    yield texts
+    globalLogPublisher.removeObserver(observe)
+
+
+def descriptors() -> dict[str, str]:
+    """Return the open descriptors of this process."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            found[name] = os.readlink(f"/proc/self/fd/{name}")
+    return found
+
+
+@define(eq=False)
+class Heard(ProcessProtocol):
+    """Remembers what a transport tells."""
+
+    events: list[str] = field(factory=list)
+    text: dict[int, bytes] = field(factory=lambda: {1: b"", 2: b""})
+    reason: Any = None
+    transport: Any = None
+
+    def connectionMade(self) -> None:
+        self.events.append("made")
+        self.transport.closeStdin()
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:
+        self.text[childFD] += data
+
+    def childConnectionLost(self, childFD: int) -> None:
+        if childFD:
+            self.events.append(f"lost {childFD}")
+
+    def processExited(self, reason: Failure) -> None:
+        self.events.append("exited")
+
+    def processEnded(self, reason: Failure) -> None:
+        self.events.append("ended")
+        self.reason = reason.value
+
+    async def end(self) -> Any:
+        """Wait for the end and return the reason."""
+        await until(lambda: self.reason, "the end of a process")
+        return self.reason
+
+
+# -- a shim as any other
+
+
+async def test_a_task_below_a_forked_shim_ends_as_it_does(runner: Residents) -> None:
+    """Its shim is a child of the launcher; output, records and code are as ever."""
+    await runner.begin()
+    started = runner.count("echo one; echo two >&2; exit 3")
+    exit = await started.story.end()
+    assert (exit.code, exit.error, exit.lost) == (3, None, False)
+    assert started.output == b"one\ntwo\n"
+    assert len(started.story.pids) == 1
+    await deferLater(reactor, 0.05)
+    assert started.story.exits == [exit]
+
+
+LOOK = r"""
+cd /proc/$PPID
+grep -E '^(Uid|Gid|Groups|Sig(Blk|Ign|Cgt)|Cap|NoNew|Seccomp|Umask|Threads)' status
+cat limits environ
+cut -d' ' -f5,6,7,8 stat | sed s/$PPID/SHIM/g
+for fd in fd/*; do readlink $fd; done |
+    sed 's/:.*//; s/lock.*/lock/; s:/dev/null:pipe:' | sort
+readlink cwd exe root
+"""
+"""What one can see of a shim; its descriptor 0 is a pipe or ``/dev/null``."""
+
+
+async def test_a_forked_shim_is_like_one_of_its_own_interpreter(runner: Residents) -> None:
+    """The same signals, limits, rights, session and descriptors."""
+    await runner.begin()
+    forked = runner.start("/bin/sh", "-c", LOOK, number=1)
+    await forked.story.end()
+    assert runner.resident is not None
+    runner.resident.stop()
+    executed = runner.start("/bin/sh", "-c", LOOK, number=2)
+    await executed.story.end()
+    assert forked.output == executed.output.replace(b"tasks/2", b"tasks/1")
+    assert b"SigIgn" in forked.output
+    assert b"socket" not in forked.output
+
+
+async def test_the_process_table_shows_whose_shim_it_is(runner: Residents) -> None:
+    """So no process of a dead launcher is taken for what a task has left."""
+    await runner.begin()
+    started = runner.count("sleep 60")
+    await until(runner.starts, "the start")
+    entry = Entry.of(int(runner.starts()[0]))
+    assert entry is not None
+    assert entry.parent == runner.pid
+    assert entry.session == entry.pid
+    assert proc.arguments(entry)[-1] == os.fsencode(started.folder)
+    started.run.kill()
+    await started.story.end()
+
+
+async def test_the_launcher_is_in_the_session_and_group_of_the_daemon(
+    runner: Residents,
+) -> None:
+    """As a shim is that has just been started; and no signal but KILL ends it."""
+    await runner.begin()
+    assert os.getsid(runner.pid) == os.getsid(0)
+    assert os.getpgid(runner.pid) == os.getpgrp()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        os.kill(runner.pid, number)
+    assert (await runner.count("exit 4").story.end()).code == 4
+
+
+async def test_a_shim_does_not_notice_the_end_of_the_launcher(runner: Residents) -> None:
+    """The launcher ends with the daemon's socket; its shims go on to their results."""
+    await runner.begin()
+    go = runner.tasks.parent / "go"
+    started = runner.count(f"while ! [ -e {go} ]; do sleep 0.01; done; exit 5")
+    await until(runner.starts, "the start")
+    started.run.detach()
+    pid = runner.pid
+    assert runner.resident is not None
+    runner.resident.stop()
+    await until(lambda: not Path(f"/proc/{pid}").exists(), "the end of the launcher")
+    go.touch()
+    adopted = runner.adopt()
+    assert (await adopted.story.end()).code == 5
+
+
+# -- the transport
+
+
+async def both(runner: Residents, folder: Path) -> list[Heard]:
+    """Start a shim by the launcher and by `spawnProcess`, and return what they told."""
+    heard = [Heard(), Heard()]
+    assert runner.resident is not None
+    assert runner.resident.spawn(heard[0], folder)
+    LocalMachine(reactor, MEASURED).spawn(heard[1], folder)
+    for one in heard:
+        await one.end()
+    return heard
+
+
+async def test_a_transport_tells_what_that_of_spawn_process_tells(
+    runner: Residents,
+) -> None:
+    """A shim that fails shows why; its end comes last, with the true status."""
+    await runner.begin()
+    for one in await both(runner, runner.tasks / "none"):
+        assert isinstance(one.reason, ProcessTerminated)
+        assert (one.reason.exitCode, one.reason.signal) == (1, None)
+        assert one.text[2].startswith(b"Traceback")
+        assert one.text[2].rstrip().endswith(b"'%b'" % os.fsencode(runner.tasks / "none"))
+        assert one.events[0] == "made"
+        assert one.events[-1] == "ended"
+        assert sorted(one.events[1:-1]) == ["exited", "lost 1", "lost 2"]
+        assert one.transport.pid is None
+        with pytest.raises(ProcessExitedAlready):
+            one.transport.signalProcess("TERM")
+    verifyObject(IProcessTransport, (await both(runner, runner.tasks))[0].transport)
+
+
+async def test_a_transport_knows_code_0_and_death_by_a_signal(runner: Residents) -> None:
+    """`ProcessDone` is for code 0 only; KILL is the one signal that ends a shim."""
+    await runner.begin()
+    assert runner.resident is not None
+    done, killed = Heard(), Heard()
+    assert runner.resident.spawn(done, runner.prepare(1, "/bin/true"))
+    assert isinstance(await done.end(), ProcessDone)
+    assert runner.resident.spawn(killed, runner.prepare(2, "/bin/sleep", "60"))
+    await until(lambda: killed.text[1], "the start")
+    killed.transport.signalProcess("KILL")
+    assert isinstance(await killed.end(), ProcessTerminated)
+    assert (killed.reason.exitCode, killed.reason.signal) == (None, signal.SIGKILL)
+
+
+async def test_a_kill_goes_by_the_launcher(runner: Residents) -> None:
+    """And ends the tree, as ever."""
+    await runner.begin()
+    started = runner.count("sleep 60 & sleep 60")
+    await until(lambda: started.story.pids, "the start")
+    started.run.kill()
+    exit = await started.story.end()
+    assert exit.signal == "SIGTERM"
+    assert runner.left() == []
+
+
+# -- what is scarce
+
+
+async def test_without_descriptors_a_start_fails_at_once_and_leaks_nothing(
+    runner: Residents,
+) -> None:
+    """As with `spawnProcess`: an `OSError` before anything was started."""
+    await runner.begin()
+    assert runner.resident is not None
+    before = descriptors()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = next(n for n in range(1000) if str(n) not in before)
+    for free in range(4):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + free, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                runner.resident.spawn(Heard(), runner.tasks / "1")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert descriptors() == before
+    assert (await runner.count("exit 6").story.end()).code == 6
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+async def test_a_fork_that_fails_can_be_tried_again(runner: Residents, number: int) -> None:
+    """No process was made, and the task waits for room, as without a launcher."""
+    fail = f"def fork(): raise OSError({number}, 'no')"
+    await runner.begin(changed(fail, "posix.fork = fork"))
+    before = descriptors()
+    exit = await runner.count().story.end()
+    assert (exit.unstarted, exit.passing) == (True, True)
+    assert os.strerror(number) in str(exit.error)
+    assert runner.starts() == []
+    await until(lambda: descriptors() == before, "the end of the pipes")
+
+
+async def test_a_full_socket_holds_up_nobody(runner: Residents) -> None:
+    """What cannot be sent waits in its turn, with its pipes; nothing is lost or left."""
+    await runner.begin()
+    assert runner.resident is not None
+    before = descriptors()
+    os.kill(runner.pid, signal.SIGSTOP)
+    crowd = [Heard() for _ in range(400)]
+    begin = time.monotonic()
+    for one in crowd:
+        assert runner.resident.spawn(one, runner.tasks / "none")
+    assert time.monotonic() < begin + 3
+    assert runner.resident._launch is not None
+    assert runner.resident._launch._unsent
+    os.kill(runner.pid, signal.SIGCONT)
+    for one in crowd:
+        assert (await one.end()).exitCode == 1
+    assert descriptors() == before
+
+
+async def test_a_folder_with_too_long_a_name_is_left_to_an_interpreter(
+    runner: Residents,
+) -> None:
+    """There is no room for it in the process table."""
+    await runner.begin()
+    assert runner.resident is not None
+    assert not runner.resident.spawn(Heard(), runner.tasks / ("n" * 200))
+
+
+# -- a launcher that dies
+
+
+async def test_a_launcher_that_dies_before_a_fork_starts_nothing(
+    runner: Residents, log: list[str]
+) -> None:
+    """The start is made again by somebody else, and by nobody else."""
+    await runner.begin(changed("posix.fork = die"))
+    exit = await runner.count("exit 7").story.end()
+    assert exit.code == 7
+    assert len(runner.starts()) == 1
+    assert any("another one is started" in text for text in log)
+
+
+async def test_a_launcher_that_dies_after_a_fork_starts_nothing_twice(
+    runner: Residents,
+) -> None:
+    """The shim that it has forked has the lock; the second finds that, or the files."""
+    tell = "tell = launcher.Launcher.tell"
+    dies = "launcher.Launcher.tell = lambda s, n, w, v: die() if n else tell(s, n, w, v)"
+    await runner.begin(changed(tell, dies))
+    started = runner.count("sleep 0.3; echo done; exit 8")
+    exit = await started.story.end()
+    assert exit.code == 8
+    assert started.output == b"done\n"
+    assert len(runner.starts()) == 1
+    assert len(started.story.pids) == 1
+
+
+@pytest.mark.parametrize("first", ["forked", "again"])
+async def test_of_two_shims_only_one_begins(runner: Residents, first: str) -> None:
+    """The launcher dies between the fork and the lock; either shim may be the faster."""
+    go, gone = runner.tasks.parent / "go", runner.tasks.parent / "gone"
+    wait = f"""
+def main(folder, main=shim.main):
+    while not os.path.exists({str(go)!r}): time.sleep(0.01)
+    done = main(folder)
+    open({str(gone)!r}, "w").write(str(done))
+    return done
+shim.main = main
+"""
+    tell = "tell = launcher.Launcher.tell"
+    dies = "launcher.Launcher.tell = lambda s, n, w, v: die() if n else tell(s, n, w, v)"
+    await runner.begin(changed(tell, dies, wait))
+    if first == "forked":
+        late = f"while ! [ -e {runner.tasks}/1/lock ]; do sleep 0.01; done"
+        runner.launcher = ("/bin/sh", "-c", f'{late}; exec "$@"', "sh", *MEASURED)
+        go.touch()
+    started = runner.count("sleep 0.2; exit 9")
+    if first == "again":
+        await until(runner.starts, "the start")
+        go.touch()
+        await until(lambda: gone.exists() and gone.read_text(), "the end of the other")
+        assert gone.read_text() == "75"
+    exit = await started.story.end()
+    assert exit.code == 9
+    assert len(runner.starts()) == 1
+    assert len(started.story.exits) == 1
+
+
+async def test_a_running_task_outlives_its_launcher(runner: Residents) -> None:
+    """It is followed by its lock where its status belongs to somebody else."""
+    await runner.begin()
+    go = runner.tasks.parent / "go"
+    started = runner.count(f"while ! [ -e {go} ]; do sleep 0.01; done; exit 10")
+    await until(lambda: started.story.pids, "the start")
+    os.kill(runner.pid, signal.SIGKILL)
+    await runner.works()
+    go.touch()
+    exit = await started.story.end()
+    assert (exit.code, len(runner.starts())) == (10, 1)
+
+
+async def test_a_task_whose_launcher_is_dead_can_be_killed(runner: Residents) -> None:
+    """Asked for before or after the death, it is done."""
+    await runner.begin()
+    started = runner.count("sleep 60")
+    await until(lambda: started.story.pids, "the start")
+    os.kill(runner.pid, signal.SIGSTOP)
+    started.run.kill()
+    os.kill(runner.pid, signal.SIGKILL)
+    exit = await started.story.end()
+    assert exit.cause is Cause.KILL
+    assert runner.left() == []
+
+
+async def test_without_a_launcher_a_status_is_unknown(runner: Residents) -> None:
+    """That is said as any other end, when the pipes are closed."""
+    await runner.begin()
+    assert runner.resident is not None
+    heard = Heard()
+    assert runner.resident.spawn(heard, runner.prepare(1, "/bin/sleep", "60"))
+    await until(lambda: heard.text[1], "the start")
+    os.kill(runner.pid, signal.SIGKILL)
+    assert isinstance(await heard.end(), StatusUnknown)
+    assert heard.events == ["made", "lost 1", "lost 2", "ended"]
+    with pytest.raises(ProcessExitedAlready):
+        heard.transport.signalProcess("TERM")
+
+
+async def test_a_stopped_launcher_is_killed_and_holds_up_no_start_for_long(
+    runner: Residents, monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    """The start that it owes is made by somebody else."""
+    monkeypatch.setattr(launch, "TICK", 0.05)
+    await runner.begin()
+    os.kill(runner.pid, signal.SIGSTOP)
+    exit = await runner.count("exit 11").story.end()
+    assert (exit.code, len(runner.starts())) == (11, 1)
+    assert any("does not answer" in text for text in log)
+
+
+async def test_a_stopped_launcher_hides_no_death_of_a_shim(
+    runner: Residents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipes are closed and no status comes: it is asked, and found out."""
+    monkeypatch.setattr(launch, "TICK", 0.05)
+    await runner.begin()
+    started = runner.count("sleep 60")
+    await until(lambda: started.story.pids, "the start")
+    os.kill(runner.pid, signal.SIGSTOP)
+    os.kill(int(runner.starts()[0]), signal.SIGKILL)
+    exit = await started.story.end()
+    assert exit.lost
+    assert runner.left() == []
+
+
+async def test_a_launcher_that_owes_nothing_is_left_alone(
+    runner: Residents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while a shim stays with what its task has left, without its pipes."""
+    monkeypatch.setattr(launch, "TICK", 0.02)
+    await runner.begin()
+    pid = runner.pid
+    started = runner.count("(exec >/dev/null 2>&1; sleep 60) & exit 0")
+    assert (await started.story.end()).code == 0
+    await deferLater(reactor, 0.5)  # twenty-five ticks
+    assert runner.pid == pid
+    assert runner.resident is not None
+    assert runner.resident._launch is not None
+    assert runner.resident._launch._next is None  # nobody looks any more
+
+
+async def test_a_launcher_that_never_starts_is_not_missed(
+    runner: Residents, monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    """Tasks start interpreters; that is said once; it is tried again, and works then."""
+    monkeypatch.setattr(launch, "PAUSE", 0.3)
+    program = runner.tasks.parent / "python"
+    command = (str(program), *Programs().launcher[1:])
+    runner.resident = Launcher(reactor, command, runner.tasks.parent)
+    runner.resident.start()
+    await until(lambda: any("each task" in text for text in log), "the third failure")
+    assert (await runner.count("exit 12").story.end()).code == 12
+    await deferLater(reactor, 0.7)
+    assert sum("each task starts an interpreter" in text for text in log) == 1
+    program.symlink_to(sys.executable)
+    await runner.works()
+    assert any("works again" in text for text in log)
+    exit = await runner.count("exit 13", number=2).story.end()
+    entry = runner.starts()
+    assert (exit.code, len(entry)) == (13, 2)
+
+
+async def test_a_launcher_that_dies_again_and_again_is_given_up_for_a_while(
+    runner: Residents, log: list[str]
+) -> None:
+    """Each start goes on, once."""
+    await runner.begin()
+    resident = runner.resident
+    assert resident is not None
+    for number in range(1, launch.DEATHS + 1):
+        await runner.works()
+        os.kill(runner.pid, signal.SIGKILL)
+        deaths = range(number, number + 1)
+        await until(lambda d=deaths: len(resident._deaths) in d, "a death")  # type: ignore[misc]
+    assert not resident._works
+    assert sum("each task starts an interpreter" in text for text in log) == 1
+    assert (await runner.count("exit 14").story.end()).code == 14
