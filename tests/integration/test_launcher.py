@@ -1,9 +1,12 @@
-"""A real daemon whose launcher is killed and stopped: tasks end truthfully, started once."""
+"""A real daemon whose launcher is killed and stopped."""
 
 import os
 import random
 import signal
+import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,10 +18,19 @@ from tests.integration.daemon import SHELL, Daemon, shim_of, wait_for
 NOTE = 'echo "$PULSAR_VAR_name" >> "$PULSAR_VAR_file"'
 
 
+PATIENT = (
+    *("import runpy, sys", "from pulsar_api import launch", "launch.DEATHS = 1000"),
+    *("sys.argv[0] = 'pulsar_api'", "runpy.run_module('pulsar_api', run_name='__main__')"),
+)
+"""A daemon that never gives the launcher up, however often it dies."""
+
+
 @pytest.fixture
 def daemon(start: Start) -> Daemon:
     """Return a daemon with a launcher that works."""
-    daemon = start("--command", SHELL, "--kill-grace=1", "--max-running=40")
+    program = (sys.executable, "-c", "; ".join(PATIENT))
+    options = ("--command", SHELL, "--kill-grace=1", "--max-running=40")
+    daemon = start(*options, program=program)
     forks(daemon)
     return daemon
 
@@ -28,29 +40,36 @@ def forks(daemon: Daemon) -> None:
 
     def forked() -> bool:
         number = daemon.sh("sleep 60", env=f"try{time.monotonic_ns()}")
-        shim = wait_for(lambda: running_shim(daemon, number), "a shim")
+        parent = shim_that_runs(daemon, number).parent
         assert daemon.get(f"/task/{number}/kill").status == 200
         daemon.ended(number)
-        return shim.parent == daemon.launcher()
+        return parent == daemon.launcher()
 
-    wait_for(forked, "a launcher that works")
+    wait_for(forked, "a launcher that works", 20)
 
 
-def running_shim(daemon: Daemon, number: int) -> Entry | None:
-    """Return the shim of a task whose command runs."""
-    if daemon.task(number)["status"] != "running" or daemon.task(number)["pid"] is None:
-        return None
-    return Entry.of(shim_of(daemon.state / "tasks" / str(number)))
+def shim_that_runs(daemon: Daemon, number: int) -> Entry:
+    """Wait until the command of a task runs, and return its shim."""
+    wait_for(lambda: daemon.task(number)["pid"], "a command", 20)
+    found = Entry.of(shim_of(daemon.state / "tasks" / str(number)))
+    assert found is not None
+    return found
+
+
+def gone(process: Path) -> bool:
+    """Return whether a process has ended, reaped or not."""
+    try:
+        return ") Z " in (process / "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def descriptors(daemon: Daemon) -> int:
     """Return how many descriptors the daemon has open, but for connections."""
     count = 0
     for path in Path(f"/proc/{daemon.process.pid}/fd").iterdir():
-        try:
+        with suppress(FileNotFoundError):
             count += not os.readlink(path).startswith("socket")
-        except FileNotFoundError:
-            pass
     return count
 
 
@@ -76,14 +95,14 @@ def test_a_launcher_that_is_killed_again_and_again_loses_no_task(
         assert (task["exitCode"], task["reason"], task["signal"]) == (code, None, None)
         assert daemon.output_file(number).read_text() == f"{name}\n"
     assert sorted(file.read_text().split()) == sorted(name for name, _ in numbers.values())
-    wait_for(lambda: descriptors(daemon) <= before + 1, "the end of all pipes")
+    wait_for(lambda: descriptors(daemon) <= before + 1, "the end of all pipes", 20)
     assert "Traceback" not in daemon.log.read_text()
 
 
 def test_what_ran_below_a_dead_launcher_is_the_daemons(daemon: Daemon) -> None:
-    """It gets the shims as its children: it kills them, and hears of their death at once."""
+    """It gets the shims as its children: it kills them, and hears of their end."""
     numbers = [daemon.sh("echo $$; sleep 60", env=f"env{n}") for n in range(3)]
-    shims = [wait_for(lambda n=n: running_shim(daemon, n), "a shim") for n in numbers]
+    shims = [shim_that_runs(daemon, number) for number in numbers]
     os.kill(daemon.launcher(), signal.SIGKILL)
     forks(daemon)
     for shim in shims:
@@ -96,7 +115,7 @@ def test_what_ran_below_a_dead_launcher_is_the_daemons(daemon: Daemon) -> None:
     assert daemon.get(f"/task/{numbers[1]}/kill").status == 200
     assert daemon.ended(numbers[1])["status"] == "killed"
     assert daemon.task(numbers[2])["status"] == "running"
-    wait_for(lambda: Entry.of(shims[1].pid) is None, "no zombie")
+    wait_for(lambda: Entry.of(shims[1].pid) is None, "no zombie", 20)
 
 
 def test_a_launcher_that_is_stopped_holds_a_start_up_for_seconds(
@@ -116,11 +135,12 @@ def test_a_launcher_that_is_stopped_holds_a_start_up_for_seconds(
 def test_the_launcher_ends_with_the_daemon(daemon: Daemon) -> None:
     """However that ends, and the tasks go on."""
     number = daemon.sh("sleep 0.5; exit 3")
-    wait_for(lambda: running_shim(daemon, number), "a shim")
+    shim_that_runs(daemon, number)
     for end in (daemon.kill, daemon.process.terminate):
         launcher = daemon.launcher()
         end()
         daemon.process.wait()
-        wait_for(lambda pid=launcher: Entry.of(pid) is None, "the end of the launcher")
+        proc = Path(f"/proc/{launcher}")
+        wait_for(partial(gone, proc), "the end of the launcher", 20)
         daemon.start()
     assert daemon.ended(number)["exitCode"] == 3
