@@ -136,10 +136,10 @@ def test_the_launcher_ends_with_the_daemon(daemon: Daemon) -> None:
     """However that ends, and the tasks go on."""
     number = daemon.sh("sleep 0.5; exit 3")
     shim_that_runs(daemon, number)
-    for end in (daemon.kill, daemon.process.terminate):
+    for end in (signal.SIGKILL, signal.SIGTERM):
         launcher = daemon.launcher()
-        end()
-        daemon.process.wait()
+        daemon.process.send_signal(end)
+        daemon.process.wait(20)
         proc = Path(f"/proc/{launcher}")
         wait_for(partial(gone, proc), "the end of the launcher", 20)
         daemon.start()
