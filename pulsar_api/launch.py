@@ -312,11 +312,13 @@ class _Launch(ProcessProtocol):
 
     def processExited(self, reason: Failure) -> None:
         """Let every shim go its own way."""
-        if self._closed:
-            return
-        self._read(None)  # what it had said before
+        if not self._closed:
+            self._read(None)  # what it had said before
+            self._leave(str(reason.value))
+
+    def _leave(self, why: str) -> None:
         self._shut()
-        self._on_death(self, str(reason.value))
+        self._on_death(self, why)
         for shim in list(self._shims.values()):
             shim.inherit()
 
@@ -461,6 +463,10 @@ class _Launch(ProcessProtocol):
         if self._silent == PATIENCE:
             _log.error("The launcher does not answer; it is killed")
             self.kill()
+        if self._silent == 2 * PATIENCE:
+            # The kernel does not let it go. Should it fork even now, the lock decides.
+            self._leave("it does not end, not even by KILL")
+            return
         if self._doubted and not self._asked and self._ready:
             self._doubted = False
             self._asked = self._post(_Message(bytes(launcher.NUMBER)))

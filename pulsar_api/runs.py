@@ -526,14 +526,24 @@ class ShimProtocol(_Following, ProcessProtocol):
             return
         self._buffer = self._trouble = b""
         self._ready, self._closing = False, None
+        names: list[str] = []
         try:
-            if (BEGUN | {"lock", "exit"}) & set(self._machine.names(self._folder)):
+            with suppress(*NOTHING):
+                names = self._machine.names(self._folder)
+            if (BEGUN | {"lock", "exit"}) & set(names):
                 self._follow(self._sink)
             else:
                 self._machine.spawn(self, self._folder)
         except OSError as e:
             self.cannot_read(e)
             self._again_later(LOOK)
+
+    def _bar(self) -> bool:
+        """Make sure that no shim begins any more; False: one has."""
+        try:
+            return self._machine.claim(self._folder / "lock")
+        except NOTHING:
+            return True  # there is no folder to begin in
 
     def _conclude(self, why: str) -> None:
         if self._ending:
@@ -548,8 +558,7 @@ class ShimProtocol(_Following, ProcessProtocol):
                 self.conclude(exit, numbers=True)
                 return
             # Before it is called ended: the shim of an earlier start may still come.
-            taken = self._again and not self._machine.claim(self._folder / "lock")
-            if taken and self._sink is not None:
+            if self._again and self._sink is not None and not self._bar():
                 self._follow(self._sink)
                 return
         except OSError as e:

@@ -490,6 +490,47 @@ async def test_a_stopped_launcher_is_killed_and_holds_up_no_start_for_long(
     assert any("does not answer" in text for text in log)
 
 
+async def test_a_launcher_that_not_even_kill_ends_is_left(
+    runner: Residents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has forked, or forks later, finds the lock taken, or takes it."""
+    monkeypatch.setattr(launch, "TICK", 0.05)
+    monkeypatch.setattr(launch._Launch, "kill", lambda _: None)
+    await runner.begin()
+    pid = runner.pid
+    os.kill(pid, signal.SIGSTOP)
+    started = runner.count("sleep 0.5; exit 15")
+    await until(runner.starts, "the start")
+    os.kill(pid, signal.SIGCONT)  # it forks what it had not read yet
+    exit = await started.story.end()
+    assert (exit.code, len(runner.starts())) == (15, 1)
+    await until(lambda: Entry.of(pid) is None, "the end of the launcher")
+
+
+async def test_a_start_in_doubt_that_fails_lets_no_other_begin(runner: Residents) -> None:
+    """Before its task is called ended, the lock is taken from whoever comes late."""
+    go, gone = runner.tasks.parent / "go", runner.tasks.parent / "gone"
+    wait = f"""
+def main(folder, main=shim.main):
+    while not os.path.exists({str(go)!r}): time.sleep(0.01)
+    done = main(folder)
+    open({str(gone)!r}, "w").write(str(done))
+    return done
+shim.main = main
+"""
+    tell = "tell = launcher.Launcher.tell"
+    dies = "launcher.Launcher.tell = lambda s, n, w, v: die() if n else tell(s, n, w, v)"
+    await runner.begin(changed(tell, dies, wait))
+    runner.launcher = ("/bin/sh", "-c", "echo no >&2; exit 3")
+    exit = await runner.count().story.end()
+    assert exit.error == "cannot start the process that watches the command: no"
+    assert not exit.unstarted
+    go.touch()
+    await until(lambda: gone.exists() and gone.read_text(), "the end of the other")
+    assert gone.read_text() == "75"
+    assert runner.starts() == []
+
+
 async def test_a_stopped_launcher_hides_no_death_of_a_shim(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
