@@ -233,11 +233,14 @@ async def test_the_launcher_is_in_the_session_and_group_of_the_daemon(
 ) -> None:
     """As a shim is that has just been started; and no signal but KILL ends it."""
     await runner.begin()
-    assert os.getsid(runner.pid) == os.getsid(0)
-    assert os.getpgid(runner.pid) == os.getpgrp()
+    pid = runner.pid
+    assert os.getsid(pid) == os.getsid(0)
+    assert os.getpgid(pid) == os.getpgrp()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        os.kill(runner.pid, number)
-    assert (await runner.count("exit 4").story.end()).code == 4
+        os.kill(pid, number)
+        started = runner.count("cut -d' ' -f4 /proc/$PPID/stat; exit 4", number=number)
+        assert (await started.story.end()).code == 4
+        assert int(started.output) == pid
 
 
 async def test_a_shim_does_not_notice_the_end_of_the_launcher(runner: Residents) -> None:
@@ -441,7 +444,8 @@ shim.main = main
 async def test_a_running_task_outlives_its_launcher(runner: Residents) -> None:
     """It is followed by its lock where its status belongs to somebody else."""
     await runner.begin()
-    go = runner.tasks.parent / "go"
+    go, again = runner.tasks.parent / "go", runner.tasks.parent / "again"
+    runner.launcher = ("/bin/sh", "-c", f'touch {again}; exec "$@"', "sh", *MEASURED)
     started = runner.count(f"while ! [ -e {go} ]; do sleep 0.01; done; exit 10")
     await until(lambda: started.story.pids, "the start")
     os.kill(runner.pid, signal.SIGKILL)
@@ -449,6 +453,7 @@ async def test_a_running_task_outlives_its_launcher(runner: Residents) -> None:
     go.touch()
     exit = await started.story.end()
     assert (exit.code, len(runner.starts())) == (10, 1)
+    assert not again.exists()
 
 
 async def test_a_task_whose_launcher_is_dead_can_be_killed(runner: Residents) -> None:
