@@ -87,7 +87,7 @@ def start(request: pytest.FixtureRequest, place: Path) -> Iterator[Start]:
 
     yield begin
     for daemon in daemons:
-        daemon.kill()
+        daemon.stop()
 
 
 def attempts(daemon: Daemon, app: str, *arguments: object) -> dict[str, str]:
