@@ -160,13 +160,13 @@ class ShimExecutor:
                 machine.make_folder(folder)
                 if (BEGUN | {"lock", "exit"}) & set(machine.names(folder)):
                     raise FolderInUse(task_id)
-                machine.write(folder / PERMIT, self._permitted(folder))
+                text = self._permitted(folder)
+                machine.write(folder / PERMIT, text)
+                # Not its folder: a permit that a power cut takes away allows nothing.
                 machine.sync(folder / PERMIT)
-                machine.sync(folder)
-                machine.sync(self._tasks)
                 # Last: whoever finds the number, but no folder, knows that it was removed.
                 machine.append(self._permits, b"\n%019d\n" % task_id)
-                return self._permit_name(folder)
+                return self._permit_name(folder, text)
             except OSError as e:
                 raise _unavailable(folder, e) from None
 
@@ -204,17 +204,19 @@ class ShimExecutor:
             lines.append(f"{name} {found.device} {found.inode}")
         return "".join(f"{line}\n" for line in lines).encode()
 
-    def _permit_name(self, folder: Path) -> str:
+    def _permit_name(self, folder: Path, text: bytes) -> str:
         # The time of its last change cannot be copied with the file: it tells a folder
         # that was restored even if it got the very inodes of the old one.
         found = self._machine.identity(folder / PERMIT)
-        return f"{self._permitted(folder).decode()}permit {found.inode} {found.changed}"
+        return f"{text.decode()}permit {found.inode} {found.changed}"
 
     def _is_valid(self, folder: Path, permit: str | None) -> bool:
         """Return whether a permit is unused, of this boot and of this very folder."""
         try:
             text = self._machine.read(folder / PERMIT)
-            return text == self._permitted(folder) and permit == self._permit_name(folder)
+            return text == self._permitted(folder) and permit == self._permit_name(
+                folder, text
+            )
         except (*NOTHING, Damaged):
             return False
 

@@ -7,7 +7,6 @@ import resource
 import selectors
 import shlex
 import socket
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from pulsar_api.web.tasks import TaskAPI
 from tests.fakes import FakeExecutor, MemoryStore, steady_clock
 from tests.integration.conftest import Start
 from tests.integration.daemon import PATIENCE, SHELL, Daemon, wait_for
+from tests.integration.latency import Latency
 
 MIB = 1 << 20
 MANY = 1000
@@ -59,25 +59,22 @@ def python(folder: Path, text: str, *arguments: str) -> str:
     return "exec " + shlex.join([sys.executable, "-I", "-S", str(path), *arguments])
 
 
-def percentile(times: list[float], percent: int) -> float:
-    """Return what so many of a hundred do not exceed."""
-    return statistics.quantiles(times, n=100)[percent - 1]
-
-
-def ask(daemon: Daemon, number: int, go_on: Callable[[], bool]) -> list[float]:
+def ask(daemon: Daemon, number: int, go_on: Callable[[], bool]) -> Latency:
     """Ask for a task on one connection, again and again; return how long each took."""
-    times = []
+    latency = Latency(daemon)
+
+    def get() -> int:
+        connection.request("GET", f"/task/{number}?output=none")
+        answer = connection.getresponse()
+        answer.read()
+        return answer.status
+
     with closing(daemon.connect()) as connection:
         while go_on():
-            begin = time.perf_counter()
-            connection.request("GET", f"/task/{number}?output=none")
-            answer = connection.getresponse()
-            answer.read()
-            times.append(time.perf_counter() - begin)
-            assert answer.status == 200
+            assert latency.of(get) == 200
             # A stream of requests, not a flood of its own.
             time.sleep(0.001)
-    return times
+    return latency
 
 
 def flood(daemon: Daemon, run: str, what: str) -> int:
@@ -92,7 +89,7 @@ def flood(daemon: Daemon, run: str, what: str) -> int:
     begin = time.monotonic()
     number = daemon.sh(run)
     result = daemon.output_file(number).with_name("exit")
-    times = ask(
+    busy = ask(
         daemon,
         other,
         lambda: not result.exists() and time.monotonic() < begin + FLOOD,
@@ -103,15 +100,14 @@ def flood(daemon: Daemon, run: str, what: str) -> int:
     assert ended["outputSize"] == daemon.output_file(number).stat().st_size
     grown = daemon.peak() - memory
     print(
-        f"{what}: {took:.1f} s, memory +{grown / MIB:.1f} MiB; meanwhile {len(times)} "
-        f"requests, median {statistics.median(times) * 1e3:.1f} ms, "
-        f"p99 {percentile(times, 99) * 1e3:.1f} ms (idle {percentile(idle, 99) * 1e3:.1f})"
+        f"{what}: {took:.1f} s, memory +{grown / MIB:.1f} MiB; meanwhile {busy} "
+        f"(idle {idle.p99 * 1e3:.1f})"
     )
     daemon.get(f"/task/{other}/kill")
     daemon.ended(other)
     assert grown < 32 * MIB
-    # Who has to wait for a processor even when nothing goes on waits here as well.
-    assert percentile(times, 99) < max(SLOWEST, 5 * percentile(idle, 99))
+    # Who has to wait even when nothing goes on waits here as well.
+    assert busy.p99 < max(SLOWEST, 5 * idle.p99)
     return number
 
 

@@ -3,7 +3,6 @@
 import os
 import re
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 from pulsar_api.listener import KEEPALIVE_IDLE
 from tests.integration.conftest import Start
 from tests.integration.daemon import SHELL, Answer, Daemon, next_answer, problem, wait_for
+from tests.integration.latency import Latency
 
 FULL = bool(os.environ.get("PULSAR_HOSTILE"))
 """Whether to attack as hard as is promised to be borne: thousands, a minute."""
@@ -65,27 +65,27 @@ class Measured:
 
     def p99(self, seconds: float, others: list[subprocess.Popen[bytes]]) -> float:
         """Ask on one connection until the time is over or the others have ended."""
-        times = []
+        latency = Latency(self.daemon)
         until = time.monotonic() + seconds
+
+        def get() -> int:
+            connection.request("GET", self.path)
+            answer = connection.getresponse()
+            answer.read()
+            return answer.status
+
         with closing(self.daemon.connect()) as connection:
             while time.monotonic() < until:
                 if others and all(other.poll() is not None for other in others):
                     break
-                begin = time.perf_counter()
-                connection.request("GET", self.path)
-                answer = connection.getresponse()
-                answer.read()
-                times.append(time.perf_counter() - begin)
-                assert answer.status == 200
+                assert latency.of(get) == 200
                 self.most_files = max(self.most_files, files(self.daemon))
                 time.sleep(0.002)  # a stream of requests, not a flood of its own
-        found = statistics.quantiles(times, n=100)[98]
         print(
-            f"{len(times)} requests, p50 {statistics.median(times) * 1e3:.2f} ms, "
-            f"p99 {found * 1e3:.2f} ms, max {max(times) * 1e3:.1f} ms; at most "
-            f"{self.most_files} files, memory {self.daemon.memory() / MIB:.0f} MiB"
+            f"{latency}; at most {self.most_files} files, "
+            f"memory {self.daemon.memory() / MIB:.0f} MiB"
         )
-        return found
+        return latency.p99
 
 
 @pytest.mark.usefixtures("descriptors")

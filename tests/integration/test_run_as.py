@@ -1,5 +1,6 @@
 """Commands under accounts of their own, and what hostile ones try. These need root."""
 
+import fcntl
 import json
 import os
 import pwd
@@ -12,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -87,7 +87,7 @@ def start(request: pytest.FixtureRequest, place: Path) -> Iterator[Start]:
 
     yield begin
     for daemon in daemons:
-        daemon.kill()
+        daemon.stop()
 
 
 def attempts(daemon: Daemon, app: str, *arguments: object) -> dict[str, str]:
@@ -247,21 +247,28 @@ def stop_before_exec(state: Path, user: str) -> int:
     return wait_for(stopped, "a process before its program")
 
 
-def test_a_command_that_is_stopped_before_it_runs_is_killed(start: Start) -> None:
+@pytest.fixture
+def slow_program(place: Path) -> Iterator[Path]:
+    """Return a program that whoever runs it has to wait for: it is leased, fcntl(2)."""
+    path = place / "program"
+    shutil.copy("/bin/true", path)
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # somebody waits
+    with path.open("rb") as file:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        yield path
+    signal.signal(signal.SIGIO, before)
+
+
+def test_a_command_that_is_stopped_before_it_runs_is_killed(
+    start: Start, slow_program: Path
+) -> None:
     """Another task of its account can do that; its shim still hears a kill."""
-    daemon = start()
-    found: list[int] = []
-    hunter = Thread(target=lambda: found.append(stop_before_exec(daemon.state, SHOP)))
-    hunter.start()
-    number = 0
-    while not found:
-        number = daemon.run("shop", f"env{number}", "run", run="exec sleep 300")
-        hunter.join(0.3)
-        if not found:
-            daemon.post(f"/task/{number}/kill")
+    daemon = start("--command", str(slow_program))
+    number = daemon.run("shop", "live", "run")
+    child = stop_before_exec(daemon.state, SHOP)
     daemon.post(f"/task/{number}/kill")
-    wait_for(lambda: daemon.task(number)["status"] == "killed", "the end", 20)
-    assert not Path(f"/proc/{found[0]}").exists()
+    assert daemon.ended(number)["status"] == "killed"
+    assert not Path(f"/proc/{child}").exists()
 
 
 def test_what_cannot_be_entered_or_run_fails_and_says_why(

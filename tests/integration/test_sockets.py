@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ import pytest
 
 from tests.integration.conftest import Start
 from tests.integration.daemon import PATIENCE, PULSAR_API, SHELL, Daemon, wait_for
+from tests.integration.latency import Latency
 from tests.integration.rude import KINDS
 from tests.integration.sockjs import ByStreaming, ByWebSocket, Transport
 
@@ -77,24 +77,21 @@ class Watch:
 
     def p99(self, seconds: float) -> float:
         """Ask on one connection for so long; return what 99 of 100 do not exceed."""
-        times: list[float] = []
+        latency = Latency(self.daemon)
         until = time.monotonic() + seconds
+
+        def get() -> int:
+            connection.request("GET", self.path, headers=self.daemon.headers)
+            answer = connection.getresponse()
+            answer.read()
+            return answer.status
+
         with closing(self.daemon.connect()) as connection:
-            while time.monotonic() < until or len(times) < 20:
-                begin = time.perf_counter()
-                connection.request("GET", self.path, headers=self.daemon.headers)
-                answer = connection.getresponse()
-                answer.read()
-                times.append(time.perf_counter() - begin)
-                assert answer.status == 200
+            while time.monotonic() < until or len(latency.times) < 20:
+                assert latency.of(get) == 200
                 time.sleep(0.002)  # a stream of requests, not a flood of its own
-        found = statistics.quantiles(times, n=100)[98]
-        print(
-            f"{len(times)} requests, p50 {statistics.median(times) * 1e3:.1f} ms, p99 "
-            f"{found * 1e3:.1f} ms, max {max(times) * 1e3:.1f} ms; memory "
-            f"{self.daemon.memory() / MIB:.1f} MiB"
-        )
-        return found
+        print(f"{latency}; memory {self.daemon.memory() / MIB:.1f} MiB")
+        return latency.p99
 
     @property
     def grown(self) -> int:
