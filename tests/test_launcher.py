@@ -29,7 +29,7 @@ from pulsar_api.machine import LocalMachine
 from pulsar_api.ports import Bounds
 from pulsar_api.proc import Entry, Table
 from pulsar_api.process import Programs, ShimExecutor
-from pulsar_api.task import Cause, Command
+from pulsar_api.task import Cause, Command, Exit
 from tests.integration.daemon import wait_for
 from tests.test_process import MEASURED, Runner, Started, until
 
@@ -80,6 +80,12 @@ class Residents(Runner):
         """Wait until there is one that is ready."""
         assert self.resident is not None
         await until(lambda: self.resident and self.resident._works, "a launcher")
+
+    async def end(self, started: Started) -> Exit:
+        """Wait for the end of a run, and until its pipes are closed."""
+        exit = await started.story.end()
+        await deferLater(reactor, 0)
+        return exit
 
     def prepare(self, number: int, *arguments: str) -> Path:
         """Make the folder of a task that something else starts, and return it."""
@@ -180,7 +186,7 @@ async def test_a_task_below_a_forked_shim_ends_as_it_does(runner: Residents) -> 
     """Its shim is a child of the launcher; output, records and code are as ever."""
     await runner.begin()
     started = runner.count("echo one; echo two >&2; exit 3")
-    exit = await started.story.end()
+    exit = await runner.end(started)
     assert (exit.code, exit.error, exit.lost) == (3, None, False)
     assert started.output == b"one\ntwo\n"
     assert len(started.story.pids) == 1
@@ -225,7 +231,7 @@ async def test_the_process_table_shows_whose_shim_it_is(runner: Residents) -> No
     assert entry.session == entry.pid
     assert proc.arguments(entry)[-1] == os.fsencode(started.folder)
     started.run.kill()
-    await started.story.end()
+    await runner.end(started)
 
 
 async def test_the_launcher_is_in_the_session_and_group_of_the_daemon(
@@ -239,7 +245,7 @@ async def test_the_launcher_is_in_the_session_and_group_of_the_daemon(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         os.kill(pid, number)
         started = runner.count("cut -d' ' -f4 /proc/$PPID/stat; exit 4", number=number)
-        assert (await started.story.end()).code == 4
+        assert (await runner.end(started)).code == 4
         assert int(started.output) == pid
 
 
@@ -312,7 +318,7 @@ async def test_a_kill_goes_by_the_launcher(runner: Residents) -> None:
     started = runner.count("sleep 60 & sleep 60")
     await until(lambda: started.story.pids, "the start")
     started.run.kill()
-    exit = await started.story.end()
+    exit = await runner.end(started)
     assert exit.signal == "SIGTERM"
     assert runner.left() == []
 
@@ -337,7 +343,7 @@ async def test_without_descriptors_a_start_fails_at_once_and_leaks_nothing(
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert descriptors() == before
-    assert (await runner.count("exit 6").story.end()).code == 6
+    assert (await runner.end(runner.count("exit 6"))).code == 6
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
@@ -346,7 +352,7 @@ async def test_a_fork_that_fails_can_be_tried_again(runner: Residents, number: i
     fail = f"def fork(): raise OSError({number}, 'no')"
     await runner.begin(changed(fail, "posix.fork = fork"))
     before = descriptors()
-    exit = await runner.count().story.end()
+    exit = await runner.end(runner.count())
     assert (exit.unstarted, exit.passing) == (True, True)
     assert os.strerror(number) in str(exit.error)
     assert runner.starts() == []
@@ -389,7 +395,7 @@ async def test_a_launcher_that_dies_before_a_fork_starts_nothing(
 ) -> None:
     """The start is made again by somebody else, and by nobody else."""
     await runner.begin(changed("posix.fork = die"))
-    exit = await runner.count("exit 7").story.end()
+    exit = await runner.end(runner.count("exit 7"))
     assert exit.code == 7
     assert len(runner.starts()) == 1
     assert any("another one is started" in text for text in log)
@@ -403,7 +409,7 @@ async def test_a_launcher_that_dies_after_a_fork_starts_nothing_twice(
     dies = "launcher.Launcher.tell = lambda s, n, w, v: die() if n else tell(s, n, w, v)"
     await runner.begin(changed(tell, dies))
     started = runner.count("sleep 0.3; echo done; exit 8")
-    exit = await started.story.end()
+    exit = await runner.end(started)
     assert exit.code == 8
     assert started.output == b"done\n"
     assert len(runner.starts()) == 1
@@ -435,7 +441,7 @@ shim.main = main
         go.touch()
         await until(lambda: gone.exists() and gone.read_text(), "the end of the other")
         assert gone.read_text() == "75"
-    exit = await started.story.end()
+    exit = await runner.end(started)
     assert exit.code == 9
     assert len(runner.starts()) == 1
     assert len(started.story.exits) == 1
@@ -451,7 +457,7 @@ async def test_a_running_task_outlives_its_launcher(runner: Residents) -> None:
     os.kill(runner.pid, signal.SIGKILL)
     await runner.works()
     go.touch()
-    exit = await started.story.end()
+    exit = await runner.end(started)
     assert (exit.code, len(runner.starts())) == (10, 1)
     assert not again.exists()
 
@@ -464,7 +470,7 @@ async def test_a_task_whose_launcher_is_dead_can_be_killed(runner: Residents) ->
     os.kill(runner.pid, signal.SIGSTOP)
     started.run.kill()
     os.kill(runner.pid, signal.SIGKILL)
-    exit = await started.story.end()
+    exit = await runner.end(started)
     assert exit.cause is Cause.KILL
     assert runner.left() == []
 
@@ -490,7 +496,7 @@ async def test_a_stopped_launcher_is_killed_and_holds_up_no_start_for_long(
     monkeypatch.setattr(launch, "TICK", 0.05)
     await runner.begin()
     os.kill(runner.pid, signal.SIGSTOP)
-    exit = await runner.count("exit 11").story.end()
+    exit = await runner.end(runner.count("exit 11"))
     assert (exit.code, len(runner.starts())) == (11, 1)
     assert any("does not answer" in text for text in log)
 
@@ -507,7 +513,7 @@ async def test_a_launcher_that_not_even_kill_ends_is_left(
     started = runner.count("sleep 0.5; exit 15")
     await until(runner.starts, "the start")
     os.kill(pid, signal.SIGCONT)  # it forks what it had not read yet
-    exit = await started.story.end()
+    exit = await runner.end(started)
     assert (exit.code, len(runner.starts())) == (15, 1)
     await until(lambda: Entry.of(pid) is None, "the end of the launcher")
 
@@ -527,7 +533,7 @@ shim.main = main
     dies = "launcher.Launcher.tell = lambda s, n, w, v: die() if n else tell(s, n, w, v)"
     await runner.begin(changed(tell, dies, wait))
     runner.launcher = ("/bin/sh", "-c", "echo no >&2; exit 3")
-    exit = await runner.count().story.end()
+    exit = await runner.end(runner.count())
     assert exit.error == "cannot start the process that watches the command: no"
     assert not exit.unstarted
     go.touch()
@@ -546,7 +552,7 @@ async def test_a_stopped_launcher_hides_no_death_of_a_shim(
     await until(lambda: started.story.pids, "the start")
     os.kill(runner.pid, signal.SIGSTOP)
     os.kill(int(runner.starts()[0]), signal.SIGKILL)
-    exit = await started.story.end()
+    exit = await runner.end(started)
     assert exit.lost
     assert runner.left() == []
 
@@ -559,7 +565,7 @@ async def test_a_launcher_that_owes_nothing_is_left_alone(
     await runner.begin()
     pid = runner.pid
     started = runner.count("(exec >/dev/null 2>&1; sleep 60) & exit 0")
-    assert (await started.story.end()).code == 0
+    assert (await runner.end(started)).code == 0
     await deferLater(reactor, 0.5)  # twenty-five ticks
     assert runner.pid == pid
     assert runner.resident is not None
@@ -577,13 +583,13 @@ async def test_a_launcher_that_never_starts_is_not_missed(
     runner.resident = Launcher(reactor, command, runner.tasks.parent)
     runner.resident.start()
     await until(lambda: any("each task" in text for text in log), "the third failure")
-    assert (await runner.count("exit 12").story.end()).code == 12
+    assert (await runner.end(runner.count("exit 12"))).code == 12
     await deferLater(reactor, 0.7)
     assert sum("each task starts an interpreter" in text for text in log) == 1
     program.symlink_to(sys.executable)
     await runner.works()
     assert any("works again" in text for text in log)
-    exit = await runner.count("exit 13", number=2).story.end()
+    exit = await runner.end(runner.count("exit 13", number=2))
     entry = runner.starts()
     assert (exit.code, len(entry)) == (13, 2)
 
@@ -602,4 +608,4 @@ async def test_a_launcher_that_dies_again_and_again_is_given_up_for_a_while(
         await until(lambda d=deaths: len(resident._deaths) in d, "a death")  # type: ignore[misc]
     assert not resident._works
     assert sum("each task starts an interpreter" in text for text in log) == 1
-    assert (await runner.count("exit 14").story.end()).code == 14
+    assert (await runner.end(runner.count("exit 14"))).code == 14
