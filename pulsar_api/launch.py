@@ -46,6 +46,9 @@ PATIENCE = 5
 
 They are counted rather than measured: a daemon that was stopped itself sees one."""
 
+REST = 30.0
+"""Seconds after which a launcher of which nothing is wanted is asked for a sign of life."""
+
 DEATHS = 3
 PAUSE = 60.0
 """After so many deaths in so many seconds tasks start interpreters for as long."""
@@ -88,12 +91,22 @@ class LaunchedShim:
         self._number = number
         self._protocol = protocol
         self._reason: Exception | None = None
-        reactor = launch.reactor
-        self._pipes = {
-            name: ProcessReader(reactor, self, name, fd)
-            for name, fd in zip((1, 2), pipes, strict=True)
-        }
-        self._tell(protocol.makeConnection, self)
+        self._pipes: dict[int, ProcessReader] = {}
+        try:
+            for name, fd in zip((1, 2), pipes, strict=True):
+                self._pipes[name] = ProcessReader(launch.reactor, self, name, fd)
+        except OSError:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Read nothing, for nobody was told of it; its pipes stay open."""
+        for pipe in self._pipes.values():
+            pipe.stopReading()
+
+    def connect(self) -> None:
+        """Tell the protocol that its process is on its way."""
+        self._tell(self._protocol.makeConnection, self)
 
     def _tell(self, event: Callable[..., object], *arguments: object) -> None:
         """What goes wrong in one protocol must not end the launcher of all."""
@@ -396,14 +409,23 @@ class _Launch(ProcessProtocol):
             raise
         number = self._last + 1
         data = number.to_bytes(launcher.NUMBER, "little") + os.fsencode(folder)
+        try:
+            # First: what has been asked for, only the launcher can tell of.
+            shim = LaunchedShim(self, number, protocol, ends[::2])
+        except OSError:
+            for fd in ends:
+                os.close(fd)
+            raise
         if not self._post(_Message(data, ends[1::2])):
+            shim.abandon()
             for fd in ends[::2]:
                 os.close(fd)
             return False
         self._last = number
         self._unanswered.add(number)
+        self._shims[number] = shim
         self._watch()
-        self._shims[number] = LaunchedShim(self, number, protocol, ends[::2])
+        shim.connect()
         return True
 
     def send_signal(self, number: int, signal: int) -> None:
@@ -446,9 +468,14 @@ class _Launch(ProcessProtocol):
         self._doubted = True
         self._watch()
 
-    def _watch(self) -> None:
-        if self._next is None and not self._closed:
-            self._next = self.reactor.callLater(TICK, self._tick)
+    def _watch(self, rest: float = 0) -> None:
+        seconds = rest or TICK
+        if self._closed:
+            return
+        if self._next is None:
+            self._next = self.reactor.callLater(seconds, self._tick)
+        elif self._next.getTime() > self.reactor.seconds() + seconds:
+            self._next.reset(seconds)
 
     def _tick(self) -> None:
         self._next = None
@@ -468,10 +495,14 @@ class _Launch(ProcessProtocol):
             self._leave("it does not end, not even by KILL")
             return
         if self._doubted and not self._asked and self._ready:
-            self._doubted = False
             self._asked = self._post(_Message(bytes(launcher.NUMBER)))
-        if owes or self._asked or self._unsent:
+            self._doubted = not self._asked
+        if owes or self._asked or self._doubted or self._unsent:
             self._watch()
+        elif self._shims:
+            # A shim may have ended unseen: its task can hold its pipes open.
+            self._doubted = True
+            self._watch(REST)
 
 
 class Launcher:

@@ -127,6 +127,8 @@ class ShimExecutor:
     _umask: int = 0o022
     _files: int = 0
     """The soft limit of open files that commands get; 0: the daemon's."""
+    _listed: set[int] = field(factory=set, init=False)
+    """The inode of the list of permits that is known to be in its folder on disk."""
 
     @property
     def _permits(self) -> Path:
@@ -166,11 +168,19 @@ class ShimExecutor:
                 machine.sync(folder / PERMIT)
                 # Last: whoever finds the number, but no folder, knows that it was removed.
                 machine.append(self._permits, b"\n%019d\n" % task_id)
+                self._sync_list()
                 return self._permit_name(folder, text)
             except OSError as e:
                 raise _unavailable(folder, e) from None
 
         return machine.in_thread(make)
+
+    def _sync_list(self) -> None:
+        """Wait until the list of permits, which may be new, is in its folder on disk."""
+        inode = self._machine.identity(self._permits).inode
+        if inode not in self._listed:
+            self._machine.sync(self._permits.parent)
+            self._listed.add(inode)
 
     def permitted(self) -> Deferred[AbstractSet[int]]:
         """Fire with the numbers of all tasks that were ever allowed to start.
@@ -285,6 +295,9 @@ class ShimExecutor:
                 # deep for `shutil.rmtree`.
                 with suppress(OSError, RecursionError):
                     if not alive(machine, folder):
+                        # A shim that comes late must not find this without the lock.
+                        with suppress(OSError):
+                            machine.remove(folder / "spec")
                         machine.remove_folder(folder)
 
         return machine.in_thread(remove)

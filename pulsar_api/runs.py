@@ -483,11 +483,13 @@ class ShimProtocol(_Following, ProcessProtocol):
         end = reason.value
         if isinstance(end, StatusUnknown):
             self._again = True
-        if isinstance(end, NotStarted) and not self._again:
-            self._tell_end(not_started(end.error, self._folder))
-            return
-        if isinstance(end, NotStarted | StatusUnknown):
             self._again_later(0)
+            return
+        if isinstance(end, NotStarted):
+            if self._again:
+                self._again_later(LOOK)
+            else:
+                self._tell_end(not_started(end.error, self._folder))
             return
         assert isinstance(end, ProcessDone | ProcessTerminated)
         if end.exitCode == shim.TAKEN and self._sink is not None:
@@ -530,8 +532,11 @@ class ShimProtocol(_Following, ProcessProtocol):
         try:
             with suppress(*NOTHING):
                 names = self._machine.names(self._folder)
-            if (BEGUN | {"lock", "exit"}) & set(names):
+            begun = bool((BEGUN | {"lock", "exit"}) & set(names))
+            if begun or (self._killed and not self._bar()):
                 self._follow(self._sink)
+            elif self._killed:
+                self._tell_end(Exit(error="The command was not started.", cause=Cause.KILL))
             else:
                 self._machine.spawn(self, self._folder)
         except OSError as e:
@@ -541,25 +546,29 @@ class ShimProtocol(_Following, ProcessProtocol):
     def _bar(self) -> bool:
         """Make sure that no shim begins any more; False: one has."""
         try:
-            return self._machine.claim(self._folder / "lock")
+            barred = self._machine.claim(self._folder / "lock")
         except NOTHING:
             return True  # there is no folder to begin in
+        if barred:
+            with suppress(OSError):  # it may hold secrets
+                self._machine.remove(self._folder / "spec")
+        return barred
 
     def _conclude(self, why: str) -> None:
         if self._ending:
             return
         try:
             exit = self.result()
-            if exit is None and self._ready:
-                why = f"The process that watched the command ended: {why}."
-                self.lost(why, numbers=True)
-                return
             if exit is not None:
                 self.conclude(exit, numbers=True)
                 return
             # Before it is called ended: the shim of an earlier start may still come.
             if self._again and self._sink is not None and not self._bar():
                 self._follow(self._sink)
+                return
+            if self._ready:
+                why = f"The process that watched the command ended: {why}."
+                self.lost(why, numbers=True)
                 return
         except OSError as e:
             self.cannot_read(e)

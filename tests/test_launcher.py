@@ -16,6 +16,7 @@ from attrs import define, field
 from twisted.internet import reactor
 from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated
 from twisted.internet.interfaces import IProcessTransport
+from twisted.internet.process import ProcessReader
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import deferLater
 from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
@@ -23,7 +24,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from pulsar_api import launch, proc
+from pulsar_api import launch, proc, runs, shim
 from pulsar_api.launch import Launcher, StatusUnknown
 from pulsar_api.machine import LocalMachine
 from pulsar_api.ports import Bounds
@@ -196,6 +197,7 @@ async def test_a_task_below_a_forked_shim_ends_as_it_does(runner: Residents) -> 
 
 LOOK = r"""
 cd /proc/$PPID
+while grep -q '^SigBlk:.*[1-9a-f]' status; do sleep 0.01; done
 grep -E '^(Uid|Gid|Groups|Sig(Blk|Ign|Cgt)|Cap|NoNew|Seccomp|Umask|Threads)' status
 cat limits environ
 cut -d' ' -f5,6,7,8 stat | sed s/$PPID/SHIM/g
@@ -203,7 +205,9 @@ for fd in fd/*; do readlink $fd; done |
     sed 's/:.*//; s/lock.*/lock/; s:/dev/null:pipe:' | sort
 readlink cwd exe root
 """
-"""What one can see of a shim; its descriptor 0 is a pipe or ``/dev/null``."""
+"""What one can see of a shim; its descriptor 0 is a pipe or ``/dev/null``.
+
+While it starts a command it blocks signals for a moment (posix_spawn(3))."""
 
 
 async def test_a_forked_shim_is_like_one_of_its_own_interpreter(runner: Residents) -> None:
@@ -570,7 +574,9 @@ async def test_a_launcher_that_owes_nothing_is_left_alone(
     assert runner.pid == pid
     assert runner.resident is not None
     assert runner.resident._launch is not None
-    assert runner.resident._launch._next is None  # nobody looks any more
+    again = runner.resident._launch._next
+    assert again is not None
+    assert again.getTime() - reactor.seconds() > launch.REST / 2  # nobody looks often
 
 
 async def test_a_launcher_that_never_starts_is_not_missed(
@@ -609,3 +615,106 @@ async def test_a_launcher_that_dies_again_and_again_is_given_up_for_a_while(
     assert not resident._works
     assert sum("each task starts an interpreter" in text for text in log) == 1
     assert (await runner.end(runner.count("exit 14"))).code == 14
+
+
+WAITS = """
+def main(folder, main=shim.main):
+    while not os.path.exists({go!r}):
+        time.sleep(0.01)
+    done = main(folder)
+    open({gone!r}, "w").write(str(done))
+    return done
+shim.main = main
+"""
+"""A shim that begins when its test wants it, and leaves its status."""
+
+NEVER_TOLD = (
+    "tell = launcher.Launcher.tell",
+    "launcher.Launcher.tell = lambda s, n, w, v: die() if n else tell(s, n, w, v)",
+)
+"""A launcher that dies as soon as it has forked."""
+
+
+async def test_a_task_that_was_called_lost_is_not_begun_later(runner: Residents) -> None:
+    """By the first shim of a start in doubt; the second one spoke, but got no lock."""
+    go, gone = runner.tasks.parent / "go", runner.tasks.parent / "gone"
+    await runner.begin(changed(*NEVER_TOLD, WAITS.format(go=str(go), gone=str(gone))))
+    ready = "".join(f"\\{byte:03o}" for byte in shim.bare(shim.READY))
+    runner.launcher = ("/bin/sh", "-c", f"printf '{ready}'; kill -9 $$")
+    exit = await runner.end(runner.count())
+    assert exit.lost
+    assert not (runner.tasks / "1" / "spec").exists()
+    go.touch()
+    await until(lambda: gone.exists() and gone.read_text(), "the end of the first shim")
+    assert (gone.read_text(), runner.starts()) == (str(shim.TAKEN), [])
+
+
+async def test_a_start_in_doubt_that_cannot_be_repeated_is_killed(
+    runner: Residents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as nothing can be forked it is tried a few times a second, not more."""
+    flag = runner.tasks.parent / "flag"
+    forks = f"""
+def fork():
+    with open({str(flag)!r}, "a") as file:
+        file.write(".")
+    if os.path.getsize({str(flag)!r}) == 1:
+        die()
+    raise OSError(11, "no more processes")
+posix.fork = fork
+"""
+    await runner.begin(changed(forks))
+    runner.launcher = ("/nowhere/to/be/found",)
+    real = reactor.spawnProcess
+
+    def spawn(protocol: ProcessProtocol, program: str, *more: Any, **named: Any) -> Any:
+        if program == runner.launcher[0]:
+            raise OSError(errno.EAGAIN, "no more processes")
+        return real(protocol, program, *more, **named)
+
+    monkeypatch.setattr(reactor, "spawnProcess", spawn)
+    started = runner.count()
+    begin = time.monotonic()
+    await until(lambda: flag.exists() and flag.stat().st_size > 3, "some tries")
+    assert flag.stat().st_size < 10 + (time.monotonic() - begin) / runs.LOOK
+    started.run.kill()
+    exit = await runner.end(started)
+    assert (exit.cause, exit.code, exit.lost) == (Cause.KILL, None, False)
+    assert runner.starts() == []
+
+
+async def test_a_shim_that_ends_unseen_is_asked_for(
+    runner: Residents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its task holds its pipes open, and its launcher is stopped."""
+    monkeypatch.setattr(launch, "TICK", 0.05)
+    monkeypatch.setattr(launch, "REST", 0.2)
+    await runner.begin()
+    started = runner.count("exec 9>/proc/$PPID/fd/1 8>/proc/$PPID/fd/2; sleep 60")
+    await until(lambda: started.story.pids and runner.starts(), "the start")
+    await until(lambda: os.path.exists(f"/proc/{started.story.pids[0]}/fd/8"), "the pipes")
+    os.kill(runner.pid, signal.SIGSTOP)
+    os.kill(int(runner.starts()[0]), signal.SIGKILL)
+    assert (await runner.end(started)).lost
+
+
+async def test_without_room_to_watch_a_pipe_nothing_is_started(
+    runner: Residents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be started at all is told as that, and leaves nothing open."""
+    await runner.begin()
+    before = descriptors()
+    real = reactor.addReader
+
+    def add(reader: Any) -> None:
+        if isinstance(reader, ProcessReader) and reader.name == 2:
+            raise OSError(errno.ENOSPC, "too many watches")
+        real(reader)
+
+    monkeypatch.setattr(reactor, "addReader", add)
+    exit = await runner.end(runner.count())
+    assert (exit.unstarted, exit.passing) == (True, True)
+    assert descriptors() == before
+    monkeypatch.undo()
+    assert (await runner.end(runner.count("exit 3", number=2))).code == 3
+    assert len(runner.starts()) == 1

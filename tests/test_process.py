@@ -20,7 +20,7 @@ from uuid import uuid4
 
 import ahocorasick_rs
 import pytest
-from attrs import define, field
+from attrs import define, field, frozen
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet import reactor
@@ -1979,6 +1979,34 @@ async def test_a_list_of_permits_that_was_restored_is_known(
     await deferLater(reactor, 0.02)  # the kernel's clock for files has steps
     RESTORED[how](runner.tasks.parent / "permits")
     assert third.elsewhere(now())
+
+
+@frozen
+class Syncing(LocalMachine):
+    """Notes what is synced."""
+
+    synced: list[Path] = field(factory=list, init=False)
+
+    def sync(self, path: Path) -> None:
+        """Wait as usual."""
+        super().sync(path)
+        self.synced.append(path)
+
+
+async def test_a_list_of_permits_that_is_new_is_synced_with_its_folder(
+    tmp_path: Path,
+) -> None:
+    """Else a power cut takes it away, and with it that a start was allowed."""
+    machine, tasks = Syncing(reactor), tmp_path / "tasks"
+    tasks.mkdir()
+    executor = ShimExecutor(machine, reactor, tasks, lambda: uuid4().hex)
+    await executor.permit(1)
+    assert machine.synced.count(tmp_path) == 1
+    await executor.permit(2)
+    assert machine.synced.count(tmp_path) == 1
+    (tmp_path / "permits").rename(tmp_path / "aside")
+    await executor.permit(3)
+    assert machine.synced.count(tmp_path) == 2
 
 
 async def test_a_permit_of_another_task_proves_nothing(runner: Runner) -> None:

@@ -3,9 +3,10 @@
 import os
 import random
 import signal
+import sqlite3
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from pulsar_api.proc import Entry
 from tests.integration.conftest import Start
 from tests.integration.daemon import SHELL, Daemon, shim_of, wait_for
+from tests.shims import with_argument
 
 NOTE = 'echo "$PULSAR_VAR_name" >> "$PULSAR_VAR_file"'
 
@@ -144,3 +146,32 @@ def test_the_launcher_ends_with_the_daemon(daemon: Daemon) -> None:
         wait_for(partial(gone, proc), "the end of the launcher", 20)
         daemon.start()
     assert daemon.ended(number)["exitCode"] == 3
+
+
+def test_a_launcher_that_comes_late_starts_nothing_twice(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    """It was stopped with starts to do, and its daemon was killed; then it goes on."""
+    file = tmp_path / "starts"
+    old = daemon.launcher()
+    os.kill(old, signal.SIGSTOP)
+    names = [f"n{n}" for n in range(5)]
+    numbers = [
+        daemon.sh(f"{NOTE}; exit 3", env=name, name=name, file=str(file)) for name in names
+    ]
+
+    def recorded() -> bool:
+        """Their starts, of which nobody is told before the launcher has answered."""
+        with closing(sqlite3.connect(daemon.state / "pulsar-api.db")) as db:
+            rows = db.execute("SELECT count(*) FROM task WHERE status = 'running'")
+            return bool(rows.fetchone()[0] == len(numbers))
+
+    wait_for(recorded, "the record", 4)
+    daemon.kill()
+    daemon.start()
+    ends = [daemon.ended(number) for number in numbers]
+    assert [(end["status"], end["exitCode"]) for end in ends] == [("failed", 3)] * 5
+    os.kill(old, signal.SIGCONT)
+    wait_for(partial(gone, Path(f"/proc/{old}")), "the end of the old launcher", 20)
+    wait_for(lambda: not with_argument(f"{daemon.state}/tasks/"), "the late shims", 20)
+    assert sorted(file.read_text().split()) == names
