@@ -295,7 +295,7 @@ class _Launch(ProcessProtocol):
         self._read(MOST_ANSWERS)
 
     def doWrite(self) -> None:
-        """Send what waits."""
+        """Send the messages that are queued, as many as the socket takes."""
         while self._unsent:
             message = self._unsent[0]
             try:
@@ -410,7 +410,7 @@ class _Launch(ProcessProtocol):
         number = self._last + 1
         data = number.to_bytes(launcher.NUMBER, "little") + os.fsencode(folder)
         try:
-            # First: what has been asked for, only the launcher can tell of.
+            # Before the request is sent: afterwards a failure here could not undo it.
             shim = LaunchedShim(self, number, protocol, ends[::2])
         except OSError:
             for fd in ends:

@@ -130,7 +130,7 @@ class Launcher:
 
 
 def listen() -> int:
-    """Ignore all signals, whoever sends them; return what can be read when a child ends.
+    """Ignore all signals; return a pipe that becomes readable when a child ends.
 
     A signal to the process group of the daemon, such as Ctrl-C, ends the daemon, and so
     ends the launcher in time.
@@ -187,7 +187,7 @@ def main() -> int:
     found = launcher.serve()
     if found is None:
         return 0
-    sock.detach()  # else it would close what has this number by then
+    sock.detach()  # else its destructor would close a descriptor of the shim
     return become_shim(*found, begin, room)
 
 

@@ -164,7 +164,7 @@ class ShimExecutor:
                     raise FolderInUse(task_id)
                 text = self._permitted(folder)
                 machine.write(folder / PERMIT, text)
-                # Not its folder: a permit that a power cut takes away allows nothing.
+                # Not its folder: if a power cut takes that, the list still has the number.
                 machine.sync(folder / PERMIT)
                 # Last: whoever finds the number, but no folder, knows that it was removed.
                 machine.append(self._permits, b"\n%019d\n" % task_id)

@@ -42,7 +42,7 @@ NOTHING = (FileNotFoundError, NotADirectoryError)
 """What is raised where there is no file, or no folder in which it could be."""
 
 PASSING = {*shim.NO_SPACE, EAGAIN, EMFILE, ENFILE, ENOMEM}
-"""Errors at a start that come from what is scarce now and may not be later."""
+"""Errors of a start that may pass: a full disk, too few descriptors, no memory."""
 
 _OUTCOMES = ("code", "signal", "error")
 """What a result says of the command: one of these."""

@@ -424,17 +424,7 @@ async def test_a_launcher_that_dies_after_a_fork_starts_nothing_twice(
 async def test_of_two_shims_only_one_begins(runner: Residents, first: str) -> None:
     """The launcher dies between the fork and the lock; either shim may be the faster."""
     go, gone = runner.tasks.parent / "go", runner.tasks.parent / "gone"
-    wait = f"""
-def main(folder, main=shim.main):
-    while not os.path.exists({str(go)!r}): time.sleep(0.01)
-    done = main(folder)
-    open({str(gone)!r}, "w").write(str(done))
-    return done
-shim.main = main
-"""
-    tell = "tell = launcher.Launcher.tell"
-    dies = "launcher.Launcher.tell = lambda s, n, w, v: die() if n else tell(s, n, w, v)"
-    await runner.begin(changed(tell, dies, wait))
+    await runner.begin(changed(*NEVER_TOLD, WAITS.format(go=str(go), gone=str(gone))))
     if first == "forked":
         late = f"while ! [ -e {runner.tasks}/1/lock ]; do sleep 0.01; done"
         runner.launcher = ("/bin/sh", "-c", f'{late}; exec "$@"', "sh", *MEASURED)
@@ -525,17 +515,7 @@ async def test_a_launcher_that_not_even_kill_ends_is_left(
 async def test_a_start_in_doubt_that_fails_lets_no_other_begin(runner: Residents) -> None:
     """Before its task is called ended, the lock is taken from whoever comes late."""
     go, gone = runner.tasks.parent / "go", runner.tasks.parent / "gone"
-    wait = f"""
-def main(folder, main=shim.main):
-    while not os.path.exists({str(go)!r}): time.sleep(0.01)
-    done = main(folder)
-    open({str(gone)!r}, "w").write(str(done))
-    return done
-shim.main = main
-"""
-    tell = "tell = launcher.Launcher.tell"
-    dies = "launcher.Launcher.tell = lambda s, n, w, v: die() if n else tell(s, n, w, v)"
-    await runner.begin(changed(tell, dies, wait))
+    await runner.begin(changed(*NEVER_TOLD, WAITS.format(go=str(go), gone=str(gone))))
     runner.launcher = ("/bin/sh", "-c", "echo no >&2; exit 3")
     exit = await runner.end(runner.count())
     assert exit.error == "cannot start the process that watches the command: no"
