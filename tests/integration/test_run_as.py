@@ -43,12 +43,12 @@ HOSTILE = Path(__file__).with_name("hostile.py")
 Start = Callable[..., Daemon]
 
 
-def capable(user: str) -> tuple[str, ...]:
-    """Return what starts a program as a user who may give others their accounts.
+READ = "+dac_read_search"
+"""To read what is below a folder of root alone, where this Python and this code may be."""
 
-    And who can read what is below the home of root, where this Python may be.
-    """
-    may = "+setuid,+setgid,+kill,+dac_read_search"
+
+def capable(user: str, may: str = f"+setuid,+setgid,+kill,{READ}") -> tuple[str, ...]:
+    """Return what starts a program as a user who may give others their accounts."""
     return (
         *("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"),
         *(f"--inh-caps={may}", f"--ambient-caps={may}"),
@@ -307,7 +307,7 @@ def test_an_account_that_cannot_be_is_refused_at_the_start(
 
 def test_a_daemon_that_cannot_change_the_user_refuses_accounts(place: Path) -> None:
     """Tasks would run as the daemon, or not at all."""
-    refused(place, TABLES, "CAP_SETUID", f"setpriv --reuid={OWN} --clear-groups".split())
+    refused(place, TABLES, "CAP_SETUID", capable(OWN, READ))
 
 
 def test_the_daemons_own_account_is_no_other(place: Path) -> None:
