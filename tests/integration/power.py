@@ -87,7 +87,9 @@ class Trials:
         """Have a new state, on a disk of its own or not, and start a daemon."""
         state = self.folder / "state"
         if disk:
-            self.disk = Disk(self.folder / "image", self.folder / "disk")
+            # Room for the tasks of 50 trials: none is removed.
+            image, at = self.folder / "image", self.folder / "disk"
+            self.disk = Disk(image, at, mib=256, inodes=65536)
             self.mount()
             state = self.disk.at / "state"
         command = ("--command", str(self.ledger.command))
