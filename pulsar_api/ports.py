@@ -123,7 +123,14 @@ class Executor(Protocol):
         Only then do process numbers in its folder mean the same processes.
         """
 
-    def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> Run:
+    def start(
+        self,
+        task_id: int,
+        command: Command,
+        bounds: Bounds,
+        sink: Sink,
+        permit: str | None = None,
+    ) -> Run:
         """Start a command. Whatever goes wrong is told to the sink, as an end."""
 
     def adopt(self, task_id: int, permit: str | None, bounds: Bounds, sink: Sink) -> Run:

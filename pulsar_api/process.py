@@ -24,7 +24,7 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from pulsar_api import files, launcher, mask, masking, orphans, shim
+from pulsar_api import cgroups, files, launcher, mask, masking, orphans, shim
 from pulsar_api.background import own
 from pulsar_api.errors import FolderInUse, StoreUnavailable
 from pulsar_api.files import Damaged
@@ -244,13 +244,23 @@ class ShimExecutor:
         except OSError:
             return False
 
-    def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> Run:
+    def start(
+        self,
+        task_id: int,
+        command: Command,
+        bounds: Bounds,
+        sink: Sink,
+        permit: str | None = None,
+    ) -> Run:
         """Start a command. Whatever goes wrong is told to the sink, as an end."""
         folder = self._tasks / str(task_id)
-        run = ShimProtocol(self._machine, self._clock, folder, bounds, sink)
+        cgroup = _cgroup(task_id, permit)
+        run = ShimProtocol(self._machine, self._clock, folder, bounds, sink, cgroup=cgroup)
         try:
+            limits = () if command.account is None else command.account.limits
+            place = self._machine.make_cgroup(cgroup, limits)
             self._take_secrets(folder, command)
-            self._write_spec(folder, command, bounds)
+            self._write_spec(folder, command, bounds, place)
             self._machine.spawn(run, folder)
         except OSError as e:
             run.end(not_started(e, folder))
@@ -268,7 +278,10 @@ class ShimExecutor:
         folder = self._tasks / str(task_id)
         valid = partial(self._is_valid, folder, permit)
         here = partial(self._is_here, folder)
-        return AdoptedRun(self._machine, self._clock, folder, bounds, sink, valid, here)
+        return AdoptedRun(
+            *(self._machine, self._clock, folder, bounds, sink, valid, here),
+            cgroup=_cgroup(task_id, permit),
+        )
 
     def bar(self, task_id: int) -> bool:
         """Make sure that no shim begins with this task; False: one has."""
@@ -423,7 +436,9 @@ class ShimExecutor:
             return Principal.from_key(key if line else None, name)
         return None
 
-    def _write_spec(self, folder: Path, command: Command, bounds: Bounds) -> None:
+    def _write_spec(
+        self, folder: Path, command: Command, bounds: Bounds, cgroup: str = ""
+    ) -> None:
         # The shim hands it on to whoever reads the result, perhaps a later daemon with
         # other settings. A secret may be in it, and then the output does not have it.
         line = (command.last_line or "").encode()
@@ -441,6 +456,7 @@ class ShimExecutor:
             command.directory or "/",
             promise,
             " ".join(map(str, numbers)),
+            cgroup,
             *command.arguments,
             *command.secrets,
             *(text for pair in command.environment.items() for text in pair),
@@ -457,6 +473,11 @@ class ShimExecutor:
         # A shim that comes late, from before a restart, must not read half of it.
         self._machine.write(folder / "spec.tmp", data)
         self._machine.rename(folder / "spec.tmp", folder / "spec")
+
+
+def _cgroup(task_id: int, permit: str | None) -> str:
+    """Return the name of a run's cgroup, "" if its permit is not known."""
+    return "" if permit is None else cgroups.name(task_id, permit)
 
 
 def _unavailable(path: Path, error: OSError) -> StoreUnavailable:

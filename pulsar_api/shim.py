@@ -38,6 +38,7 @@ ROUNDS = 20  # in which TERM goes to those that were born in the round before
 RETRY = 0.25  # seconds until the next try of what could not be done
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+CLONE3, CLONE_INTO_CGROUP = 435, 1 << 33
 CAP_HEADER = b"\x22\x05\x08\x20" + bytes(4)  # of capset(2): its third version, this process
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MEMORY = 1 << 23  # bytes that may be kept for later use
@@ -53,6 +54,11 @@ PASSING = (
 # Of these, what the start of a command wants of the machine, and not of a file's content:
 # the kernel also answers EIO for a program that is damaged.
 SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.ENFILE)
+COUNTED = (  # a name in the result, a file of the cgroup, and the word before the number
+    (b"cpu", b"/cpu.stat", b"usage_usec"),
+    (b"memory", b"/memory.peak", b""),
+    (b"oom", b"/memory.events", b"oom_kill"),
+)
 EXITING = 4  # PF_EXITING, a flag of a process that has begun to end
 
 
@@ -67,9 +73,11 @@ class Spec:
         self.library, self.directory, self.promise = fields[8:11]
         # User, group and further groups; nothing: those of the daemon.
         self.account = [int(number) for number in fields[11].split()]
-        self.arguments = fields[12 : 12 + count]
-        self.secrets = fields[12 + count : 12 + count + secrets]
-        pairs = fields[12 + count + secrets :]
+        self.cgroup = fields[12]  # a folder; b"": the command stays in that of the shim
+        rest = fields[13:]
+        self.arguments = rest[:count]
+        self.secrets = rest[count : count + secrets]
+        pairs = rest[count + secrets :]
         self.environment = dict(zip(pairs[::2], pairs[1::2], strict=True))
 
 
@@ -258,12 +266,31 @@ class Sets(_ctypes.Array):  # type: ignore[type-arg]
     _length_ = 6
 
 
+class CloneArguments(_ctypes.Array):  # type: ignore[type-arg]
+    """The arguments of clone3(2): flags first, the signal fifth, the cgroup last."""
+
+    _type_ = LongLong
+    _length_ = 11
+
+
 def c_function(name: str, *arguments: object) -> int:
     """Call a function of the C library that Python does not offer."""
     library = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]
     address = _ctypes.dlsym(library, name)
     result: int = _ctypes.call_function(address, arguments)
     return result
+
+
+def clone_into(cgroup: int) -> int:
+    """Fork like `posix.fork`, with the child in a cgroup; return -1 if that fails.
+
+    Moving the child there later would take the kernel ten milliseconds and more.
+    """
+    arguments = CloneArguments()
+    arguments[0], arguments[4] = CLONE_INTO_CGROUP, int(_signal.SIGCHLD)
+    arguments[10] = cgroup
+    size = LongLong(8 * CloneArguments._length_)
+    return c_function("syscall", LongLong(CLONE3), arguments, size)
 
 
 def punch(fd: int, start: int, end: int) -> bool:
@@ -691,7 +718,7 @@ class Shim:
             folders = spec.environment.get(b"PATH", b"/usr/local/bin:/usr/bin:/bin")
             candidates = [f + b"/" + name for f in folders.split(b":") if f]
         problem = "not found in PATH" if name else "the name is empty"
-        spawn = self.spawn_as if spec.account else self.spawn
+        spawn = self.spawn_as if spec.account or spec.cgroup else self.spawn
         for path in candidates if name else ():
             try:
                 self.pid = spawn(path)
@@ -738,21 +765,28 @@ class Shim:
                 set_soft_limit(limit, soft)
 
     def spawn_as(self, path: bytes) -> int:
-        """Start the command under another account, in which nothing of ours is left.
-
-        Raises as `spawn`.
-        """
+        """Start the command in its cgroup, under its account; raises as `spawn`."""
         out, err = (stream.write_end for stream in self.streams)
         for fd in (out, err):
             # Else it could not open /dev/stderr: a pipe is of whoever has made it.
-            posix.fchmod(fd, 0o622)
+            if self.spec.account:
+                posix.fchmod(fd, 0o622)
+        cgroup = self.open_cgroup()
         told, tell = posix.pipe2(posix.O_CLOEXEC)
-        pid = posix.fork()
+        pid = clone_into(cgroup) if cgroup >= 0 else -1
+        if pid >= 0:
+            outside = -1
+        else:
+            # Some containers forbid the system call.
+            outside = cgroup
+            pid = posix.fork()
         if not pid:
             try:
-                self.become(path, out, err, tell)
+                self.become(path, out, err, tell, outside)
             finally:
                 posix._exit(127)
+        if cgroup >= 0:
+            posix.close(cgroup)
         posix.close(tell)
         self.wait_for_exec(pid, told)
         said = posix.read(told, 64)  # nothing, as soon as another program runs
@@ -770,10 +804,24 @@ class Shim:
             raise OSError(error, posix.strerror(error))
         if error in SCARCE:
             raise OSError(error, posix.strerror(error))
-        what = (
-            f"enter {text(self.spec.directory)}" if stage == b"enter" else "change the user"
-        )
+        what = {
+            b"cgroup": "enter its cgroup",
+            b"change": "change the user",
+            b"enter": f"enter {text(self.spec.directory)}",
+        }[stage]
         raise CannotStart(f"cannot {what}: {posix.strerror(error)}")
+
+    def open_cgroup(self) -> int:
+        """Return a descriptor of the task's cgroup, -1 if there is none."""
+        if not self.spec.cgroup:
+            return -1
+        flags = posix.O_RDONLY | posix.O_DIRECTORY | posix.O_CLOEXEC
+        try:
+            return posix.open(self.spec.cgroup, flags)
+        except OSError as e:
+            if e.errno in PASSING:
+                raise
+            raise CannotStart(f"cannot enter its cgroup: {e.strerror}") from e
 
     def wait_for_exec(self, pid: int, told: int) -> None:
         """Wait until a child runs the command, or has said why not, or is killed.
@@ -795,20 +843,28 @@ class Shim:
                 posix.kill(pid, _signal.SIGKILL)
                 until = 0.0
 
-    def become(self, path: bytes, out: int, err: int, tell: int) -> None:
-        """Be another account's process, and run the command; return only if that fails."""
-        spec, stage = self.spec, b"change"
+    def become(self, path: bytes, out: int, err: int, tell: int, cgroup: int) -> None:
+        """Become the command; return only if that fails.
+
+        ``cgroup`` is a descriptor of the cgroup to enter, -1 if that is done.
+        """
+        spec, stage = self.spec, b"cgroup"
         try:
+            if cgroup >= 0:
+                flags = posix.O_WRONLY | posix.O_CLOEXEC
+                posix.write(posix.open("cgroup.procs", flags, dir_fd=cgroup), b"0")
+            stage = b"change"
             posix.setpgid(0, 0)
             for limit, soft in self.limits:
                 set_soft_limit(limit, soft)
-            user, group, *groups = spec.account
-            posix.setgroups(groups)
-            posix.setresgid(group, group, group)
-            posix.setresuid(user, user, user)
-            drop_capabilities()
-            stage = b"enter"
-            posix.chdir(spec.directory or "/")
+            if spec.account:
+                user, group, *groups = spec.account
+                posix.setgroups(groups)
+                posix.setresgid(group, group, group)
+                posix.setresuid(user, user, user)
+                drop_capabilities()
+                stage = b"enter"
+                posix.chdir(spec.directory or "/")
             stage = b"start"
             null = posix.open("/dev/null", posix.O_RDONLY | posix.O_CLOEXEC)
             for fd, number in ((null, 0), (out, 1), (err, 2)):
@@ -889,6 +945,7 @@ class Shim:
 
     def kill(self, now: float) -> None:
         """KILL whatever is left of the tree, again until nothing is."""
+        kill_cgroup(self.spec.cgroup)
         try:
             self.kill_children()
         except OSError:
@@ -1036,6 +1093,7 @@ class Shim:
             lines.append(b"code %d" % posix.WEXITSTATUS(self.status))
         if self.children:
             lines += self.left()
+        lines += usage(self.spec.cgroup)
         return b"\n".join([*lines, b"end", b""])
 
     def left(self) -> list[bytes]:
@@ -1069,6 +1127,14 @@ class Shim:
             else:
                 return
             self.wait(RETRY)
+
+    def leave(self) -> None:
+        """Remove the cgroup if it is empty."""
+        if self.spec.cgroup:
+            try:
+                posix.rmdir(self.spec.cgroup)
+            except OSError:
+                pass  # the next daemon removes it when it is empty
 
     def linger(self) -> None:
         """Stay with what the task has left behind until nothing of it is left.
@@ -1105,6 +1171,41 @@ class Shim:
                 elif drained(fd):
                     poll.unregister(fd)
                     posix.close(fd)
+
+
+def kill_cgroup(cgroup: bytes) -> None:
+    """Kill all processes of a cgroup at once, including those of other users."""
+    if not cgroup:
+        return
+    try:
+        fd = posix.open(cgroup + b"/cgroup.kill", posix.O_WRONLY | posix.O_CLOEXEC)
+    except OSError:
+        return  # out of descriptors: the caller repeats it, as it does with signals
+    try:
+        posix.write(fd, b"1")
+    except OSError:
+        pass  # a task that runs as the daemon can make its cgroup "threaded"
+    finally:
+        posix.close(fd)
+
+
+def usage(cgroup: bytes) -> list[bytes]:
+    """Return lines with what the processes of a cgroup have used, as far as it is counted.
+
+    That is microseconds of processor time, the peak of memory in bytes, and the number of
+    processes that the kernel killed because of the limit of memory.
+    """
+    lines = []
+    for line, name, key in COUNTED if cgroup else ():
+        try:
+            words = read_file(cgroup + name).split()
+        except OSError as e:
+            if e.errno in PASSING:
+                raise
+            continue  # the controller is not enabled
+        value = words[words.index(key) + 1] if key else words[0]
+        lines.append(b"%b %b" % (line, value))
+    return lines
 
 
 def drained(fd: int) -> bool:
@@ -1262,6 +1363,7 @@ def main(folder: str) -> int:
         shim.run()
         shim.finish()
         shim.linger()
+    shim.leave()
     return 0
 
 
