@@ -48,19 +48,32 @@ class Programs:
     """How what stands between the daemon and its commands is started."""
 
     shim: Sequence[str] = USUAL
-    launcher: Sequence[str] = (*USUAL[:-1], launcher.__file__)
+    launcher: Sequence[str] = (*USUAL[:-1], launcher.__file__, _LIBRARY)
+
+
+COMPILED = ("mask.pyc", "shim.pyc", "launcher.pyc")
+"""The files that `compiled` makes."""
+
+
+def remove_compiled(folder: Path) -> None:
+    """Remove the files that `compiled` has made in a folder."""
+    for name in COMPILED:
+        with suppress(OSError):
+            (folder / name).unlink()
 
 
 def compiled(folder: Path) -> Programs:
-    """Return how shim and launcher are started from compiled copies, made in the folder.
+    """Return how to start shim and launcher from compiled copies, made in the folder.
 
-    That spares 4 ms per start. And it is the shim of this version, whatever an upgrade of
-    the package does before the daemon is started again. But the library that masks secrets
-    is not copied: a task with secrets takes the one that is installed when it starts.
+    No task may be able to write there. A copy keeps the version of this daemon, whatever an
+    upgrade of the package does before the daemon is restarted. But the library that masks
+    secrets is not copied: a task with secrets uses the one that is installed at its start.
     """
     try:
-        for source in (mask.__file__, shim.__file__, launcher.__file__):
-            target = folder / Path(source).with_suffix(".pyc").name
+        for source, name in zip(
+            (mask.__file__, shim.__file__, launcher.__file__), COMPILED, strict=True
+        ):
+            target = folder / name
             # It replaces no link and no FIFO by itself, and gives the rights of the source.
             os.close(files.make(target))
             py_compile.compile(source, str(target), doraise=True)
@@ -71,7 +84,8 @@ def compiled(folder: Path) -> Programs:
         return Programs()
     before = USUAL[:-1]
     return Programs(
-        (*before, str(folder / "shim.pyc")), (*before, str(folder / "launcher.pyc"))
+        (*before, str(folder / "shim.pyc")),
+        (*before, str(folder / "launcher.pyc"), _LIBRARY),
     )
 
 

@@ -235,7 +235,8 @@ def _lock(state: Path) -> int:
 
 
 OWN = (
-    *("lock", "permits", "secrets", LISTINGS, "shim.pyc", "mask.pyc"),
+    *("lock", "permits", "secrets", LISTINGS),
+    *process.COMPILED,
     *(f"{name}{end}" for name in (DATABASE, records.FILE) for end in ("", "-wal", "-shm")),
     *(f"{name}*" for name in (audit.FILE, audit.ACCESS_FILE)),
 )
@@ -430,7 +431,10 @@ class Daemon(MultiService):
         self._reaper = LoopingCall(_reap, processes.Reaper(own_children))
         self._reaper.clock = self._reactor
         self._reaper.start(REAP)
-        programs = process.compiled(state)
+        # A task that runs as the daemon could replace what the state folder holds.
+        programs = process.compiled(state) if s.run_as else process.Programs()
+        if not s.run_as:
+            process.remove_compiled(state)
         # Before the launcher starts: that inherits the cgroup of the daemon.
         root = cgroups.delegated()
         groups = None if root is None else Cgroups.enter(root)

@@ -211,9 +211,8 @@ class Daemon:
             for child in path.read_text().split():
                 with suppress(FileNotFoundError, ProcessLookupError):
                     line = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
-                    if line[3:4] == [bytes(self.state / "launcher.pyc")] and (
-                        not line[4].strip(b" ") and not line[5]
-                    ):
+                    program = Path(os.fsdecode(line[3])).stem if line[6:] else ""
+                    if program == "launcher" and not line[5].strip(b" "):
                         return int(child)
             return 0
 
