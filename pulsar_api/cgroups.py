@@ -6,10 +6,10 @@ that and sets an attribute (systemd.resource-control(5)); anybody else can set i
 
 import errno
 import fcntl
-import json
 import os
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +17,7 @@ from pathlib import Path
 from attrs import field, frozen
 from twisted.logger import Logger
 
-from pulsar_api import proc
+from pulsar_api import proc, shim
 from pulsar_api.proc import Entry
 from pulsar_api.task import Limits, Process
 
@@ -33,14 +33,18 @@ CONTROLLERS = ("cpu", "memory", "pids")
 LIMITS = ("cpu.max", "memory.max", "pids.max")
 """The files of a cgroup that limit a task."""
 
-_LIMITS = "user.pulsar-api.limits"
+_ENABLED = "cgroup.subtree_control"
 _NEW = 3600.0  # seconds; a shim may be about to start its command in an empty cgroup
 _PAUSE = 0.005  # seconds between two looks whether a cgroup is empty
 
 
 def name(task_id: int, permit: str) -> str:
-    """Return the name of the cgroup for a task that starts with this permit."""
-    return f"task-{task_id}-{sha256(permit.encode()).hexdigest()[:16]}"
+    """Return the name of the cgroup for a task that starts with this permit.
+
+    The last word of a permit does not count: it is a time, which changes with its use.
+    """
+    lasting = permit.rpartition(" ")[0]
+    return f"task-{task_id}-{sha256(lasting.encode()).hexdigest()[:16]}"
 
 
 def delegated(process: Path = Path("/proc/self")) -> Path | None:
@@ -63,17 +67,24 @@ def delegated(process: Path = Path("/proc/self")) -> Path | None:
 def _own(process: Path) -> Path | None:
     """Return the folder of a process's cgroup."""
     try:
-        found = (process / "cgroup").read_text()
-        mounts = (process / "mountinfo").read_text()
+        found = (process / "cgroup").read_bytes().split(b"\n")
+        mounts = (process / "mountinfo").read_bytes().split(b"\n")
     except OSError:
         return None
-    inside = next((line[3:] for line in found.splitlines() if line[:3] == "0::"), None)
-    for line in mounts.splitlines() if inside is not None else ():
-        fields = line.split()
-        if fields[fields.index("-") + 1] == "cgroup2":
+    inside = next((line[3:] for line in found if line.startswith(b"0::")), b"")
+    for line in mounts if inside else ():
+        # 31 23 0:26 ROOT MOUNT-POINT rw,nosuid shared:9 - cgroup2 cgroup2 rw
+        fields, _, rest = (part.split(b" ") for part in line.partition(b" - "))
+        if rest[0] == b"cgroup2":
+            root, at = (Path(os.fsdecode(_plain(name))) for name in fields[3:5])
             with suppress(ValueError):  # another part of the tree is mounted there
-                return Path(fields[4]) / Path(inside or "/").relative_to(fields[3])
+                return at / Path(os.fsdecode(inside)).relative_to(root)
     return None
+
+
+def _plain(name: bytes) -> bytes:
+    """Return a name without the escapes of proc_pid_mountinfo(5)."""
+    return re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), name)
 
 
 def available(root: Path | None) -> frozenset[str]:
@@ -99,36 +110,58 @@ class Cgroups:
 
         Return None, and log the reason, if that fails or another daemon uses the tree.
         """
+        lock = -1
         try:
             lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            own = root / OWN
-            own.mkdir(exist_ok=True)
-            (own / "cgroup.procs").write_text("0")
+            (root / OWN).mkdir(exist_ok=True)
+            _move("0", root / OWN)
+            found = cls(root, lock)
+            found._enable()
+            found._tidy()
         except OSError as e:
             _log.error("Tasks get no cgroups: {root}: {e}", root=root, e=e)
+            if lock >= 0:
+                os.close(lock)
             return None
-        for controller in sorted(available(root)):
+        return found
+
+    def enabled(self) -> frozenset[str]:
+        """Return the controllers that can limit tasks now."""
+        return frozenset((self.root / _ENABLED).read_text().split())
+
+    def _enable(self) -> None:
+        # A cgroup with processes cannot have controllers for those below it. These are
+        # shims and tasks of a version without cgroups.
+        for pid in (self.root / "cgroup.procs").read_text().split():
+            with suppress(ProcessLookupError):
+                _move(pid, self.root / OWN)
+        for controller in sorted(available(self.root) - self.enabled()):
             try:
-                (root / "cgroup.subtree_control").write_text(f"+{controller}")
+                (self.root / _ENABLED).write_text(f"+{controller}")
             except OSError as e:
                 _log.error(
-                    "Cgroups cannot limit {it}: {root}: {e}", it=controller, root=root, e=e
+                    "Cgroups cannot limit {it}: {path}: {e}",
+                    it=controller,
+                    path=self.root,
+                    e=e,
                 )
-        found = cls(root, lock)
-        found._tidy()
-        return found
 
     def _tidy(self) -> None:
         """Remove old empty cgroups, and set the limits of the others again."""
         for path in self.root.glob("task-*"):
-            with suppress(OSError, ValueError, TypeError):
-                if _populated(path):
-                    # A task that runs as the daemon can write anything there.
-                    found = dict(json.loads(os.getxattr(path, _LIMITS)))
-                    _limit(path, [(f, str(found[f])) for f in LIMITS if f in found])
-                elif path.stat().st_mtime < time.time() - _NEW:
-                    path.rmdir()
+            with suppress(OSError):
+                if not _populated(path):
+                    if path.stat().st_mtime < time.time() - _NEW:
+                        _remove(path)
+                    continue
+            try:
+                # A task that runs as the daemon can write anything there.
+                found = _parse(os.getxattr(path, shim.LIMITS))
+                _limit(path, [(f, v) for f, v in found if f in LIMITS])
+            except OSError as e:
+                if e.errno != errno.ENODATA:
+                    _log.error("Cannot limit {path} again: {e}", path=path, e=e)
 
     def make(self, name: str, limits: Limits) -> str:
         """Make a cgroup and return its folder.
@@ -142,7 +175,9 @@ class Cgroups:
             # Language runtimes read their limits there. Our umask would forbid it.
             path.chmod(0o755)
             if limits:
-                os.setxattr(path, _LIMITS, json.dumps(list(limits)).encode())
+                os.setxattr(path, shim.LIMITS, encoded(limits))
+                if not all((path / file).exists() for file, _ in limits):
+                    self._enable()
                 _limit(path, limits)
         except OSError as e:
             if limits:
@@ -167,7 +202,7 @@ class Cgroups:
             while _populated(path) and time.monotonic() < until:
                 time.sleep(_PAUSE)
             left = proc.describe(_members(path))
-            path.rmdir()
+            _remove(path)
         except OSError as e:
             proc.gone(e)  # it does not exist, or it is not empty
         return left
@@ -177,11 +212,31 @@ def _populated(path: Path) -> bool:
     return "populated 1" in (path / "cgroup.events").read_text().splitlines()
 
 
-def _members(path: Path) -> Iterable[Entry]:
-    for number in (path / "cgroup.procs").read_text().split():
-        found = Entry.of(int(number))
-        if found is not None and found.alive:
-            yield found
+def _members(path: Path) -> Iterator[Entry]:
+    """Yield the processes of a cgroup and its sub-cgroups."""
+    for procs in path.rglob("cgroup.procs"):
+        for number in procs.read_text().split():
+            found = Entry.of(int(number))
+            if found is not None and found.alive:
+                yield found
+
+
+def _remove(path: Path) -> None:
+    shim.remove_cgroup(os.fsencode(path))
+
+
+def _move(pid: str, path: Path) -> None:
+    (path / "cgroup.procs").write_text(pid)
+
+
+def encoded(limits: Limits) -> bytes:
+    """Return limits as an attribute of a cgroup: lines with a file and its content."""
+    return "".join(f"{file} {value}\n" for file, value in limits).encode()
+
+
+def _parse(data: bytes) -> list[tuple[str, str]]:
+    lines = data.decode("ascii", "replace").splitlines()
+    return [(file, value) for file, _, value in (line.partition(" ") for line in lines)]
 
 
 def _limit(path: Path, limits: Limits) -> None:

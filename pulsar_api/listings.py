@@ -89,7 +89,9 @@ class Listings:
             return
         for number in left:
             # After a boot, or in a copy, the numbers of its processes are others'.
-            own(self._remove(number, numbers=self._executor.is_here(number)))
+            here = self._executor.is_here(number)
+            cgroup = self._executor.cgroup(number) if here else ""
+            own(self._remove(number, numbers=here, cgroup=cgroup))
 
     def stop(self) -> None:
         """End what runs; nobody is told."""

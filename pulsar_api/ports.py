@@ -140,6 +140,9 @@ class Executor(Protocol):
         any other case of doubt the run is lost.
         """
 
+    def cgroup(self, task_id: int) -> str:
+        """Return the name of a run's cgroup by what is kept of it, "" if nothing tells."""
+
     def bar(self, task_id: int) -> bool:
         """Make sure that no shim begins with this task; False: one has.
 

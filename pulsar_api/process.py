@@ -32,7 +32,7 @@ from pulsar_api.machine import USUAL, LocalMachine, Machine
 from pulsar_api.ports import Bounds, Run, Secrets, Sink
 from pulsar_api.principal import Principal
 from pulsar_api.runs import BEGUN, NOTHING, AdoptedRun, ShimProtocol, alive, not_started
-from pulsar_api.task import Command, Process
+from pulsar_api.task import Command, Limits, Process
 
 _log = Logger()
 
@@ -228,10 +228,10 @@ class ShimExecutor:
             lines.append(f"{name} {found.device} {found.inode}")
         return "".join(f"{line}\n" for line in lines).encode()
 
-    def _permit_name(self, folder: Path, text: bytes) -> str:
+    def _permit_name(self, folder: Path, text: bytes, name: str = PERMIT) -> str:
         # The time of its last change cannot be copied with the file: it tells a folder
         # that was restored even if it got the very inodes of the old one.
-        found = self._machine.identity(folder / PERMIT)
+        found = self._machine.identity(folder / name)
         return f"{text.decode()}permit {found.inode} {found.changed}"
 
     def _is_valid(self, folder: Path, permit: str | None) -> bool:
@@ -274,7 +274,7 @@ class ShimExecutor:
             limits = () if command.account is None else command.account.limits
             place = self._machine.make_cgroup(cgroup, limits)
             self._take_secrets(folder, command)
-            self._write_spec(folder, command, bounds, place)
+            self._write_spec(folder, command, bounds, place, limits)
             self._machine.spawn(run, folder)
         except OSError as e:
             run.end(not_started(e, folder))
@@ -296,6 +296,15 @@ class ShimExecutor:
             *(self._machine, self._clock, folder, bounds, sink, valid, here),
             cgroup=_cgroup(task_id, permit),
         )
+
+    def cgroup(self, task_id: int) -> str:
+        """Return the name of a run's cgroup by its folder, "" if that does not tell."""
+        folder = self._tasks / str(task_id)
+        for name in (USED, PERMIT):
+            with suppress(OSError):
+                text = self._machine.read(folder / name)
+                return cgroups.name(task_id, self._permit_name(folder, text, name))
+        return ""
 
     def bar(self, task_id: int) -> bool:
         """Make sure that no shim begins with this task; False: one has."""
@@ -451,7 +460,12 @@ class ShimExecutor:
         return None
 
     def _write_spec(
-        self, folder: Path, command: Command, bounds: Bounds, cgroup: str = ""
+        self,
+        folder: Path,
+        command: Command,
+        bounds: Bounds,
+        cgroup: str = "",
+        limits: Limits = (),
     ) -> None:
         # The shim hands it on to whoever reads the result, perhaps a later daemon with
         # other settings. A secret may be in it, and then the output does not have it.
@@ -463,6 +477,7 @@ class ShimExecutor:
             numbers = (account.uid, account.gid, *account.groups)
             umask = umask if account.umask is None else account.umask
         fields: list[str | bytes] = [
+            shim.VERSION,
             *(f"{n:.3f}" for n in (bounds.grace, bounds.total, bounds.silence)),
             *(str(n) for n in (bounds.max_output, umask, self._files)),
             *(str(len(texts)) for texts in (command.arguments, command.secrets)),
@@ -471,6 +486,7 @@ class ShimExecutor:
             promise,
             " ".join(map(str, numbers)),
             cgroup,
+            cgroups.encoded(limits),
             *command.arguments,
             *command.secrets,
             *(text for pair in command.environment.items() for text in pair),

@@ -856,7 +856,7 @@ class TaskService:
         return wait.addCallback(done)
 
 
-MEMORY = "The kernel killed a process of it, because the task reached its memory-max."
+MEMORY = "The kernel killed a process of this task because memory ran out."
 
 OPEN = (
     "A background process still held the output at the end; what it prints after that is "

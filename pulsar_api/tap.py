@@ -438,6 +438,7 @@ class Daemon(MultiService):
         # Before the launcher starts: that inherits the cgroup of the daemon.
         root = cgroups.delegated()
         groups = None if root is None else Cgroups.enter(root)
+        check_limits(s.run_as, () if groups is None else groups.enabled())
         self._launcher = Launcher(self._reactor, programs.launcher, state)
         self._launcher.start()
         machine = LocalMachine(

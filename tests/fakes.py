@@ -351,6 +351,9 @@ class FakeExecutor:
     def is_here(self, task_id: int) -> bool:
         return True
 
+    def cgroup(self, task_id: int) -> str:
+        return ""
+
     def bar(self, task_id: int) -> bool:
         self.check()
         self.barred.add(task_id)

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -12,7 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from twisted.internet.task import Clock
 
+from pulsar_api import cgroups
+from pulsar_api.machine import LocalMachine
+from pulsar_api.ports import Bounds
+from pulsar_api.process import ShimExecutor
+from pulsar_api.task import Command
 from tests.integration.daemon import SHELL, Daemon, wait_for
 from tests.integration.test_run_as import OWN, PYTHON, SHOP, TABLES, capable, refused
 
@@ -348,6 +355,98 @@ if libc.prctl(22, 2, ctypes.byref(program)):  # PR_SET_SECCOMP, SECCOMP_MODE_FIL
 os.execvp(sys.argv[1], sys.argv[1:])
 """
 """Starts a program that cannot use clone3(2)."""
+
+
+def ordered(folder: Path, cgroup: Path, *arguments: str, path: str = "/bin") -> None:
+    """Write what a shim is to run, and in which cgroup."""
+    folder.mkdir()
+    executor = ShimExecutor(LocalMachine(None), Clock(), folder.parent, str)
+    command = Command(arguments, {"PATH": path})
+    executor._write_spec(folder, command, Bounds(1), str(cgroup))
+
+
+def shim_with(folder: Path, *lines: str) -> str:
+    """Run a shim after lines of Python have changed it; return its result."""
+    code = "\n".join(
+        ["import errno, os, posix, sys", "from pulsar_api import shim", *lines]
+    )
+    code += "\nshim.main(sys.argv[1])\n"
+    program = [sys.executable, "-c", code, str(folder)]
+    subprocess.run(program, check=True, stdout=subprocess.DEVNULL, timeout=60, cwd="/")
+    return (folder / "exit").read_text()
+
+
+REMOVED = """
+start = shim.Shim.{method}
+def once(self):
+    shim.Shim.{method} = start
+    os.rmdir(self.spec.cgroup)
+    return start(self)
+shim.Shim.{method} = once
+"""
+
+
+@pytest.mark.parametrize("method", ["open_files", "start"])
+def test_shim_makes_a_removed_cgroup_again(
+    delegated: Path, tmp_path: Path, method: str
+) -> None:
+    """Systemd removes those that are empty when the unit stops."""
+    cgroup = delegated / "task-1-x"
+    cgroup.mkdir()
+    ordered(tmp_path / "1", cgroup, "sh", "-c", "cat /proc/self/cgroup")
+    result = shim_with(tmp_path / "1", REMOVED.format(method=method))
+    assert "code 0\n" in result
+    assert (tmp_path / "1" / "output").read_text().endswith("/task-1-x\n")
+    assert not cgroup.exists()
+
+
+def test_shim_waits_for_processes_and_descriptors(delegated: Path, tmp_path: Path) -> None:
+    """Each try gives back what it has opened."""
+    cgroup = delegated / "task-1-x"
+    cgroup.mkdir()
+    ordered(tmp_path / "1", cgroup, "sh", "-c", "exit 3", path="/nowhere:/usr/none:/bin")
+    result = shim_with(
+        tmp_path / "1",
+        "shim.RETRY = 0.01",
+        "fork, pipe2, seen = posix.fork, posix.pipe2, []",
+        "shim.clone_into = lambda cgroup: -1",
+        "def short_of_processes():",
+        "    seen.append(len(os.listdir('/proc/self/fd')))",
+        "    if len(seen) < 20: raise OSError(errno.EAGAIN, 'no more processes')",
+        "    assert set(seen) == {seen[0]}, seen",
+        "    return fork()",
+        "def short_of_descriptors(flags):",
+        "    if len(seen) == 10: seen.append(seen[0]); raise OSError(errno.EMFILE, 'full')",
+        "    return pipe2(flags)",
+        "posix.fork, posix.pipe2 = short_of_processes, short_of_descriptors",
+    )
+    assert "code 3\n" in result
+
+
+def test_shim_removes_sub_cgroups(delegated: Path, tmp_path: Path) -> None:
+    """A task that runs as the daemon can make them, as containers do."""
+    cgroup = delegated / "task-1-x"
+    cgroup.mkdir()
+    inner = cgroup / "inner" / "most"
+    line = f"mkdir -p {inner}; echo $$ > {inner}/cgroup.procs; sleep 3600.5 & exit 0"
+    ordered(tmp_path / "1", cgroup, "sh", "-c", line)
+    result = shim_with(tmp_path / "1", "shim.Shim.linger = lambda self: self.kill(0)")
+    assert "left " in result
+    wait_for(lambda: not named("3600.5"), "the end of the process")
+    cgroups.Cgroups(delegated, -1).end("task-1-x", 5)
+    assert not cgroup.exists()
+
+
+def test_start_moves_processes_of_a_version_without_cgroups(
+    start: Start, delegated: Path
+) -> None:
+    """The kernel gives no controllers to tasks while their parent has processes."""
+    with subprocess.Popen(["sleep", "3600"]) as process:
+        (delegated / "cgroup.procs").write_text(str(process.pid))
+        start()
+        assert members(delegated) == []
+        assert process.pid in members(delegated / "daemon")
+        process.kill()
 
 
 @pytest.mark.parametrize(
