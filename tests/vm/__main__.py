@@ -168,8 +168,7 @@ def qemu(kernel: Path, disk: Path, words: Sequence[str], output: int) -> list[st
         *("-kernel", str(kernel), "-append", " ".join(words)),
         *("-drive", f"id=disk,if=none,format=raw,file={disk}"),
         *("-device", "nvme,serial=vm,drive=disk"),
-        *("-serial", "stdio", "-add-fd", f"fd={output},set=1"),
-        *("-serial", "file:/dev/fdset/1"),
+        *("-serial", "stdio", "-serial", f"file:/dev/fd/{output}"),
     ]
 
 
