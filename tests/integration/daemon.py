@@ -231,8 +231,9 @@ class Daemon:
             for child in path.read_text().split():
                 with suppress(FileNotFoundError, ProcessLookupError):
                     line = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
-                    program = Path(os.fsdecode(line[3])).stem if line[6:] else ""
-                    if program == "launcher" and not line[5].strip(b" "):
+                    # Behind the room of a shim is the folder of its task.
+                    own = line[6:] == [b""] and not line[5].strip(b" ")
+                    if own and Path(os.fsdecode(line[3])).stem == "launcher":
                         return int(child)
             return 0
 
