@@ -4,21 +4,25 @@ import grp
 import os
 import pwd
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from attrs import frozen
 
 from pulsar_api.auth.rights import Target
 from pulsar_api.errors import InvalidInput, SettingsError
-from pulsar_api.task import Account
+from pulsar_api.task import Account, Limits
 
 CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
 """Bits of what a process may do (capability.h)."""
 
 NEEDED = 1 << CAP_KILL | 1 << CAP_SETGID | 1 << CAP_SETUID
 
-_KEYS = frozenset({"on", "user", "group", "home", "umask"})
+_LIMITS = ("memory-max", "cpu-quota", "tasks-max")
+_KEYS = frozenset({"on", "user", "group", "home", "umask", *_LIMITS})
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_LEAST_MEMORY = 1 << 20  # bytes; hardly any program can start with less
+_MOST_PROCESSES = 1 << 22  # the most that a kernel has at all (PID_MAX_LIMIT)
 
 
 @frozen
@@ -30,6 +34,7 @@ class RunAs:
     group: str | None = None
     home: str | None = None
     umask: int | None = None
+    limits: Limits = ()
 
     @classmethod
     def parse(cls, table: object) -> "RunAs":
@@ -57,7 +62,28 @@ class RunAs:
             texts["group"],
             texts["home"],
             None if umask is None else int(umask, 8),
+            tuple(_limits(table)),
         )
+
+
+def _limits(table: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Yield the limits of a table as files of a cgroup (cgroups(7)) and their contents."""
+    memory, quota, tasks = (table.get(name) for name in _LIMITS)
+    if memory is not None:
+        found = re.fullmatch("([1-9][0-9]{0,14})([KMGT]?)", str(memory))
+        size = int(found[1]) * _UNITS[found[2]] if found else 0
+        if not _LEAST_MEMORY <= size < 1 << 63:
+            raise ValueError('memory-max is at least 1M, as in memory-max = "2G"')
+        yield "memory.max", str(size)
+    if quota is not None:
+        found = re.fullmatch("([1-9][0-9]{0,5})%", str(quota))
+        if not found:
+            raise ValueError('cpu-quota is a percentage of one core, as in "150%"')
+        yield "cpu.max", f"{int(found[1]) * 1000} 100000"
+    if tasks is not None:
+        if type(tasks) is not int or not 1 <= tasks <= _MOST_PROCESSES:
+            raise ValueError("tasks-max is a number of processes, as in tasks-max = 500")
+        yield "pids.max", str(tasks)
 
 
 def _text(table: Mapping[str, object], name: str) -> str | None:
@@ -126,7 +152,23 @@ def _account(table: RunAs, own: int) -> Account:
         why = "it is in the group of root, or of the daemon"
         raise SettingsError(f"run-as: {table.user}: {why}")
     home = user.pw_dir if table.home is None else table.home
-    return Account(user.pw_name, user.pw_uid, group, tuple(groups), home, table.umask)
+    return Account(
+        user.pw_name, user.pw_uid, group, tuple(groups), home, table.umask, table.limits
+    )
+
+
+def check_limits(tables: Iterable[RunAs], controllers: Container[str]) -> None:
+    """Raise `SettingsError` for a limit whose controller is not available."""
+    for table in tables:
+        for file, _ in table.limits:
+            controller = file.partition(".")[0]
+            if controller not in controllers:
+                key = {"memory": "memory-max", "cpu": "cpu-quota", "pids": "tasks-max"}
+                raise SettingsError(
+                    f"run-as: {key[controller]} needs a delegated cgroup with the "
+                    f"controller {controller}. Set Delegate=cpu memory pids in the unit of "
+                    "this daemon; see docs/access.rst"
+                )
 
 
 def check_capabilities(status: Path = Path("/proc/self/status")) -> None:

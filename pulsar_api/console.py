@@ -154,6 +154,8 @@ class Console:
             "notes": " ".join(data["notes"]),
             "created": _when(data["createdAt"]),
             "took": _took(data, self._now()),
+            "processors": _amount(data.get("cpuSeconds"), "s"),
+            "memory": _amount(data.get("memoryPeak"), "bytes at most"),
             "output": f"{data['outputSize']} bytes",
             "page": data["url"],
         }
@@ -167,6 +169,10 @@ class Console:
         if colour is None or not self.out.isatty() or os.environ.get("NO_COLOR"):
             return text
         return f"\x1b[{colour}m{text}\x1b[0m"
+
+
+def _amount(number: float | None, unit: str) -> str | None:
+    return None if number is None else f"{number:g} {unit}"
 
 
 def _processes(found: Iterable[Mapping[str, Any]]) -> str:

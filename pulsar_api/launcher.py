@@ -1,8 +1,9 @@
 """Forks shims for the daemon, which spares each task the start of an interpreter.
 
-Run as ``python -I -S launcher.py ROOM``. Descriptor 0 is ``/dev/null``, 3 the daemon's
-``SOCK_SEQPACKET`` socket. ROOM is an argument of spaces: a child writes the folder of its
-task over it, so the process table shows whose shim it is.
+Run as ``python -I -S launcher.py LIBRARY ROOM``. Descriptor 0 is ``/dev/null``, 3 the
+daemon's ``SOCK_SEQPACKET`` socket. LIBRARY is the folder of the package that masks secrets.
+ROOM is an argument of spaces: a child writes the folder of its task over it, so the process
+table shows whose shim it is.
 
 The daemon sends the number of a start with the task's folder and two descriptors, or with
 a signal for the shim of that start, or 0 to get it back. The launcher answers in order, by
@@ -24,7 +25,13 @@ if __name__ == "__main__":
     # It lies beside this file, where an isolated interpreter does not look by itself.
     sys.path.append(__file__.rpartition("/")[0])
     shim = __import__("shim")
-    del sys.path[-1]
+    try:
+        # Every shim has it from its begin, also after an upgrade has removed the files.
+        sys.path.append(sys.argv[1])
+        __import__("mask")
+    except ImportError:
+        pass  # the shim of a task with secrets reports it
+    del sys.path[-2:]
 else:
     from pulsar_api import shim
 

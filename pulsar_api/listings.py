@@ -7,7 +7,7 @@ from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from pulsar_api import files
+from pulsar_api import cgroups, files
 from pulsar_api.background import own, shielded
 from pulsar_api.errors import Busy, StoreUnavailable
 from pulsar_api.machine import Machine
@@ -89,7 +89,9 @@ class Listings:
             return
         for number in left:
             # After a boot, or in a copy, the numbers of its processes are others'.
-            own(self._remove(number, numbers=self._executor.is_here(number)))
+            here = self._executor.is_here(number)
+            cgroup = self._executor.cgroup(number) if here else ""
+            own(self._remove(number, numbers=here, cgroup=cgroup))
 
     def stop(self) -> None:
         """End what runs; nobody is told."""
@@ -141,9 +143,11 @@ class Listings:
         self._executor.check()
         self._last += 1
         number, end = self._last, _End()
-        await self._executor.permit(number)
+        permit = await self._executor.permit(number)
         try:
-            self._runs[number] = self._executor.start(number, command, self._bounds, end)
+            self._runs[number] = self._executor.start(
+                number, command, self._bounds, end, permit
+            )
             if self._stopped:
                 self._runs[number].kill()
             exit = await end.exit
@@ -157,11 +161,13 @@ class Listings:
             raise StoreUnavailable(str(e)) from None
         finally:
             del self._runs[number]
-            own(self._remove(number, numbers=True))
+            cgroup = cgroups.name(number, permit)
+            own(self._remove(number, numbers=True, cgroup=cgroup))
 
-    async def _remove(self, number: int, *, numbers: bool) -> None:
+    async def _remove(self, number: int, *, numbers: bool, cgroup: str = "") -> None:
         """End all that is left of a run, and remove its folder."""
-        remains = await self._machine.end(self._folder / str(number), numbers=numbers)
+        folder = self._folder / str(number)
+        remains = await self._machine.end(folder, numbers=numbers, cgroup=cgroup)
         if remains:
             _log.warn("Of a listing these still run: {it}", it=[p.pid for p in remains])
         await self._executor.forget([number])

@@ -20,12 +20,13 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.threads import deferToThreadPool
 
 from pulsar_api import files, proc, processes, shim
+from pulsar_api.cgroups import Cgroups
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.launch import Launcher
 from pulsar_api.orphans import Memory
 from pulsar_api.output import Output, Record
 from pulsar_api.proc import Key
-from pulsar_api.task import Process
+from pulsar_api.task import Limits, Process
 
 T = TypeVar("T")
 
@@ -123,6 +124,12 @@ class Machine(Protocol):
     def output(self, folder: Path) -> Records:
         """Return a reader of what a shim has written."""
 
+    def make_cgroup(self, name: str, limits: Limits) -> str:
+        """Make a cgroup for a task and return its folder, "" if there are no cgroups.
+
+        Raise `OSError` if a limit cannot be set.
+        """
+
     def spawn(self, protocol: ProcessProtocol, folder: Path) -> None:
         """Start the shim of a folder."""
 
@@ -132,10 +139,13 @@ class Machine(Protocol):
     def wake(self, folder: Path) -> bool:
         """Send CONT to the shim of a folder; return whether it was stopped."""
 
-    def end(self, folder: Path, *, numbers: bool) -> Deferred[tuple[Process, ...]]:
+    def end(
+        self, folder: Path, *, numbers: bool, cgroup: str
+    ) -> Deferred[tuple[Process, ...]]:
         """Kill the shim of a folder and all of its task; fires with what remains.
 
         ``numbers``: whether process numbers in the folder's files are to be believed.
+        ``cgroup`` is the name of its cgroup, "" if that is not known.
         """
 
     def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:
@@ -179,6 +189,7 @@ class LocalMachine:
     _own: Container[int] | None = None
     """The children that this process waits for itself; None: it is no subreaper."""
     _launcher: Launcher | None = None
+    _cgroups: Cgroups | None = None
     _memories: dict[Path, Memory] = field(factory=dict, init=False)
     """What is remembered of the processes of tasks, by the folder of the tasks."""
 
@@ -275,6 +286,14 @@ class LocalMachine:
         """Return a reader of what a shim has written."""
         return Output(folder)
 
+    def make_cgroup(self, name: str, limits: Limits) -> str:
+        """Make a cgroup for a task and return its folder, "" if there are no cgroups."""
+        if self._cgroups is not None and name:
+            return self._cgroups.make(name, limits)
+        if limits:
+            raise OSError(errno.ENOSYS, "there are no cgroups, so limits cannot be set")
+        return ""
+
     def spawn(self, protocol: ProcessProtocol, folder: Path) -> None:
         """Start the shim of a folder."""
         if self._launcher is not None and self._launcher.spawn(protocol, folder):
@@ -297,13 +316,27 @@ class LocalMachine:
         """Send CONT to the shim of a folder; return whether it was stopped."""
         return self._signal(folder, signal.SIGCONT)
 
-    def end(self, folder: Path, *, numbers: bool) -> Deferred[tuple[Process, ...]]:
+    def end(
+        self, folder: Path, *, numbers: bool, cgroup: str
+    ) -> Deferred[tuple[Process, ...]]:
         """Kill the shim of a folder and all of its task; fires with what remains."""
-        return self.in_thread(lambda: self._end(folder, numbers))
+        return self.in_thread(lambda: self._end(folder, numbers, cgroup))
 
-    def _end(self, folder: Path, numbers: bool) -> tuple[Process, ...]:  # noqa: FBT001
+    def _end(
+        self,
+        folder: Path,
+        numbers: bool,  # noqa: FBT001
+        cgroup: str,
+    ) -> tuple[Process, ...]:
         living = _holder(folder)
-        remains = [] if living is None else processes.end_tree(living)
+        remains: list[Process] = []
+        if self._cgroups is not None and cgroup:
+            if living is not None:
+                # Otherwise it would report that the command ended by itself.
+                proc.send(living, signal.SIGSTOP)
+            remains += self._cgroups.end(cgroup, processes.KILL_PATIENCE)
+        if living is not None:
+            remains += processes.end_tree(living)
         dead = _named(folder) if numbers else None
         memory = self._memory(folder.parent)
         found = memory.orphans(int(folder.name), dead, believe=numbers)

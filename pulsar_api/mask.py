@@ -1,6 +1,7 @@
 """Replaces secrets in what a command prints, however it is cut into pieces.
 
-Part of the shim, but only the shim of a task with secrets imports it.
+Part of the shim. The launcher imports it once; where a shim has an interpreter of its own,
+it does so for a task with secrets.
 """
 
 from bisect import bisect

@@ -123,7 +123,14 @@ class Executor(Protocol):
         Only then do process numbers in its folder mean the same processes.
         """
 
-    def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> Run:
+    def start(
+        self,
+        task_id: int,
+        command: Command,
+        bounds: Bounds,
+        sink: Sink,
+        permit: str | None = None,
+    ) -> Run:
         """Start a command. Whatever goes wrong is told to the sink, as an end."""
 
     def adopt(self, task_id: int, permit: str | None, bounds: Bounds, sink: Sink) -> Run:
@@ -132,6 +139,9 @@ class Executor(Protocol):
         `Exit.unstarted` is told only if no shim has begun and the permit is valid. In
         any other case of doubt the run is lost.
         """
+
+    def cgroup(self, task_id: int) -> str:
+        """Return the name of a run's cgroup by what is kept of it, "" if nothing tells."""
 
     def bar(self, task_id: int) -> bool:
         """Make sure that no shim begins with this task; False: one has.

@@ -24,7 +24,7 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from pulsar_api import files, launcher, mask, masking, orphans, shim
+from pulsar_api import cgroups, files, launcher, mask, masking, orphans, shim
 from pulsar_api.background import own
 from pulsar_api.errors import FolderInUse, StoreUnavailable
 from pulsar_api.files import Damaged
@@ -32,7 +32,7 @@ from pulsar_api.machine import USUAL, LocalMachine, Machine
 from pulsar_api.ports import Bounds, Run, Secrets, Sink
 from pulsar_api.principal import Principal
 from pulsar_api.runs import BEGUN, NOTHING, AdoptedRun, ShimProtocol, alive, not_started
-from pulsar_api.task import Command, Process
+from pulsar_api.task import Command, Limits, Process
 
 _log = Logger()
 
@@ -48,19 +48,32 @@ class Programs:
     """How what stands between the daemon and its commands is started."""
 
     shim: Sequence[str] = USUAL
-    launcher: Sequence[str] = (*USUAL[:-1], launcher.__file__)
+    launcher: Sequence[str] = (*USUAL[:-1], launcher.__file__, _LIBRARY)
+
+
+COMPILED = ("mask.pyc", "shim.pyc", "launcher.pyc")
+"""The files that `compiled` makes."""
+
+
+def remove_compiled(folder: Path) -> None:
+    """Remove the files that `compiled` has made in a folder."""
+    for name in COMPILED:
+        with suppress(OSError):
+            (folder / name).unlink()
 
 
 def compiled(folder: Path) -> Programs:
-    """Return how shim and launcher are started from compiled copies, made in the folder.
+    """Return how to start shim and launcher from compiled copies, made in the folder.
 
-    That spares 4 ms per start. And it is the shim of this version, whatever an upgrade of
-    the package does before the daemon is started again. But the library that masks secrets
-    is not copied: a task with secrets takes the one that is installed when it starts.
+    No task may be able to write there. A copy keeps the version of this daemon, whatever an
+    upgrade of the package does before the daemon is restarted. But the library that masks
+    secrets is not copied: a task with secrets uses the one that is installed at its start.
     """
     try:
-        for source in (mask.__file__, shim.__file__, launcher.__file__):
-            target = folder / Path(source).with_suffix(".pyc").name
+        for source, name in zip(
+            (mask.__file__, shim.__file__, launcher.__file__), COMPILED, strict=True
+        ):
+            target = folder / name
             # It replaces no link and no FIFO by itself, and gives the rights of the source.
             os.close(files.make(target))
             py_compile.compile(source, str(target), doraise=True)
@@ -71,7 +84,8 @@ def compiled(folder: Path) -> Programs:
         return Programs()
     before = USUAL[:-1]
     return Programs(
-        (*before, str(folder / "shim.pyc")), (*before, str(folder / "launcher.pyc"))
+        (*before, str(folder / "shim.pyc")),
+        (*before, str(folder / "launcher.pyc"), _LIBRARY),
     )
 
 
@@ -214,10 +228,10 @@ class ShimExecutor:
             lines.append(f"{name} {found.device} {found.inode}")
         return "".join(f"{line}\n" for line in lines).encode()
 
-    def _permit_name(self, folder: Path, text: bytes) -> str:
+    def _permit_name(self, folder: Path, text: bytes, name: str = PERMIT) -> str:
         # The time of its last change cannot be copied with the file: it tells a folder
         # that was restored even if it got the very inodes of the old one.
-        found = self._machine.identity(folder / PERMIT)
+        found = self._machine.identity(folder / name)
         return f"{text.decode()}permit {found.inode} {found.changed}"
 
     def _is_valid(self, folder: Path, permit: str | None) -> bool:
@@ -244,13 +258,23 @@ class ShimExecutor:
         except OSError:
             return False
 
-    def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> Run:
+    def start(
+        self,
+        task_id: int,
+        command: Command,
+        bounds: Bounds,
+        sink: Sink,
+        permit: str | None = None,
+    ) -> Run:
         """Start a command. Whatever goes wrong is told to the sink, as an end."""
         folder = self._tasks / str(task_id)
-        run = ShimProtocol(self._machine, self._clock, folder, bounds, sink)
+        cgroup = _cgroup(task_id, permit)
+        run = ShimProtocol(self._machine, self._clock, folder, bounds, sink, cgroup=cgroup)
         try:
+            limits = () if command.account is None else command.account.limits
+            place = self._machine.make_cgroup(cgroup, limits)
             self._take_secrets(folder, command)
-            self._write_spec(folder, command, bounds)
+            self._write_spec(folder, command, bounds, place, limits)
             self._machine.spawn(run, folder)
         except OSError as e:
             run.end(not_started(e, folder))
@@ -268,7 +292,19 @@ class ShimExecutor:
         folder = self._tasks / str(task_id)
         valid = partial(self._is_valid, folder, permit)
         here = partial(self._is_here, folder)
-        return AdoptedRun(self._machine, self._clock, folder, bounds, sink, valid, here)
+        return AdoptedRun(
+            *(self._machine, self._clock, folder, bounds, sink, valid, here),
+            cgroup=_cgroup(task_id, permit),
+        )
+
+    def cgroup(self, task_id: int) -> str:
+        """Return the name of a run's cgroup by its folder, "" if that does not tell."""
+        folder = self._tasks / str(task_id)
+        for name in (USED, PERMIT):
+            with suppress(OSError):
+                text = self._machine.read(folder / name)
+                return cgroups.name(task_id, self._permit_name(folder, text, name))
+        return ""
 
     def bar(self, task_id: int) -> bool:
         """Make sure that no shim begins with this task; False: one has."""
@@ -423,7 +459,14 @@ class ShimExecutor:
             return Principal.from_key(key if line else None, name)
         return None
 
-    def _write_spec(self, folder: Path, command: Command, bounds: Bounds) -> None:
+    def _write_spec(
+        self,
+        folder: Path,
+        command: Command,
+        bounds: Bounds,
+        cgroup: str = "",
+        limits: Limits = (),
+    ) -> None:
         # The shim hands it on to whoever reads the result, perhaps a later daemon with
         # other settings. A secret may be in it, and then the output does not have it.
         line = (command.last_line or "").encode()
@@ -434,6 +477,7 @@ class ShimExecutor:
             numbers = (account.uid, account.gid, *account.groups)
             umask = umask if account.umask is None else account.umask
         fields: list[str | bytes] = [
+            shim.VERSION,
             *(f"{n:.3f}" for n in (bounds.grace, bounds.total, bounds.silence)),
             *(str(n) for n in (bounds.max_output, umask, self._files)),
             *(str(len(texts)) for texts in (command.arguments, command.secrets)),
@@ -441,6 +485,8 @@ class ShimExecutor:
             command.directory or "/",
             promise,
             " ".join(map(str, numbers)),
+            cgroup,
+            cgroups.encoded(limits),
             *command.arguments,
             *command.secrets,
             *(text for pair in command.environment.items() for text in pair),
@@ -457,6 +503,11 @@ class ShimExecutor:
         # A shim that comes late, from before a restart, must not read half of it.
         self._machine.write(folder / "spec.tmp", data)
         self._machine.rename(folder / "spec.tmp", folder / "spec")
+
+
+def _cgroup(task_id: int, permit: str | None) -> str:
+    """Return the name of a run's cgroup, "" if its permit is not known."""
+    return "" if permit is None else cgroups.name(task_id, permit)
 
 
 def _unavailable(path: Path, error: OSError) -> StoreUnavailable:

@@ -148,7 +148,7 @@ class Guard:
         self._shims: dict[int, bool] = {}
 
     def allows(self, found: Entry) -> bool:
-        """Return whether a process may be ended.
+        """Return whether a process may be ended by signals (a cgroup is ended as a whole).
 
         Not process 1, not this daemon and what it started itself, not the living shim of
         any other task and what is below it.

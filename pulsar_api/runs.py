@@ -124,6 +124,9 @@ def _parse_exit(data: bytes) -> tuple[Exit, bytes | None]:
             Process(_number(pid, LARGEST), _number(start, LARGEST), name[:99], users[user])
             for pid, start, user, name in left
         ),
+        cpu_seconds=_number(found["cpu"], LARGEST) / 1e6 if "cpu" in found else None,
+        memory_peak=_number(found["memory"], LARGEST) if "memory" in found else None,
+        memory_kills=_number(found.get("oom", "0"), LARGEST),
     )
     return exit, None if promise is None else bytes.fromhex(promise)
 
@@ -256,6 +259,8 @@ class _Following:
     _folder: Path
     _bounds: Bounds
     _sink: Sink | None
+    _cgroup: str = field(default="", kw_only=True)
+    """The name of its cgroup, "" if that is not known."""
     _watch: Watch = field(init=False)
     _ending: bool = field(default=False, init=False)
     """Whether the daemon itself ends the task by force, or what is left of it."""
@@ -303,7 +308,9 @@ class _Following:
     async def _end_by_force(self, exit: Exit, numbers: bool) -> None:  # noqa: FBT001
         while True:
             try:
-                left = await self._machine.end(self._folder, numbers=numbers)
+                left = await self._machine.end(
+                    self._folder, numbers=numbers, cgroup=self._cgroup
+                )
                 size, index = self._sizes()
                 found = None if exit.lost else self.result()
             except OSError as e:
@@ -506,7 +513,8 @@ class ShimProtocol(_Following, ProcessProtocol):
         """Leave it to another shim, which has the lock or had it."""
         self._watch.stop()
         self._other = AdoptedRun(
-            self._machine, self._clock, self._folder, self._bounds, sink, self._is_new
+            *(self._machine, self._clock, self._folder, self._bounds, sink, self._is_new),
+            cgroup=self._cgroup,
         )
         if self._killed:
             self._other.kill()

@@ -614,7 +614,8 @@ class TaskService:
 
     def _run(self, live: _Live, command: Command) -> None:
         bounds = self._limits.bounds
-        live.run = self._executor.start(live.newest.id, command, bounds, live)
+        newest = live.newest
+        live.run = self._executor.start(newest.id, command, bounds, live, newest.permit)
         if live.kill:
             live.run.kill()
         self._moved.advance(self._moved.version + 1)
@@ -682,6 +683,8 @@ class TaskService:
         notes = live.newest.notes
         if exit.open:
             notes = (*notes, OPEN)
+        if exit.memory_kills:
+            notes = (*notes, MEMORY)
         own(
             self._finish(
                 live,
@@ -695,6 +698,8 @@ class TaskService:
                 held=bool(exit.left) and (exit.lost or exit.cause is not Cause.ITSELF),
                 notes=notes,
                 index_size=exit.index_size,
+                cpu_seconds=exit.cpu_seconds,
+                memory_peak=exit.memory_peak,
             )
         )
 
@@ -850,6 +855,8 @@ class TaskService:
 
         return wait.addCallback(done)
 
+
+MEMORY = "The kernel killed a process of this task because memory ran out."
 
 OPEN = (
     "A background process still held the output at the end; what it prints after that is "

@@ -23,6 +23,7 @@ READY, STDOUT, STDERR, STARTED, TERM_SENT, KILL_SENT, CLOCK = range(7)
 OVER = 7  # on the pipe only: the task has ended, and the shim stays
 RECORD = 16
 
+VERSION = b"spec 3"  # the first field of a ``spec``
 RESULT = b"version 2"  # the first line of a result that has ``end`` as its last one
 
 TAKEN = 75  # the exit status of a shim that finds another one at its task
@@ -38,6 +39,7 @@ ROUNDS = 20  # in which TERM goes to those that were born in the round before
 RETRY = 0.25  # seconds until the next try of what could not be done
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+CLONE3, CLONE_INTO_CGROUP = 435, 1 << 33
 CAP_HEADER = b"\x22\x05\x08\x20" + bytes(4)  # of capset(2): its third version, this process
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MEMORY = 1 << 23  # bytes that may be kept for later use
@@ -53,6 +55,13 @@ PASSING = (
 # Of these, what the start of a command wants of the machine, and not of a file's content:
 # the kernel also answers EIO for a program that is damaged.
 SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.ENFILE)
+COUNTED = (  # a name in the result, a file of the cgroup, and the word before the number
+    (b"cpu", b"/cpu.stat", b"usage_usec"),
+    (b"memory", b"/memory.peak", b""),
+    (b"oom", b"/memory.events", b"oom_kill"),
+)
+LIMITS = "user.pulsar-api.limits"  # an attribute of a cgroup
+GONE = (errno.ENOENT, errno.ENODEV)  # what the kernel answers for a removed cgroup
 EXITING = 4  # PF_EXITING, a flag of a process that has begun to end
 
 
@@ -60,16 +69,21 @@ class Spec:
     """What to run, from the file ``spec``: fields, each with its length before it."""
 
     def __init__(self, data: bytes) -> None:
-        fields = split(data)
+        version, *fields = split(data)
+        if version != VERSION:
+            raise ValueError("the file spec is of another version")
         self.grace, self.total, self.silence = (float(field) for field in fields[:3])
         numbers = [int(field) for field in fields[3:8]]
         self.limit, self.umask, self.files, count, secrets = numbers
         self.library, self.directory, self.promise = fields[8:11]
         # User, group and further groups; nothing: those of the daemon.
         self.account = [int(number) for number in fields[11].split()]
-        self.arguments = fields[12 : 12 + count]
-        self.secrets = fields[12 + count : 12 + count + secrets]
-        pairs = fields[12 + count + secrets :]
+        self.cgroup = fields[12]  # a folder; b"": the command stays in that of the shim
+        self.cgroup_limits = fields[13]  # lines, each a file of the cgroup and its content
+        rest = fields[14:]
+        self.arguments = rest[:count]
+        self.secrets = rest[count : count + secrets]
+        pairs = rest[count + secrets :]
         self.environment = dict(zip(pairs[::2], pairs[1::2], strict=True))
 
 
@@ -258,12 +272,31 @@ class Sets(_ctypes.Array):  # type: ignore[type-arg]
     _length_ = 6
 
 
+class CloneArguments(_ctypes.Array):  # type: ignore[type-arg]
+    """The arguments of clone3(2): flags first, the signal fifth, the cgroup last."""
+
+    _type_ = LongLong
+    _length_ = 11
+
+
 def c_function(name: str, *arguments: object) -> int:
     """Call a function of the C library that Python does not offer."""
     library = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]
     address = _ctypes.dlsym(library, name)
     result: int = _ctypes.call_function(address, arguments)
     return result
+
+
+def clone_into(cgroup: int) -> int:
+    """Fork like `posix.fork`, with the child in a cgroup; return -1 if that fails.
+
+    Moving the child there later would take the kernel ten milliseconds and more.
+    """
+    arguments = CloneArguments()
+    arguments[0], arguments[4] = CLONE_INTO_CGROUP, int(_signal.SIGCHLD)
+    arguments[10] = cgroup
+    size = LongLong(8 * CloneArguments._length_)
+    return c_function("syscall", LongLong(CLONE3), arguments, size)
 
 
 def punch(fd: int, start: int, end: int) -> bool:
@@ -557,6 +590,7 @@ class Shim:
         self.told: set[tuple[int, int]] = set()  # who has got it
         self.refused = False  # whether the last KILL could reach nobody
         self.children = False  # whether any descendant may be left
+        self.cgroup = -1
 
     # -- writing
 
@@ -663,6 +697,8 @@ class Shim:
         if self.index < 0:
             self.index = posix.open("output.idx", flags, 0o600, dir_fd=self.folder)
         self.middle.files = (self.output, self.index)
+        if self.spec.cgroup and self.cgroup < 0:
+            self.cgroup = open_cgroup(self.spec.cgroup, self.spec.cgroup_limits)
         for code in (STDOUT, STDERR)[len(self.streams) :]:
             mask = masker(self.spec.secrets, self.spec.library)
             self.streams.append(Stream(code, mask))
@@ -678,6 +714,14 @@ class Shim:
             why = getattr(e, "strerror", e)
             raise CannotStart(f"cannot enter {text(folder)}: {why}") from e
 
+    def candidates(self) -> list[bytes]:
+        """Return the paths at which the program is looked for."""
+        name = self.spec.arguments[0]
+        if b"/" in name:
+            return [name]
+        folders = self.spec.environment.get(b"PATH", b"/usr/local/bin:/usr/bin:/bin")
+        return [folder + b"/" + name for folder in folders.split(b":") if folder]
+
     def start(self) -> None:
         """Start the command, or raise `CannotStart`; or `OSError` if that may pass."""
         spec = self.spec
@@ -686,14 +730,12 @@ class Shim:
         if not spec.account:
             self.enter()
         posix.umask(spec.umask)
-        candidates = [name]
-        if b"/" not in name:
-            folders = spec.environment.get(b"PATH", b"/usr/local/bin:/usr/bin:/bin")
-            candidates = [f + b"/" + name for f in folders.split(b":") if f]
         problem = "not found in PATH" if name else "the name is empty"
-        spawn = self.spawn_as if spec.account else self.spawn
-        for path in candidates if name else ():
+        spawn = self.spawn_as if spec.account or spec.cgroup else self.spawn
+        for path in self.candidates() if name else ():
             try:
+                if path.startswith(b"/"):
+                    posix.stat(path)  # spares a process for each folder of PATH
                 self.pid = spawn(path)
                 break
             except OSError as e:
@@ -738,42 +780,65 @@ class Shim:
                 set_soft_limit(limit, soft)
 
     def spawn_as(self, path: bytes) -> int:
-        """Start the command under another account, in which nothing of ours is left.
+        """Start the command in its cgroup, under its account; raises as `spawn`."""
+        if self.spec.account:
+            for stream in self.streams:
+                # Else it could not open /dev/stderr: a pipe is of whoever has made it.
+                posix.fchmod(stream.write_end, 0o622)
+        try:
+            told, tell = posix.pipe2(posix.O_CLOEXEC)
+        except OSError as e:
+            raise OSError(errno.EAGAIN, e.strerror) from e
+        try:
+            pid = self.fork(path, tell)
+            posix.close(tell)
+            tell = -1
+            self.wait_for_exec(pid, told)
+            said = posix.read(told, 64)  # nothing, as soon as another program runs
+        finally:
+            for fd in (told, tell):
+                if fd >= 0:
+                    posix.close(fd)
+        if said:
+            posix.kill(pid, _signal.SIGKILL)  # it may be stopped
+            posix.waitpid(pid, 0)
+            raise self.refusal(*said.split())
+        return pid
 
-        Raises as `spawn`.
-        """
-        out, err = (stream.write_end for stream in self.streams)
-        for fd in (out, err):
-            # Else it could not open /dev/stderr: a pipe is of whoever has made it.
-            posix.fchmod(fd, 0o622)
-        told, tell = posix.pipe2(posix.O_CLOEXEC)
-        pid = posix.fork()
+    def fork(self, path: bytes, tell: int) -> int:
+        """Return the process that becomes the command, in its cgroup."""
+        pid = clone_into(self.cgroup) if self.cgroup >= 0 else -1
+        outside = -1
+        if pid < 0:
+            # Some containers forbid the system call.
+            outside = self.cgroup
+            pid = posix.fork()
         if not pid:
             try:
-                self.become(path, out, err, tell)
+                self.become(path, tell, outside)
             finally:
                 posix._exit(127)
-        posix.close(tell)
-        self.wait_for_exec(pid, told)
-        said = posix.read(told, 64)  # nothing, as soon as another program runs
-        posix.close(told)
-        if not said:
-            return pid
-        posix.kill(pid, _signal.SIGKILL)  # it may be stopped
-        posix.waitpid(pid, 0)
-        stage, number = said.split()
+        return pid
+
+    def refusal(self, stage: bytes, number: bytes) -> Exception:
+        """Return what `spawn_as` raises if the child could not become the command."""
         error = int(number)
-        if stage == b"start":
-            if not error:
-                name = text(self.spec.arguments[0])
-                raise CannotStart(f"cannot start {name}: a text in it has a NUL")
-            raise OSError(error, posix.strerror(error))
-        if error in SCARCE:
-            raise OSError(error, posix.strerror(error))
-        what = (
-            f"enter {text(self.spec.directory)}" if stage == b"enter" else "change the user"
-        )
-        raise CannotStart(f"cannot {what}: {posix.strerror(error)}")
+        if stage == b"cgroup" and error in GONE:
+            # systemd removes empty cgroups when the unit stops. It is made again.
+            posix.close(self.cgroup)
+            self.cgroup = -1
+            error = errno.EAGAIN
+        if stage == b"start" and not error:
+            name = text(self.spec.arguments[0])
+            return CannotStart(f"cannot start {name}: a text in it has a NUL")
+        if stage == b"start" or error in SCARCE:
+            return OSError(error, posix.strerror(error))
+        what = {
+            b"cgroup": "enter its cgroup",
+            b"change": "change the user",
+            b"enter": f"enter {text(self.spec.directory)}",
+        }[stage]
+        return CannotStart(f"cannot {what}: {posix.strerror(error)}")
 
     def wait_for_exec(self, pid: int, told: int) -> None:
         """Wait until a child runs the command, or has said why not, or is killed.
@@ -795,22 +860,31 @@ class Shim:
                 posix.kill(pid, _signal.SIGKILL)
                 until = 0.0
 
-    def become(self, path: bytes, out: int, err: int, tell: int) -> None:
-        """Be another account's process, and run the command; return only if that fails."""
-        spec, stage = self.spec, b"change"
+    def become(self, path: bytes, tell: int, cgroup: int) -> None:
+        """Become the command; return only if that fails.
+
+        ``cgroup`` is a descriptor of the cgroup to enter, -1 if that is done.
+        """
+        spec, stage = self.spec, b"cgroup"
         try:
+            if cgroup >= 0:
+                flags = posix.O_WRONLY | posix.O_CLOEXEC
+                posix.write(posix.open("cgroup.procs", flags, dir_fd=cgroup), b"0")
+            stage = b"change"
             posix.setpgid(0, 0)
             for limit, soft in self.limits:
                 set_soft_limit(limit, soft)
-            user, group, *groups = spec.account
-            posix.setgroups(groups)
-            posix.setresgid(group, group, group)
-            posix.setresuid(user, user, user)
-            drop_capabilities()
-            stage = b"enter"
-            posix.chdir(spec.directory or "/")
+            if spec.account:
+                user, group, *groups = spec.account
+                posix.setgroups(groups)
+                posix.setresgid(group, group, group)
+                posix.setresuid(user, user, user)
+                drop_capabilities()
+                stage = b"enter"
+                posix.chdir(spec.directory or "/")
             stage = b"start"
             null = posix.open("/dev/null", posix.O_RDONLY | posix.O_CLOEXEC)
+            out, err = (stream.write_end for stream in self.streams)
             for fd, number in ((null, 0), (out, 1), (err, 2)):
                 posix.dup2(fd, number)
             for number in _signal.valid_signals():
@@ -889,6 +963,7 @@ class Shim:
 
     def kill(self, now: float) -> None:
         """KILL whatever is left of the tree, again until nothing is."""
+        kill_cgroup(self.spec.cgroup)
         try:
             self.kill_children()
         except OSError:
@@ -1036,6 +1111,7 @@ class Shim:
             lines.append(b"code %d" % posix.WEXITSTATUS(self.status))
         if self.children:
             lines += self.left()
+        lines += usage(self.spec.cgroup)
         return b"\n".join([*lines, b"end", b""])
 
     def left(self) -> list[bytes]:
@@ -1069,6 +1145,14 @@ class Shim:
             else:
                 return
             self.wait(RETRY)
+
+    def leave(self) -> None:
+        """Remove the cgroup if it is empty."""
+        if self.spec.cgroup:
+            try:
+                remove_cgroup(self.spec.cgroup)
+            except OSError:
+                pass  # the next daemon removes it when it is empty
 
     def linger(self) -> None:
         """Stay with what the task has left behind until nothing of it is left.
@@ -1105,6 +1189,86 @@ class Shim:
                 elif drained(fd):
                     poll.unregister(fd)
                     posix.close(fd)
+
+
+def open_cgroup(cgroup: bytes, limits: bytes) -> int:
+    """Return a descriptor of a cgroup; make it again if somebody has removed it.
+
+    Raises `CannotStart` if that cannot be, or `OSError` if that may pass.
+    """
+    flags = posix.O_RDONLY | posix.O_DIRECTORY | posix.O_CLOEXEC
+    try:
+        try:
+            return posix.open(cgroup, flags)
+        except FileNotFoundError:
+            posix.mkdir(cgroup)
+            posix.chmod(cgroup, 0o755)
+        if limits:
+            # The unit switches the controllers off when it stops. The next daemon sets the
+            # limits by this attribute.
+            posix.setxattr(cgroup, LIMITS, limits)
+        for line in limits.splitlines():
+            name, _, value = line.partition(b" ")
+            try:
+                fd = posix.open(cgroup + b"/" + name, posix.O_WRONLY | posix.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            try:
+                posix.write(fd, value)
+            finally:
+                posix.close(fd)
+        return posix.open(cgroup, flags)
+    except OSError as e:
+        if e.errno in PASSING:
+            raise
+        raise CannotStart(f"cannot enter its cgroup: {e.strerror}") from e
+
+
+def remove_cgroup(cgroup: bytes) -> None:
+    """Remove a cgroup with its sub-cgroups, as far as they are empty."""
+    found = [cgroup]
+    for path in found:  # which grows meanwhile
+        with posix.scandir(path) as entries:
+            found += [
+                entry.path for entry in entries if entry.is_dir(follow_symlinks=False)
+            ]
+    for path in reversed(found):
+        posix.rmdir(path)
+
+
+def kill_cgroup(cgroup: bytes) -> None:
+    """Kill all processes of a cgroup at once, including those of other users."""
+    if not cgroup:
+        return
+    try:
+        fd = posix.open(cgroup + b"/cgroup.kill", posix.O_WRONLY | posix.O_CLOEXEC)
+    except OSError:
+        return  # out of descriptors: the caller repeats it, as it does with signals
+    try:
+        posix.write(fd, b"1")
+    except OSError:
+        pass  # a task that runs as the daemon can make its cgroup "threaded"
+    finally:
+        posix.close(fd)
+
+
+def usage(cgroup: bytes) -> list[bytes]:
+    """Return lines with what the processes of a cgroup have used, as far as it is counted.
+
+    That is microseconds of processor time, the peak of memory in bytes, and the number of
+    processes that the kernel killed because of the limit of memory.
+    """
+    lines = []
+    for line, name, key in COUNTED if cgroup else ():
+        try:
+            words = read_file(cgroup + name).split()
+        except OSError as e:
+            if e.errno in PASSING:
+                raise
+            continue  # the controller is not enabled
+        value = words[words.index(key) + 1] if key else words[0]
+        lines.append(b"%b %b" % (line, value))
+    return lines
 
 
 def drained(fd: int) -> bool:
@@ -1262,6 +1426,7 @@ def main(folder: str) -> int:
         shim.run()
         shim.finish()
         shim.linger()
+    shim.leave()
     return 0
 
 

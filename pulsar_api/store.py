@@ -95,11 +95,15 @@ _SCHEMA = [
     ALTER TABLE task ADD COLUMN user_key TEXT;
     ALTER TABLE task ADD COLUMN killer_key TEXT;
     """,
+    """
+    ALTER TABLE task ADD COLUMN cpu_seconds REAL;
+    ALTER TABLE task ADD COLUMN memory_peak INTEGER;
+    """,
 ]
 
 _PLAIN = (
     "revision status command pid exit_code signal reason started_at ended_at "
-    "output_size index_size permit secret_file held ended_steady"
+    "output_size index_size permit secret_file held ended_steady cpu_seconds memory_peak"
 ).split()
 _COLUMNS = [*_PLAIN, "still_running", "notes", "killed_by", "killer_key"]
 _UPDATE = (

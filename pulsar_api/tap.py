@@ -31,6 +31,7 @@ from twisted.web.server import Request
 
 from pulsar_api import (
     __version__,
+    cgroups,
     command,
     files,
     listener,
@@ -40,7 +41,7 @@ from pulsar_api import (
     store,
     tls,
 )
-from pulsar_api.accounts import Accounts, check_capabilities
+from pulsar_api.accounts import Accounts, check_capabilities, check_limits
 from pulsar_api.auth import audit, records
 from pulsar_api.auth.gate import Gate, Provider
 from pulsar_api.auth.github import DEADLINE, GitHub, Members, OAuth
@@ -48,6 +49,7 @@ from pulsar_api.auth.own import OwnTokens, Static
 from pulsar_api.auth.records import Records
 from pulsar_api.auth.rights import Caller, Policy
 from pulsar_api.auth.sessions import Sessions
+from pulsar_api.cgroups import Cgroups
 from pulsar_api.changes import Changes
 from pulsar_api.command import Commands, Names
 from pulsar_api.errors import Busy, CannotListen, SettingsError, StoreUnavailable
@@ -233,7 +235,8 @@ def _lock(state: Path) -> int:
 
 
 OWN = (
-    *("lock", "permits", "secrets", LISTINGS, "shim.pyc", "mask.pyc"),
+    *("lock", "permits", "secrets", LISTINGS),
+    *process.COMPILED,
     *(f"{name}{end}" for name in (DATABASE, records.FILE) for end in ("", "-wal", "-shm")),
     *(f"{name}*" for name in (audit.FILE, audit.ACCESS_FILE)),
 )
@@ -277,6 +280,7 @@ def _commands(settings: Settings, environment: Mapping[str, str]) -> Commands:
     accounts = Accounts.find(settings.run_as, os.geteuid())
     if settings.run_as:
         check_capabilities()
+        check_limits(settings.run_as, cgroups.available(cgroups.delegated()))
     return Commands(template, environment, repo, settings.config_branch, names, accounts)
 
 
@@ -427,10 +431,19 @@ class Daemon(MultiService):
         self._reaper = LoopingCall(_reap, processes.Reaper(own_children))
         self._reaper.clock = self._reactor
         self._reaper.start(REAP)
-        programs = process.compiled(state)
+        # A task that runs as the daemon could replace what the state folder holds.
+        programs = process.compiled(state) if s.run_as else process.Programs()
+        if not s.run_as:
+            process.remove_compiled(state)
+        # Before the launcher starts: that inherits the cgroup of the daemon.
+        root = cgroups.delegated()
+        groups = None if root is None else Cgroups.enter(root)
+        check_limits(s.run_as, () if groups is None else groups.enabled())
         self._launcher = Launcher(self._reactor, programs.launcher, state)
         self._launcher.start()
-        machine = LocalMachine(self._reactor, programs.shim, own_children, self._launcher)
+        machine = LocalMachine(
+            *(self._reactor, programs.shim, own_children, self._launcher, groups)
+        )
         machine.sync(state)
         listings = self._listings = self._make_listings(state / LISTINGS, machine)
         await listings.start()

@@ -57,6 +57,10 @@ class TaskSpec:
         return f"{self.app}/{self.env}"
 
 
+Limits = Sequence[tuple[str, str]]
+"""Files of a task's cgroup (cgroups(7)) and their contents."""
+
+
 @frozen
 class Account:
     """Whom a command runs as, if not as the daemon: names and numbers of passwd(5)."""
@@ -68,6 +72,7 @@ class Account:
     home: str
     umask: int | None = None
     """None: as the daemon was started with."""
+    limits: Limits = ()
 
 
 @frozen
@@ -142,6 +147,12 @@ class Exit:
     """Some process still held a pipe of the command: what it prints later is not kept."""
     left: tuple[Process, ...] = ()
     """Processes of the task that still ran, at most the first fifty."""
+    cpu_seconds: float | None = None
+    """Processor time of all its processes, None if it had no cgroup."""
+    memory_peak: int | None = None
+    """The most bytes of memory that it used at one time, None if that was not counted."""
+    memory_kills: int = 0
+    """How many of its processes the kernel killed because of the limit of memory."""
 
 
 NAMED = 10
@@ -215,6 +226,10 @@ class TaskSnapshot:
     """Whether the target stays taken until ``still_running`` is empty."""
     notes: tuple[str, ...] = ()
     """Sentences for people about what is unusual with the task."""
+    cpu_seconds: float | None = None
+    """See `Exit.cpu_seconds`."""
+    memory_peak: int | None = None
+    """See `Exit.memory_peak`."""
     created_steady: float | None = None
     """When it was created, by the `SteadyClock`."""
     ended_steady: float | None = None

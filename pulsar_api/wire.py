@@ -355,6 +355,8 @@ def task_fields(snapshot: TaskSnapshot, base: str) -> dict[str, object]:
         "createdAt": _time(snapshot.created_at),
         "startedAt": _time(snapshot.started_at),
         "endedAt": _time(snapshot.ended_at),
+        "cpuSeconds": snapshot.cpu_seconds,
+        "memoryPeak": snapshot.memory_peak,
         "url": task_url(base, snapshot.id),
     }
 

@@ -330,7 +330,14 @@ class FakeExecutor:
         self.allowed.add(task_id)
         return succeed(f"permit for {task_id}")
 
-    def start(self, task_id: int, command: Command, bounds: Bounds, sink: Sink) -> FakeRun:
+    def start(
+        self,
+        task_id: int,
+        command: Command,
+        bounds: Bounds,
+        sink: Sink,
+        permit: str | None = None,
+    ) -> FakeRun:
         return self._keep(FakeRun(self.clock, task_id, sink, command, bounds, False))
 
     def adopt(
@@ -343,6 +350,9 @@ class FakeExecutor:
 
     def is_here(self, task_id: int) -> bool:
         return True
+
+    def cgroup(self, task_id: int) -> str:
+        return ""
 
     def bar(self, task_id: int) -> bool:
         self.check()

@@ -193,7 +193,9 @@ class Sink:
 class Alone(LocalMachine):
     """A machine on which no process is of these tasks, so that there is none to end."""
 
-    def end(self, folder: Path, *, numbers: bool) -> Deferred[tuple[Process, ...]]:
+    def end(
+        self, folder: Path, *, numbers: bool, cgroup: str
+    ) -> Deferred[tuple[Process, ...]]:
         """Find nothing."""
         return succeed(())
 

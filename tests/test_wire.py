@@ -229,6 +229,8 @@ def test_a_task_has_every_field_of_the_document(tmp_path: Path) -> None:
         "createdAt": "2023-11-14T22:13:20.250Z",
         "startedAt": None,
         "endedAt": None,
+        "cpuSeconds": None,
+        "memoryPeak": None,
         "url": "http://x/web#job/47",
     }
 

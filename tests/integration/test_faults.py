@@ -415,6 +415,9 @@ def test_an_upgrade_that_removes_the_files(start: Start, tmp_path: Path) -> None
     assert daemon.ended(number)["exitCode"] == 3
     assert daemon.task(number)["output"] == "ready\nmore\n"
     works(daemon)
+    hidden = daemon.sh("echo $PULSAR_VAR_password", password="a secret of its own")
+    assert daemon.ended(hidden)["exitCode"] == 0
+    assert daemon.task(hidden)["output"] == "***\n"
 
 
 def test_a_clock_that_jumps(start: Start, tmp_path: Path) -> None:

@@ -378,6 +378,7 @@ def test_fifty_clients_race_for_one_target(start: Start, tmp_path: Path) -> None
     daemon.arguments[daemon.arguments.index("--port") + 1] = str(daemon.port)
     order, lock = tmp_path / "order", tmp_path / "lock"
     order.touch()
+    order.chmod(0o666)
     # The task proves it: who finds the folder was not alone.
     run = f"mkdir {lock} || exit 9; echo $PULSAR_TASK_ID >> {order}; rmdir {lock}"
     body = json.dumps({"action": "run", "variables": {"run": run}})

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from pulsar_api.accounts import NEEDED, capabilities
+from pulsar_api.process import COMPILED
 from tests.integration.daemon import SHELL, Daemon, wait_for
 
 OWN, SHOP, TOYS = "backup", "games", "news"
@@ -308,6 +309,20 @@ def test_an_account_that_cannot_be_is_refused_at_the_start(
 def test_a_daemon_that_cannot_change_the_user_refuses_accounts(place: Path) -> None:
     """Tasks would run as the daemon, or not at all."""
     refused(place, TABLES, "CAP_SETUID", capable(OWN, READ))
+
+
+def test_state_folder_holds_no_program_that_a_task_could_replace(place: Path) -> None:
+    """Without accounts a task can write there; an older version left its programs."""
+    state = place / "state"
+    state.mkdir()
+    for name in COMPILED:
+        (state / name).write_text("forged")
+    daemon = Daemon(place, "--command", SHELL, state=state)
+    try:
+        assert daemon.ended(daemon.sh("exit 3"))["exitCode"] == 3
+        assert list(state.glob("*.pyc")) == []
+    finally:
+        daemon.stop()
 
 
 def test_the_daemons_own_account_is_no_other(place: Path) -> None:

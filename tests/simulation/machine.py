@@ -17,7 +17,7 @@ from pulsar_api.errors import StoreUnavailable
 from pulsar_api.machine import Identity, Machine
 from pulsar_api.output import Record
 from pulsar_api.shim import RECORD
-from pulsar_api.task import Process
+from pulsar_api.task import Limits, Process
 from tests.simulation.disk import Inode
 from tests.simulation.scheduler import Died, Fiber
 from tests.simulation.shims import Shim, Tree
@@ -275,6 +275,10 @@ class SimulatedMachine:
         except FileNotFoundError:
             return b""
 
+    def make_cgroup(self, name: str, limits: Limits) -> str:
+        """Return "": there are none in this world."""
+        return ""
+
     def spawn(self, protocol: ProcessProtocol, folder: Path) -> None:
         """Start the shim of a folder."""
         self._open()
@@ -311,7 +315,9 @@ class SimulatedMachine:
             shim.resume()
         return stopped
 
-    def end(self, folder: Path, *, numbers: bool) -> Deferred[tuple[Process, ...]]:
+    def end(
+        self, folder: Path, *, numbers: bool, cgroup: str
+    ) -> Deferred[tuple[Process, ...]]:
         """Kill the shim of a folder and all of its task; fires with what remains."""
 
         def work() -> tuple[Process, ...]:
