@@ -262,7 +262,7 @@ def test_huge_lists_that_nobody_reads_take_little(start: Start, path: str) -> No
         print(f"{STALLED} lists that nobody reads: memory +{grown:.1f} MiB")
         assert grown * MIB < 2 * FLAT
         # What one did not read it gets when it goes on.
-        rest = b"HTTP/1.1 "
+        rest = bytearray(b"HTTP/1.1 ")
         while not rest.endswith(b"\r\n0\r\n\r\n"):
             data = socks[-1].recv(1 << 20)
             assert data
