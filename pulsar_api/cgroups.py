@@ -214,8 +214,8 @@ def _populated(path: Path) -> bool:
 
 def _members(path: Path) -> Iterator[Entry]:
     """Yield the processes of a cgroup and its sub-cgroups."""
-    for procs in path.rglob("cgroup.procs"):
-        for number in procs.read_text().split():
+    for folder in shim.cgroup_tree(os.fsencode(path)):
+        for number in (Path(os.fsdecode(folder)) / "cgroup.procs").read_text().split():
             found = Entry.of(int(number))
             if found is not None and found.alive:
                 yield found

@@ -1224,15 +1224,23 @@ def open_cgroup(cgroup: bytes, limits: bytes) -> int:
         raise CannotStart(f"cannot enter its cgroup: {e.strerror}") from e
 
 
-def remove_cgroup(cgroup: bytes) -> None:
-    """Remove a cgroup with its sub-cgroups, as far as they are empty."""
+def cgroup_tree(cgroup: bytes) -> list[bytes]:
+    """Return a cgroup and its sub-cgroups, parents first.
+
+    Not by recursion: a task that runs as the daemon can nest them as deep as it likes.
+    """
     found = [cgroup]
     for path in found:  # which grows meanwhile
         with posix.scandir(path) as entries:
             found += [
                 entry.path for entry in entries if entry.is_dir(follow_symlinks=False)
             ]
-    for path in reversed(found):
+    return found
+
+
+def remove_cgroup(cgroup: bytes) -> None:
+    """Remove a cgroup with its sub-cgroups, as far as they are empty."""
+    for path in reversed(cgroup_tree(cgroup)):
         posix.rmdir(path)
 
 

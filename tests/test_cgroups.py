@@ -7,7 +7,7 @@ import pytest
 from twisted.internet import reactor
 from twisted.internet.task import Clock
 
-from pulsar_api import cgroups
+from pulsar_api import cgroups, shim
 from pulsar_api.cgroups import Cgroups
 from pulsar_api.machine import LocalMachine
 from pulsar_api.ports import Bounds
@@ -95,8 +95,26 @@ def test_delegated_finds_the_marked_cgroup(
     assert found == (None if expected is None else tmp_path / expected)
 
 
-def test_make_is_removed_with_its_sub_cgroups(tmp_path: Path) -> None:
-    """A task that runs as the daemon may have made some."""
+def test_nested_cgroups_are_found_however_deep(tmp_path: Path) -> None:
+    """A task that runs as the daemon may have made them."""
+    found = Cgroups(tmp_path, -1)
+    place = Path(found.make("task-1-x", ()))
+    inner = place
+    for _ in range(1200):
+        inner /= "c"
+        inner.mkdir()
+        (inner / "cgroup.procs").touch()
+    (place / "cgroup.procs").touch()
+    assert list(cgroups._members(place)) == []
+    folders = shim.cgroup_tree(os.fsencode(place))
+    assert len(folders) == 1201
+    for folder in reversed(folders):  # too deep for who tidies up after tests
+        os.unlink(folder + b"/cgroup.procs")
+        os.rmdir(folder)
+
+
+def test_sub_cgroups_are_removed(tmp_path: Path) -> None:
+    """Containers make some for themselves."""
     found = Cgroups(tmp_path, -1)
     place = Path(found.make("task-1-x", ()))
     (place / "of a container" / "deeper").mkdir(parents=True)
