@@ -1,7 +1,8 @@
 """Tries what a task must not be able to do; prints a table of what became of it as JSON.
 
 It runs as a task, below the account of its app: nothing of the project can be imported.
-Arguments: the state folder, the daemon's number, the number of another account's process.
+Arguments: the state folder, and the process numbers of the daemon, of a process of another
+account and of the launcher.
 """
 
 import contextlib
@@ -12,7 +13,8 @@ import signal
 import sys
 from collections.abc import Callable
 
-state, daemon, other = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+state = sys.argv[1]
+daemon, other, launcher = map(int, sys.argv[2:])
 shim = os.getppid()
 while os.stat(f"/proc/{shim}").st_uid == os.getuid():  # the shell of the command
     with open(f"/proc/{shim}/stat") as file:
@@ -58,7 +60,8 @@ for folder in (state, f"{state}/tasks", f"{state}/secrets", own, f"{own}/output.
     attempt(f"list {folder}", os.listdir, folder)
     attempt(f"open {folder} to the public", os.chmod, folder, 0o777)
     attempt(f"rename {folder}", os.rename, folder, f"{folder}.away")
-for name in ("auth.db", "pulsar-api.db", "audit.db", "shim.pyc", "lock", "permits"):
+PROGRAMS = ("shim.pyc", "mask.pyc", "launcher.pyc")
+for name in ("auth.db", "pulsar-api.db", "audit.db", "lock", "permits", *PROGRAMS):
     attempt(f"read {name}", read, f"{state}/{name}")
     attempt(f"change {name}", change, f"{state}/{name}")
 for name in ("output", "output.idx", "lock", "begun", "exit", "spec", "new"):
@@ -66,7 +69,8 @@ for name in ("output", "output.idx", "lock", "begun", "exit", "spec", "new"):
     attempt(f"change own {name}", change, f"{own}/{name}")
     attempt(f"own FIFO {name}", os.mkfifo, f"{own}/{name}")
     attempt(f"own link {name}", os.symlink, "/dev/zero", f"{own}/{name}")
-for who, pid in (("daemon", daemon), ("shim", shim), ("other", other)):
+WHO = {"daemon": daemon, "shim": shim, "launcher": launcher, "other": other}
+for who, pid in WHO.items():
     for number in (signal.SIGTERM, signal.SIGSTOP, signal.SIGKILL):
         attempt(f"send {number.name} to {who}", os.kill, pid, number)
     for name in ("environ", "mem", "maps", "auxv", "stack"):

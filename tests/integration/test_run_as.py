@@ -116,7 +116,8 @@ def test_a_hostile_task_gets_nothing(start: Start) -> None:
     )
     wait_for(lambda: "here" in daemon.task(other)["output"], "the other task")
     victim = daemon.task(other)["pid"]
-    tried = attempts(daemon, "shop", daemon.state, daemon.process.pid, victim)
+    numbers = (daemon.process.pid, victim, daemon.launcher())
+    tried = attempts(daemon, "shop", daemon.state, *numbers)
     assert len(tried) > 40
     assert {what: how for what, how in tried.items() if not how.startswith("refused")} == {}
     assert daemon.task(other)["status"] == "running"
