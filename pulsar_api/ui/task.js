@@ -178,6 +178,8 @@ export class TaskView {
     if (task.endedAt) fact('Ended', when(task.endedAt));
     this.printed = el('span', {}, bytes(this.#bytes()));
     fact('Output', this.printed);
+    if (task.cpuSeconds != null) fact('Processor time', `${task.cpuSeconds.toFixed(2)} s`);
+    if (task.memoryPeak != null) fact('Memory', `${bytes(task.memoryPeak)} at most`);
     if (task.pid) fact('Process', String(task.pid));
     if (task.command) fact('Command', el('code', {}, task.command));
     const variables = Object.entries(task.variables ?? {});

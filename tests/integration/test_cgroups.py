@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from selenium.webdriver import Chrome
 from twisted.internet.task import Clock
 
 from pulsar_api import cgroups
@@ -185,6 +186,17 @@ def test_task_tells_its_cpu_seconds(start: Start) -> None:
     assert used["cpuSeconds"] >= 0.3
     assert idle["cpuSeconds"] < used["cpuSeconds"]
     assert daemon.get(f"/task/{used['id']}").json()["cpuSeconds"] == used["cpuSeconds"]
+
+
+def test_page_shows_the_processor_time(start: Start, browser: Chrome) -> None:
+    """It stands among the facts of the task."""
+    daemon = start()
+    number = daemon.run("shop", "live", "run", run="exit 0")
+    used = daemon.ended(number)["cpuSeconds"]
+    browser.get(f"{daemon.base}/web#job/{number}")
+    facts = wait_for(lambda: browser.find_elements("css selector", ".facts div"), "facts")
+    texts = [str(fact.get_attribute("innerText")).splitlines() for fact in facts]
+    assert ["Processor time", f"{used:.2f} s"] in texts
 
 
 @pytest.mark.parametrize("how", ["kill", "silence", "lost", "stopped"])
