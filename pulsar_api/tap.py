@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -277,11 +277,17 @@ def _commands(settings: Settings, environment: Mapping[str, str]) -> Commands:
         frozenset(settings.forbidden_actions),
         settings.secret_variables,
     )
+    accounts = _accounts(settings, cgroups.available(cgroups.delegated()))
+    return Commands(template, environment, repo, settings.config_branch, names, accounts)
+
+
+def _accounts(settings: Settings, controllers: Container[str]) -> Accounts:
+    """Return the accounts of tasks; `SettingsError` if this process cannot give them."""
     accounts = Accounts.find(settings.run_as, os.geteuid())
     if settings.run_as:
         check_capabilities()
-        check_limits(settings.run_as, cgroups.available(cgroups.delegated()))
-    return Commands(template, environment, repo, settings.config_branch, names, accounts)
+        check_limits(settings.run_as, controllers)
+    return accounts
 
 
 @define(eq=False)
@@ -438,7 +444,8 @@ class Daemon(MultiService):
         # Before the launcher starts: that inherits the cgroup of the daemon.
         root = cgroups.delegated()
         groups = None if root is None else Cgroups.enter(root)
-        check_limits(s.run_as, () if groups is None else groups.enabled())
+        # Again: twistd may have changed the user since (--uid).
+        _accounts(s, () if groups is None else groups.enabled())
         self._launcher = Launcher(self._reactor, programs.launcher, state)
         self._launcher.start()
         machine = LocalMachine(

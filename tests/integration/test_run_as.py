@@ -20,6 +20,7 @@ import pytest
 from pulsar_api.accounts import NEEDED, capabilities
 from pulsar_api.process import COMPILED
 from tests.integration.daemon import SHELL, Daemon, wait_for
+from tests.integration.refused import TWISTD
 
 OWN, SHOP, TOYS = "backup", "games", "news"
 """Accounts of every Debian: the daemon's, if it is not root, and those of two apps."""
@@ -332,13 +333,30 @@ def test_the_daemons_own_account_is_no_other(place: Path) -> None:
     refused(place, table, "the daemon itself runs as that user", capable(OWN))
 
 
-def refused(place: Path, tables: str, why: str, before: Any = ()) -> None:
+@pytest.mark.parametrize(
+    ("user", "why"), [(OWN, "CAP_SETUID"), (SHOP, "the daemon itself runs as that user")]
+)
+def test_accounts_are_checked_after_twistd_has_changed_the_user(
+    place: Path, user: str, why: str
+) -> None:
+    """The option --uid takes from the daemon what it had when it read its settings."""
+    twistd = (TWISTD, "--nodaemon", "--pidfile=", f"--uid={user}", f"--gid={user}")
+    refused(place, TABLES, why, program=(*twistd, "pulsar-api"))
+
+
+def refused(
+    place: Path,
+    tables: str,
+    why: str,
+    before: Any = (),
+    program: Any = (sys.executable, "-m", "pulsar_api"),
+) -> None:
     """Start a daemon with settings that must be refused for a reason."""
     (place / "settings.toml").write_text(tables)
     state = place / "state"
     state.mkdir()
     state.chmod(0o777)
-    program = (*before, sys.executable, "-m", "pulsar_api", "--state-dir", str(state))
+    program = (*before, *program, "--state-dir", str(state))
     found = subprocess.run(
         (*program, "--port", "0", "--config", str(place / "settings.toml")),
         capture_output=True,
