@@ -14,7 +14,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.web.server import Request
 from werkzeug.routing import BaseConverter
 
-from pulsar_api import masking, wire
+from pulsar_api import wire
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
 from pulsar_api.errors import UnknownTask
@@ -134,9 +134,8 @@ class TaskAPI:
         request.setHeader("Location", f"/task/{number}")
         url = wire.task_url(self._base(request), number)
         fields: dict[str, object] = {"taskId": number, "id": number, "url": url}
-        hidden = task.snapshot.spec.secret_names
-        if notes := masking.notes({name: variables[name] for name in hidden}):
-            fields["notes"] = notes
+        if task.snapshot.notes:
+            fields["notes"] = list(task.snapshot.notes)
         answer = wire.encode(fields)
         if not asked.wait:
             return reply(request, answer)
