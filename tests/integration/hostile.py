@@ -1,8 +1,8 @@
 """Tries what a task must not be able to do; prints a table of what became of it as JSON.
 
 It runs as a task, below the account of its app: nothing of the project can be imported.
-Arguments: the state folder, and the process numbers of the daemon, of a process of another
-account and of the launcher.
+Arguments: the state folder, the process numbers of the daemon, of a process of another
+account and of the launcher, and the file with the secrets of a task that waits.
 """
 
 import contextlib
@@ -10,11 +10,13 @@ import ctypes
 import json
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable
 
 state = sys.argv[1]
-daemon, other, launcher = map(int, sys.argv[2:])
+daemon, other, launcher = map(int, sys.argv[2:5])
+waiting = sys.argv[5]
 shim = os.getppid()
 while os.stat(f"/proc/{shim}").st_uid == os.getuid():  # the shell of the command
     with open(f"/proc/{shim}/stat") as file:
@@ -56,6 +58,11 @@ def change(path: str) -> None:
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
 
 
+def device(path: str) -> None:
+    """Make the device that is otherwise /dev/null."""
+    os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+
+
 for folder in (state, f"{state}/tasks", f"{state}/secrets", own, f"{own}/output.idx"):
     attempt(f"list {folder}", os.listdir, folder)
     attempt(f"open {folder} to the public", os.chmod, folder, 0o777)
@@ -68,7 +75,13 @@ for name in ("output", "output.idx", "lock", "begun", "exit", "spec", "new"):
     attempt(f"read own {name}", read, f"{own}/{name}")
     attempt(f"change own {name}", change, f"{own}/{name}")
     attempt(f"own FIFO {name}", os.mkfifo, f"{own}/{name}")
+    attempt(f"own device {name}", device, f"{own}/{name}")
     attempt(f"own link {name}", os.symlink, "/dev/zero", f"{own}/{name}")
+attempt("device where all may write", device, f"/tmp/{os.getpid()}.device")
+attempt("read secrets that wait", read, waiting)
+attempt("change secrets that wait", change, waiting)
+attempt("remove secrets that wait", os.remove, waiting)
+attempt("link to secrets that wait", os.link, waiting, f"/tmp/{os.getpid()}.secrets")
 WHO = {"daemon": daemon, "shim": shim, "launcher": launcher, "other": other}
 for who, pid in WHO.items():
     for number in (signal.SIGTERM, signal.SIGSTOP, signal.SIGKILL):

@@ -17,7 +17,14 @@ import pytest
 from pulsar_api.auth import records
 from pulsar_api.auth.audit import FILE, VISITS, AuditLog
 from tests.integration.conftest import Start
-from tests.integration.daemon import PATIENCE, Answer, Daemon, next_answer, wait_for
+from tests.integration.daemon import (
+    PATIENCE,
+    Answer,
+    Daemon,
+    next_answer,
+    problem,
+    wait_for,
+)
 from tests.integration.others import Times, others
 
 FULL = bool(os.environ.get("PULSAR_HOSTILE"))
@@ -68,6 +75,33 @@ def test_many_right_tokens_at_once_are_all_let_in(start: Start) -> None:
         for sock, shown in zip(socks, headers, strict=True):
             sock.sendall(head("GET", "/tasks?limit=1", shown))
         assert [next_answer(sock).status for sock in socks] == [200] * len(headers)
+
+
+def test_one_user_fills_half_of_the_queue_and_others_the_rest(start: Start) -> None:
+    """Who has filled a share is told so, and when to try again."""
+    daemon = start(
+        *("--auth-provider", "tokens", "--command", "sleep 60"),
+        *("--max-running=1", "--max-queued=4"),
+    )
+    mean, good = new_tokens(daemon, ["mean", "good"])
+
+    def refusal(limit: str) -> None:
+        answer = daemon.post("/site/prod", {"action": "deploy"})
+        found = problem(answer, 503)
+        assert found["type"].endswith(":queue-full")
+        assert answer.headers["Retry-After"] == "10"
+        assert found["detail"].startswith(limit)
+
+    daemon.headers = mean
+    for _ in range(1 + 2):  # one runs
+        daemon.run("site", "prod", "deploy")
+    share = "2 tasks of token:mean are waiting already, which is the limit for one user;"
+    refusal(share)
+    daemon.headers = good
+    for _ in range(2):
+        daemon.run("site", "prod", "deploy")
+    refusal("4 tasks are waiting already, which is the limit;")
+    assert len(daemon.get("/tasks").json()["tasks"]) == 5
 
 
 def report(what: str, idle: Times, busy: Times) -> None:

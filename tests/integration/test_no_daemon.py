@@ -259,7 +259,7 @@ async def test_what_is_followed_is_not_kept(start: Start) -> None:
 
 async def test_every_command_says_that_nobody_answers(server: Server) -> None:
     """Within the usual deadline, with the status of a daemon that cannot be reached."""
-    lines = ("show 1", "tasks", "kill 1", "log 1")
+    lines = ("show 1", "tasks", "kill 1", "log 1", "run a b c", "wait 1", "free a b")
 
     def ask() -> list[tuple[int, str, str]]:
         calls = [
@@ -274,7 +274,8 @@ async def test_every_command_says_that_nobody_answers(server: Server) -> None:
         ]
         try:
             return [
-                (call.wait(), *call.communicate(timeout=2 * PATIENCE)) for call in calls
+                (call.wait(2 * PATIENCE), *call.communicate(timeout=PATIENCE))
+                for call in calls
             ]
         finally:
             for call in calls:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import pulsar_api
 from pulsar_api.accounts import NEEDED, capabilities
 from pulsar_api.process import COMPILED
 from tests.integration.daemon import SHELL, Daemon, wait_for
@@ -39,6 +41,10 @@ home = "/var/tmp"
 
 PYTHON = shutil.which("python3", path="/usr/bin:/usr/local/bin")
 """One that every account can run; that of the tests may be in somebody's home."""
+
+_SAME = "python{}.{}".format(*sys.version_info)
+SAME_PYTHON = shutil.which(_SAME, path="/usr/bin:/usr/local/bin") or sys.executable
+"""One that every account can run, of the version of the tests if there is one."""
 
 HOSTILE = Path(__file__).with_name("hostile.py")
 
@@ -110,20 +116,26 @@ def attempts(daemon: Daemon, app: str, *arguments: object) -> dict[str, str]:
 
 def test_a_hostile_task_gets_nothing(start: Start) -> None:
     """Neither of the daemon, nor of its own shim, nor of the tasks of other accounts."""
-    daemon = start()
+    daemon = start("--max-running-per-target", "1")
     hidden = "the-secret-of-another"
     other = daemon.run(
         "toys", "live", "run", run="echo here; exec sleep 60", password=hidden
     )
     wait_for(lambda: "here" in daemon.task(other)["output"], "the other task")
     victim = daemon.task(other)["pid"]
+    waiting = daemon.run(
+        "toys", "live", "run", run="exit ${#PULSAR_VAR_password}", password=hidden
+    )
+    (secrets,) = (daemon.state / "secrets").iterdir()
+    assert hidden in secrets.read_text()
     numbers = (daemon.process.pid, victim, daemon.launcher())
-    tried = attempts(daemon, "shop", daemon.state, *numbers)
+    tried = attempts(daemon, "shop", daemon.state, *numbers, secrets)
     assert len(tried) > 40
     assert {what: how for what, how in tried.items() if not how.startswith("refused")} == {}
     assert daemon.task(other)["status"] == "running"
     assert daemon.post(f"/task/{other}/kill").status == 200
     assert daemon.ended(other)["status"] == "killed"
+    assert daemon.ended(waiting)["exitCode"] == len(hidden)
 
 
 def test_who_a_task_is(start: Start) -> None:
@@ -155,6 +167,63 @@ def test_no_command_has_a_capability(start: Start) -> None:
     sets.pop("CapBnd:")
     assert len(sets) == 4
     assert {int(value, 16) for value in sets.values()} == {0}
+
+
+@pytest.fixture
+def readable(place: Path) -> dict[str, str]:
+    """Return an environment with a copy of the package that every account can read.
+
+    Without accounts the shims of an ordinary user may read no more than that user.
+    """
+    package = Path(pulsar_api.__file__).parent
+    shutil.copytree(package, place / package.name)
+    subprocess.run(["chmod", "-R", "a+rX", str(place / package.name)], check=True)
+    # The plugin of twistd is beside the package, all else in the library.
+    path = f"{place}:{package.parent}:{sysconfig.get_path('purelib')}"
+    return {**os.environ, "PYTHONPATH": path}
+
+
+@pytest.mark.parametrize(
+    ("before", "tables"),
+    [
+        pytest.param((), "", id="root"),
+        pytest.param((), TABLES, id="root-with-accounts"),
+        pytest.param(capable(OWN), "", id="capable-user"),
+        pytest.param(capable(OWN), TABLES, id="capable-user-with-accounts"),
+        pytest.param(capable(OWN, READ), "", id="user"),
+    ],
+)
+def test_only_commands_of_root_without_accounts_have_capabilities(
+    place: Path, readable: dict[str, str], before: tuple[str, ...], tables: str
+) -> None:
+    """The log of the daemon warns of exactly that, at each start."""
+    (place / "settings.toml").write_text(tables)
+    home = place / "home"
+    home.mkdir(mode=0o755)
+    shutil.chown(home, OWN if before else "root")
+    daemon = Daemon(
+        *(place, "--command", SHELL, "--config", str(place / "settings.toml")),
+        environ=readable,
+        program=(*before, SAME_PYTHON, "-m", "pulsar_api"),
+        state=home / "state",
+    )
+    as_root = not before and not tables
+    mine = capabilities(Path("/proc/self/status"))["CapEff"] if as_root else 0
+    wanted = {"CapInh": 0, "CapPrm": mine, "CapEff": mine, "CapAmb": 0}
+    try:
+        for starts in (1, 2):
+            run = "grep -E '^Cap(Inh|Prm|Eff|Amb):' /proc/self/status"
+            number = daemon.run("shop", "live", "run", run=run)
+            assert daemon.ended(number)["exitCode"] == 0
+            words = daemon.get(f"/task/{number}/log").body.decode().split()
+            found = zip(words[::2], words[1::2], strict=True)
+            assert {name.rstrip(":"): int(value, 16) for name, value in found} == wanted
+            warnings = daemon.log.read_text().count("TASKS RUN AS ROOT")
+            assert warnings == (starts if as_root else 0)
+            daemon.stop()
+            daemon.start()
+    finally:
+        daemon.stop()
 
 
 def test_a_daemon_without_accounts_hands_no_capability_on(place: Path) -> None:

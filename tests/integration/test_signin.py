@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pulsar_api.masking import PATTERNS
-from tests.integration.conftest import Start
+from tests.integration.conftest import Script, Start
 from tests.integration.daemon import (
     PATIENCE,
     PULSAR_API,
@@ -404,6 +404,31 @@ def test_the_audit_log_says_who_wanted_what(static: Daemon) -> None:
     text = command(static, "audit")
     assert "joe (static, 127.0.0.1)  run  shop/p/x  task 1" in text
     assert (PASSWORD in text, token in text) == (False, False)
+
+
+def test_the_audit_log_says_who_listed_actions(
+    start: Start, repo: Path, script: Script
+) -> None:
+    """A refusal names the right that the caller has not."""
+    script("deploy", "#!/bin/sh\n")
+    daemon = start(
+        *("--auth-provider", "tokens"),
+        *("--command", "scripts", "--config-repo", str(repo)),
+    )
+    for name, on in (("ci", "site"), ("other", "shop")):
+        token = command(daemon, "token", "create", name, "--may", "run", "--on", on)
+        answer = daemon.get("/site/prod/tasks", **bearer(token.strip()))
+        assert answer.status == (200 if name == "ci" else 403)
+    seen = [
+        (e["who"], e["from"], e["what"], e["app"], e["env"], e["allowed"])
+        for e in audit(daemon)
+        if e["means"] != "command line"
+    ]
+    assert seen == [
+        ("token:ci", "127.0.0.1", "list", "site", "prod", True),
+        ("token:other", "127.0.0.1", "run", "site", "prod", False),
+    ]
+    assert "token:ci (token, 127.0.0.1)  list  site/prod\n" in command(daemon, "audit")
 
 
 def test_a_proxy_says_where_a_request_comes_from(start: Start, tmp_path: Path) -> None:
