@@ -44,6 +44,6 @@ async function kill() {
 
 // Its socket opens by itself, and it does not say when.
 setTimeout(async () => {
-  console.log(JSON.stringify(await (what === 'kill' ? kill() : run())));
-  process.exit(0);
+  const text = JSON.stringify(await (what === 'kill' ? kill() : run()));
+  process.stdout.write(`${text}\n`, () => process.exit(0)); // a pipe may take it in parts
 }, 1000);
