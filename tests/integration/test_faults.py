@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 import pulsar_api
+from pulsar_api import shim
 from tests.integration.conftest import Start
 from tests.integration.daemon import (
     SHELL,
@@ -166,6 +167,32 @@ if may_mount():  # else these tests do not exist: nothing else is full so truly
                 assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
             daemon.start()
             assert daemon.task(number)["exitCode"] == 3
+            assert daemon.stop() == 0
+
+    @pytest.mark.parametrize("free", range(5))
+    def test_without_inodes_a_task_that_was_accepted_waits(
+        start: Start, tmp_path: Path, free: int
+    ) -> None:
+        """For its folder, for what its shim is told, or for the files of the shim."""
+        disk = tmp_path / "daemon0" / "state"
+        disk.mkdir(parents=True)
+        with mounted(disk, "-t", "tmpfs", "-o", "size=64m,nr_inodes=64", "tmpfs"):
+            daemon = start("--command", SHELL, "--max-running=1")
+            first, go = waiter(daemon, tmp_path, "exit 4")
+            second = daemon.sh("echo well; exit 3")
+            fillers = [disk / f"filler{number}" for number in range(64)]
+            with suppress(OSError):
+                for filler in fillers:
+                    filler.touch()
+            for filler in fillers[: free + 1]:  # the result of the first takes one
+                filler.unlink()
+            go()
+            assert daemon.ended(first)["exitCode"] == 4
+            time.sleep(2 * shim.RETRY)
+            assert daemon.task(second)["status"] != "failed" or free == 4
+            subprocess.run(["mount", "-o", "remount,nr_inodes=99", disk], check=True)
+            assert daemon.ended(second)["exitCode"] == 3
+            assert daemon.task(second)["output"] == "well\n"
             assert daemon.stop() == 0
 
     def test_a_state_folder_that_becomes_read_only(daemon: Daemon, tmp_path: Path) -> None:
