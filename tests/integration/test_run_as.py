@@ -369,9 +369,11 @@ def test_admin_frees_a_target_that_a_process_of_root_holds(
         why = f"task {number}, of which these still run: {named}"
         assert mortal.task(second)["waitingFor"] == why
         browser.get(f"{mortal.base}/web#job/{number}")
-        found = wait_for(lambda: browser.find_elements("css selector", ".remarks li"), "it")
+        # In one step: the page replaces its elements when the task changes.
+        first = "return document.querySelector('.remarks li')?.innerText"
+        text = wait_for(lambda: browser.execute_script(first), "the remark")
         said = f"These processes could not be ended and hold shop live: {named}."
-        assert str(found[0].get_attribute("innerText")).startswith(said)
+        assert text.startswith(said)
         assert free(mortal) == [number]
         assert mortal.ended(second)["status"] == "finished"
         task = mortal.task(number)
