@@ -2479,6 +2479,16 @@ sys.exit(3)
         exit = await started.story.end()
         assert (exit.signal, exit.cause) == ("SIGTERM", Cause.KILL)
 
+    def _leave_inodes(disk: Path, free: int) -> None:
+        """Leave so few inodes on a disk."""
+        _remount(disk, "nr_inodes=32")
+        fillers = [disk / str(number) for number in range(32)]
+        with suppress(OSError):
+            for filler in fillers:
+                filler.touch()
+        for filler in fillers[:free]:
+            filler.unlink()
+
     @pytest.mark.parametrize("free", range(3))
     @pytest.mark.parametrize("killed", [False, True])
     async def test_without_inodes_a_task_waits(
@@ -2490,13 +2500,7 @@ sys.exit(3)
         go, ran = tmp_path / "go", tmp_path / "ran"
         runner.launcher = held(go)
         started = runner.sh(f"echo x >>{shlex.quote(str(ran))}; exit 3")
-        _remount(disk, "nr_inodes=32")
-        fillers = [disk / str(number) for number in range(32)]
-        with suppress(OSError):
-            for filler in fillers:
-                filler.touch()
-        for filler in fillers[:free]:
-            filler.unlink()
+        _leave_inodes(disk, free)
         go.touch()
         await waits(started)
         if killed:
@@ -2511,6 +2515,21 @@ sys.exit(3)
             assert (killed, exit.code) == (True, 3 if ran.exists() else None)
         else:
             assert (exit.code, exit.error, ran.read_text()) == (3, None, "x\n")
+
+    @pytest.mark.parametrize("free", [3, 4])
+    async def test_three_inodes_are_enough_for_a_shim(
+        runner: Runner, disk: Path, tmp_path: Path, free: int
+    ) -> None:
+        """Its result gets the inode of what it was told to run."""
+        runner.tasks = disk / "tasks"
+        runner.tasks.mkdir(exist_ok=True)
+        go = tmp_path / "go"
+        runner.launcher = held(go)
+        started = runner.sh("echo x; exit 3")
+        _leave_inodes(disk, free)
+        go.touch()
+        exit = await started.story.end()
+        assert (exit.code, exit.error, started.output) == (3, None, b"x\n")
 
 
 if _may_mount() and os.path.exists("/dev/loop-control"):

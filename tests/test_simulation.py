@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,11 +35,17 @@ def test_no_seed_breaks_a_promise() -> None:
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-@pytest.mark.parametrize("mend", ["A1", "A2", "A8", "A9", "A10"])
+@pytest.mark.parametrize(
+    "mend",
+    ["A1", "A2", "A8", "A9", "A10", "versions", "held", "keys", "told", "left"],
+)
 def test_without_a_mend_a_seed_finds_the_fault(mend: str) -> None:
-    """So the worlds are hard enough."""
+    """So the worlds are hard enough. A program that crashes finds nothing."""
     done = simulate("--seeds", "600", "--without", mend, "--stop")
     assert done.returncode == 1, done.stdout[-5000:]
+    assert "Traceback" not in done.stdout
+    found = re.findall(r"^seed \d+: (.+?): ", done.stdout, re.MULTILINE)
+    assert set(found) - {"nothing fails unhandled"}, done.stdout[-5000:]
 
 
 @pytest.mark.parametrize("seed", ["7", "164"])

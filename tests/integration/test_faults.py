@@ -168,6 +168,32 @@ if may_mount():  # else these tests do not exist: nothing else is full so truly
             assert daemon.task(number)["exitCode"] == 3
             assert daemon.stop() == 0
 
+    @pytest.mark.parametrize("free", range(5))
+    def test_without_inodes_a_task_that_was_accepted_waits(
+        start: Start, tmp_path: Path, free: int
+    ) -> None:
+        """The daemon starts nothing while there may be too few for all files of a task."""
+        disk = tmp_path / "daemon0" / "state"
+        disk.mkdir(parents=True)
+        with mounted(disk, "-t", "tmpfs", "-o", "size=64m,nr_inodes=64", "tmpfs"):
+            daemon = start("--command", SHELL, "--max-running=1")
+            first, go = waiter(daemon, tmp_path, "exit 4")
+            second = daemon.sh("echo well; exit 3")
+            fillers = [disk / f"filler{number}" for number in range(64)]
+            with suppress(OSError):
+                for filler in fillers:
+                    filler.touch()
+            for filler in fillers[: free + 1]:  # the result of the first takes one
+                filler.unlink()
+            go()
+            assert daemon.ended(first)["exitCode"] == 4
+            assert os.statvfs(disk).f_ffree == free
+            wait_for(lambda: "(inodes)" in str(daemon.task(second)["waitingFor"]), "it")
+            subprocess.run(["mount", "-o", "remount,nr_inodes=99", disk], check=True)
+            assert daemon.ended(second)["exitCode"] == 3
+            assert daemon.task(second)["output"] == "well\n"
+            assert daemon.stop() == 0
+
     def test_a_state_folder_that_becomes_read_only(daemon: Daemon, tmp_path: Path) -> None:
         """New tasks are refused; what runs keeps its output and its exit code."""
         number, go = waiter(daemon, tmp_path, "echo more; exit 3")

@@ -444,6 +444,28 @@ def test_a_task_that_stops_its_shim_is_killed(
         processes.end_tree(watched.key)
 
 
+@pytest.mark.parametrize("option", ["--task-timeout", "--silence-timeout"])
+@pytest.mark.parametrize("how", ["once", "again and again"])
+def test_a_time_limit_ends_a_task_whose_shim_is_stopped(
+    start: Start, how: str, option: str
+) -> None:
+    """The daemon keeps both clocks as well."""
+    victims = Victims(start("--command", SHELL, "--kill-grace=1", option, "2"))
+    victim = victims(STOPS[how])
+    lock = victim.daemon.output_file(victim.number).with_name("lock")
+    wait_for(lambda: lock.exists() and lock.read_bytes(), "the shim")
+    watched = proc.Entry.of(watcher(victim))
+    assert watched is not None
+    try:
+        ended = victim.daemon.ended(victim.number)
+        assert (ended["status"], ended["exitCode"]) == ("failed", None)
+        assert option in str(ended["reason"])
+        assert victim.left() == []
+        assert not proc.lives(watched.key)
+    finally:
+        processes.end_tree(watched.key)
+
+
 def test_a_task_whose_shim_an_operator_has_stopped_is_ended_by_end_tasks(
     mortal: Victims,
 ) -> None:

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium.webdriver import Chrome
 
 import pulsar_api
 from pulsar_api.accounts import NEEDED, capabilities
 from pulsar_api.process import COMPILED
-from tests.integration.daemon import SHELL, Daemon, wait_for
+from tests.integration.daemon import PATIENCE, PULSAR_API, SHELL, Daemon, wait_for
 from tests.integration.refused import TWISTD
 
 OWN, SHOP, TOYS = "backup", "games", "news"
@@ -356,6 +357,99 @@ def test_what_cannot_be_entered_or_run_fails_and_says_why(
     task = daemon.ended(number)
     assert task["status"] == "failed"
     assert task["reason"].endswith("program: Permission denied")
+
+
+@pytest.fixture
+def mortal(place: Path) -> Iterator[Daemon]:
+    """Return a daemon of an ordinary user that cannot signal the processes of root.
+
+    Its launcher and shims have no capability, so they need a Python and a shim that
+    everybody can read. Accounts for tasks would need CAP_KILL.
+    """
+    package = Path(pulsar_api.__file__).parent
+    shutil.copytree(package, place / "code" / package.name)
+    subprocess.run(["chmod", "-R", "a+rX", place / "code"], check=True)
+    (place / "settings.toml").write_text("allow-sudo = true\n")
+    home = place / "home"
+    home.mkdir()
+    shutil.chown(home, OWN)
+    daemon = Daemon(
+        place,
+        *("--command", SHELL, "--config", str(place / "settings.toml")),
+        *("--kill-grace=1", "--max-running-per-target=1"),
+        program=(*capable(OWN, READ), str(PYTHON), "-m", "pulsar_api"),
+        environ={**os.environ, "PYTHONPATH": os.pathsep.join((f"{place}/code", *sys.path))},
+        state=home / "state",
+    )
+    yield daemon
+    daemon.stop()
+
+
+def root_process(name: str) -> int:
+    """Return the process of root that sleeps for so long, 0 if there is none."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            if words[:2] == [b"sleep", name.encode()] and path.stat().st_uid == 0:
+                return int(path.name)
+    return 0
+
+
+def free_by_http(daemon: Daemon) -> list[int]:
+    """Free shop/live by HTTP; return the tasks that held it."""
+    answer = daemon.post("/targets/shop/live/free")
+    assert answer.status == 200, answer.body
+    freed: list[int] = answer.json()["freed"]
+    return freed
+
+
+def free_by_command(daemon: Daemon) -> list[int]:
+    """Free shop/live by the command line; return the tasks that held it."""
+    command = [*PULSAR_API, "free", "shop", "live", "--json", "--url", daemon.base]
+    done = subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
+    found = json.loads(done.stdout)
+    assert (found["app"], found["env"]) == ("shop", "live")
+    freed: list[int] = found["freed"]
+    return freed
+
+
+@pytest.mark.parametrize("free", [free_by_http, free_by_command])
+def test_admin_frees_a_target_that_a_process_of_root_holds(
+    mortal: Daemon, place: Path, browser: Chrome, free: Callable[[Daemon], list[int]]
+) -> None:
+    """The task, the next task and the page name the process that could not be killed."""
+    program = place / "become-root"
+    shutil.copyfile(shutil.which("setpriv") or "", program)
+    program.chmod(0o4755)
+    name = f"3600.{os.getpid()}"
+    become_root = f"exec {program} --reuid 0 --clear-groups sleep {name}"
+    number = mortal.run("shop", "live", "run", run=become_root)
+    process = wait_for(lambda: root_process(name), "the process of root")
+    try:
+        mortal.post(f"/task/{number}/kill")
+        task = mortal.ended(number)
+        left = {"pid": process, "command": "sleep", "user": "root"}
+        assert (task["status"], task["heldBy"]) == ("killed", [left])
+        assert task["stillRunning"] == []
+        second = mortal.run("shop", "live", "run", run="echo second")
+        assert mortal.task(second)["status"] == "created"
+        named = f"{process} sleep (root)"
+        why = f"task {number}, of which these still run: {named}"
+        assert mortal.task(second)["waitingFor"] == why
+        browser.get(f"{mortal.base}/web#job/{number}")
+        # In one step: the page replaces its elements when the task changes.
+        first = "return document.querySelector('.remarks li')?.innerText"
+        text = wait_for(lambda: browser.execute_script(first), "the remark")
+        said = f"These processes could not be ended and hold shop live: {named}."
+        assert text.startswith(said)
+        assert free(mortal) == [number]
+        assert mortal.ended(second)["status"] == "finished"
+        task = mortal.task(number)
+        assert (task["heldBy"], task["stillRunning"]) == ([], [left])
+        assert root_process(name) == process
+        assert free(mortal) == []
+    finally:
+        os.kill(process, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

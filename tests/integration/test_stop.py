@@ -57,6 +57,30 @@ def test_a_daemon_whose_database_is_locked_ends_and_the_next_does_its_kills(
     assert daemon.task(spared)["output"] == "spared\n"
 
 
+def test_a_daemon_whose_database_is_moved_away_ends_and_the_next_does_its_kill(
+    start: Start,
+) -> None:
+    """It cannot record the kill of a task that waits."""
+    daemon = start("--command", SHELL, "--max-running=1", "--kill-grace=1")
+    running = daemon.sh("echo ready; exec sleep 600")
+    wait_for(lambda: daemon.task(running)["output"], "the task")
+    waiting = daemon.sh("echo never")
+    database = daemon.state / "pulsar-api.db"
+    away = database.rename(daemon.state / "away")
+    with closing(daemon.connect()) as connection:
+        connection.request("POST", f"/task/{waiting}/kill")
+        text = f"Task {waiting}: kill asked for"
+        wait_for(lambda: text in daemon.log.read_text(), "the kill")
+        ends(daemon, LEAVE + 3 * CLOSE)
+    assert f"Task {waiting} is left as it is on record" in daemon.log.read_text()
+    assert not database.exists()
+    away.rename(database)
+    daemon.start()
+    assert daemon.ended(waiting)["status"] == "killed"
+    assert daemon.task(waiting)["startedAt"] is None
+    assert daemon.task(running)["status"] == "running"
+
+
 @pytest.mark.parametrize("where", ["repo", "state"])
 def test_paths_that_are_not_utf_8_work(start: Start, tmp_path: Path, where: str) -> None:
     """What runs gets the bytes; what is shown of them is escaped; and SIGTERM ends it."""
