@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol, TypeVar
 
 from attrs import field, frozen
@@ -88,8 +89,12 @@ class Machine(Protocol):
     def write(self, path: Path, data: bytes) -> None:
         """Make or replace a file; nobody else can read it; it is not synced."""
 
-    def append(self, path: Path, data: bytes) -> None:
-        """Add to a file, which is made if need be, and wait until it is on disk."""
+    def append(self, path: Path, data: bytes) -> Identity:
+        """Add to a file, which is made if need be, and wait until it is on disk.
+
+        Return what the file is then. Whoever is killed meanwhile leaves it as it was, or
+        larger: no change keeps the size.
+        """
 
     def claim(self, path: Path) -> bool:
         """Make an empty file and sync its folder; False: there is one already."""
@@ -152,6 +157,10 @@ class Machine(Protocol):
         """Fire with those of the processes, and what is below them, that still run."""
 
 
+def _identity(found: os.stat_result) -> Identity:
+    return Identity(found.st_dev, found.st_ino, found.st_ctime_ns, found.st_size)
+
+
 def _living(of: Sequence[Process]) -> Iterable[Process]:
     return processes.living(of)
 
@@ -190,6 +199,8 @@ class LocalMachine:
     """The children that this process waits for itself; None: it is no subreaper."""
     _launcher: Launcher | None = None
     _cgroups: Cgroups | None = None
+    _appending: Lock = field(factory=Lock, init=False)
+    """Held while a file grows."""
     _memories: dict[Path, Memory] = field(factory=dict, init=False)
     """What is remembered of the processes of tasks, by the folder of the tasks."""
 
@@ -226,13 +237,22 @@ class LocalMachine:
         with open(files.make(path), "wb") as file:
             file.write(data)
 
-    def append(self, path: Path, data: bytes) -> None:
+    def append(self, path: Path, data: bytes) -> Identity:
         """Add to a file, which is made if need be, and wait until it is on disk."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        with open(files.open_regular(path, flags), "wb", buffering=0) as file:
-            if file.write(data) != len(data):
+        flags = os.O_WRONLY | os.O_CREAT
+        with (
+            self._appending,
+            open(files.open_regular(path, flags), "wb", buffering=0) as file,
+        ):
+            fd = file.fileno()
+            end = os.fstat(fd).st_size
+            # A kill can end write(2) when it has changed nothing but the time of the last
+            # change. The size is changed before, as a whole or not at all.
+            os.ftruncate(fd, end + len(data))
+            if os.pwrite(fd, data, end) != len(data):
                 raise OSError(errno.ENOSPC, "is written in part", str(path))
-            os.fsync(file.fileno())
+            os.fsync(fd)
+            return _identity(os.fstat(fd))
 
     def claim(self, path: Path) -> bool:
         """Make an empty file and sync its folder; False: there is one already."""
@@ -275,8 +295,7 @@ class LocalMachine:
 
     def identity(self, path: Path) -> Identity:
         """Return which file or folder this is."""
-        found = os.stat(path, follow_symlinks=False)
-        return Identity(found.st_dev, found.st_ino, found.st_ctime_ns, found.st_size)
+        return _identity(os.stat(path, follow_symlinks=False))
 
     def holder(self, lock: Path) -> int:
         """Return the number of the shim that holds a lock, 0 if nobody does."""

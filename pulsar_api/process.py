@@ -28,7 +28,7 @@ from pulsar_api import cgroups, files, launcher, mask, masking, orphans, shim
 from pulsar_api.background import own
 from pulsar_api.errors import FolderInUse, StoreUnavailable
 from pulsar_api.files import Damaged
-from pulsar_api.machine import USUAL, LocalMachine, Machine
+from pulsar_api.machine import USUAL, Identity, LocalMachine, Machine
 from pulsar_api.ports import Bounds, Run, Secrets, Sink
 from pulsar_api.principal import Principal
 from pulsar_api.runs import BEGUN, NOTHING, AdoptedRun, ShimProtocol, alive, not_started
@@ -143,6 +143,8 @@ class ShimExecutor:
     """The soft limit of open files that commands get; 0: the daemon's."""
     _listed: set[int] = field(factory=set, init=False)
     """The inode of the list of permits that is known to be in its folder on disk."""
+    _appended: list[Identity] = field(factory=list, init=False)
+    """What the list of permits was after the newest permit of this daemon."""
 
     @property
     def _permits(self) -> Path:
@@ -161,7 +163,9 @@ class ShimExecutor:
         state = self._machine.identity(self._tasks.parent)
         tasks = self._machine.identity(self._tasks)
         try:
-            permits = self._machine.identity(self._permits)
+            # Not what it is in the middle of an `append`, which another thread may be in.
+            known = self._appended or [self._machine.identity(self._permits)]
+            permits = known[-1]
             last = f"{permits.inode} {permits.size} {permits.changed}"
         except FileNotFoundError:
             last = "0 0 0"
@@ -181,7 +185,7 @@ class ShimExecutor:
                 # Not its folder: if a power cut takes that, the list still has the number.
                 machine.sync(folder / PERMIT)
                 # Last: whoever finds the number, but no folder, knows that it was removed.
-                machine.append(self._permits, b"\n%019d\n" % task_id)
+                self._appended[:] = [machine.append(self._permits, b"\n%019d\n" % task_id)]
                 self._sync_list()
                 return self._permit_name(folder, text)
             except OSError as e:

@@ -1984,6 +1984,55 @@ async def test_a_list_of_permits_that_was_restored_is_known(
     assert third.elsewhere(now())
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pulsar_api.machine import LocalMachine
+setattr(os, sys.argv[2], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+LocalMachine(None).append(Path(sys.argv[1]), b"\\n%019d\\n" % 3)
+"""
+
+
+def _kill_in(call: str, permits: Path) -> None:
+    """Add a permit in a process that is killed when it makes a system call."""
+    program = [sys.executable, "-c", KILLED, str(permits), call]
+    killed = subprocess.run(program, check=False, timeout=PATIENCE)
+    assert killed.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("call", ["ftruncate", "pwrite", "fsync"])
+async def test_kill_in_the_middle_of_a_permit_looks_like_no_copy(
+    runner: Runner, tmp_path: Path, call: str
+) -> None:
+    """The list keeps its size and its times, or it has grown."""
+    runner.tasks = tmp_path / "state" / "tasks"
+    runner.tasks.mkdir(parents=True)
+    permits = runner.tasks.parent / "permits"
+    clock = SteadyClock(lambda: 0.0, lambda: 0.0, "a boot")
+    await runner.executor.permit(1)
+    before = clock.reading(runner.executor.place())
+    await deferLater(reactor, 0.02)  # the kernel's clock for files has steps
+    _kill_in(call, permits)
+    assert not before.elsewhere(clock.reading(runner.executor.place()))
+    assert await runner.executor.permitted() == ({1, 3} if call == "fsync" else {1})
+    await runner.executor.permit(4)
+    assert {1, 4} <= await runner.executor.permitted()
+
+
+async def test_reading_of_a_place_does_not_see_half_a_permit(
+    tmp_path: Path, runner: Runner
+) -> None:
+    """A permit of another thread may be on its way."""
+    runner.tasks = tmp_path / "state" / "tasks"
+    runner.tasks.mkdir(parents=True)
+    executor = runner.executor
+    await executor.permit(1)
+    before = executor.place()
+    permits = runner.tasks.parent / "permits"
+    os.truncate(permits, permits.stat().st_size + 21)
+    assert executor.place() == before
+
+
 @frozen
 class Syncing(LocalMachine):
     """Notes what is synced."""

@@ -158,7 +158,7 @@ class SimulatedMachine:
         if disk.full or disk.no_inodes:
             raise StoreUnavailable("the simulated disk is full", full=True)
 
-    def append(self, path: Path, data: bytes) -> None:
+    def append(self, path: Path, data: bytes) -> Identity:
         """Add to a file, which is made if need be, and wait until it is on disk."""
         self._open()
         disk = self._daemon.world.disk
@@ -168,6 +168,7 @@ class SimulatedMachine:
         disk.write(found, data, append=True)
         self._operation()
         disk.sync(found)
+        return Identity(1, found.number, found.changed, len(found.content))
 
     def read(self, path: Path, *, tail: bool = False) -> bytes:
         """Return a small file; none is larger here."""
