@@ -298,7 +298,8 @@ class SQLiteStore:
 
     def _check(self, db: sqlite3.Connection) -> None:
         """Refuse a database that was put in place of ours and knows less than it did."""
-        if _last_change(db) < self._change:
+        known = self._change  # before: the writer may add a change meanwhile
+        if _last_change(db) < known:
             text = f"{self._path} was replaced by an older one: start the daemon again"
             raise sqlite3.OperationalError(text)
 

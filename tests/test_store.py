@@ -324,6 +324,25 @@ async def test_what_is_forgotten_is_gone_unless_it_runs(store: TaskStore) -> Non
     assert (await store.create(new(SPEC, 0.0))).id == 3
 
 
+async def test_change_during_the_first_look_makes_no_database_older(
+    tmp_path: Path,
+) -> None:
+    """Each thread looks once; the writer does not wait for it."""
+    store = SQLiteStore(tmp_path / "tasks.db", reactor.callFromThread)
+
+    class Meanwhile(sqlite3.Connection):
+        """A connection that another thread writes behind, after each read."""
+
+        def execute(self, *arguments: Any) -> sqlite3.Cursor:
+            found = super().execute(*arguments)
+            store._change += 1
+            return found
+
+    with closing(sqlite3.connect(tmp_path / "tasks.db", factory=Meanwhile)) as db:
+        store._check(db)
+    await store.close()
+
+
 async def test_an_older_database_in_place_of_ours_is_refused(tmp_path: Path) -> None:
     """Its numbers would be given again; a copy that knows as much is as good as ours."""
     path, older, same = (tmp_path / name for name in ("tasks.db", "older", "same"))
