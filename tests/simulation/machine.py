@@ -165,7 +165,11 @@ class SimulatedMachine:
         folder, name = disk.folder_of(str(path))
         found = (folder.entries or {}).get(name) or disk.make(folder, name)
         self._operation()
-        disk.write(found, data, append=True)
+        # As on a real disk: first its size, and a crash can come before the content.
+        end = len(found.content)
+        disk.write(found, bytes(len(data)), append=True)
+        self._operation()
+        disk.write(found, found.content[:end] + data)
         self._operation()
         disk.sync(found)
         return Identity(1, found.number, found.changed, len(found.content))
