@@ -160,7 +160,7 @@ check 'GET /tasks: 200 and JSON' header Content-Type application/json
 check 'GET /tasks: the url of the page' is 200 "\"url\": \"$base/pulsar/index.html\""
 check 'GET /tasks: tasks by their numbers' is 200 "\"$id\": {\"id\": $id, "
 for field in id status app env action exitCode output pid version outputSize command \
-    signal reason variables user waitingFor createdAt startedAt endedAt url; do
+    signal reason variables user waitingFor createdAt startedAt endedAt cpuSeconds memoryPeak url; do
     check "a task has $field" is 200 "\"$field\": "
 done
 start 'exit 5'

@@ -34,7 +34,7 @@ UNCHANGED = b'{"changed": false}'
 SEED = {"id", "status", "app", "env", "action", "exitCode", "output", "pid"}
 ADDED = set(
     "version outputSize command signal reason variables user waitingFor createdAt "
-    "startedAt endedAt url heldBy stillRunning notes".split()
+    "startedAt endedAt cpuSeconds memoryPeak url heldBy stillRunning notes".split()
 )
 TAIL = 4096
 HUGE = 40_000_000
