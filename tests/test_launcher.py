@@ -100,6 +100,10 @@ class Residents(Runner):
         path = self.tasks.parent / "starts"
         return path.read_text().split() if path.exists() else []
 
+    async def first(self) -> str:
+        """Wait for the note of the first command and return its shim."""
+        return (await until(self.starts, "the note of a start"))[0]
+
     def count(self, then: str = "", number: int = 1) -> Started:
         """Start a line of shell that first notes that it was started."""
         note = f"echo $PPID >> {self.tasks.parent}/starts"
@@ -229,7 +233,7 @@ async def test_the_process_table_shows_whose_shim_it_is(runner: Residents) -> No
     await runner.begin()
     started = runner.count("sleep 60")
     await until(runner.starts, "the start")
-    entry = Entry.of(int(runner.starts()[0]))
+    entry = Entry.of(int(await runner.first()))
     assert entry is not None
     assert entry.parent == runner.pid
     assert entry.session == entry.pid
@@ -535,7 +539,7 @@ async def test_a_stopped_launcher_hides_no_death_of_a_shim(
     started = runner.count("sleep 60")
     await until(lambda: started.story.pids, "the start")
     os.kill(runner.pid, signal.SIGSTOP)
-    os.kill(int(runner.starts()[0]), signal.SIGKILL)
+    os.kill(int(await runner.first()), signal.SIGKILL)
     exit = await runner.end(started)
     assert exit.lost
     assert runner.left() == []
@@ -674,7 +678,7 @@ async def test_a_shim_that_ends_unseen_is_asked_for(
     await until(lambda: started.story.pids and runner.starts(), "the start")
     await until(lambda: os.path.exists(f"/proc/{started.story.pids[0]}/fd/8"), "the pipes")
     os.kill(runner.pid, signal.SIGSTOP)
-    os.kill(int(runner.starts()[0]), signal.SIGKILL)
+    os.kill(int(await runner.first()), signal.SIGKILL)
     assert (await runner.end(started)).lost
 
 
