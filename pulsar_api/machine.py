@@ -92,8 +92,8 @@ class Machine(Protocol):
     def append(self, path: Path, data: bytes) -> Identity:
         """Add to a file, which is made if need be, and wait until it is on disk.
 
-        Return what the file is then. Whoever is killed meanwhile leaves it as it was, or
-        larger: no change keeps the size.
+        Return the identity of the file afterwards. A kill in the middle leaves the file as
+        it was, or larger; it never changes the file without its size.
         """
 
     def claim(self, path: Path) -> bool:

@@ -141,7 +141,7 @@ class Executor(Protocol):
         """
 
     def cgroup(self, task_id: int) -> str:
-        """Return the name of a run's cgroup by what is kept of it, "" if nothing tells."""
+        """Return the name of a run's cgroup, "" if the run's folder does not tell it."""
 
     def bar(self, task_id: int) -> bool:
         """Make sure that no shim begins with this task; False: one has.

@@ -302,7 +302,7 @@ class ShimExecutor:
         )
 
     def cgroup(self, task_id: int) -> str:
-        """Return the name of a run's cgroup by its folder, "" if that does not tell."""
+        """Return the name of a run's cgroup, "" if the run's folder does not tell it."""
         folder = self._tasks / str(task_id)
         for name in (USED, PERMIT):
             with suppress(OSError):

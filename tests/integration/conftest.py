@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +25,15 @@ def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = "npm install --no-audit --no-fund --ignore-scripts --loglevel=error".split()
     subprocess.run(command, cwd=folder, check=True, timeout=300)
     return folder
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """Return a folder that every account can enter; those of pytest nobody else can."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -56,15 +55,6 @@ def tree() -> Path:
 def members(cgroup: Path) -> list[int]:
     """Return the processes of a cgroup, without its sub-cgroups."""
     return list(map(int, (cgroup / "cgroup.procs").read_text().split()))
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """Return a folder that every account can enter."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.fixture

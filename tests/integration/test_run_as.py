@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -62,15 +61,6 @@ def capable(user: str, may: str = f"+setuid,+setgid,+kill,{READ}") -> tuple[str,
         *("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"),
         *(f"--inh-caps={may}", f"--ambient-caps={may}"),
     )
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """Return a folder that every account can enter; those of pytest nobody else can."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.fixture(params=["root", OWN])
