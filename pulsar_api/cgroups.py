@@ -105,10 +105,11 @@ class Cgroups:
     """Errors that are in the log already."""
 
     @classmethod
-    def enter(cls, root: Path) -> "Cgroups | None":
+    def enter(cls, root: Path, now: float) -> "Cgroups | None":
         """Move this process to its own cgroup, and prepare the tree for those of tasks.
 
-        Return None, and log the reason, if that fails or another daemon uses the tree.
+        ``now`` is in seconds since the epoch, as the times of folders are. Return None, and
+        log the reason, if that fails or another daemon uses the tree.
         """
         lock = -1
         try:
@@ -118,7 +119,7 @@ class Cgroups:
             _move("0", root / OWN)
             found = cls(root, lock)
             found._enable()
-            found._tidy()
+            found._tidy(now)
         except OSError as e:
             _log.error("Tasks get no cgroups: {root}: {e}", root=root, e=e)
             if lock >= 0:
@@ -147,12 +148,12 @@ class Cgroups:
                     e=e,
                 )
 
-    def _tidy(self) -> None:
+    def _tidy(self, now: float) -> None:
         """Remove old empty cgroups, and set the limits of the others again."""
         for path in self.root.glob("task-*"):
             with suppress(OSError):
                 if not _populated(path):
-                    if path.stat().st_mtime < time.time() - _NEW:
+                    if path.stat().st_mtime < now - _NEW:
                         _remove(path)
                     continue
             try:

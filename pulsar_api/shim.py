@@ -783,7 +783,8 @@ class Shim:
         """Start the command in its cgroup, under its account; raises as `spawn`."""
         if self.spec.account:
             for stream in self.streams:
-                # Else it could not open /dev/stderr: a pipe is of whoever has made it.
+                # A pipe belongs to its maker; without this the command could not open
+                # /dev/stderr.
                 posix.fchmod(stream.write_end, 0o622)
         try:
             told, tell = posix.pipe2(posix.O_CLOEXEC)

@@ -443,7 +443,7 @@ class Daemon(MultiService):
             process.remove_compiled(state)
         # Before the launcher starts: that inherits the cgroup of the daemon.
         root = cgroups.delegated()
-        groups = None if root is None else Cgroups.enter(root)
+        groups = None if root is None else Cgroups.enter(root, time.time())
         # Again: twistd may have changed the user since (--uid).
         _accounts(s, () if groups is None else groups.enabled())
         self._launcher = Launcher(self._reactor, programs.launcher, state)

@@ -131,7 +131,7 @@ def test_start_sets_limits_again(tmp_path: Path) -> None:
     found.make("task-1-x", LIMITS)
     (place / "cgroup.events").write_text("populated 1\n")
     (place / "memory.max").write_text("max")
-    found._tidy()
+    found._tidy(0.0)
     assert (place / "memory.max").read_text() == "67108864"
 
 
@@ -145,7 +145,7 @@ def test_start_ignores_damaged_limits(tmp_path: Path, limits: str) -> None:
         os.setxattr(place, "user.pulsar-api.limits", limits.encode())
     except OSError:  # this file system keeps less than a cgroup does
         os.setxattr(place, "user.pulsar-api.limits", limits[:1000].encode())
-    found._tidy()
+    found._tidy(0.0)
     assert place.exists()
 
 
@@ -156,7 +156,7 @@ def test_start_writes_no_file_but_limits(tmp_path: Path) -> None:
     (place / "cgroup.events").write_text("populated 1\n")
     forged = f"../../{tmp_path.name}/victim harm\ncgroup.procs 1\n"
     os.setxattr(place, "user.pulsar-api.limits", forged.encode())
-    found._tidy()
+    found._tidy(0.0)
     assert not (tmp_path / "victim").exists()
     assert not (place / "cgroup.procs").exists()
 

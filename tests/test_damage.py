@@ -391,7 +391,6 @@ async def test_folder_of_an_ended_task_is_removed(task: Path, how: str) -> None:
     assert MACHINE.names(task.parent) == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="must become another user")
 @pytest.mark.parametrize("mine", [True, False])
 def test_file_that_its_owner_may_not_read_is_read(tmp_path: Path, *, mine: bool) -> None:
     """The daemon owns it, so it gives itself the right again; what is root's is damaged."""

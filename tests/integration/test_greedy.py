@@ -78,7 +78,7 @@ def test_many_right_tokens_at_once_are_all_let_in(start: Start) -> None:
 
 
 def test_one_user_fills_half_of_the_queue_and_others_the_rest(start: Start) -> None:
-    """Who has filled a share is told so, and when to try again."""
+    """The refused user learns the reason, and when to try again."""
     daemon = start(
         *("--auth-provider", "tokens", "--command", "sleep 60"),
         *("--max-running=1", "--max-queued=4"),

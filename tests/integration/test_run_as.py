@@ -52,11 +52,11 @@ Start = Callable[..., Daemon]
 
 
 READ = "+dac_read_search"
-"""To read what is below a folder of root alone, where this Python and this code may be."""
+"""Lets an ordinary user read this Python and this code, which only root may enter."""
 
 
 def capable(user: str, may: str = f"+setuid,+setgid,+kill,{READ}") -> tuple[str, ...]:
-    """Return what starts a program as a user who may give others their accounts."""
+    """Return the command line that starts a program as a user with capabilities."""
     return (
         *("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"),
         *(f"--inh-caps={may}", f"--ambient-caps={may}"),
