@@ -25,10 +25,6 @@ Those of the longest values are beyond that, and each is looked for as it is.
 """
 
 _NUMBER = re.compile("[0-9]{4}")
-_COMMON_LINE = re.compile(
-    rf"^[^\S\n]*(?:{'|'.join(COMMON)}|{_NUMBER.pattern})[^\S\n]*$",
-    re.MULTILINE | re.IGNORECASE,
-)
 _PLAIN = re.compile(r"\w+", re.ASCII)  # what all programs write as it is
 
 # What programs leave as it is: most of them, Python's quote, encodeURIComponent, encodeURI,
@@ -45,7 +41,13 @@ def is_secret(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _is_common(text: str) -> bool:
-    return text.casefold() in COMMON or _NUMBER.fullmatch(text) is not None
+    return _has_common({text})
+
+
+def _has_common(lines: Collection[str]) -> bool:
+    # By loops of C: the reactor's thread asks, about thousands of lines.
+    numbers = map(_NUMBER.fullmatch, (line for line in lines if len(line) == 4))
+    return not COMMON.isdisjoint(map(str.casefold, lines)) or any(numbers)
 
 
 def _in_full(values: Iterable[str]) -> Iterator[tuple[str, bool]]:
@@ -62,12 +64,11 @@ def notes(values: Mapping[str, str]) -> list[str]:
     found = []
     for name, value in sorted(values.items()):
         text = value.strip()
-        # Thousands of lines must not take more than some milliseconds.
-        lines = {line.strip() for line in text.split("\n")} - {""}
+        lines = set(map(str.strip, text.split("\n"))) - {""}
         why = None
-        if min(map(len, lines), default=0) < SHORTEST:
+        if len(min(lines, key=len, default="")) < SHORTEST:
             why = f"shorter than {SHORTEST} characters"
-        elif _COMMON_LINE.search(text):
+        elif _has_common(lines):
             why = "a common word or a number of four digits"
         if why is not None:
             what = "" if len(text) < SHORTEST or _is_common(text) else "a line of it is "
