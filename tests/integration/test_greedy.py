@@ -165,7 +165,9 @@ def test_one_user_who_signs_in_without_end_disturbs_nobody(start: Start) -> None
     assert daemon.get("/login/me", **cookie).json()["signedIn"]
     # They end little by little, a hundred in a transaction.
     few = records.MOST_SESSIONS
-    wait_for(lambda: sessions(auth) == few, "the old sessions to end", 10 * PATIENCE)
+    wait_for(lambda: sessions(auth) <= few, "the old sessions to end", 10 * PATIENCE)
+    # A sign-in that was overtaken by a hundred others spares its own session in vain.
+    assert sessions(auth) >= few - 1
     report(f"{signed_in} sign-ins among {SESSIONS} sessions", idle, busy)
     assert calm(idle, busy)
     assert daemon.memory() - memory < FLAT
