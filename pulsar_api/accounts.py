@@ -9,8 +9,8 @@ from pathlib import Path
 
 from attrs import frozen
 
-from pulsar_api.auth.rights import Target
 from pulsar_api.errors import InvalidInput, SettingsError
+from pulsar_api.targets import Target
 from pulsar_api.task import Account, Limits
 
 CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7

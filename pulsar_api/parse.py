@@ -6,7 +6,8 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from pulsar_api.accounts import RunAs
-from pulsar_api.auth.rights import Rule, Target
+from pulsar_api.auth.rights import Rule
+from pulsar_api.targets import Target
 
 
 def text(value: object) -> str:

@@ -12,9 +12,10 @@ from attrs import field, fields, frozen
 
 from pulsar_api import parse
 from pulsar_api.accounts import RunAs
-from pulsar_api.auth.rights import Rule, Target
+from pulsar_api.auth.rights import Rule
 from pulsar_api.errors import SettingsError
 from pulsar_api.masking import PATTERNS
+from pulsar_api.targets import Target
 
 CLI = "the command line"
 PROVIDERS = ("github", "static", "tokens")

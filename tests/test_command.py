@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pulsar_api.accounts import Accounts
-from pulsar_api.auth.rights import Target
 from pulsar_api.command import (
     PRESETS,
     Commands,
@@ -21,6 +20,7 @@ from pulsar_api.command import (
     shown,
 )
 from pulsar_api.errors import InvalidInput, SettingsError
+from pulsar_api.targets import Target
 from pulsar_api.task import Account, Command, TaskSpec
 from tests.fakes import person
 

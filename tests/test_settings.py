@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pulsar_api import settings
-from pulsar_api.auth.rights import Target
 from pulsar_api.errors import SettingsError
 from pulsar_api.settings import Settings, load
+from pulsar_api.targets import Target
 
 OPTIONS = (
     "config-repo config-branch port log-dir ssl-key ssl-cert ssl-pfx ssl-passphrase "

@@ -1,18 +1,16 @@
 """Rights: who may do what, where; and the caller who has them."""
 
-import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
-from functools import lru_cache
 
 from attrs import frozen
 
 from pulsar_api.principal import Principal
+from pulsar_api.targets import Target
 
 EVERYBODY = "*"
 
-_PATTERN = re.compile(r"[^/\s\0\[\]]+(/[^/\s\0\[\]]+(/[^\s\0\[\]]+)?)?")
 _WHO = re.compile(r"\*|(user|token):[^\s\0]+|org:[^\s\0/]+|team:[^\s\0/]+/[^\s\0/]+")
 _RULE = frozenset({"who", "on", "may"})
 
@@ -32,40 +30,6 @@ _IMPLIED = {
     Right.KILL: {Right.READ, Right.KILL},
     Right.ADMIN: set(Right),
 }
-
-
-@lru_cache(maxsize=1000)
-def _compiled(glob: str) -> re.Pattern[str]:
-    # As a shell has it, without sets of characters; its time grows with the text alone.
-    return re.compile(fnmatch.translate(glob.replace("[", "[[]")))
-
-
-@frozen
-class Target:
-    """Which apps, envs and actions are meant: three texts in which * and ? are wild."""
-
-    app: str = "*"
-    env: str = "*"
-    action: str = "*"
-
-    @classmethod
-    def parse(cls, text: str) -> "Target":
-        """Read ``app``, ``app/env`` or ``app/env/action``; `ValueError` if it is none."""
-        if not _PATTERN.fullmatch(text):
-            raise ValueError(
-                f"{text!r} must be like shop, shop/production or shop/*/deploy"
-            )
-        return cls(*text.split("/", 2))
-
-    def matches(self, app: str, env: str, action: str | None) -> bool:
-        """Return whether something is meant. No action: whether any there is."""
-        pairs = [(self.app, app), (self.env, env)]
-        if action is not None:
-            pairs.append((self.action, action))
-        return all(_compiled(glob).match(text) for glob, text in pairs)
-
-    def __str__(self) -> str:
-        return f"{self.app}/{self.env}/{self.action}"
 
 
 @frozen

@@ -22,7 +22,7 @@ from pulsar_api import wire
 from pulsar_api.auth.gate import Credentials
 from pulsar_api.auth.github import GitHub
 from pulsar_api.auth.records import new_secret
-from pulsar_api.auth.rights import Caller, Target
+from pulsar_api.auth.rights import Caller
 from pulsar_api.errors import (
     InvalidInput,
     LoginBound,
@@ -30,6 +30,7 @@ from pulsar_api.errors import (
     ProviderUnavailable,
     TooManyFailures,
 )
+from pulsar_api.targets import Target
 from pulsar_api.web.access import IS_TOKEN, Access, cookies, set_session
 from pulsar_api.web.body import FORM, body_of
 from pulsar_api.web.reply import header, new_app, page, reply

@@ -1,0 +1,16 @@
+"""Matches texts with globs, in which * stands for any text and ? for one character."""
+
+import fnmatch
+import re
+from functools import lru_cache
+
+
+@lru_cache(maxsize=1000)
+def _compiled(glob: str) -> re.Pattern[str]:
+    # Brackets are literal. The time to match grows with the text alone.
+    return re.compile(fnmatch.translate(glob.replace("[", "[[]")))
+
+
+def matches(glob: str, text: str) -> bool:
+    """Return whether the whole text matches the glob, with regard to case."""
+    return _compiled(glob).match(text) is not None
