@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.place import place
-from pulsar_api.store import prepare
+from pulsar_api.storage.tasks import prepare
 from tests.integration.daemon import Daemon
 
 

@@ -13,11 +13,11 @@ from zope.interface import implementer
 
 from benchmarks.measure import Line, compare, in_turn
 from benchmarks.place import PYTHON, Place
-from pulsar_api.machine import LocalMachine
-from pulsar_api.ports import Bounds
-from pulsar_api.process import ShimExecutor
-from pulsar_api.runs import read_exit
-from pulsar_api.task import Command, Exit
+from pulsar_api.execution.executor import ShimExecutor
+from pulsar_api.execution.machine import LocalMachine
+from pulsar_api.execution.runs import read_exit
+from pulsar_api.tasks.interfaces import Bounds
+from pulsar_api.tasks.model import Command, Exit
 
 TRUE = "/bin/true"
 REPEAT = 8

@@ -17,9 +17,9 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.internet.task import react
 
-from pulsar_api.auth.gate import Credentials
-from pulsar_api.auth.own import OwnTokens, Static
-from pulsar_api.auth.records import FILE, PREFIX, Records, Token, add_token, opened
+from pulsar_api.auth.authenticator import Credentials
+from pulsar_api.auth.credentials import FILE, PREFIX, Records, Token, add_token, opened
+from pulsar_api.auth.providers.local import OwnTokens, Static
 
 SECRET = PREFIX + "Zx3hQ0mWf5T-uR9bL1yKcA7vE_nD2gPjS8oXiN4tBqU"
 KINDS = {

@@ -83,9 +83,10 @@ def elsewhere(tmp_path: Path) -> Callable[..., Any]:
             import json, os, signal, subprocess, sys, time
             from pathlib import Path
             sys.path.insert(0, {str(ROOT)!r})
-            from pulsar_api import orphans, proc, processes, shim
-            from pulsar_api.orphans import Memory
-            from pulsar_api.proc import Entry, Table, lives
+            from pulsar_api.execution import orphans, proc, processes
+            from pulsar_api.shim import shim
+            from pulsar_api.execution.orphans import Memory
+            from pulsar_api.execution.proc import Entry, Table, lives
             from tests.integration.daemon import wait_for
             from tests.shims import PYTHON, RUNNER, Trees, runs
             tmp = Path({str(tmp_path)!r})

@@ -9,11 +9,18 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IReactorTime
 
 from pulsar_api.errors import FolderInUse, StoreUnavailable, UnknownTask
-from pulsar_api.masking import forms
-from pulsar_api.ports import RESTART, Bounds, Keep, NewTask, Reading, Secrets, Sink
 from pulsar_api.principal import Principal
-from pulsar_api.steady import SteadyClock
-from pulsar_api.task import (
+from pulsar_api.tasks.clock import SteadyClock
+from pulsar_api.tasks.interfaces import (
+    RESTART,
+    Bounds,
+    Keep,
+    NewTask,
+    Reading,
+    Secrets,
+    Sink,
+)
+from pulsar_api.tasks.model import (
     KEY_LIFE,
     Cause,
     Command,
@@ -25,6 +32,7 @@ from pulsar_api.task import (
     TaskSnapshot,
     Within,
 )
+from pulsar_api.tasks.secret_forms import forms
 
 ROWS = 3
 """Tasks that are read at a time."""

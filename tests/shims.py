@@ -11,12 +11,13 @@ from typing import Any
 from attrs import define, field
 from twisted.internet.task import Clock
 
-from pulsar_api import proc, shim
-from pulsar_api.machine import LocalMachine
-from pulsar_api.ports import Bounds
-from pulsar_api.proc import Entry, Key, Table, lives, send
-from pulsar_api.process import ShimExecutor
-from pulsar_api.task import Command
+from pulsar_api.execution import proc
+from pulsar_api.execution.executor import ShimExecutor
+from pulsar_api.execution.machine import LocalMachine
+from pulsar_api.execution.proc import Entry, Key, Table, lives, send
+from pulsar_api.shim import shim
+from pulsar_api.tasks.interfaces import Bounds
+from pulsar_api.tasks.model import Command
 from tests.integration.daemon import wait_for
 
 PYTHON = os.path.realpath(sys.executable)

@@ -12,9 +12,9 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from pulsar_api.auth.audit import REFUSALS, AuditLog
-from pulsar_api.auth.gate import Credentials, Gate
+from pulsar_api.auth.authenticator import Credentials, Gate
 from pulsar_api.errors import NotAuthenticated
-from pulsar_api.web.access import Access, cookies, parse_authorization
+from pulsar_api.web.authentication import Access, cookies, parse_authorization
 from pulsar_api.web.origin import Origins, _address
 from pulsar_api.web.signin import START, local
 

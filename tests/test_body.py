@@ -17,17 +17,15 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from pulsar_api.errors import PulsarError
-from pulsar_api.web import reply
-from pulsar_api.web.body import EAGER, FORM, MAX_BODY, BodyRequest, body_of
-from pulsar_api.web.refusals import BODY_DEADLINE, HEAD_DEADLINE, MAX_HEADERS, MAX_NAME
-from pulsar_api.web.site import (
-    BODIES,
-    LINGER,
-    REST,
-    STRANGERS,
-    BoundedSite,
-    Most,
+from pulsar_api.web import responses
+from pulsar_api.web.server.body import EAGER, FORM, MAX_BODY, BodyRequest, body_of
+from pulsar_api.web.server.refusals import (
+    BODY_DEADLINE,
+    HEAD_DEADLINE,
+    MAX_HEADERS,
+    MAX_NAME,
 )
+from pulsar_api.web.server.site import BODIES, LINGER, REST, STRANGERS, BoundedSite, Most
 
 
 class Desk(Resource):
@@ -72,10 +70,10 @@ class Desk(Resource):
             return
         error = failure.value
         assert isinstance(error, PulsarError)
-        status, type_, title, retry = reply._PROBLEMS[type(error)]
+        status, type_, title, retry = responses._PROBLEMS[type(error)]
         if retry is not None:
             request.setHeader("Retry-After", str(retry))
-        request.write(reply.problem(request, status, type_, title, str(error)))
+        request.write(responses.problem(request, status, type_, title, str(error)))
         request.finish()
 
 

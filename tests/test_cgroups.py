@@ -7,12 +7,13 @@ import pytest
 from twisted.internet import reactor
 from twisted.internet.task import Clock
 
-from pulsar_api import cgroups, shim
-from pulsar_api.cgroups import Cgroups
-from pulsar_api.machine import LocalMachine
-from pulsar_api.ports import Bounds
-from pulsar_api.process import ShimExecutor
-from pulsar_api.task import Account, Command, Exit
+from pulsar_api.execution import cgroups
+from pulsar_api.execution.cgroups import Cgroups
+from pulsar_api.execution.executor import ShimExecutor
+from pulsar_api.execution.machine import LocalMachine
+from pulsar_api.shim import shim
+from pulsar_api.tasks.interfaces import Bounds
+from pulsar_api.tasks.model import Account, Command, Exit
 
 LIMITS = (("memory.max", "67108864"), ("pids.max", "20"))
 

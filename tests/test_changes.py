@@ -7,7 +7,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from pulsar_api.changes import Changes
+from pulsar_api.concurrency.changes import Changes
 
 CASE = SynchronousTestCase()
 

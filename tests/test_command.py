@@ -9,8 +9,9 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pulsar_api.accounts import Accounts
-from pulsar_api.command import (
+from pulsar_api.errors import InvalidInput, SettingsError
+from pulsar_api.tasks.accounts import Accounts
+from pulsar_api.tasks.commands import (
     PRESETS,
     Commands,
     Names,
@@ -19,9 +20,8 @@ from pulsar_api.command import (
     preset_for,
     shown,
 )
-from pulsar_api.errors import InvalidInput, SettingsError
-from pulsar_api.targets import Target
-from pulsar_api.task import Account, Command, TaskSpec
+from pulsar_api.tasks.model import Account, Command, TaskSpec
+from pulsar_api.tasks.targets import Target
 from tests.fakes import person
 
 SPEC = TaskSpec(

@@ -17,15 +17,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.internet.task import Clock
 
-from pulsar_api import shim
-from pulsar_api.machine import USUAL, LocalMachine
-from pulsar_api.output import Chunk, Cut, Output, Reader, Record
-from pulsar_api.pieces import read_pieces
-from pulsar_api.ports import Bounds
-from pulsar_api.process import ShimExecutor
-from pulsar_api.rota import Rota
-from pulsar_api.runs import read_exit
-from pulsar_api.task import Command
+from pulsar_api.concurrency.turns import Rota
+from pulsar_api.execution.executor import ShimExecutor
+from pulsar_api.execution.machine import USUAL, LocalMachine
+from pulsar_api.execution.runs import read_exit
+from pulsar_api.output.pieces import read_pieces
+from pulsar_api.output.reader import Chunk, Cut, Output, Reader, Record
+from pulsar_api.shim import shim
+from pulsar_api.tasks.interfaces import Bounds
+from pulsar_api.tasks.model import Command
 from tests.test_lines import Turns, done
 
 MACHINE = LocalMachine(None)

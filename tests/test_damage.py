@@ -17,17 +17,19 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 
-from pulsar_api import files, orphans, proc, processes, shim
+from pulsar_api import files
+from pulsar_api.concurrency.turns import Rota
 from pulsar_api.errors import StoreUnavailable
-from pulsar_api.lines import LineIndex
-from pulsar_api.machine import LocalMachine
-from pulsar_api.output import LARGEST, Output, Reader, Timed
-from pulsar_api.ports import Bounds
-from pulsar_api.process import ShimExecutor
-from pulsar_api.rota import Rota
-from pulsar_api.runs import alive, read_exit
-from pulsar_api.task import Exit, Process
-from pulsar_api.web.message import read_text, start_offset
+from pulsar_api.execution import orphans, proc, processes
+from pulsar_api.execution.executor import ShimExecutor
+from pulsar_api.execution.machine import LocalMachine
+from pulsar_api.execution.runs import alive, read_exit
+from pulsar_api.output.lines import LineIndex
+from pulsar_api.output.reader import LARGEST, Output, Reader, Timed
+from pulsar_api.shim import shim
+from pulsar_api.tasks.interfaces import Bounds
+from pulsar_api.tasks.model import Exit, Process
+from pulsar_api.web.legacy.message import read_text, start_offset
 
 MACHINE = LocalMachine(reactor)
 NOBODY = 65534

@@ -11,16 +11,16 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from pulsar_api import shim
-from pulsar_api.command import Commands, Template
-from pulsar_api.output import BLOCK
-from pulsar_api.ports import Bounds
-from pulsar_api.rota import Rota
-from pulsar_api.service import Limits, TaskService
-from pulsar_api.task import TaskSpec
-from pulsar_api.web.feed import EVERY, HELD, Closed, Feed, Subscription
-from pulsar_api.web.message import MAX_CHANGE_TEXT, MAX_TEXT, PIECE_BYTES, Message
-from pulsar_api.web.visit import HEARTBEAT, next_frame
+from pulsar_api.concurrency.turns import Rota
+from pulsar_api.output.reader import BLOCK
+from pulsar_api.shim import shim
+from pulsar_api.tasks.commands import Commands, Template
+from pulsar_api.tasks.interfaces import Bounds
+from pulsar_api.tasks.model import TaskSpec
+from pulsar_api.tasks.service import Limits, TaskService
+from pulsar_api.web.legacy.feed import EVERY, HELD, Closed, Feed, Subscription
+from pulsar_api.web.legacy.message import MAX_CHANGE_TEXT, MAX_TEXT, PIECE_BYTES, Message
+from pulsar_api.web.legacy.visit import HEARTBEAT, next_frame
 from tests.fakes import FakeExecutor, FakeRun, MemoryStore, steady_clock
 from tests.test_lines import Turns
 from tests.test_output import printed

@@ -9,7 +9,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent
 from twisted.trial.unittest import SynchronousTestCase
 
-from pulsar_api.auth.gate import (
+from pulsar_api.auth.authenticator import (
     ASKED,
     FAILURES,
     PATIENCE,

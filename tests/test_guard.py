@@ -12,9 +12,9 @@ from twisted.trial.unittest import SynchronousTestCase
 from pulsar_api.auth.audit import VISITS, AuditLog
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Caller, Right
-from pulsar_api.command import Commands, Template
-from pulsar_api.ports import Bounds
-from pulsar_api.service import Limits, TaskService
+from pulsar_api.tasks.commands import Commands, Template
+from pulsar_api.tasks.interfaces import Bounds
+from pulsar_api.tasks.service import Limits, TaskService
 from tests.fakes import FakeExecutor, MemoryStore, person, steady_clock
 
 CASE = SynchronousTestCase()

@@ -8,7 +8,7 @@ from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
 from twisted.web.http import PotentialDataLoss
 
-from pulsar_api.http_client import RATE, Body, Late, TooLarge
+from pulsar_api.client.http import RATE, Body, Late, TooLarge
 
 
 def reading(clock: Clock, most: int | None = None) -> Body:

@@ -24,13 +24,14 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from pulsar_api import launch, proc, runs, shim
-from pulsar_api.launch import Launcher, StatusUnknown
-from pulsar_api.machine import LocalMachine
-from pulsar_api.ports import Bounds
-from pulsar_api.proc import Entry, Table
-from pulsar_api.process import Programs, ShimExecutor
-from pulsar_api.task import Cause, Command, Exit
+from pulsar_api.execution import launching, proc, runs
+from pulsar_api.execution.executor import Programs, ShimExecutor
+from pulsar_api.execution.launching import Launcher, StatusUnknown
+from pulsar_api.execution.machine import LocalMachine
+from pulsar_api.execution.proc import Entry, Table
+from pulsar_api.shim import shim
+from pulsar_api.tasks.interfaces import Bounds
+from pulsar_api.tasks.model import Cause, Command, Exit
 from tests.integration.daemon import wait_for
 from tests.test_process import MEASURED, Runner, Started, until
 
@@ -42,7 +43,7 @@ def changed(*lines: str) -> Sequence[str]:
     code = [
         "import os, posix, signal, sys, time",
         f"sys.path.insert(0, {str(ROOT)!r})",
-        "from pulsar_api import launcher, shim",
+        "from pulsar_api.shim import launcher, shim",
         "die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
         *lines,
         "os._exit(launcher.main())",
@@ -491,7 +492,7 @@ async def test_a_stopped_launcher_is_killed_and_holds_up_no_start_for_long(
     runner: Residents, monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
     """The start that it owes is made by somebody else."""
-    monkeypatch.setattr(launch, "TICK", 0.05)
+    monkeypatch.setattr(launching, "TICK", 0.05)
     await runner.begin()
     os.kill(runner.pid, signal.SIGSTOP)
     exit = await runner.end(runner.count("exit 11"))
@@ -503,8 +504,8 @@ async def test_a_launcher_that_not_even_kill_ends_is_left(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it has forked, or forks later, finds the lock taken, or takes it."""
-    monkeypatch.setattr(launch, "TICK", 0.05)
-    monkeypatch.setattr(launch._Launch, "kill", lambda _: None)
+    monkeypatch.setattr(launching, "TICK", 0.05)
+    monkeypatch.setattr(launching._Launch, "kill", lambda _: None)
     await runner.begin()
     pid = runner.pid
     os.kill(pid, signal.SIGSTOP)
@@ -534,7 +535,7 @@ async def test_a_stopped_launcher_hides_no_death_of_a_shim(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pipes are closed and no status comes: it is asked, and found out."""
-    monkeypatch.setattr(launch, "TICK", 0.05)
+    monkeypatch.setattr(launching, "TICK", 0.05)
     await runner.begin()
     started = runner.count("sleep 60")
     await until(lambda: started.story.pids, "the start")
@@ -549,7 +550,7 @@ async def test_a_launcher_that_owes_nothing_is_left_alone(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while a shim stays with what its task has left, without its pipes."""
-    monkeypatch.setattr(launch, "TICK", 0.02)
+    monkeypatch.setattr(launching, "TICK", 0.02)
     await runner.begin()
     pid = runner.pid
     started = runner.count("(exec >/dev/null 2>&1; sleep 60) & exit 0")
@@ -560,14 +561,14 @@ async def test_a_launcher_that_owes_nothing_is_left_alone(
     assert runner.resident._launch is not None
     again = runner.resident._launch._next
     assert again is not None
-    assert again.getTime() - reactor.seconds() > launch.REST / 2  # nobody looks often
+    assert again.getTime() - reactor.seconds() > launching.REST / 2  # nobody looks often
 
 
 async def test_a_launcher_that_never_starts_is_not_missed(
     runner: Residents, monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
     """Tasks start interpreters; that is said once; it is tried again, and works then."""
-    monkeypatch.setattr(launch, "PAUSE", 0.3)
+    monkeypatch.setattr(launching, "PAUSE", 0.3)
     program = runner.tasks.parent / "python"
     command = (str(program), *Programs().launcher[1:])
     runner.resident = Launcher(reactor, command, runner.tasks.parent)
@@ -591,7 +592,7 @@ async def test_a_launcher_that_dies_again_and_again_is_given_up_for_a_while(
     await runner.begin()
     resident = runner.resident
     assert resident is not None
-    for number in range(1, launch.DEATHS + 1):
+    for number in range(1, launching.DEATHS + 1):
         await runner.works()
         os.kill(runner.pid, signal.SIGKILL)
         deaths = range(number, number + 1)
@@ -671,8 +672,8 @@ async def test_a_shim_that_ends_unseen_is_asked_for(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its task holds its pipes open, and its launcher is stopped."""
-    monkeypatch.setattr(launch, "TICK", 0.05)
-    monkeypatch.setattr(launch, "REST", 0.2)
+    monkeypatch.setattr(launching, "TICK", 0.05)
+    monkeypatch.setattr(launching, "REST", 0.2)
     await runner.begin()
     started = runner.count("exec 9>/proc/$PPID/fd/1 8>/proc/$PPID/fd/2; sleep 60")
     await until(lambda: started.story.pids and runner.starts(), "the start")

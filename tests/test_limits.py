@@ -9,7 +9,7 @@ from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.interfaces import IAddress
 from twisted.internet.task import Clock
 
-from pulsar_api.web.limits import Places, Rate, source
+from pulsar_api.web.server.limits import Places, Rate, source
 
 
 def v4(host: str) -> IAddress:

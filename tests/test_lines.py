@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 
-from pulsar_api import lines
-from pulsar_api.lines import LEAST, MOST, LineIndex, LineIndexes, Segment
-from pulsar_api.output import Output, begin_of_character
-from pulsar_api.rota import Rota
-from pulsar_api.search import Effort, search
+from pulsar_api.concurrency.turns import Rota
+from pulsar_api.output import lines
+from pulsar_api.output.lines import LEAST, MOST, LineIndex, LineIndexes, Segment
+from pulsar_api.output.reader import Output, begin_of_character
+from pulsar_api.output.search import Effort, search
 
 T = TypeVar("T")
 Run = tuple[bytes, int]

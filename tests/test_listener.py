@@ -20,13 +20,13 @@ from twisted.internet.ssl import CertificateOptions
 from twisted.internet.testing import MemoryReactor
 from twisted.protocols.tls import TLSMemoryBIOFactory
 
-from pulsar_api import listener, tls
+from pulsar_api.config.settings import Settings
 from pulsar_api.errors import CannotListen
-from pulsar_api.listener import Listener
-from pulsar_api.settings import Settings
+from pulsar_api.network import certificates, listener
+from pulsar_api.network.listener import Listener
 from tests.certificates import self_signed
 
-KEY, CERTIFICATE = tls.development_files()
+KEY, CERTIFICATE = certificates.development_files()
 USUAL = Settings(port=0, state_dir="/s")
 BECAUSE = "others could come in"
 
@@ -35,7 +35,7 @@ BECAUSE = "others could come in"
 def options() -> CertificateOptions:
     """Return what a server needs for TLS."""
     one = self_signed(ec.generate_private_key(ec.SECP256R1()))
-    return tls.Identity(one.key, one.certificate).options()
+    return certificates.Identity(one.key, one.certificate).options()
 
 
 @pytest.fixture

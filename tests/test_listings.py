@@ -17,12 +17,12 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
 from pulsar_api.errors import Busy, StoreUnavailable
-from pulsar_api.listings import MOST_LISTINGS, MOST_OUTPUT, Listings
-from pulsar_api.machine import LocalMachine
-from pulsar_api.ports import Bounds
-from pulsar_api.process import ShimExecutor
+from pulsar_api.execution.capture import MOST_LISTINGS, MOST_OUTPUT, Listings
+from pulsar_api.execution.executor import ShimExecutor
+from pulsar_api.execution.machine import LocalMachine
 from pulsar_api.shim import process
-from pulsar_api.task import Account, Command
+from pulsar_api.tasks.interfaces import Bounds
+from pulsar_api.tasks.model import Account, Command
 from tests.integration.daemon import PATIENCE
 from tests.integration.machine import alive
 from tests.test_damage import NO_FILES, damage
@@ -86,14 +86,16 @@ async def until(condition: object) -> None:
 
 def asked(listings: Listings, app: str, text: str) -> "Deferred[str]":
     """Ask without waiting."""
-    return Deferred.fromCoroutine(listings.ask(app, sh(text)))
+    return Deferred.fromCoroutine(listings.capture_output(app, sh(text)))
 
 
 async def test_what_a_command_prints_is_answered(listings: Listings) -> None:
     """Also if it fails; one that cannot be started says nothing."""
-    assert await listings.ask("site", sh("echo deploy '#' now")) == "deploy # now\n"
-    assert await listings.ask("site", sh("echo a; exit 3")) == "a\n"
-    assert await listings.ask("site", Command(("/no/program",), {})) == ""
+    assert (
+        await listings.capture_output("site", sh("echo deploy '#' now")) == "deploy # now\n"
+    )
+    assert await listings.capture_output("site", sh("echo a; exit 3")) == "a\n"
+    assert await listings.capture_output("site", Command(("/no/program",), {})) == ""
 
 
 async def test_a_child_that_stays_holds_up_nothing_and_is_ended(
@@ -102,7 +104,7 @@ async def test_a_child_that_stays_holds_up_nothing_and_is_ended(
     """Neither in a session of its own, nor with the pipe in its hands."""
     note = tmp_path / "pid"
     text = f"(setsid sh -c 'echo $$ > {note}; exec sleep 300' &); echo a"
-    assert await listings.ask("site", sh(text)) == "a\n"
+    assert await listings.capture_output("site", sh(text)) == "a\n"
     await until(lambda: not left(tmp_path))
     assert not lives(note)
 
@@ -111,12 +113,12 @@ async def test_a_hanging_one_is_ended_and_holds_up_no_other_app(tmp_path: Path) 
     """Nor does it leave anything: no descriptor, no process, no folder."""
     listings = made(tmp_path, 1)
     await listings.start()
-    assert await listings.ask("first", sh("echo a")) == "a\n"
+    assert await listings.capture_output("first", sh("echo a")) == "a\n"
     await until(lambda: not left(tmp_path))
     before = sorted(os.listdir("/proc/self/fd"))
     text = f"echo $$ >> {tmp_path}/pids; echo a; trap '' TERM; while :; do sleep 1; done"
     hanging = [asked(listings, f"app{n}", text) for n in range(3)]
-    assert await listings.ask("other", sh("echo b")) == "b\n"
+    assert await listings.capture_output("other", sh("echo b")) == "b\n"
     assert not any(one.called for one in hanging)
     assert [await one for one in hanging] == ["a\n"] * 3
     await until(lambda: not left(tmp_path))
@@ -131,10 +133,10 @@ async def test_who_asks_at_the_same_time_shares_a_run(
     count = f"echo >> {tmp_path}/count; "
     several = [asked(listings, "site", count + "sleep 0.2; echo a") for _ in range(5)]
     assert [await one for one in several] == ["a\n"] * 5
-    assert await listings.ask("site", sh(count + "sleep 0.2; echo a")) == "a\n"
+    assert await listings.capture_output("site", sh(count + "sleep 0.2; echo a")) == "a\n"
     assert (tmp_path / "count").read_text() == "\n"
     for _ in range(2):
-        assert await listings.ask("site", sh(count + "exit 1")) == ""
+        assert await listings.capture_output("site", sh(count + "exit 1")) == ""
     assert (tmp_path / "count").read_text() == "\n" * 3
 
 
@@ -152,15 +154,15 @@ async def test_there_are_only_so_many_at_a_time(tmp_path: Path) -> None:
     await listings.start()
     several = [asked(listings, f"app{n}", "exec sleep 300") for n in range(MOST_LISTINGS)]
     with pytest.raises(Busy):
-        await listings.ask("one more", sh("echo a"))
+        await listings.capture_output("one more", sh("echo a"))
     assert [await one for one in several] == [""] * MOST_LISTINGS
-    assert await listings.ask("one more", sh("echo a")) == "a\n"
+    assert await listings.capture_output("one more", sh("echo a")) == "a\n"
     await until(lambda: not left(tmp_path))
 
 
 async def test_of_a_flood_only_the_begin_is_read(listings: Listings) -> None:
     """And what a listing prints cannot fill the disk."""
-    text = await listings.ask("site", sh("yes | head -c 4000000"))
+    text = await listings.capture_output("site", sh("yes | head -c 4000000"))
     assert 0 < len(text) <= MOST_OUTPUT
     assert text.startswith("y\ny\n")
 
@@ -176,7 +178,7 @@ async def test_whatever_stands_in_place_of_the_folder_stops_nothing(
     shutil.rmtree(tmp_path / name)
     damage(tmp_path / name, how)
     await listings.start()
-    assert await listings.ask("site", sh("echo a")) == "a\n"
+    assert await listings.capture_output("site", sh("echo a")) == "a\n"
     assert not (tmp_path / name).is_symlink()
     await until(lambda: not left(folder))
 
@@ -188,7 +190,7 @@ async def test_a_link_in_place_of_the_folder_is_not_followed(tmp_path: Path) -> 
     shutil.rmtree(tmp_path / "listings")
     (tmp_path / "listings").symlink_to(tmp_path)
     await listings.start()
-    assert await listings.ask("site", sh("echo a")) == "a\n"
+    assert await listings.capture_output("site", sh("echo a")) == "a\n"
     await until(lambda: not left(tmp_path / "listings"))
     assert (tmp_path / "tasks" / "7").is_dir()
 
@@ -200,9 +202,9 @@ async def test_a_folder_that_cannot_be_made_stops_no_start(tmp_path: Path) -> No
     shutil.rmtree(state)
     await listings.start()
     with pytest.raises(StoreUnavailable):
-        await listings.ask("site", sh("echo a"))
+        await listings.capture_output("site", sh("echo a"))
     state.mkdir()
-    assert await listings.ask("site", sh("echo a")) == "a\n"
+    assert await listings.capture_output("site", sh("echo a")) == "a\n"
     await until(lambda: not left(state / "listings"))
 
 
@@ -230,11 +232,11 @@ async def test_an_answer_is_for_the_account_that_gave_it(
     """The same command may say something else under another one."""
     command = sh(f"echo >> {tmp_path}/count; wc -l < {tmp_path}/count")
     own = Account("me", os.getuid(), os.getgid(), (os.getgid(),), "/")
-    assert await listings.ask("site", command) == "1\n"
+    assert await listings.capture_output("site", command) == "1\n"
     # Only root can change the user, even to itself.
     expected = "2\n" if os.getuid() == 0 else ""
-    assert await listings.ask("site", evolve(command, account=own)) == expected
-    assert await listings.ask("site", command) == "1\n"
+    assert await listings.capture_output("site", evolve(command, account=own)) == expected
+    assert await listings.capture_output("site", command) == "1\n"
 
 
 async def test_what_a_dead_daemon_has_left_is_ended(tmp_path: Path) -> None:
@@ -250,7 +252,7 @@ async def test_what_a_dead_daemon_has_left_is_ended(tmp_path: Path) -> None:
     await listings.start()
     await until(lambda: not left(tmp_path))
     assert not lives(note)
-    assert await listings.ask("site", sh("echo a")) == "a\n"
+    assert await listings.capture_output("site", sh("echo a")) == "a\n"
     forgotten.addErrback(lambda _: None)
     forgotten.cancel()
     await until(lambda: not left(tmp_path))

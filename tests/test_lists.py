@@ -17,15 +17,15 @@ from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.server import Site
 
 from pulsar_api.auth.audit import AuditLog
-from pulsar_api.command import Commands, Template
-from pulsar_api.ports import Bounds, NewTask
-from pulsar_api.service import Limits, TaskService
-from pulsar_api.steady import SteadyClock
-from pulsar_api.task import Status, TaskSnapshot, TaskSpec
-from pulsar_api.web.access import Access
-from pulsar_api.web.lists import SMALL, STALLED
+from pulsar_api.tasks.clock import SteadyClock
+from pulsar_api.tasks.commands import Commands, Template
+from pulsar_api.tasks.interfaces import Bounds, NewTask
+from pulsar_api.tasks.model import Status, TaskSnapshot, TaskSpec
+from pulsar_api.tasks.service import Limits, TaskService
+from pulsar_api.web.api.lists import SMALL, STALLED
+from pulsar_api.web.api.tasks import TaskAPI
+from pulsar_api.web.authentication import Access
 from pulsar_api.web.origin import Origins
-from pulsar_api.web.tasks import TaskAPI
 from tests.fakes import ROWS, FakeExecutor, MemoryStore
 
 CASE = SynchronousTestCase()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pulsar_api.mask import MASK, Masker
+from pulsar_api.shim.masker import MASK, Masker
 
 
 def simply(texts: list[bytes], data: bytes) -> bytes:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pulsar_api.mask import Masker, masked
-from pulsar_api.masking import PATTERNS, forms, is_secret, notes
+from pulsar_api.shim.masker import Masker, masked
+from pulsar_api.tasks.secret_forms import PATTERNS, forms, is_secret, notes
 from tests.test_mask import in_pieces, simply, split
 
 

@@ -11,9 +11,10 @@ from uuid import uuid4
 
 import pytest
 
-from pulsar_api import orphans, proc, shim
-from pulsar_api.orphans import MARK, Memory, Session, read_sessions
-from pulsar_api.proc import Entry, Table, lives
+from pulsar_api.execution import orphans, proc
+from pulsar_api.execution.orphans import MARK, Memory, Session, read_sessions
+from pulsar_api.execution.proc import Entry, Table, lives
+from pulsar_api.shim import shim
 from tests.integration.daemon import wait_for
 from tests.shims import (
     BOMB,
@@ -287,8 +288,8 @@ def test_a_daemon_that_a_task_has_started_does_not_end_itself(
 import os, subprocess, sys, time
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
-from pulsar_api.orphans import Memory
-from pulsar_api.proc import now
+from pulsar_api.execution.orphans import Memory
+from pulsar_api.execution.proc import now
 mine = subprocess.Popen(["sleep", "60"])
 print(os.getpid(), mine.pid, sep="\\n", flush=True)
 go, done = Path({str(go)!r}), Path({str(done)!r})

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pulsar_api import shim
-from pulsar_api.output import BLOCK, PIECE, Chunk, Output, Reader, Record, Timed
+from pulsar_api.output.reader import BLOCK, PIECE, Chunk, Output, Reader, Record, Timed
+from pulsar_api.shim import shim
 
 Piece = tuple[int, bytes]
 """Something that was printed: the stream and the bytes."""

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pulsar_api import shim
-from pulsar_api.output import Output, begin_of_character
-from pulsar_api.pieces import Pieces, Portion, read_pieces
-from pulsar_api.rota import Rota
+from pulsar_api.concurrency.turns import Rota
+from pulsar_api.output.pieces import Pieces, Portion, read_pieces
+from pulsar_api.output.reader import Output, begin_of_character
+from pulsar_api.shim import shim
 from tests.test_lines import Turns, done
 from tests.test_output import STREAM, encoded
 

@@ -27,16 +27,17 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock, deferLater
 
-from pulsar_api import mask, orphans, process, shim
 from pulsar_api.errors import FolderInUse, StoreUnavailable
-from pulsar_api.machine import USUAL, LocalMachine
-from pulsar_api.masking import forms
-from pulsar_api.output import Output, Record
-from pulsar_api.ports import Bounds, Reading, Run, Secrets
-from pulsar_api.process import ShimExecutor
-from pulsar_api.runs import alive, read_exit
-from pulsar_api.steady import SteadyClock
-from pulsar_api.task import Cause, Command, Exit, Process, Status, judge
+from pulsar_api.execution import capture, orphans, programs
+from pulsar_api.execution.executor import ShimExecutor
+from pulsar_api.execution.machine import USUAL, LocalMachine
+from pulsar_api.execution.runs import alive, read_exit
+from pulsar_api.output.reader import Output, Record
+from pulsar_api.shim import masker, shim
+from pulsar_api.tasks.clock import SteadyClock
+from pulsar_api.tasks.interfaces import Bounds, Reading, Run, Secrets
+from pulsar_api.tasks.model import Cause, Command, Exit, Process, Status, judge
+from pulsar_api.tasks.secret_forms import forms
 from tests.fakes import person
 from tests.integration.daemon import (
     PATIENCE,
@@ -403,7 +404,7 @@ def test_a_shim_reads_what_was_written_for_it(
     assert (spec.limit, spec.umask, spec.files) == (4, 0o27, 99)
     assert (spec.arguments, spec.secrets) == (list(map(raw, arguments)), secrets)
     assert spec.directory == b"/"
-    assert spec.promise == mask.masked(line.encode(), command.secrets)
+    assert spec.promise == masker.masked(line.encode(), command.secrets)
     pairs = {raw(key): raw(value) for key, value in environment.items()}
     assert spec.environment == {**pairs, raw(orphans.MARK): raw(f"{folder}/1")}
 
@@ -547,7 +548,7 @@ async def test_a_compiled_shim_is_a_copy_of_our_own(
     source = tmp_path / "shim.py"
     shutil.copyfile(shim.__file__, source)
     monkeypatch.setattr(shim, "__file__", str(source))
-    runner.launcher = process.compiled(tmp_path).shim
+    runner.launcher = programs.compiled(tmp_path).shim
     source.unlink()
     assert (await runner.start("true").story.end()).code == 0
 
@@ -555,7 +556,7 @@ async def test_a_compiled_shim_is_a_copy_of_our_own(
 def test_without_room_for_a_copy_the_shim_of_the_package_is_used(tmp_path: Path) -> None:
     """A daemon has to start also when the disk is full."""
     (tmp_path / "file").touch()
-    assert process.compiled(tmp_path / "file").shim == USUAL
+    assert programs.compiled(tmp_path / "file").shim == USUAL
 
 
 async def test_a_shim_that_cannot_be_started_is_an_error(runner: Runner) -> None:
@@ -1643,10 +1644,10 @@ _STARTER = """
 import os, signal, sys
 from pathlib import Path
 from twisted.internet import reactor
-from pulsar_api.machine import LocalMachine
-from pulsar_api.ports import Bounds
-from pulsar_api.process import ShimExecutor
-from pulsar_api.task import Command
+from pulsar_api.execution.machine import LocalMachine
+from pulsar_api.tasks.interfaces import Bounds
+from pulsar_api.execution.executor import ShimExecutor
+from pulsar_api.tasks.model import Command
 
 class Sink:
     def started(self, pid):
@@ -1987,7 +1988,7 @@ async def test_a_list_of_permits_that_was_restored_is_known(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pulsar_api.machine import LocalMachine
+from pulsar_api.execution.machine import LocalMachine
 setattr(os, sys.argv[2], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 LocalMachine(None).append(Path(sys.argv[1]), b"\\n%019d\\n" % 3)
 """
@@ -2647,16 +2648,16 @@ if _may_mount() and os.path.exists("/dev/loop-control"):
 async def test_ask_returns_what_a_command_prints() -> None:
     """Standard output only, and standard input is at its end."""
     command = Command(("sh", "-c", "cat; echo no >&2; echo $X; pwd"), {"X": "1.2"}, "/tmp")
-    assert await process.ask(reactor, reactor, command) == "1.2\n/tmp\n"
+    assert await capture.capture_output(reactor, reactor, command) == "1.2\n/tmp\n"
 
 
 async def test_ask_takes_no_answer_for_an_empty_one() -> None:
     """Neither a missing program nor one that takes too long is an error."""
     missing = Command(("no-such-program",), {})
-    assert await process.ask(reactor, reactor, missing) == ""
+    assert await capture.capture_output(reactor, reactor, missing) == ""
     begin = time.monotonic()
     slow = Command(("sleep", "60"), {"TEST_ASK": str(begin)})
-    assert await process.ask(reactor, reactor, slow, 0.2) == ""
+    assert await capture.capture_output(reactor, reactor, slow, 0.2) == ""
     assert time.monotonic() - begin < 30
     await until(lambda: not marked(f"TEST_ASK={begin}"), "the end of what was too slow")
 
@@ -2665,7 +2666,7 @@ async def test_a_question_that_nobody_waits_for_ends() -> None:
     """Its client has gone away."""
     mark = f"TEST_ASK={time.monotonic()}"
     slow = Command(("sleep", "60"), dict([mark.split("=")]))
-    asked = Deferred.fromCoroutine(process.ask(reactor, reactor, slow))
+    asked = Deferred.fromCoroutine(capture.capture_output(reactor, reactor, slow))
     asked.addErrback(lambda _: None)
     await until(lambda: marked(mark), "its start")
     asked.cancel()
@@ -2680,9 +2681,9 @@ def test_the_limit_of_open_files_is_raised_as_far_as_allowed(
 ) -> None:
     """Both limits are told: the old one is for the tasks."""
     code = (
-        "import resource; from pulsar_api import process;"
+        "import resource; from pulsar_api.execution import processes;"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}));"
-        "print(process.raise_file_limit(), resource.getrlimit(resource.RLIMIT_NOFILE))"
+        "print(processes.raise_file_limit(), resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

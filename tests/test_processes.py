@@ -10,9 +10,9 @@ from uuid import uuid4
 
 import pytest
 
-from pulsar_api import proc, processes
-from pulsar_api.proc import Table, lives
-from pulsar_api.task import Process
+from pulsar_api.execution import proc, processes
+from pulsar_api.execution.proc import Table, lives
+from pulsar_api.tasks.model import Process
 from tests.integration.daemon import PATIENCE, wait_for
 from tests.shims import BOMB, PYTHON, RUNNER, Elsewhere, Tree, Trees, runs, with_argument
 

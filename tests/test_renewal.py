@@ -19,10 +19,10 @@ from twisted.logger import (
     globalLogPublisher,
 )
 
-from pulsar_api import tls
+from pulsar_api.config.settings import load
 from pulsar_api.errors import SettingsError
-from pulsar_api.renewal import LOOK, SETTLE, Renewal
-from pulsar_api.settings import load
+from pulsar_api.network import certificates
+from pulsar_api.network.renewal import LOOK, SETTLE, Renewal
 from tests.certificates import Authority, Issued, certificates_pem, key_pem, self_signed
 
 AUTHORITY = Authority()
@@ -64,7 +64,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     said: list[str] = []
 
     def hear(event: LogEvent) -> None:
-        if event["log_namespace"] == "pulsar_api.renewal":
+        if event["log_namespace"] == "pulsar_api.network.renewal":
             said.append(f"{event['log_level'].name}: {formatEvent(event)}")
 
     observer = FilteringLogObserver(
@@ -253,7 +253,7 @@ def test_the_development_certificate_is_never_a_renewal(world: World) -> None:
     """It could be on an address where the start refuses it."""
     renewal = world.begin()
     old = renewal.identity
-    key = load_pem_private_key(tls.development_files()[0].read_bytes(), None)
+    key = load_pem_private_key(certificates.development_files()[0].read_bytes(), None)
     world.write(self_signed(key))
     world.pass_by(60)
     (line,) = world.said
@@ -263,12 +263,12 @@ def test_the_development_certificate_is_never_a_renewal(world: World) -> None:
 
 def test_from_the_development_certificate_to_a_good_one(world: World) -> None:
     """That is an improvement."""
-    key = load_pem_private_key(tls.development_files()[0].read_bytes(), None)
+    key = load_pem_private_key(certificates.development_files()[0].read_bytes(), None)
     world.write(self_signed(key))
     renewal = world.begin()
     world.write(long())
     world.pass_by(MOMENT)
-    assert not tls.is_development(renewal.identity)
+    assert not certificates.is_development(renewal.identity)
 
 
 def test_nothing_good_to_begin_with_is_an_error(world: World) -> None:

@@ -2,7 +2,7 @@
 
 from twisted.internet.task import Clock
 
-from pulsar_api.rota import Rota
+from pulsar_api.concurrency.turns import Rota
 
 
 def test_who_does_much_at_a_time_has_no_more_turns_than_others() -> None:

@@ -13,9 +13,9 @@ from twisted.internet import reactor as global_reactor
 from twisted.internet.defer import CancelledError, gatherResults
 from twisted.trial.unittest import SynchronousTestCase
 
-from pulsar_api.ports import NewTask, TaskStore
-from pulsar_api.store import _WINDOW, PAGE, SQLiteStore
-from pulsar_api.task import Found, Status, TaskQuery, TaskSnapshot, TaskSpec
+from pulsar_api.storage.tasks import _WINDOW, PAGE, SQLiteStore
+from pulsar_api.tasks.interfaces import NewTask, TaskStore
+from pulsar_api.tasks.model import Found, Status, TaskQuery, TaskSnapshot, TaskSpec
 from tests.fakes import MemoryStore, person
 
 CASE = SynchronousTestCase()

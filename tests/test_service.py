@@ -13,7 +13,6 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent
 from twisted.trial.unittest import SynchronousTestCase
 
-from pulsar_api.command import Commands, parse_template
 from pulsar_api.errors import (
     InvalidInput,
     KeyInFlight,
@@ -23,12 +22,11 @@ from pulsar_api.errors import (
     StoreUnavailable,
     UnknownTask,
 )
-from pulsar_api.ports import Bounds, Keep
 from pulsar_api.principal import Principal
-from pulsar_api.retention import TIDY
-from pulsar_api.service import LEAVE, LOOK, MAX_ID, RETRY, Limits, TaskService
-from pulsar_api.steady import SteadyClock
-from pulsar_api.task import (
+from pulsar_api.tasks.clock import SteadyClock
+from pulsar_api.tasks.commands import Commands, parse_template
+from pulsar_api.tasks.interfaces import Bounds, Keep
+from pulsar_api.tasks.model import (
     COALESCE,
     KEY_LIFE,
     Cause,
@@ -39,6 +37,8 @@ from pulsar_api.task import (
     TaskSnapshot,
     TaskSpec,
 )
+from pulsar_api.tasks.retention import TIDY
+from pulsar_api.tasks.service import LEAVE, LOOK, MAX_ID, RETRY, Limits, TaskService
 from tests.fakes import FakeExecutor, MemoryStore, person
 
 CASE = SynchronousTestCase()

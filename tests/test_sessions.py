@@ -9,9 +9,9 @@ import pytest_twisted
 from attrs import define, field
 from twisted.internet import reactor
 
-from pulsar_api.auth import records
-from pulsar_api.auth.gate import Credentials
-from pulsar_api.auth.records import MOST_SESSIONS, Records, digest
+from pulsar_api.auth import credentials
+from pulsar_api.auth.authenticator import Credentials
+from pulsar_api.auth.credentials import MOST_SESSIONS, Records, digest
 from pulsar_api.auth.sessions import IDLE, TOTAL, Sessions
 from tests.fakes import person
 
@@ -24,7 +24,7 @@ class World:
 
     folder: Path
     now: float = 1e9
-    records: Records = field(init=False)
+    credentials: Records = field(init=False)
     sessions: Sessions = field(init=False)
 
     def open(self) -> None:
@@ -175,7 +175,7 @@ async def test_what_a_sign_in_costs_does_not_grow_with_the_sessions(world: World
 
 def fill(path: Path, **users: int) -> None:
     """Write many sessions at once."""
-    records.prepare(path)
+    credentials.prepare(path)
     with sqlite3.connect(path) as db:
         for user, number in users.items():
             key = person(user).key
@@ -186,7 +186,7 @@ def fill(path: Path, **users: int) -> None:
 
 def kept(path: Path) -> set[str]:
     """Return the digests of the sessions that are kept."""
-    with records.opened(path) as db:
+    with credentials.opened(path) as db:
         return {row["digest"] for row in db.execute("SELECT digest FROM session")}
 
 

@@ -10,10 +10,10 @@ from attrs import asdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pulsar_api import settings
+from pulsar_api.config import settings
+from pulsar_api.config.settings import Settings, load
 from pulsar_api.errors import SettingsError
-from pulsar_api.settings import Settings, load
-from pulsar_api.targets import Target
+from pulsar_api.tasks.targets import Target
 
 OPTIONS = (
     "config-repo config-branch port log-dir ssl-key ssl-cert ssl-pfx ssl-passphrase "

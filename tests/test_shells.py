@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pulsar_api.mask import Masker
-from pulsar_api.masking import forms
+from pulsar_api.shim.masker import Masker
+from pulsar_api.tasks.secret_forms import forms
 
 # Every byte but NUL, alone or in a character of UTF-8, and what is printed oddly.
 CHARACTERS = [*map(chr, range(1, 256)), *"日😀\u0378\u200b\u2028\ufeff\U000e0001"]

@@ -11,16 +11,8 @@ from twisted.internet.testing import StringTransport
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
-from pulsar_api.web.refusals import PENALTY
-from pulsar_api.web.site import (
-    BURST,
-    IDLE,
-    LINGER,
-    STALL,
-    YIELD,
-    BoundedSite,
-    Most,
-)
+from pulsar_api.web.server.refusals import PENALTY
+from pulsar_api.web.server.site import BURST, IDLE, LINGER, STALL, YIELD, BoundedSite, Most
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 WAIT = b"GET /wait HTTP/1.1\r\nHost: localhost\r\n\r\n"

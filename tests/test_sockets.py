@@ -22,23 +22,23 @@ from wsproto.events import (
     TextMessage,
 )
 
-from pulsar_api import shim
 from pulsar_api.auth.audit import AuditLog
-from pulsar_api.auth.gate import Gate
-from pulsar_api.command import Commands, Template
-from pulsar_api.ports import Bounds
-from pulsar_api.rota import Rota
-from pulsar_api.service import Limits, TaskService
-from pulsar_api.steady import SteadyClock
-from pulsar_api.task import TaskSpec
-from pulsar_api.web.access import RECHECK, Access
-from pulsar_api.web.feed import Feed
-from pulsar_api.web.message import PIECE_BYTES
+from pulsar_api.auth.authenticator import Gate
+from pulsar_api.concurrency.turns import Rota
+from pulsar_api.shim import shim
+from pulsar_api.tasks.clock import SteadyClock
+from pulsar_api.tasks.commands import Commands, Template
+from pulsar_api.tasks.interfaces import Bounds
+from pulsar_api.tasks.model import TaskSpec
+from pulsar_api.tasks.service import Limits, TaskService
+from pulsar_api.web.authentication import RECHECK, Access
+from pulsar_api.web.legacy.feed import Feed
+from pulsar_api.web.legacy.message import PIECE_BYTES
+from pulsar_api.web.legacy.sockjs import SockJS
+from pulsar_api.web.legacy.visit import ANSWER, HEARTBEAT, MAX_UNIDENTIFIED
 from pulsar_api.web.origin import Origins
-from pulsar_api.web.site import LINGER, BoundedSite, Most
-from pulsar_api.web.sockjs import SockJS
-from pulsar_api.web.visit import ANSWER, HEARTBEAT, MAX_UNIDENTIFIED
-from pulsar_api.web.websocket import (
+from pulsar_api.web.server.site import LINGER, BoundedSite, Most
+from pulsar_api.web.server.websocket import (
     BUFFER,
     BURST,
     BYTES_PER_SECOND,

@@ -17,11 +17,11 @@ from twisted.internet import reactor as global_reactor
 from twisted.internet.defer import gatherResults
 from twisted.internet.threads import deferToThread
 
-from pulsar_api.database import connect
 from pulsar_api.errors import StoreUnavailable, UnknownTask
-from pulsar_api.ports import RESTART, Keep, NewTask, Reading, TaskStore
-from pulsar_api.store import _SCHEMA, SQLiteStore, prepare
-from pulsar_api.task import Process, Status, TaskQuery, TaskSpec, Within
+from pulsar_api.storage.sqlite import connect
+from pulsar_api.storage.tasks import _SCHEMA, SQLiteStore, prepare
+from pulsar_api.tasks.interfaces import RESTART, Keep, NewTask, Reading, TaskStore
+from pulsar_api.tasks.model import Process, Status, TaskQuery, TaskSpec, Within
 from tests.fakes import MemoryStore, person
 from tests.simulation.store import Database, SimulatedStore
 

@@ -4,7 +4,7 @@ import pytest
 from attrs import evolve
 from twisted.internet.task import Clock
 
-from pulsar_api.task import (
+from pulsar_api.tasks.model import (
     COALESCE,
     Cause,
     Exit,

@@ -10,9 +10,9 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, rsa, x25
 from cryptography.hazmat.primitives.serialization import NoEncryption, pkcs12
 from OpenSSL import SSL
 
-from pulsar_api import tls
+from pulsar_api.config.settings import Settings, load
 from pulsar_api.errors import SettingsError
-from pulsar_api.settings import Settings, load
+from pulsar_api.network import certificates
 from tests.certificates import (
     Authority,
     Issued,
@@ -61,9 +61,9 @@ def of(folder: Path, **names: str) -> Settings:
     return load({f"ssl-{option}": str(folder / name) for option, name in names.items()}, {})
 
 
-def identity(settings: Settings) -> tls.Identity:
+def identity(settings: Settings) -> certificates.Identity:
     """Return what the settings name, which is something."""
-    found = tls.load(settings)
+    found = certificates.load(settings)
     assert found is not None
     return found
 
@@ -71,7 +71,7 @@ def identity(settings: Settings) -> tls.Identity:
 def refusal(settings: Settings) -> str:
     """Return what is said of files that are refused."""
     with pytest.raises(SettingsError) as caught:
-        tls.load(settings)
+        certificates.load(settings)
     return str(caught.value)
 
 
@@ -91,7 +91,7 @@ def talk(server: SSL.Context, client: SSL.Context | None = None) -> SSL.Connecti
     return here
 
 
-def is_whole(found: tls.Identity, issued: Issued) -> bool:
+def is_whole(found: certificates.Identity, issued: Issued) -> bool:
     """Return whether nothing got lost or swapped on the way through a file."""
     same_key = key_pem(found.key) == key_pem(issued.key)
     chain = (found.certificate, *found.chain)
@@ -101,7 +101,7 @@ def is_whole(found: tls.Identity, issued: Issued) -> bool:
 class TestPEM:
     def test_without_a_certificate_there_is_no_identity(self) -> None:
         """Plain HTTP, then."""
-        assert tls.load(load({}, {})) is None
+        assert certificates.load(load({}, {})) is None
 
     def test_key_and_certificate_come_with_the_appended_chain(
         self, folder: Path, issued: Issued
@@ -402,13 +402,13 @@ class TestFiles:
         more = {"passphrase": "phrase", "client-ca": "cert"}
         pem = of(folder, key="locked", cert="cert", **more)
         wanted = ["locked", "cert", "phrase", "cert"]
-        assert tls.files(pem) == tuple(folder / name for name in wanted)
+        assert certificates.files(pem) == tuple(folder / name for name in wanted)
         pfx = of(folder, pfx="pfx", key="key", cert="cert")
-        assert tls.files(pfx) == (folder / "pfx",)
+        assert certificates.files(pfx) == (folder / "pfx",)
 
     def test_those_of_the_development_too(self) -> None:
         """They are files as any."""
-        assert tls.files(load({"dev": 1}, {})) == tls.development_files()
+        assert certificates.files(load({"dev": 1}, {})) == certificates.development_files()
 
 
 class TestDevelopment:
@@ -423,20 +423,20 @@ class TestDevelopment:
 
     def test_dev_is_what_everybody_has(self) -> None:
         """So that it is refused where others could be deceived by it."""
-        assert tls.is_development(identity(load({"dev": 1}, {})))
+        assert certificates.is_development(identity(load({"dev": 1}, {})))
 
     def test_the_development_key_is_known_under_any_name(self, tmp_path: Path) -> None:
         """Another certificate, another form of file: the key is what counts."""
         mine = identity(load({"dev": 1}, {}))
         (tmp_path / "pfx").write_bytes(self_signed(mine.key).pfx())
-        assert tls.is_development(identity(of(tmp_path, pfx="pfx")))
+        assert certificates.is_development(identity(of(tmp_path, pfx="pfx")))
 
     def test_a_key_of_ones_own_is_not_development(self, folder: Path) -> None:
         """Only what is published is refused."""
-        assert not tls.is_development(identity(of(folder, key="key", cert="cert")))
+        assert not certificates.is_development(identity(of(folder, key="key", cert="cert")))
 
     def test_the_development_files_are_there(self) -> None:
         """Key first, then certificate."""
-        key, certificate = tls.development_files()
+        key, certificate = certificates.development_files()
         assert b"PRIVATE KEY" in key.read_bytes()
         assert b"BEGIN CERTIFICATE" in certificate.read_bytes()

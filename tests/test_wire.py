@@ -10,19 +10,19 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pulsar_api import wire
 from pulsar_api.errors import InvalidInput
-from pulsar_api.output import Output
-from pulsar_api.task import Status, TaskQuery, TaskSnapshot, TaskSpec
+from pulsar_api.output.reader import Output
+from pulsar_api.tasks.model import Status, TaskQuery, TaskSnapshot, TaskSpec
+from pulsar_api.web import encoding
 from tests.fakes import person
 
 JSON = "application/json"
 FORM = "application/x-www-form-urlencoded"
 
 
-def parse(kind: str, body: bytes, **query: str) -> wire.NewTask:
+def parse(kind: str, body: bytes, **query: str) -> encoding.NewTask:
     """Read a request for a task."""
-    return wire.parse_new_task(kind, body, query)
+    return encoding.parse_new_task(kind, body, query)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def parse(kind: str, body: bytes, **query: str) -> wire.NewTask:
 )
 def test_json_and_forms_say_the_same(kind: str, body: bytes) -> None:
     """Numbers become texts; blanks round the action are taken away."""
-    assert parse(kind, body) == wire.NewTask("deploy", {"a": "1"})
+    assert parse(kind, body) == encoding.NewTask("deploy", {"a": "1"})
 
 
 def test_the_query_can_name_the_action_and_the_body_wins() -> None:
@@ -88,7 +88,7 @@ def test_a_number_with_too_many_digits_is_refused() -> None:
 )
 def test_other_media_types_are_refused(kind: str) -> None:
     """With a sentence that names those that are understood."""
-    with pytest.raises(wire.UnsupportedMedia, match="application/json"):
+    with pytest.raises(encoding.UnsupportedMedia, match="application/json"):
         parse(kind, b"action=deploy")
 
 
@@ -124,35 +124,35 @@ def test_no_body_raises_anything_else(body: bytes) -> None:
 def test_numbers_in_a_query_have_bounds(text: str) -> None:
     """The error names the parameter and the bounds."""
     with pytest.raises(InvalidInput, match="from 0 to 1000"):
-        wire.parse_number({"limit": text}, "limit", 1, 1000)
+        encoding.parse_number({"limit": text}, "limit", 1, 1000)
 
 
 @pytest.mark.parametrize("text", ["-1", "31", "x", "", "nan", "inf"])
 def test_seconds_in_a_query_have_bounds(text: str) -> None:
     """Never longer than the daemon lets one wait."""
     with pytest.raises(InvalidInput, match="from 0 to 30"):
-        wire.parse_seconds({"timeout": text}, "timeout", 30.0)
+        encoding.parse_seconds({"timeout": text}, "timeout", 30.0)
 
 
 def test_seconds_may_have_a_fraction() -> None:
     """And the default is the most."""
-    assert wire.parse_seconds({"timeout": "0.5"}, "timeout", 30.0) == 0.5
-    assert wire.parse_seconds({}, "timeout", 30.0) == 30.0
+    assert encoding.parse_seconds({"timeout": "0.5"}, "timeout", 30.0) == 0.5
+    assert encoding.parse_seconds({}, "timeout", 30.0) == 30.0
 
 
 def test_a_list_query_is_read_whole() -> None:
     """Every filter of the API."""
-    query = wire.parse_query(b"limit=5&before=9&status=failed&app=a&env=e&user=u")
+    query = encoding.parse_query(b"limit=5&before=9&status=failed&app=a&env=e&user=u")
     expected = TaskQuery(5, 9, Status.FAILED, "a", "e", "u")
-    assert wire.parse_task_query(query) == expected
-    assert wire.parse_task_query({}) == TaskQuery()
+    assert encoding.parse_task_query(query) == expected
+    assert encoding.parse_task_query({}) == TaskQuery()
 
 
 @pytest.mark.parametrize("query", [{"limit": "0"}, {"status": "ended"}, {"before": "x"}])
 def test_a_wrong_list_query_is_refused(query: dict[str, str]) -> None:
     """By name."""
     with pytest.raises(InvalidInput):
-        wire.parse_task_query(query)
+        encoding.parse_task_query(query)
 
 
 @pytest.mark.parametrize("name", ["text", "app", "env", "user"])
@@ -160,23 +160,23 @@ def test_nul_in_a_filter_or_a_form_is_refused(name: str) -> None:
     """By the name of the parameter; but a log can have it, and is searched for it."""
     for query in (f"limit=1&{name}=a%00b", f"{name}=%00"):
         with pytest.raises(InvalidInput, match=rf"^{name}: "):
-            wire.parse_task_query(wire.parse_query(query.encode()))
+            encoding.parse_task_query(encoding.parse_query(query.encode()))
         with pytest.raises(InvalidInput, match=rf"^{name}: "):
-            wire.parse_form("application/x-www-form-urlencoded", query.encode())
-    assert wire.parse_needle(wire.parse_query(b"text=%00")) == "\0"
+            encoding.parse_form("application/x-www-form-urlencoded", query.encode())
+    assert encoding.parse_needle(encoding.parse_query(b"text=%00")) == "\0"
 
 
 def test_a_key_may_be_quoted() -> None:
     """The draft writes it in quotes, many clients do not."""
-    assert wire.parse_key(None) is None
-    assert wire.parse_key(["abc-1"]) == wire.parse_key(['"abc-1"']) == "abc-1"
+    assert encoding.parse_key(None) is None
+    assert encoding.parse_key(["abc-1"]) == encoding.parse_key(['"abc-1"']) == "abc-1"
 
 
 @pytest.mark.parametrize("given", [[""], ["a b"], ["x" * 256], ["\u00e4"], ["a", "b"]])
 def test_a_key_has_bounds(given: list[str]) -> None:
     """One, visible, of 255 characters at most."""
     with pytest.raises(InvalidInput, match="Idempotency-Key"):
-        wire.parse_key(given)
+        encoding.parse_key(given)
 
 
 SNAPSHOT = TaskSnapshot(
@@ -191,14 +191,14 @@ SNAPSHOT = TaskSnapshot(
 
 
 def written(
-    tmp_path: Path, data: bytes, part: wire.Part | None = None
+    tmp_path: Path, data: bytes, part: encoding.Part | None = None
 ) -> dict[str, object]:
     """Return the JSON of a task with this output, parsed."""
     (tmp_path / "output").write_bytes(data)
     snapshot = evolve(SNAPSHOT, output_size=len(data))
     output = Output(tmp_path)
-    part = part or wire.Part.chosen("full", snapshot, output)
-    value = json.loads(b"".join(wire.task_pieces(snapshot, "http://x", output, part)))
+    part = part or encoding.Part.chosen("full", snapshot, output)
+    value = json.loads(b"".join(encoding.task_pieces(snapshot, "http://x", output, part)))
     assert isinstance(value, dict)
     return value
 
@@ -249,7 +249,7 @@ def test_a_tail_says_where_it_begins(tmp_path: Path) -> None:
     data = "\u20ac".encode() * 2000
     (tmp_path / "output").write_bytes(data)
     snapshot = evolve(SNAPSHOT, output_size=len(data))
-    part = wire.Part.chosen("tail", snapshot, Output(tmp_path))
+    part = encoding.Part.chosen("tail", snapshot, Output(tmp_path))
     value = written(tmp_path, data, part)
     assert value["outputOffset"] == 1902
     assert value["output"] == "\u20ac" * 1366
@@ -257,7 +257,7 @@ def test_a_tail_says_where_it_begins(tmp_path: Path) -> None:
 
 def test_none_of_the_output_is_said_too(tmp_path: Path) -> None:
     """The field is there, empty, and begins where the output ends."""
-    part = wire.Part.chosen("none", SNAPSHOT, Output(tmp_path))
+    part = encoding.Part.chosen("none", SNAPSHOT, Output(tmp_path))
     value = written(tmp_path, b"abcd", part)
     assert (value["output"], value["outputOffset"]) == ("", 4)
 
@@ -265,7 +265,7 @@ def test_none_of_the_output_is_said_too(tmp_path: Path) -> None:
 def test_a_problem_names_the_field() -> None:
     """In the form of RFC 9457, with the sentence where old clients look."""
     value = json.loads(
-        wire.problem(400, "invalid-input", "Invalid input", "app: no", "app")
+        encoding.problem(400, "invalid-input", "Invalid input", "app: no", "app")
     )
     assert value == {
         "type": "urn:pulsar-api:problem:invalid-input",

@@ -1,1 +1,1 @@
-"""Who is calling, how that is known, and what they may do. It knows no HTTP server."""
+"""Knows who is calling and what they may do. It knows no HTTP server."""

@@ -6,12 +6,11 @@ from attrs import evolve, frozen
 
 from pulsar_api.auth.audit import AuditLog
 from pulsar_api.auth.rights import Caller, Right
-from pulsar_api.background import shielded
-from pulsar_api.changes import Changes
-from pulsar_api.command import MAX_ACTION, MAX_NAME
+from pulsar_api.concurrency.background import shielded
+from pulsar_api.concurrency.changes import Changes
 from pulsar_api.errors import InvalidInput, NotAllowed, NotRestartable, SecretsGone
-from pulsar_api.service import TaskService
-from pulsar_api.task import (
+from pulsar_api.tasks.commands import MAX_ACTION, MAX_NAME
+from pulsar_api.tasks.model import (
     Command,
     Found,
     News,
@@ -21,6 +20,7 @@ from pulsar_api.task import (
     TaskSnapshot,
     TaskSpec,
 )
+from pulsar_api.tasks.service import TaskService
 
 _RESTARTABLE = frozenset({Status.FAILED, Status.KILLED, Status.LOST})
 

@@ -7,7 +7,7 @@ from enum import StrEnum
 from attrs import frozen
 
 from pulsar_api.principal import Principal
-from pulsar_api.targets import Target
+from pulsar_api.tasks.targets import Target
 
 EVERYBODY = "*"
 

@@ -12,15 +12,15 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from pulsar_api.auth.gate import Credentials
-from pulsar_api.auth.records import (
+from pulsar_api.auth.authenticator import Credentials
+from pulsar_api.auth.credentials import (
     MOST_SESSIONS,
     Records,
     SessionRecord,
     digest,
     new_secret,
 )
-from pulsar_api.background import own
+from pulsar_api.concurrency.background import own
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.principal import Principal
 

@@ -1,1 +1,1 @@
-"""The HTTP side: requests to calls of the service, and its answers back."""
+"""The HTTP side: turns requests into calls of the service and results into responses."""

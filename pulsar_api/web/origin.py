@@ -9,8 +9,8 @@ from attrs import field, frozen
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.web.server import Request
 
+from pulsar_api.config.settings import is_loopback
 from pulsar_api.errors import PulsarError
-from pulsar_api.settings import is_loopback
 
 _HOST = re.compile(r"(\[[0-9a-f:]+\]|[a-z0-9_.-]+)(:[0-9]{1,5})?")
 _PORT = re.compile(r"([0-9.]+):[0-9]+|\[([0-9a-fA-F:.]+)\](?::[0-9]+)?")

@@ -15,12 +15,12 @@ from twisted.web.resource import IResource, Resource
 from twisted.web.server import Request
 from werkzeug.exceptions import NotFound
 
-from pulsar_api.web.access import Access
-from pulsar_api.web.body import BodyRequest
+from pulsar_api.web.api.tasks import RESERVED
+from pulsar_api.web.authentication import Access
 from pulsar_api.web.headers import PAGE_POLICY
 from pulsar_api.web.origin import Origins, UnknownHost
-from pulsar_api.web.reply import header, new_app, not_modified, problem, reply
-from pulsar_api.web.tasks import RESERVED
+from pulsar_api.web.responses import header, new_app, not_modified, problem, reply
+from pulsar_api.web.server.body import BodyRequest
 
 _RESERVED = frozenset(name.encode() for name in RESERVED)
 _HTML = "text/html; charset=utf-8"

@@ -18,10 +18,9 @@ from klein import Klein
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.server import Request
 
-from pulsar_api import wire
-from pulsar_api.auth.gate import Credentials
-from pulsar_api.auth.github import GitHub
-from pulsar_api.auth.records import new_secret
+from pulsar_api.auth.authenticator import Credentials
+from pulsar_api.auth.credentials import new_secret
+from pulsar_api.auth.providers.github import GitHub
 from pulsar_api.auth.rights import Caller
 from pulsar_api.errors import (
     InvalidInput,
@@ -30,11 +29,12 @@ from pulsar_api.errors import (
     ProviderUnavailable,
     TooManyFailures,
 )
-from pulsar_api.targets import Target
-from pulsar_api.web.access import IS_TOKEN, Access, cookies, set_session
-from pulsar_api.web.body import FORM, body_of
-from pulsar_api.web.reply import header, new_app, page, reply
-from pulsar_api.web.tasks import query_of
+from pulsar_api.tasks.targets import Target
+from pulsar_api.web import encoding
+from pulsar_api.web.api.tasks import query_of
+from pulsar_api.web.authentication import IS_TOKEN, Access, cookies, set_session
+from pulsar_api.web.responses import header, new_app, page, reply
+from pulsar_api.web.server.body import FORM, body_of
 
 START = "/web/"
 """Where who has signed in is sent, unless they wanted to see something else."""
@@ -75,7 +75,7 @@ class SignIn:
         """Begin a session for a user and password, or for a token."""
         self.access.origins.check(request)
         body = await body_of(request, None, FORM)
-        fields = wire.parse_form(header(request, "content-type"), body)
+        fields = encoding.parse_form(header(request, "content-type"), body)
         user, secret = fields.get("user", ""), fields.get("password", "")
         target = local(fields.get("next", ""))
         if secret == IS_TOKEN:
@@ -138,13 +138,13 @@ class SignIn:
             "confirm": list(map(str, self.confirm)),
             "secret": list(self.secret),
         }
-        return reply(request, wire.encode(me))
+        return reply(request, encoding.encode(me))
 
     @app.route("/logout", methods=["POST"])
     async def logout(self, request: Request) -> bytes:
         """End this session; with ``everywhere=1`` all of the same user."""
         self.access.origins.check(request)
-        everywhere = wire.parse_flag(query_of(request), "everywhere")
+        everywhere = encoding.parse_flag(query_of(request), "everywhere")
         id = self.access.session(request)
         sessions = self.access.sessions
         user = None if id is None or sessions is None else await sessions.user(id)

@@ -24,7 +24,7 @@ PATIENCE = 60.0
 
 CERTIFICATE = Path(__file__).parents[2] / "ssl" / "pulsar.local.crt"
 
-PULSAR_API = (sys.executable, "-c", "from pulsar_api.cli import main; main()")
+PULSAR_API = (sys.executable, "-c", "from pulsar_api.cli.main import main; main()")
 """The command ``pulsar-api``."""
 
 SHELL = "sh -c 'eval \"$PULSAR_VAR_run\"'"

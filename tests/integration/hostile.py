@@ -67,7 +67,7 @@ for folder in (state, f"{state}/tasks", f"{state}/secrets", own, f"{own}/output.
     attempt(f"list {folder}", os.listdir, folder)
     attempt(f"open {folder} to the public", os.chmod, folder, 0o777)
     attempt(f"rename {folder}", os.rename, folder, f"{folder}.away")
-PROGRAMS = ("shim.pyc", "mask.pyc", "launcher.pyc")
+PROGRAMS = ("shim.pyc", "masker.pyc", "launcher.pyc")
 for name in ("auth.db", "pulsar-api.db", "audit.db", "lock", "permits", *PROGRAMS):
     attempt(f"read {name}", read, f"{state}/{name}")
     attempt(f"change {name}", change, f"{state}/{name}")

@@ -12,14 +12,14 @@ from urllib.parse import quote
 import pytest
 
 from pulsar_api.auth.rights import Right
-from pulsar_api.web.follow import FollowAPI
-from pulsar_api.web.jobs import JobAPI
+from pulsar_api.web.api.following import FollowAPI
+from pulsar_api.web.api.output import PartsAPI
+from pulsar_api.web.api.targets import TargetAPI
+from pulsar_api.web.api.tasks import TaskAPI
+from pulsar_api.web.legacy.jobs import JobAPI
+from pulsar_api.web.legacy.sockjs import SockJS
 from pulsar_api.web.pages import Pages
-from pulsar_api.web.parts import PartsAPI
 from pulsar_api.web.signin import SignIn
-from pulsar_api.web.sockjs import SockJS
-from pulsar_api.web.targets import TargetAPI
-from pulsar_api.web.tasks import TaskAPI
 from tests.integration.daemon import (
     PULSAR_API,
     Answer,

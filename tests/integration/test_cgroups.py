@@ -15,11 +15,11 @@ import pytest
 from selenium.webdriver import Chrome
 from twisted.internet.task import Clock
 
-from pulsar_api import cgroups
-from pulsar_api.machine import LocalMachine
-from pulsar_api.ports import Bounds
-from pulsar_api.process import ShimExecutor
-from pulsar_api.task import Command
+from pulsar_api.execution import cgroups
+from pulsar_api.execution.executor import ShimExecutor
+from pulsar_api.execution.machine import LocalMachine
+from pulsar_api.tasks.interfaces import Bounds
+from pulsar_api.tasks.model import Command
 from tests.integration.daemon import SHELL, Daemon, wait_for
 from tests.integration.test_run_as import OWN, PYTHON, SHOP, TABLES, capable, refused
 
@@ -370,7 +370,7 @@ def ordered(folder: Path, cgroup: Path, *arguments: str, path: str = "/bin") -> 
 def shim_with(folder: Path, *lines: str) -> str:
     """Run a shim after lines of Python have changed it; return its result."""
     code = "\n".join(
-        ["import errno, os, posix, sys", "from pulsar_api import shim", *lines]
+        ["import errno, os, posix, sys", "from pulsar_api.shim import shim", *lines]
     )
     code += "\nshim.main(sys.argv[1])\n"
     program = [sys.executable, "-c", code, str(folder)]

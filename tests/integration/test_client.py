@@ -18,7 +18,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
-from pulsar_api.client import Client, Refused, Unreachable
+from pulsar_api.client.client import Client, Refused, Unreachable
 from tests.integration.conftest import Start
 from tests.integration.daemon import CERTIFICATE, PATIENCE, SHELL, Daemon, wait_for
 from tests.integration.test_follow import TALKER
@@ -273,7 +273,7 @@ def test_connections_that_break_are_not_seen_on_the_command_line(
     """Both streams are whole, and the exit code is that of the task."""
     number, stop = talk(daemon, tmp_path)
     scissors = Scissors(daemon, random.Random(9))
-    program = "from pulsar_api.cli import main; main()"
+    program = "from pulsar_api.cli.main import main; main()"
     url = f"--url=http://127.0.0.1:{scissors.port}"
     command = [sys.executable, "-c", program, "log", "--follow", str(number), url]
     paths = tmp_path / "out", tmp_path / "err"

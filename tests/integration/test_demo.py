@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration.daemon import PATIENCE, wait_for
 
-DEMO = (sys.executable, "-c", "from pulsar_api.cli import main; main()", "demo")
+DEMO = (sys.executable, "-c", "from pulsar_api.cli.main import main; main()", "demo")
 
 
 @pytest.fixture

@@ -19,16 +19,16 @@ from treq.testing import StubTreq
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-from pulsar_api import shim
 from pulsar_api.auth.audit import AuditLog
-from pulsar_api.command import Commands, Template
-from pulsar_api.output import Output
-from pulsar_api.ports import Bounds
-from pulsar_api.service import Limits, TaskService
-from pulsar_api.task import TaskSpec
-from pulsar_api.web.access import Access
+from pulsar_api.output.reader import Output
+from pulsar_api.shim import shim
+from pulsar_api.tasks.commands import Commands, Template
+from pulsar_api.tasks.interfaces import Bounds
+from pulsar_api.tasks.model import TaskSpec
+from pulsar_api.tasks.service import Limits, TaskService
+from pulsar_api.web.api.tasks import TaskAPI
+from pulsar_api.web.authentication import Access
 from pulsar_api.web.origin import Origins
-from pulsar_api.web.tasks import TaskAPI
 from tests.fakes import FakeExecutor, MemoryStore, steady_clock
 from tests.integration.conftest import Start
 from tests.integration.daemon import PATIENCE, SHELL, Daemon, wait_for

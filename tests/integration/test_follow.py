@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from pulsar_api.shim import STDERR, STDOUT
+from pulsar_api.shim.shim import STDERR, STDOUT
 from tests.integration.conftest import Start
 from tests.integration.daemon import PATIENCE, SHELL, Daemon, problem, wait_for
 from tests.integration.test_restart import streams

@@ -70,7 +70,7 @@ def test_an_example_prints_what_the_task_prints(
     (tmp_path / name).write_text(text)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "pulsar-api").write_text(
-        f"#!{sys.executable}\nfrom pulsar_api.cli import main\nmain()\n"
+        f"#!{sys.executable}\nfrom pulsar_api.cli.main import main\nmain()\n"
     )
     (tmp_path / "bin" / "pulsar-api").chmod(0o755)
     environ = {

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pulsar_api.auth import records
+from pulsar_api.auth import credentials
 from pulsar_api.auth.audit import FILE, VISITS, AuditLog
 from tests.integration.conftest import Start
 from tests.integration.daemon import (
@@ -51,11 +51,11 @@ def new_tokens(
     daemon: Daemon, names: Sequence[str], right: str = "admin", on: str = "*"
 ) -> list[dict[str, str]]:
     """Return the headers that show new tokens; the daemon has not seen them yet."""
-    secrets = [records.PREFIX + records.new_secret() for _ in names]
-    with records.opened(daemon.state / records.FILE) as db:
+    secrets = [credentials.PREFIX + credentials.new_secret() for _ in names]
+    with credentials.opened(daemon.state / credentials.FILE) as db:
         for name, secret in zip(names, secrets, strict=True):
-            token = records.Token(name, (right,), (on,), time.time())
-            records.add_token(db, token, secret)
+            token = credentials.Token(name, (right,), (on,), time.time())
+            credentials.add_token(db, token, secret)
     return [{"Authorization": f"Bearer {secret}"} for secret in secrets]
 
 
@@ -146,7 +146,7 @@ def test_one_user_who_signs_in_without_end_disturbs_nobody(start: Start) -> None
     daemon.headers = bot
     daemon.ended(daemon.run("site", "prod", "deploy"))
     daemon.stop()
-    auth = daemon.state / records.FILE
+    auth = daemon.state / credentials.FILE
     fill_sessions(auth, "joe", SESSIONS)
     daemon.start()
     with others(daemon, "/login/me", bot) as idle:
@@ -164,7 +164,7 @@ def test_one_user_who_signs_in_without_end_disturbs_nobody(start: Start) -> None
     daemon.headers = {}
     assert daemon.get("/login/me", **cookie).json()["signedIn"]
     # They end little by little, a hundred in a transaction.
-    few = records.MOST_SESSIONS
+    few = credentials.MOST_SESSIONS
     wait_for(lambda: sessions(auth) <= few, "the old sessions to end", 10 * PATIENCE)
     # A sign-in that was overtaken by a hundred others spares its own session in vain.
     assert sessions(auth) >= few - 1

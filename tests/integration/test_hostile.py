@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pulsar_api.listener import KEEPALIVE_IDLE
+from pulsar_api.network.listener import KEEPALIVE_IDLE
 from tests.integration.conftest import Start
 from tests.integration.daemon import SHELL, Answer, Daemon, next_answer, problem, wait_for
 from tests.integration.latency import Latency

@@ -12,9 +12,10 @@ from uuid import uuid4
 import pytest
 from attrs import define, field
 
-from pulsar_api import proc, processes, shim
-from pulsar_api.orphans import read_sessions
-from pulsar_api.output import Output
+from pulsar_api.execution import proc, processes
+from pulsar_api.execution.orphans import read_sessions
+from pulsar_api.output.reader import Output
+from pulsar_api.shim import shim
 from tests.integration.conftest import Start
 from tests.integration.daemon import (
     PATIENCE,

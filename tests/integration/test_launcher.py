@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pulsar_api.proc import Entry
+from pulsar_api.execution.proc import Entry
 from tests.integration.conftest import Start
 from tests.integration.daemon import SHELL, Daemon, shim_of, wait_for
 from tests.shims import with_argument
@@ -21,7 +21,11 @@ NOTE = 'echo "$PULSAR_VAR_name" >> "$PULSAR_VAR_file"'
 
 
 PATIENT = (
-    *("import runpy, sys", "from pulsar_api import launch", "launch.DEATHS = 1000"),
+    *(
+        "import runpy, sys",
+        "from pulsar_api.execution import launching",
+        "launching.DEATHS = 1000",
+    ),
     *("sys.argv[0] = 'pulsar_api'", "runpy.run_module('pulsar_api', run_name='__main__')"),
 )
 """A daemon that never gives the launcher up, however often it dies."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pulsar_api import wire
-from pulsar_api.lines import LEAST, MOST
+from pulsar_api.output.lines import LEAST, MOST
+from pulsar_api.web import encoding
 from tests.integration.conftest import Start
 from tests.integration.daemon import SHELL, Daemon, problem, wait_for
 
@@ -375,9 +375,9 @@ def test_output_that_cannot_be_read_hides_no_other_task(
         shown = [tasks[str(number)]["output"] for number in numbers]
         assert shown == ["one\n", "", "three\n"]
         notes = [tasks[str(number)]["notes"] for number in numbers]
-        assert notes == [[], [wire.UNREADABLE], []]
+        assert notes == [[], [encoding.UNREADABLE], []]
     jobs = get(daemon, "/jobs")
     assert [job["output"] for job in jobs] == ["three\n", "", "one\n"]
     created = get(daemon, f"/tasks/created?since={numbers[0]}")["task"]
-    assert (created["id"], created["notes"]) == (numbers[1], [wire.UNREADABLE])
+    assert (created["id"], created["notes"]) == (numbers[1], [encoding.UNREADABLE])
     problem(daemon.get(f"/task/{numbers[1]}"), 503)

@@ -7,8 +7,8 @@ import subprocess
 import textwrap
 from pathlib import Path
 
-from pulsar_api.demo import EXAMPLE
-from pulsar_api.settings import options
+from pulsar_api.cli.demo import EXAMPLE
+from pulsar_api.config.settings import options
 from tests.integration.conftest import Start
 from tests.integration.daemon import PATIENCE, PULSAR_API
 from tests.integration.github import github

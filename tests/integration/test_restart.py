@@ -25,8 +25,8 @@ from typing import Any
 import pytest
 
 import pulsar_api
-from pulsar_api.output import Output
-from pulsar_api.shim import STDERR, STDOUT
+from pulsar_api.output.reader import Output
+from pulsar_api.shim.shim import STDERR, STDOUT
 from tests.integration.conftest import Script, Start
 from tests.integration.daemon import SHELL, Daemon, Poll, wait_for
 
@@ -362,7 +362,7 @@ def test_an_operator_can_end_what_a_stopped_daemon_has_left(
     number = fixed.run("site", "prod", "sleep")
     wait_for(lambda: fixed.task(number)["output"], "the start")
     fixed.kill()
-    program = "from pulsar_api.cli import main; main()"
+    program = "from pulsar_api.cli.main import main; main()"
     command = [sys.executable, "-c", program, "end-tasks", "--state-dir", str(fixed.state)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env=fixed.environ

@@ -19,8 +19,8 @@ import pytest
 from selenium.webdriver import Chrome
 
 import pulsar_api
-from pulsar_api.accounts import NEEDED, capabilities
-from pulsar_api.process import COMPILED
+from pulsar_api.execution.executor import COMPILED
+from pulsar_api.tasks.accounts import NEEDED, capabilities
 from tests.integration.daemon import PATIENCE, PULSAR_API, SHELL, Daemon, wait_for
 from tests.integration.refused import TWISTD
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import pytest
 
-from pulsar_api.masking import forms
+from pulsar_api.tasks.secret_forms import forms
 from tests.integration.conftest import Script, Start
 from tests.integration.daemon import SHELL, Daemon, problem, wait_for
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pulsar_api.masking import PATTERNS
+from pulsar_api.tasks.secret_forms import PATTERNS
 from tests.integration.conftest import Script, Start
 from tests.integration.daemon import (
     PATIENCE,

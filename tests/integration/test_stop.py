@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pulsar_api.service import LEAVE
-from pulsar_api.tap import CLOSE
+from pulsar_api.daemon.running import CLOSE
+from pulsar_api.tasks.service import LEAVE
 from tests.integration.conftest import Start
 from tests.integration.daemon import SHELL, Daemon, wait_for
 

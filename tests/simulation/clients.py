@@ -15,8 +15,8 @@ from pulsar_api.errors import (
     StoreUnavailable,
     UnknownTask,
 )
-from pulsar_api.service import TaskService
-from pulsar_api.task import TaskSnapshot, TaskSpec
+from pulsar_api.tasks.model import TaskSnapshot, TaskSpec
+from pulsar_api.tasks.service import TaskService
 from tests.fakes import person
 from tests.simulation.daemon import Broken
 from tests.simulation.shims import ACTIONS

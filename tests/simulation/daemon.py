@@ -12,11 +12,11 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from pulsar_api.command import Commands, parse_template
 from pulsar_api.errors import PulsarError
-from pulsar_api.process import ShimExecutor
-from pulsar_api.service import TaskService
-from pulsar_api.steady import SteadyClock
+from pulsar_api.execution.executor import ShimExecutor
+from pulsar_api.tasks.clock import SteadyClock
+from pulsar_api.tasks.commands import Commands, parse_template
+from pulsar_api.tasks.service import TaskService
 from tests.simulation.machine import SimulatedMachine, Work
 from tests.simulation.scheduler import Died, Fiber, Timer
 from tests.simulation.store import Database, SimulatedStore

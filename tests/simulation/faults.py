@@ -5,8 +5,8 @@ from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
-from pulsar_api.service import TaskService
-from pulsar_api.task import Status
+from pulsar_api.tasks.model import Status
+from pulsar_api.tasks.service import TaskService
 from tests.fakes import person
 from tests.simulation.disk import Inode
 from tests.simulation.shims import Shim

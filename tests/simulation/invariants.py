@@ -7,7 +7,7 @@ in this module.
 
 from typing import TYPE_CHECKING, ClassVar
 
-from pulsar_api.task import KEY_LIFE, Status, TaskSnapshot
+from pulsar_api.tasks.model import KEY_LIFE, Status, TaskSnapshot
 from tests.simulation.shims import Member, Tree
 
 if TYPE_CHECKING:

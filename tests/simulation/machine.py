@@ -14,10 +14,10 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
 from pulsar_api.errors import StoreUnavailable
-from pulsar_api.machine import Identity, Machine
-from pulsar_api.output import Record
-from pulsar_api.shim import RECORD
-from pulsar_api.task import Limits, Process
+from pulsar_api.execution.machine import Identity, Machine
+from pulsar_api.output.reader import Record
+from pulsar_api.shim.shim import RECORD
+from pulsar_api.tasks.model import Limits, Process
 from tests.simulation.disk import Inode
 from tests.simulation.scheduler import Died, Fiber
 from tests.simulation.shims import Shim, Tree

@@ -7,13 +7,13 @@ from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
 
-from pulsar_api import service
-from pulsar_api.ports import NewTask
+from pulsar_api.execution.executor import ShimExecutor
 from pulsar_api.principal import Principal
-from pulsar_api.process import ShimExecutor
-from pulsar_api.service import TaskService, _Live
-from pulsar_api.steady import SteadyClock
-from pulsar_api.task import TaskSnapshot
+from pulsar_api.tasks import service
+from pulsar_api.tasks.clock import SteadyClock
+from pulsar_api.tasks.interfaces import NewTask
+from pulsar_api.tasks.model import TaskSnapshot
+from pulsar_api.tasks.service import TaskService, _Live
 from tests import fakes
 from tests.simulation.machine import SimulatedMachine
 from tests.simulation.shims import Shim

@@ -5,8 +5,8 @@ from random import Random
 
 from attrs import field, frozen
 
-from pulsar_api.ports import Bounds, Keep
-from pulsar_api.service import Limits
+from pulsar_api.tasks.interfaces import Bounds, Keep
+from pulsar_api.tasks.service import Limits
 
 
 @frozen

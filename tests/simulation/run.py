@@ -13,13 +13,15 @@ from attrs import evolve, frozen
 from twisted.internet import defer
 from twisted.python.failure import Failure
 
-from pulsar_api import background, process, retention, runs, service
+from pulsar_api.concurrency import background
+from pulsar_api.execution import executor, runs
+from pulsar_api.tasks import retention, service
 from tests.simulation.mutations import MUTATIONS
 from tests.simulation.plan import KINDS, Plan, make_plan
 from tests.simulation.scheduler import Died
 from tests.simulation.world import Violation, World
 
-LOGGERS = (background, process, retention, runs, service)
+LOGGERS = (background, executor, retention, runs, service)
 """Modules of the core that log."""
 
 

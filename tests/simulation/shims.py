@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from attrs import define
 
-from pulsar_api import shim
-from pulsar_api.shim import RECORD, Spec
+from pulsar_api.shim import shim
+from pulsar_api.shim.shim import RECORD, Spec
 from tests.simulation.disk import Inode
 from tests.simulation.scheduler import Died, Fiber, Timer
 

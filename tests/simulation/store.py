@@ -14,9 +14,9 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from pulsar_api.errors import StoreUnavailable
-from pulsar_api.ports import Keep, NewTask, Reading, TaskStore
 from pulsar_api.principal import Principal
-from pulsar_api.task import Found, News, TaskQuery, TaskSnapshot, Within
+from pulsar_api.tasks.interfaces import Keep, NewTask, Reading, TaskStore
+from pulsar_api.tasks.model import Found, News, TaskQuery, TaskSnapshot, Within
 from tests.fakes import MemoryStore
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from attrs import define
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from pulsar_api.service import MAX_ID
+from pulsar_api.tasks.service import MAX_ID
 from tests.simulation import faults
 from tests.simulation.clients import Client
 from tests.simulation.daemon import Broken, Daemon, Exchange, State

@@ -1,0 +1,89 @@
+"""The providers that ask nobody else: tokens of our own, and one user with a password."""
+
+import hashlib
+import hmac
+from collections.abc import Callable
+from math import inf
+
+from attrs import field, frozen
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from pulsar_api.auth.authenticator import Credentials
+from pulsar_api.auth.credentials import PREFIX, Records, Token
+from pulsar_api.auth.rights import Identity
+from pulsar_api.principal import Principal
+
+_log = Logger()
+
+_NOBODY = Token("nobody", (), (), 0.0, expires_at=0.0)
+_STEP = 60.0  # seconds: how exactly is known when a token was last used
+
+
+@frozen
+class OwnTokens:
+    """Knows the tokens that ``pulsar-api token`` has made.
+
+    They are looked up by their hash, and a wrong one takes the way of a right one, so that
+    the time says nothing about either.
+    """
+
+    _records: Records
+    _now: Callable[[], float]
+    """The seconds since the epoch."""
+    good: float = 5.0
+    bad: float = 5.0
+    _used: dict[str, float] = field(factory=dict)
+
+    def takes(self, credentials: Credentials) -> bool:
+        """Return whether it looks like one of ours."""
+        return credentials.secret.startswith(PREFIX)
+
+    async def identify(self, credentials: Credentials) -> Identity | None:
+        """Return whose it is: the token's own name."""
+        token = await self._records.token(credentials.secret)
+        found = token or _NOBODY
+        name = f"token:{found.name}"
+        principal = Principal("token", found.name, name)
+        identity = Identity(principal, frozenset({name}), found.grants)
+        now = self._now()
+        good = now < (inf if found.expires_at is None else found.expires_at)
+        if good & (self._used.get(found.name, 0.0) <= now - _STEP):
+            self._used[found.name] = now
+            # Nobody has to wait for that, nor fail with it.
+            self._records.use_token(found.name, now).addErrback(_not_noted)
+        return (None, identity)[good]
+
+
+def _not_noted(failure: Failure) -> None:
+    _log.error("Cannot note that a token was used: {e}", e=failure.value)
+
+
+def _hashed(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+@frozen
+class Static:
+    """Knows one user."""
+
+    _user: str
+    _password: str = field(repr=False)
+    good: float = 60.0
+    bad: float = 10.0
+    _identity: Identity = field(init=False)
+
+    @_identity.default
+    def _known(self) -> Identity:
+        principal = Principal("static", self._user, self._user)
+        return Identity(principal, frozenset({f"user:{self._user.casefold()}"}))
+
+    def takes(self, credentials: Credentials) -> bool:
+        """Return whether there is a name to look at."""
+        return bool(credentials.user)
+
+    async def identify(self, credentials: Credentials) -> Identity | None:
+        """Return the user; a wrong password takes as long as a right one."""
+        user = hmac.compare_digest(_hashed(credentials.user), _hashed(self._user))
+        right = hmac.compare_digest(_hashed(credentials.secret), _hashed(self._password))
+        return (None, self._identity)[user & right]

@@ -1,0 +1,1 @@
+"""The command pulsar-api, for people and scripts."""

@@ -1,0 +1,1 @@
+"""Tools for code that waits: versions, turns, and coroutines in the background."""

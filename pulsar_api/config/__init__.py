@@ -1,0 +1,1 @@
+"""Makes the settings of options, file and environment."""

@@ -1,0 +1,1 @@
+"""Runs commands below shims, and finds and ends their processes."""

@@ -1,0 +1,1 @@
+"""Opens ports, and keeps TLS certificates up to date."""

@@ -1,0 +1,235 @@
+"""Opens ports: tried before the daemon starts, and fatal if they cannot be opened."""
+
+import os
+import re
+import socket
+import stat
+from contextlib import ExitStack
+from typing import Any
+
+from attrs import define, field
+from twisted.application.service import Service
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import (
+    AdoptedStreamServerEndpoint,
+    TCP4ServerEndpoint,
+    TCP6ServerEndpoint,
+    serverFromString,
+    wrapServerTLS,
+)
+from twisted.internet.interfaces import (
+    IListeningPort,
+    IOpenSSLServerConnectionCreator,
+    IProtocolFactory,
+    IStreamServerEndpoint,
+)
+from twisted.internet.protocol import Factory
+from twisted.internet.tcp import Port
+from twisted.python.failure import Failure
+
+from pulsar_api.config.settings import Settings, is_loopback
+from pulsar_api.errors import CannotListen
+
+BACKLOG = 4096
+"""Connections that may wait to be accepted; Twisted's 50 make 5,000 clients need 24 s."""
+
+KINDS = ("tcp", "tcp6", "unix", "systemd", "tls", "haproxy")
+"""What Twisted's endpoints can be, here; ``ssl:`` would have ciphers of its own."""
+
+MOST_PATH = 107
+"""Bytes that the name of a socket may have (unix(7))."""
+
+KEEPALIVE_IDLE = 60
+"""Seconds of silence after which a client is asked whether it is there."""
+KEEPALIVE_INTERVAL = 15
+KEEPALIVE_PROBES = 4
+
+
+def endpoints(
+    settings: Settings, reactor: Any, tls: IOpenSSLServerConnectionCreator | None
+) -> list[tuple[str, IStreamServerEndpoint]]:
+    """Return what to listen on, each with its name; `CannotListen` if one is no endpoint.
+
+    TLS is put round everything that is TCP, not round ``unix:`` (a proxy on the same
+    machine) nor ``tls:`` (which has its own).
+    """
+    found: list[tuple[str, IStreamServerEndpoint]] = []
+    for text in settings.listen:
+        endpoint = _endpoint(text, reactor)
+        if tls is not None and not text.startswith(("unix:", "tls:")):
+            endpoint = wrapServerTLS(tls, endpoint)
+        found.append((text, endpoint))
+    if not settings.listen:
+        kind = TCP6ServerEndpoint if ":" in settings.interface else TCP4ServerEndpoint
+        plain = kind(reactor, settings.port, BACKLOG, settings.interface)
+        name = f"{settings.interface} port {settings.port}"
+        found.append((name, plain if tls is None else wrapServerTLS(tls, plain)))
+    return found
+
+
+def _endpoint(text: str, reactor: Any) -> IStreamServerEndpoint:
+    full = text
+    if text.startswith("tcp:") and "backlog=" not in text:
+        full = f"{text}:backlog={BACKLOG}"
+    kind, _, rest = text.removeprefix("haproxy:").partition(":")
+    try:
+        if kind == "ssl":
+            raise ValueError("take tcp: with --ssl-cert and --ssl-key")  # noqa: TRY301
+        if kind not in KINDS:
+            known = ", ".join(f"{name}:" for name in KINDS)
+            raise ValueError(f"take one of {known}")  # noqa: TRY301
+        if kind == "tls":
+            _check_folder(rest)
+        found: IStreamServerEndpoint = serverFromString(reactor, full)
+    except Exception as e:  # noqa: BLE001 - what its parser trips over can be anything
+        why = str(e) or type(e).__name__
+        raise CannotListen(f"--listen: {text!r} is no endpoint: {why}") from None
+    return found
+
+
+def _check_folder(rest: str) -> None:
+    """Raise ValueError if the first part is no folder: nobody could connect."""
+    path, *_ = re.split(r"(?<!\\):", rest.removeprefix("path="))
+    path = re.sub(r"\\(.)", r"\1", path)
+    if not os.path.isdir(path):
+        raise ValueError(f"{path!r} is no folder with a certificate for each name")
+
+
+class _Trial(ExitStack):
+    """Stands for the reactor where an endpoint is only tried: opened and closed again."""
+
+    def __init__(self, only_loopback: str | None) -> None:
+        super().__init__()
+        self.only_loopback = only_loopback
+
+    def listenTCP(
+        self, port: int, factory: object, backlog: int = 50, interface: str = ""
+    ) -> None:
+        check_address(interface, self.only_loopback)
+        family = socket.AF_INET6 if ":" in interface else socket.AF_INET
+        # Open until all have been tried: one that is named twice is busy.
+        trial = self.enter_context(socket.socket(family))
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        trial.bind((interface, port))
+        trial.listen(backlog)
+
+    def listenUNIX(self, address: str, *_: object, **__: object) -> None:
+        # Not opened: that would take the place of one that is in use.
+        folder = os.path.dirname(address) or "."
+        why = None
+        if not 0 < len(os.fsencode(address)) <= MOST_PATH:
+            why = f"a path has 1 to {MOST_PATH} bytes"
+        elif not os.access(folder, os.W_OK | os.X_OK):
+            why = f"cannot write {folder}"
+        elif os.path.lexists(address):
+            trial = self.enter_context(socket.socket(socket.AF_UNIX))
+            if not stat.S_ISSOCK(os.lstat(address).st_mode):
+                why = "it is there and no socket"
+            elif trial.connect_ex(address) == 0:
+                why = "Address already in use"
+        if why is not None:
+            raise CannotListen(f"cannot listen on unix:{address}: {why}")
+
+
+def check_address(address: str, only_loopback: str | None) -> None:
+    """Raise `CannotListen` if others can reach an address and must not."""
+    if only_loopback is not None and not is_loopback(address):
+        raise CannotListen(
+            f"will not listen on {address or 'all addresses'}: {only_loopback}"
+        )
+
+
+def why_only_loopback(settings: Settings, *, development_key: bool) -> str | None:
+    """Return the reason why only this machine may reach the daemon, if there is one."""
+    if development_key:
+        return "everybody has the key of the development certificate; take your own"
+    if settings.allow_anonymous or settings.authenticated:
+        return None
+    return (
+        "nobody would be asked who they are; listen on 127.0.0.1 behind a proxy that does "
+        "ask, set --auth-provider, or say --allow-anonymous if everybody there may deploy"
+    )
+
+
+def try_out(settings: Settings, only_loopback: str | None) -> None:
+    """Raise `CannotListen` for what can be known without starting: form, address, port."""
+    with _Trial(only_loopback) as trial:
+        for name, endpoint in endpoints(settings, trial, None):
+            try:
+                _try(name, endpoint, only_loopback)
+            except CannotListen:
+                raise
+            except Exception as e:  # noqa: BLE001 - as above
+                raise CannotListen(f"cannot listen on {name}: {e}") from None
+
+
+def _try(name: str, endpoint: IStreamServerEndpoint, only_loopback: str | None) -> None:
+    if isinstance(endpoint, AdoptedStreamServerEndpoint):
+        # It can be taken only once; look at it without that.
+        found = endpoint.fileno, endpoint.addressFamily
+        with socket.fromfd(*found, socket.SOCK_STREAM) as open_already:
+            if open_already.family != socket.AF_UNIX:
+                check_address(open_already.getsockname()[0], only_loopback)
+    else:
+        _now(name, endpoint.listen(Factory()))
+
+
+def _now(name: str, listening: Deferred[Any]) -> Any:
+    """Return what a listen gives, always at once, or raise `CannotListen`."""
+    failures: list[Failure] = []
+    ports: list[Any] = []
+    listening.addCallbacks(ports.append, failures.append)
+    if failures:
+        error = failures[0].value
+        if isinstance(error, CannotListen):
+            raise error
+        reason = getattr(error, "socketError", error)
+        text = getattr(reason, "strerror", None) or str(reason)
+        raise CannotListen(f"cannot listen on {name}: {text}")
+    return ports[0]
+
+
+def _keep_alive(found: socket.socket) -> None:
+    """Let the kernel find out which clients have vanished, without a word to us.
+
+    What is accepted inherits it. There is no TCP_USER_TIMEOUT: it would also cut who is
+    there and has stopped reading for a while.
+    """
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+    found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+    found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+
+
+@define(eq=False)
+class Listener(Service):
+    """Listens as long as the daemon runs; if it cannot, the daemon does not start."""
+
+    description: str
+    endpoint: IStreamServerEndpoint
+    factory: IProtocolFactory
+    only_loopback: str | None
+    port: IListeningPort = field(init=False)
+
+    def privilegedStartService(self) -> None:
+        """Open the port, or raise `CannotListen`, which ends ``twistd``."""
+        self.port = _now(self.description, self.endpoint.listen(self.factory))
+        host = self.port.getHost()
+        if isinstance(host, IPv4Address | IPv6Address):
+            check_address(host.host, self.only_loopback)
+            if isinstance(self.port, Port):
+                _keep_alive(self.port.socket)
+
+    def url(self, scheme: str) -> str:
+        """Return where it listens, as far as it can be said as a URL."""
+        host = self.port.getHost()
+        if not isinstance(host, IPv4Address | IPv6Address):
+            return self.description
+        name = f"[{host.host}]" if ":" in host.host else host.host
+        return f"{scheme}://{name}:{host.port}"
+
+    def stopService(self) -> Deferred[None] | None:
+        """Close the port; connections that are open stay."""
+        super().stopService()
+        return self.port.stopListening()

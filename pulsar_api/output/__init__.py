@@ -1,0 +1,1 @@
+"""Reads what a task has printed: bytes, lines, parts, and searches."""

@@ -1,0 +1,1 @@
+"""The programs between the daemon and a command. They import nothing of ours."""

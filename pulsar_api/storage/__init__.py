@@ -1,0 +1,1 @@
+"""Keeps the records of tasks in SQLite."""

@@ -1,0 +1,53 @@
+"""A clock for ages, which a wrong wall clock cannot move."""
+
+from collections.abc import Callable
+
+from attrs import define, field
+
+from pulsar_api.tasks.interfaces import Reading
+
+
+@define(eq=False)
+class SteadyClock:
+    """Counts the seconds that the host can vouch for.
+
+    Within one boot it goes with `CLOCK_BOOTTIME`, which nobody can set. How long the
+    machine was off only the wall clock knows, and that may be wrong at the boot of all
+    times; so that time does not count. It begins near the wall clock and then falls
+    behind it by the time that the machine is off: what expires by it expires late rather
+    than too early.
+    """
+
+    _wall: Callable[[], float]
+    _uptime: Callable[[], float]
+    _boot: str
+    _ahead: float = field(default=0.0, init=False)
+    """What is added to the uptime."""
+
+    def resume(self, last: Reading | None, newest: float | None) -> None:
+        """Go on from the last reading of an earlier daemon.
+
+        If there is none: from the newest time in the records, or from the wall clock if
+        that is earlier or there are no records.
+        """
+        uptime, wall = self._uptime(), self._wall()
+        if last is None:
+            steady = wall if newest is None else min(wall, newest)
+        elif last.boot == self._boot:
+            steady = last.steady + max(0.0, uptime - last.uptime)
+        else:
+            steady = last.steady
+        self._ahead = steady - uptime
+
+    def wall(self) -> float:
+        """Return the seconds since the epoch, as the host believes."""
+        return self._wall()
+
+    def steady(self) -> float:
+        """Return the seconds by this clock."""
+        return self._uptime() + self._ahead
+
+    def reading(self, place: str) -> Reading:
+        """Return what to keep for the next daemon."""
+        uptime = self._uptime()
+        return Reading(self._boot, uptime, self._wall(), uptime + self._ahead, place)

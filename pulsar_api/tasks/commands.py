@@ -1,0 +1,409 @@
+"""Turns what was asked for into a list of arguments, and refuses what would not be one."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from attrs import evolve, frozen
+
+from pulsar_api.errors import InvalidInput, NoListing, SettingsError
+from pulsar_api.tasks import secret_forms
+from pulsar_api.tasks.accounts import OWN_ACCOUNT, Accounts
+from pulsar_api.tasks.model import MASK, Account, Command, TaskSpec
+
+NOTHING: Mapping[str, str] = {}
+
+MAX_NAME = 100
+MAX_ACTION = 200
+MAX_VARIABLES = 100
+MAX_VARIABLES_BYTES = 64 * 1024
+
+_RUBY = Path(__file__).parents[1] / "ruby"
+
+# Variables of these names change what a program does before it does anything.
+_DANGEROUS = re.compile(
+    r"(LD_|DYLD_|GLIBC_|GCONV_|MALLOC_|RUBY|GEM_|BUNDLE|RAKE|PYTHON|PERL|NODE|GIT_|SSH_"
+    r"|BASH|PULSAR_|XDG_|LC_).*"
+    r"|PATH|HOME|SHELL|ENV|IFS|CDPATH|SHELLOPTS|PS4|PROMPT_COMMAND|EDITOR|PAGER|VISUAL"
+    r"|TMPDIR|LANG|LOCALDOMAIN|HOSTALIASES|RES_OPTIONS|USER|LOGNAME"
+)
+
+# What the daemon is told by systemd, or keeps to itself, is no task's business.
+_OURS = re.compile(
+    r"CREDENTIALS_DIRECTORY|NOTIFY_SOCKET|WATCHDOG_\w+|LISTEN_\w+|JOURNAL_STREAM"
+    r"|INVOCATION_ID|MEMORY_PRESSURE_\w+|PULSAR_API_\w+|PULSAR_(APP|ENV|ACTION|TASK_ID"
+    r"|USER)|PULSAR_VAR_.*"
+)
+
+_PERSONAL = frozenset(
+    "HOME USER LOGNAME SHELL MAIL SUDO_USER SUDO_UID SUDO_GID XDG_RUNTIME_DIR "
+    "XDG_CONFIG_HOME XDG_CACHE_HOME XDG_DATA_HOME XDG_STATE_HOME".split()
+)
+"""Variables that say who somebody is; what runs as somebody else gets its own."""
+
+
+@frozen
+class Names:
+    """Which names are allowed. Each pattern must match the whole of a name."""
+
+    app: re.Pattern[str] = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+    env: re.Pattern[str] = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+    action: re.Pattern[str] = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_:.-]*")
+    variable: re.Pattern[str] = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+    forbidden_actions: frozenset[str] = frozenset()
+    secret_variables: tuple[str, ...] = secret_forms.PATTERNS
+    """Which variables are secret, as `fnmatch` has it."""
+
+
+@frozen
+class Template:
+    """How a command is made of a `TaskSpec`: data, no code.
+
+    ``{app}``, ``{env}``, ``{action}``, ``{config_repo}``, ``{config_branch}``, ``{id}``
+    and ``{user}`` are replaced inside one argument; the argument ``{variables}`` becomes
+    ``variable`` once for each variable. What ``{config_repo}`` is part of is left out,
+    with its flag, if there is none.
+    """
+
+    arguments: tuple[str, ...]
+    listing: tuple[str, ...] = ()
+    """What prints the actions, a line each: its name, ``#`` and a description."""
+    variable: tuple[str, ...] = ("{key}={value}",)
+    directory: str | None = None
+    action_arguments: bool = False
+    """Whether ``action[one,two]`` can be carried."""
+    into_environment: bool = False
+    """Whether variables are set in the environment under their own names."""
+    secrets_in_arguments: bool = False
+    """Whether secrets go the way of the other variables: there is no other way."""
+    word_keys: bool = False
+    """Whether a key may only be a word, as Rake wants it."""
+    ruby: bool = False
+    last_line: str | None = None
+    needs_repo: bool = False
+    local_repo: bool = False
+
+
+_CAP = "{config_repo}/apps/{app}"
+
+PRESETS: Mapping[str, Template] = {
+    "pulsar-0.3": Template(
+        arguments=(
+            *("pulsar", "--conf-repo", "{config_repo}", "--conf-branch"),
+            *("{config_branch}", "{app}", "{env}", "{action}", "{variables}"),
+        ),
+        listing=(
+            *("pulsar", "--conf-repo", "{config_repo}", "--conf-branch"),
+            *("{config_branch}", "{app}", "{env}", "-v", "--tasks"),
+        ),
+        variable=("-s", "{key}={value}"),
+        secrets_in_arguments=True,
+        ruby=True,
+    ),
+    "pulsar-1": Template(
+        arguments=("pulsar", "task", "{app}", "{env}", "{action}", "-c", "{config_repo}"),
+        into_environment=True,
+        ruby=True,
+        last_line="Executed task {action} for {app} on {env}!",
+    ),
+    "capistrano": Template(
+        arguments=("cap", "-f", f"{_CAP}/Capfile", "{env}", "{action}", "{variables}"),
+        listing=("cap", "-f", f"{_CAP}/Capfile", "{env}", "--tasks"),
+        # Stages and log/ are looked for where it is started, not where the Capfile is.
+        directory=_CAP,
+        action_arguments=True,
+        word_keys=True,
+        ruby=True,
+        needs_repo=True,
+        local_repo=True,
+    ),
+    "scripts": Template(
+        arguments=(f"{_CAP}/{{action}}",),
+        listing=(
+            *("find", ".", "-maxdepth", "1", "-type", "f", "-executable"),
+            *("-printf", r"%f #\n"),
+        ),
+        directory=_CAP,
+        needs_repo=True,
+        local_repo=True,
+    ),
+}
+DETECTED = "pulsar"
+"""The preset that stands for one of two, see `preset_for`."""
+
+_PLACES = re.compile(r"\{(\w+)\}")
+_PLACE_NAMES = frozenset(
+    "app env action config_repo config_branch id user variables".split()
+)
+
+
+def parse_template(text: str) -> Template:
+    """Make a template of a preset's name or of one line, split by shell rules, once."""
+    if text in PRESETS:
+        return PRESETS[text]
+    try:
+        arguments = tuple(shlex.split(text))
+    except ValueError as e:
+        raise SettingsError(f"--command cannot be split into arguments: {e}") from None
+    if not arguments or _PLACES.search(arguments[0]):
+        presets = ", ".join((DETECTED, *PRESETS))
+        raise SettingsError(
+            "--command needs a program that does not depend on the request, or one of "
+            f"the presets {presets}"
+        )
+    for argument in arguments:
+        for name in _PLACES.findall(argument):
+            if name not in _PLACE_NAMES:
+                raise SettingsError(
+                    f"--command: {{{name}}} is unknown; there are "
+                    + ", ".join(f"{{{known}}}" for known in sorted(_PLACE_NAMES))
+                )
+        if "{variables}" in argument and argument != "{variables}":
+            raise SettingsError("--command: {variables} must be an argument of its own")
+    return Template(arguments)
+
+
+def preset_for(version: str) -> str:
+    """Return the preset that fits what ``pulsar --version`` printed."""
+    found = re.search(r"(\d+)\.\d+", version)
+    return "pulsar-1" if found and int(found[1]) >= 1 else "pulsar-0.3"
+
+
+@frozen
+class Commands:
+    """Checks requests and makes commands of them, by one template."""
+
+    template: Template
+    environment: Mapping[str, str]
+    config_repo: str | None = None
+    config_branch: str = "master"
+    names: Names = Names()
+    accounts: Accounts = OWN_ACCOUNT
+
+    def split(self, asked: TaskSpec) -> tuple[TaskSpec, Mapping[str, str]]:
+        """Return what was asked for without its secrets, and those.
+
+        Secret is what its name says, and what the asker says.
+        """
+        patterns = self.names.secret_variables
+        secrets = {
+            name: value
+            for name, value in asked.variables.items()
+            if name in asked.secret_names or secret_forms.is_secret(name, patterns)
+        }
+        variables = {**asked.variables, **dict.fromkeys(secrets, MASK)}
+        names = frozenset(secrets)
+        return evolve(asked, variables=variables, secret_names=names), secrets
+
+    def check(self, spec: TaskSpec) -> None:
+        """Raise `InvalidInput` for the first thing that this template cannot carry."""
+        _check_name("app", spec.app, self.names.app, MAX_NAME)
+        _check_name("env", spec.env, self.names.env, MAX_NAME)
+        action = spec.action
+        if self.template.action_arguments:
+            action, bracket, rest = action.partition("[")
+            if bracket and not re.fullmatch(r"[A-Za-z0-9_:.,/@+ -]*\]", rest):
+                detail = "arguments are written action[one,two], of A-Z a-z 0-9 _:./@+-"
+                raise InvalidInput("action", detail)
+        _check_name("action", action, self.names.action, MAX_ACTION)
+        if len(spec.action) > MAX_ACTION:
+            raise InvalidInput("action", f"at most {MAX_ACTION} characters are allowed")
+        if action in self.names.forbidden_actions:
+            raise InvalidInput("action", "the settings of this daemon forbid it")
+        if spec.user is not None:
+            check_printable("user", spec.user.name)
+        self._account(spec)
+        self._check_variables(spec.variables)
+
+    def _check_variables(self, variables: Mapping[str, str]) -> None:
+        if len(variables) > MAX_VARIABLES:
+            detail = f"at most {MAX_VARIABLES} are allowed"
+            raise InvalidInput("variables", detail)
+        size = 0
+        for key, value in variables.items():
+            where = f"variables.{key[:MAX_NAME]}"
+            if not self.names.variable.fullmatch(key):
+                raise InvalidInput(where, f"a key must match {self.names.variable.pattern}")
+            check_printable(where, key)
+            if "=" in key:
+                raise InvalidInput(where, "a key must not contain =")
+            if self.template.word_keys and not re.fullmatch(r"\w+", key, re.ASCII):
+                raise InvalidInput(where, "for this command a key is only A-Z a-z 0-9 _")
+            by_name = self.template.into_environment or self.template.word_keys
+            if by_name and (_DANGEROUS.fullmatch(key) or key in self.environment):
+                detail = "this name would change how programs work; take another"
+                raise InvalidInput(where, detail)
+            if "\0" in value:
+                raise InvalidInput(where, "NUL is not allowed")
+            try:
+                size += len(f"{key}{value}".encode())
+            except UnicodeEncodeError:
+                raise InvalidInput(where, "half a surrogate pair is no text") from None
+        if size > MAX_VARIABLES_BYTES:
+            detail = f"together at most {MAX_VARIABLES_BYTES} bytes are allowed"
+            raise InvalidInput("variables", detail)
+
+    def command(
+        self, spec: TaskSpec, task_id: int, secrets: Mapping[str, str] = NOTHING
+    ) -> Command:
+        """Return what to run; `InvalidInput` if it would not be what was asked for.
+
+        Without the secrets: what can be shown of it.
+        """
+        spec = evolve(spec, variables={**spec.variables, **secrets})
+        self.check(spec)
+        return self._made(self.template.arguments, spec, task_id)
+
+    def listing(self, app: str, env: str) -> Command:
+        """Return what prints the actions of an app; `InvalidInput` or `NoListing`."""
+        if not self.template.listing:
+            raise NoListing
+        _check_name("app", app, self.names.app, MAX_NAME)
+        _check_name("env", env, self.names.env, MAX_NAME)
+        return self._made(self.template.listing, TaskSpec(app, env, ""), 0)
+
+    def version(self) -> Command:
+        """Return what prints which pulsar is installed, for `preset_for`.
+
+        It runs under the first account that there is: those of tasks may own what is
+        found in PATH.
+        """
+        account = next((account for _, account in self.accounts.tables), None)
+        arguments = DETECTED, "--version"
+        return Command(arguments, self._inherited(account), account=account)
+
+    def _made(self, template: Sequence[str], spec: TaskSpec, task_id: int) -> Command:
+        places = {
+            "app": spec.app,
+            "env": spec.env,
+            "action": spec.action,
+            "config_repo": self.config_repo,
+            "config_branch": self.config_branch,
+            "id": str(task_id),
+            "user": _name(spec),
+        }
+        arguments: list[str] = []
+        for argument in template:
+            if argument == "{variables}":
+                arguments += self._variables(spec)
+            elif "{config_repo}" in argument and self.config_repo is None:
+                if arguments[-1].startswith("-"):
+                    del arguments[-1]
+            else:
+                arguments.append(_fill(argument, places))
+        used = self.template
+        account = self._account(spec)
+        return Command(
+            arguments=tuple(arguments),
+            environment=self._environment(spec, task_id, account),
+            account=account,
+            directory=used.directory and _fill(used.directory, places),
+            last_line=used.last_line and _fill(used.last_line, places),
+        )
+
+    def _account(self, spec: TaskSpec) -> Account | None:
+        action = spec.action
+        if self.template.action_arguments:
+            action = action.partition("[")[0]
+        # Without an action it is a listing, which is of all that an app has.
+        return self.accounts.of(spec.app, spec.env, action or None)
+
+    def _variables(self, spec: TaskSpec) -> list[str]:
+        # Everybody on the machine can read the arguments of a process.
+        left_out = spec.secret_names if not self.template.secrets_in_arguments else ()
+        return [
+            part.format(key=key, value=value) if "{" in part else part
+            for key, value in spec.variables.items()
+            if key not in left_out
+            for part in self.template.variable
+        ]
+
+    def _inherited(self, account: Account | None) -> dict[str, str]:
+        result = {k: v for k, v in self.environment.items() if not _OURS.fullmatch(k)}
+        if account is not None:
+            for name in _PERSONAL & result.keys():
+                del result[name]
+            result.update(HOME=account.home, USER=account.name, LOGNAME=account.name)
+        return result
+
+    def _environment(
+        self, spec: TaskSpec, task_id: int, account: Account | None
+    ) -> dict[str, str]:
+        result = self._inherited(account)
+        if self.template.ruby:
+            # Ruby holds output back when it is no terminal, and reads options from here.
+            result.pop("RAKEOPT", None)
+            result["RUBYOPT"] = f"{result.get('RUBYOPT', '')} -rpulsar_live".strip()
+            folders = [str(_RUBY), result.get("RUBYLIB", "")]
+            result["RUBYLIB"] = ":".join(filter(None, folders))
+        if self.template.into_environment:
+            result.update(spec.variables)
+        elif self.template.word_keys:  # Rake takes an argument key=value just so
+            result.update({key: spec.variables[key] for key in spec.secret_names})
+        result.update({f"PULSAR_VAR_{k}": v for k, v in spec.variables.items()})
+        result["PULSAR_APP"] = spec.app
+        result["PULSAR_ENV"] = spec.env
+        result["PULSAR_ACTION"] = spec.action
+        result["PULSAR_TASK_ID"] = str(task_id)
+        result["PULSAR_USER"] = _name(spec)
+        return result
+
+
+def _name(spec: TaskSpec) -> str:
+    return "" if spec.user is None else spec.user.name
+
+
+def shown(command: Command) -> str:
+    """Return a command as one line of printable characters, as a shell would read it.
+
+    For people and logs; nobody runs it.
+    """
+    return " ".join(map(_quoted, command.shown or command.arguments))
+
+
+_ESCAPES = {"\n": r"\n", "\r": r"\r", "\t": r"\t", "\\": r"\\", "'": r"\'"}
+
+
+def _quoted(argument: str) -> str:
+    if argument.isprintable():
+        return shlex.quote(argument)
+    return "$'" + "".join(map(_escaped, argument)) + "'"
+
+
+def _escaped(character: str) -> str:
+    if character in _ESCAPES:
+        return _ESCAPES[character]
+    if character.isprintable():
+        return character
+    # Three digits always: what follows must not become a part of the number.
+    data = character.encode("utf-8", "surrogateescape")
+    return "".join(f"\\{byte:03o}" for byte in data)
+
+
+def check_printable(field: str, text: str) -> None:
+    """Raise `InvalidInput` for what no name may be, whatever the settings allow.
+
+    NUL would end an argument or a variable, a line's end would begin another line in a log
+    or a record, and a program would take what begins with a hyphen for an option.
+    """
+    if not text:
+        raise InvalidInput(field, "must not be empty")
+    if text.startswith("-"):
+        raise InvalidInput(field, "must not begin with -")
+    if not text.isprintable():
+        raise InvalidInput(field, "must consist of printable characters")
+
+
+def _check_name(field: str, value: str, pattern: re.Pattern[str], limit: int) -> None:
+    if len(value) > limit:
+        raise InvalidInput(field, f"at most {limit} characters are allowed")
+    if not pattern.fullmatch(value) or ".." in value:
+        raise InvalidInput(
+            field, f"must match {pattern.pattern}, without two dots in a row"
+        )
+    check_printable(field, value)
+
+
+def _fill(argument: str, places: Mapping[str, str | None]) -> str:
+    return _PLACES.sub(lambda found: places[found[1]] or "", argument)

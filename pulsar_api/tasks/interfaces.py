@@ -1,0 +1,308 @@
+"""What the core asks of the world: something that runs commands, something that keeps."""
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Protocol
+
+from attrs import field, frozen
+from twisted.internet.defer import Deferred
+
+from pulsar_api.principal import Principal
+from pulsar_api.tasks.model import (
+    Command,
+    Exit,
+    Found,
+    News,
+    Process,
+    TaskQuery,
+    TaskSnapshot,
+    TaskSpec,
+    Within,
+)
+
+RESTART = 1 << 36
+"""How far revisions jump when a daemon takes up a task; see `TaskStore.take_up`."""
+
+
+@frozen
+class NewTask:
+    """What is recorded of a new task."""
+
+    spec: TaskSpec
+    created_at: float
+    """By the wall clock."""
+    steady: float
+    """The same moment by the `SteadyClock`."""
+    key: str | None = None
+    """The idempotency key."""
+    secret_file: str | None = None
+    """See `Executor.keep_secrets`."""
+    notes: tuple[str, ...] = ()
+    """See `TaskSnapshot.notes`."""
+
+
+@frozen
+class Bounds:
+    """What a run may take: seconds, and bytes. 0 means no limit, but for the grace."""
+
+    grace: float
+    total: float = 0
+    silence: float = 0
+    max_output: int = 0
+    """Bytes of output, and of its index; of more the middle is cut. 0: all is kept."""
+
+
+@frozen
+class Secrets:
+    """The secrets of a task."""
+
+    values: Mapping[str, str] = field(factory=dict, repr=False)
+    """By the names of the variables."""
+    forms: tuple[bytes, ...] = field(default=(), repr=False)
+    """What must not be seen of them: `secret_forms.forms`."""
+
+
+@frozen
+class Keep:
+    """How much of the past is kept; 0 means all."""
+
+    tasks: int = 0
+    seconds: float = 0
+    size: int = 0
+    """Bytes of output of all ended tasks, with its indexes."""
+    most: int = 0
+    """Bytes of output that one task has on disk at most; see `Bounds.max_output`."""
+
+
+class Sink(Protocol):
+    """Who is told about a run. ``ended`` comes once and last."""
+
+    def started(self, pid: int) -> None:
+        """The command runs under this process number."""
+
+    def printed(self, size: int) -> None:
+        """The output has grown to ``size`` bytes, and they are on disk."""
+
+    def ended(self, exit: Exit) -> None:
+        """The run is over and its result is on disk."""
+
+
+class Run(Protocol):
+    """One run of one command."""
+
+    def kill(self) -> None:
+        """End the whole process tree: TERM, after the grace KILL. Harmless if repeated."""
+
+    def detach(self) -> None:
+        """Stop following; the run goes on, and nobody is told any more."""
+
+
+class Executor(Protocol):
+    """Runs commands. It never starts the same task twice, whoever asks."""
+
+    def check(self) -> None:
+        """Raise `StoreUnavailable` if what a new run prints could not be kept."""
+
+    def place(self) -> str:
+        """Return what tells the folders of this executor from copies of them."""
+
+    def permit(self, task_id: int) -> Deferred[str]:
+        """Allow the start of a task; fires with a name for this permit, safe on disk.
+
+        A permit is valid as long as the machine has not booted and the folders are the
+        same. Fails with `StoreUnavailable`, or with `FolderInUse` if a run has begun in
+        the task's folder.
+        """
+
+    def permitted(self) -> Deferred[AbstractSet[int]]:
+        """Fire with the numbers of all tasks that were ever allowed to start."""
+
+    def is_here(self, task_id: int) -> bool:
+        """Return whether the permit of a run, used or not, is of this boot and folder.
+
+        Only then do process numbers in its folder mean the same processes.
+        """
+
+    def start(
+        self,
+        task_id: int,
+        command: Command,
+        bounds: Bounds,
+        sink: Sink,
+        permit: str | None = None,
+    ) -> Run:
+        """Start a command. Whatever goes wrong is told to the sink, as an end."""
+
+    def adopt(self, task_id: int, permit: str | None, bounds: Bounds, sink: Sink) -> Run:
+        """Follow a run that another daemon started, or say how it ended.
+
+        `Exit.unstarted` is told only if no shim has begun and the permit is valid. In
+        any other case of doubt the run is lost.
+        """
+
+    def cgroup(self, task_id: int) -> str:
+        """Return the name of a run's cgroup, "" if the run's folder does not tell it."""
+
+    def bar(self, task_id: int) -> bool:
+        """Make sure that no shim begins with this task; False: one has.
+
+        Raises `StoreUnavailable` if that cannot be done now.
+        """
+
+    def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:
+        """Fire with those of the processes, and what is below them, that still run."""
+
+    def keep_secrets(
+        self, secrets: Mapping[str, str], name: str | None = None
+    ) -> Deferred[str]:
+        """Keep the secrets of a task that waits; fires with a name when they are on disk.
+
+        Under a given name they replace what was there. Fails with `StoreUnavailable`.
+        """
+
+    def secrets(self, task_id: int, name: str | None) -> Deferred[Secrets | None]:
+        """Fire with the secrets that are kept, None if there are none (any more).
+
+        Fails with `StoreUnavailable` if nobody can know now.
+        """
+
+    def forget_secrets(self, task_id: int, name: str | None) -> None:
+        """Remove the secrets of a task that will not start any more."""
+
+    def forget_other_secrets(self, names: AbstractSet[str]) -> Deferred[None]:
+        """Remove all secrets but those of these names."""
+
+    def forget_all_secrets(self, task_ids: Sequence[int]) -> Deferred[None]:
+        """Remove what still holds secrets in the folders of ended runs."""
+
+    def note_kill(self, task_id: int, by: Principal) -> None:
+        """Leave word for the next daemon that a kill was asked for."""
+
+    def noted_kill(self, task_id: int) -> Principal | None:
+        """Return who asked for a kill that an earlier daemon has left word of."""
+
+    def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
+        """Remove what is kept of ended runs."""
+
+    def kept(self) -> Deferred[list[int]]:
+        """Fire with the numbers of the runs of which anything is kept."""
+
+
+@frozen
+class Reading:
+    """What the clocks of the host said at one moment, in seconds, and where that was."""
+
+    boot: str
+    """The kernel's id of this boot (``/proc/sys/kernel/random/boot_id``)."""
+    uptime: float
+    """Time since the boot, including suspend (``CLOCK_BOOTTIME``)."""
+    wall: float
+    """Time since the epoch, as the host believes."""
+    steady: float
+    """The same moment by the `SteadyClock`."""
+    place: str
+    """See `Executor.place`."""
+
+    def elsewhere(self, now: "Reading") -> bool:
+        """Return whether a later reading comes from a copy of the state.
+
+        The number of a device may change with a boot; the others do not. The file of the
+        permits grows, and changes in no other way.
+        """
+        before, after = self.place.split(), now.place.split()
+        if self.boot != now.boot:
+            before[0] = after[0]
+        *folders, size, changed = before
+        *same, new_size, new_changed = after
+        if size == "0":  # there was no such file yet
+            return folders[:3] != same[:3]
+        if folders != same or int(new_size) < int(size):
+            return True
+        return size == new_size and changed != new_changed
+
+
+class TaskStore(Protocol):
+    """Keeps one record per task. Each Deferred fires when the record is safe on disk.
+
+    All of them fail with `StoreUnavailable` if the store cannot be used at the moment.
+    """
+
+    def create(self, new: NewTask) -> Deferred[TaskSnapshot]:
+        """Record a new task; its number is higher than any before, for ever."""
+
+    def by_key(
+        self, key: str, user: Principal | None, since: float
+    ) -> Deferred[TaskSnapshot | None]:
+        """Fire with the newest task with this key of a user.
+
+        It must have been created since, by the `SteadyClock`.
+        """
+
+    def reserve(self, number: int) -> Deferred[int]:
+        """Give no task this number or a lower one; fires with the last one given."""
+
+    def save(self, snapshot: TaskSnapshot) -> Deferred[None]:
+        """Record how a task stands now."""
+
+    def load(self, task_id: int) -> Deferred[TaskSnapshot]:
+        """Fire with a task's record, or fail with `UnknownTask`."""
+
+    def search(self, query: TaskQuery) -> Deferred[Found]:
+        """Fire with the tasks that match, newest first: the first of them, and which more.
+
+        A search that takes long holds nobody up, and ends when it is cancelled.
+        """
+
+    def read(self, numbers: Sequence[int]) -> Deferred[Found]:
+        """Fire with the first of these tasks; those that are no more are left out."""
+
+    def select(self, query: TaskQuery) -> Deferred[list[TaskSnapshot]]:
+        """Fire with all tasks that match, newest first, however large they are."""
+
+    def after(self, task_id: int, within: Within = None) -> Deferred[TaskSnapshot | None]:
+        """Fire with the oldest task that counts and whose number is higher, or None."""
+
+    def last_change(self) -> Deferred[tuple[int, int]]:
+        """Fire with the numbers of the last change and of the newest task, at one moment.
+
+        0 if there was none.
+        """
+
+    def news(self, since: int, known: int, limit: int) -> Deferred[News]:
+        """Fire with what has been recorded since a change and a task: see `News`.
+
+        At most ``limit`` of each, fewer if they are large. Numbers of changes grow with
+        each record, also over restarts, and are never given again.
+        """
+
+    def take_up(self) -> Deferred[list[TaskSnapshot]]:
+        """Fire with the tasks that have not ended or hold their target, oldest first.
+
+        The revision of each is recorded as `RESTART` higher than it was: beyond any
+        that an earlier daemon may have announced without recording it.
+        """
+
+    def reading(self) -> Deferred[Reading | None]:
+        """Fire with the reading of the clocks that was kept last, None if none was."""
+
+    def keep_reading(self, reading: Reading) -> Deferred[None]:
+        """Keep a reading of the clocks, in place of the last."""
+
+    def newest_time(self) -> Deferred[float | None]:
+        """Fire with the newest time, by the wall clock, in any record."""
+
+    def expired(self, keep: Keep, steady: float, limit: int) -> Deferred[list[int]]:
+        """Fire with the numbers of ended tasks that need not be kept, oldest first.
+
+        Ages are by the `SteadyClock`. A task with an idempotency key is kept as long as
+        the key counts, one that holds its target as long as it does.
+        """
+
+    def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
+        """Remove records of ended tasks; their numbers are not used again."""
+
+    def forgotten(self) -> Deferred[set[int]]:
+        """Fire with the numbers of removed records, but for those that are `cleared`."""
+
+    def cleared(self, task_ids: Sequence[int]) -> Deferred[None]:
+        """Note that nothing is left of tasks whose records were removed."""

@@ -1,0 +1,97 @@
+"""Removes what need not be kept of the past: records of ended tasks, and their output."""
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+
+from attrs import define, field
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.logger import Logger
+
+from pulsar_api.concurrency.background import own
+from pulsar_api.errors import StoreUnavailable
+from pulsar_api.tasks.clock import SteadyClock
+from pulsar_api.tasks.interfaces import Executor, Keep, TaskStore
+
+_log = Logger()
+
+TIDY = 30.0
+"""Seconds between two looks for what need not be kept."""
+
+_STEP = 20  # tasks that are removed at a time, so that nobody is held up
+
+
+@define(eq=False)
+class Retention:
+    """Looks now and then, from ``start`` to ``stop``."""
+
+    _store: TaskStore
+    _executor: Executor
+    _clock: IReactorTime
+    _time: SteadyClock
+    _keep: Keep
+    _next: IDelayedCall | None = field(default=None, init=False)
+    _stopped: bool = field(default=False, init=False)
+
+    def start(self, kept: Sequence[int], unfinished: AbstractSet[int]) -> None:
+        """Begin, also with what an earlier daemon has left in the folders it kept.
+
+        Tasks that have not ended need their secrets.
+        """
+        self._look()
+        own(self._remove_left(kept, unfinished))
+
+    def stop(self) -> None:
+        """Remove nothing more, but for what is under way."""
+        self._stopped = True
+        if self._next is not None and self._next.active():
+            self._next.cancel()
+
+    def _look(self) -> None:
+        self._next = self._clock.callLater(TIDY, self._look)
+        own(self._tidy())
+
+    async def keep_reading(self) -> bool:
+        """Keep what time it is, and where; return False if that cannot be kept."""
+        try:
+            reading = self._time.reading(self._executor.place())
+            await self._store.keep_reading(reading)
+        except (OSError, StoreUnavailable) as e:
+            _log.error("Cannot keep what time it is: {e}", e=e)
+            return False
+        return True
+
+    async def _tidy(self) -> None:
+        if not await self.keep_reading():
+            return
+        while not self._stopped:
+            try:
+                steady = self._time.steady()
+                old = await self._store.expired(self._keep, steady, _STEP)
+                await self._store.forget(old)
+            except StoreUnavailable as e:
+                _log.error("Cannot remove old tasks: {e}", e=e)
+                return
+            # In this order: a record without its output would be a lie.
+            await self._executor.forget(old)
+            if old:
+                _log.info("Tasks {first} to {last} removed", first=old[0], last=old[-1])
+            if len(old) < _STEP:
+                return
+
+    async def _remove_left(self, kept: Sequence[int], unfinished: AbstractSet[int]) -> None:
+        """Remove what a daemon has left that died while it removed tasks or secrets.
+
+        Or that a power cut has brought back. Folders that are on no record, and of which
+        none says that it was removed, stay: the database may be the wrong one.
+        """
+        ended = [number for number in kept if number not in unfinished]
+        await self._executor.forget_all_secrets(ended)
+        try:
+            removed = await self._store.forgotten()
+            left = sorted(removed & {*kept})
+            if left:
+                _log.info("Removing what was left of tasks {ids}", ids=left)
+                await self._executor.forget(left)
+            await self._store.cleared(sorted(removed - {*kept}))
+        except StoreUnavailable as e:
+            _log.error("Cannot look for what is left of old tasks: {e}", e=e)

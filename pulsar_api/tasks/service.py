@@ -1,0 +1,872 @@
+"""What can be done with tasks: create, find, list, kill; the queue; start and end."""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+
+from attrs import define, evolve, field, frozen
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from pulsar_api.concurrency.background import own, shielded
+from pulsar_api.concurrency.changes import Changes
+from pulsar_api.errors import (
+    FolderInUse,
+    InvalidInput,
+    KeyInFlight,
+    KeyReused,
+    QueueFull,
+    ShuttingDown,
+    StoreUnavailable,
+    UnknownTask,
+)
+from pulsar_api.principal import Principal
+from pulsar_api.tasks import secret_forms
+from pulsar_api.tasks.clock import SteadyClock
+from pulsar_api.tasks.commands import Commands, shown
+from pulsar_api.tasks.interfaces import (
+    Bounds,
+    Executor,
+    Keep,
+    NewTask,
+    Run,
+    Secrets,
+    TaskStore,
+)
+from pulsar_api.tasks.model import (
+    KEY_LIFE,
+    Cause,
+    Command,
+    Exit,
+    Found,
+    News,
+    Status,
+    Task,
+    TaskQuery,
+    TaskSnapshot,
+    TaskSpec,
+    Within,
+    judge,
+    listed,
+)
+from pulsar_api.tasks.retention import Retention
+
+_log = Logger()
+
+RETRY = 1.0
+"""Seconds until the next try when the store is not usable."""
+
+LEAVE = 5.0
+"""Seconds that a stop waits for records; what is not done then is the next daemon's."""
+
+LOOK = 1.0
+"""Seconds between two looks at processes that hold a target."""
+
+MAX_ID = 2**63 - 1
+
+
+@frozen
+class Limits:
+    """How much at the same time, and how long each."""
+
+    bounds: Bounds
+    running: int = 16
+    running_per_target: int = 0
+    queued: int = 1000
+    keep: Keep = Keep()
+
+    @property
+    def share(self) -> int:
+        """How many tasks of one principal may wait: half of the queue."""
+        return (self.queued + 1) // 2
+
+
+@define(eq=False)
+class _Live:
+    """A task that has not ended: its newest record, which may not be on disk yet."""
+
+    service: "TaskService"
+    task: Task
+    newest: TaskSnapshot
+    run: Run | None = None
+    kill: bool = False
+    saved: int = 0
+    """The newest revision that is on disk for certain."""
+    kill_revision: int = 0
+    """The first revision that tells that a kill was asked for, if this daemon was asked."""
+    pause: Deferred[None] | None = None
+    later: bool = False
+    """Whether the next daemon starts it."""
+
+    def wake(self) -> None:
+        """End the pause of a task that waits for the disk."""
+        if self.pause is not None and not self.pause.called:
+            self.pause.callback(None)
+
+    # What a run tells (`Sink`).
+
+    def started(self, pid: int) -> None:
+        if self.newest.pid is None:
+            self.newest = self.changed(pid=pid)
+            self.task.announce(self.newest)
+
+    def printed(self, size: int) -> None:
+        self.task.printed(size)
+
+    def ended(self, exit: Exit) -> None:
+        self.service.ended(self, exit)
+
+    def changed(self, **new: object) -> TaskSnapshot:
+        size = max(self.newest.output_size, self.task.snapshot.output_size)
+        fields = {"output_size": size, "revision": self.newest.revision + 1, **new}
+        return evolve(self.newest, **fields)  # type: ignore[arg-type]
+
+
+@define(eq=False)
+class TaskService:
+    """The tasks of one daemon.
+
+    ``start`` before anything else; ``stop`` leaves running commands running.
+    """
+
+    _store: TaskStore
+    _executor: Executor
+    _clock: IReactorTime
+    """For durations. Nothing but ``time`` knows the date, which may jump."""
+    _time: SteadyClock
+    _commands: Callable[[], Awaitable[Commands]]
+    _limits: Limits
+    created: Changes = field(init=False)
+    """Its version is the number of the newest task."""
+    changed: Changes = field(init=False)
+    """Its version grows with each record; see `news`."""
+    _waiting: dict[int, _Live] = field(factory=dict, init=False)
+    _running: dict[int, _Live] = field(factory=dict, init=False)
+    _held: dict[int, _Live] = field(factory=dict, init=False)
+    """Tasks that have ended and hold their target."""
+    _creating: list[TaskSpec] = field(factory=list, init=False)
+    _keys: set[tuple[Principal | None, str]] = field(factory=set, init=False)
+    _retention: Retention = field(init=False)
+    _stopping: bool = field(default=False, init=False)
+    _gone: bool = field(default=False, init=False)
+    """Whether what is not done yet is left to the next daemon."""
+    _pauses: dict[Deferred[None], None] = field(factory=dict, init=False)
+    _moved: Changes = field(init=False)
+    """Its version grows whenever a run has started or ended."""
+
+    def __attrs_post_init__(self) -> None:
+        self.created = Changes(self._clock)
+        self.changed = Changes(self._clock)
+        self._moved = Changes(self._clock)
+        self._retention = Retention(
+            self._store, self._executor, self._clock, self._time, self._limits.keep
+        )
+
+    # -- from start to end of the daemon
+
+    async def start(self) -> None:
+        """Take up every task that has not ended: queue what waits, adopt what runs."""
+        last = await self._store.reading()
+        newest_time = None if last is not None else await self._store.newest_time()
+        self._time.resume(last, newest_time)
+        now = self._time.reading(self._executor.place())
+        newest = await self._store.select(TaskQuery(limit=1))
+        highest = newest[0].id if newest else 0
+        kept = await self._executor.kept()
+        permitted = await self._executor.permitted()
+        last_used = max((*kept, *permitted), default=0)
+        given = await self._store.reserve(0)
+        self.created.advance(highest)
+        why = None
+        if last is not None and last.elsewhere(now):
+            why = "the state folder was copied or its folder of tasks replaced"
+        elif given < last_used:
+            why = "the database was older than the folders of the tasks"
+        rebooted = last is not None and last.boot != now.boot
+        found = await self._store.take_up()
+        in_use = {one.secret_file for one in found if not one.status.ended}
+        await self._executor.forget_other_secrets({n for n in in_use if n is not None})
+        if found and why is not None:
+            _log.error("Tasks that have not ended are lost: {why}", why=why)
+        for snapshot in found:
+            if snapshot.status.ended and rebooted:
+                gone = evolve(snapshot, held=False, still_running=())
+                await self._store.save(gone)
+            elif snapshot.status is Status.CREATED and why is not None:
+                await self._lose(snapshot, why)
+            elif snapshot.status is Status.CREATED and snapshot.id in permitted - {*kept}:
+                await self._lose(snapshot, "its folder was removed after a permit to start")
+            else:
+                self._take_up(snapshot)
+        # A database that somebody has set aside knows nothing of what is there: no new
+        # task may get the folder of an old one. And not before the doubt is on record,
+        # which this ends.
+        await self._store.reserve(last_used)
+        self._schedule()
+        unfinished = {one.id for one in found if not one.status.ended}
+        self._retention.start(kept, unfinished)
+        unknown = [number for number in kept if number > highest]
+        if unknown:
+            _log.warn("Kept, but on no record: what is left of tasks {ids}", ids=unknown)
+
+    async def _lose(self, found: TaskSnapshot, doubt: str) -> None:
+        """End a task that waits and that another daemon may have started."""
+        live = _Live(self, Task(self._clock, found), found)
+        self._running[found.id] = live
+        reason = f"It waited, and {doubt}: another daemon may have started it."
+        await self._finish(live, status=Status.LOST, reason=reason)
+
+    def _take_up(self, found: TaskSnapshot) -> None:
+        """Go on with a task of an earlier daemon."""
+        snapshot = evolve(found, pid=None)
+        by = found.killed_by
+        if by is None and not found.status.ended:
+            by = self._executor.noted_kill(found.id)
+            snapshot = evolve(snapshot, killed_by=by)
+        live = _Live(self, Task(self._clock, snapshot), snapshot)
+        if found.status.ended:
+            self._hold(live)
+        elif found.status is Status.RUNNING:
+            self._adopt(live)
+        elif by is not None:
+            self._running[found.id] = live
+            own(self._killed_waiting(live))
+        else:
+            self._waiting[found.id] = live
+
+    def _adopt(self, live: _Live) -> None:
+        live.kill = live.newest.killed_by is not None
+        self._running[live.newest.id] = live
+        permit, bounds = live.newest.permit, self._limits.bounds
+        live.run = self._executor.adopt(live.newest.id, permit, bounds, live)
+        if live.kill:
+            live.run.kill()
+        _log.info("Task {id} goes on", id=live.newest.id)
+
+    async def stop(self, drain: float) -> None:
+        """Take no new tasks, wait for the running ones if told to, then let them go.
+
+        It waits `LEAVE` for records, and ``drain`` for tasks, not longer. What is not on
+        record then is logged, and done by the next daemon.
+        """
+        self._stopping = True
+        self._retention.stop()
+        # One that is between its record and its process is started.
+        leave = self._clock.seconds() + LEAVE
+        self._end_pauses()
+
+        def settled() -> bool:
+            return all(live.run or live.later for live in self._running.values())
+
+        await self._until(settled, leave)
+        if self._running and drain > 0:
+            _log.info("Waiting for {n} tasks", n=len(self._running))
+        until = self._clock.seconds() + drain
+        await self._until(lambda: not self._running, until)
+        # What is restored from a copy that is made now is known by it, see `Reading`.
+        reading = Deferred.fromCoroutine(self._retention.keep_reading())
+        await reading.addTimeout(LEAVE, self._clock, lambda *_: False)
+        self._gone = True
+        for live in self._running.values():
+            self._let_go(live)
+        self._end_pauses()
+
+    def _end_pauses(self) -> None:
+        for pause in list(self._pauses):
+            pause.callback(None)
+
+    async def _until(self, done: Callable[[], bool], until: float) -> None:
+        """Wait until a condition holds that changes with a start or an end."""
+        while not done() and (left := until - self._clock.seconds()) > 0:
+            moved = self._moved.after(self._moved.version)
+            await moved.addTimeout(left, self._clock, lambda *_: 0)
+
+    def _let_go(self, live: _Live) -> None:
+        task_id = live.newest.id
+        if live.run is not None:
+            live.run.detach()
+            _log.info("Task {id} is left running", id=task_id)
+        else:
+            _log.error("Task {id} is left as it is on record", id=task_id)
+        by = live.newest.killed_by
+        if live.kill and by is not None and live.saved < live.newest.revision:
+            # The next daemon must know of it, even if the database is away for both.
+            self._executor.note_kill(task_id, by)
+        live.task.settle()
+
+    def release(self) -> None:
+        """Let everybody who waits for a change go, without one."""
+        self.created.release()
+        self.changed.release()
+        for live in (*self._waiting.values(), *self._running.values()):
+            live.task.changes.release()
+            live.task.end.release()
+
+    def running(self) -> Sequence[int]:
+        """Return the numbers of the tasks that run, or are about to."""
+        return tuple(self._running)
+
+    # -- what callers ask for
+
+    async def create(self, spec: TaskSpec, key: str | None = None) -> Task:
+        """Record a new task and start it as soon as there is room.
+
+        With a key that was used for the same task in the last 24 hours, return that one
+        and start nothing. Raises `InvalidInput`, `KeyReused`, `KeyInFlight`, `QueueFull`,
+        `ShuttingDown` or `StoreUnavailable`; then nothing was recorded. It goes on when
+        who asked does not wait any more.
+        """
+        return await shielded(self._create_once(spec, key))
+
+    async def _create_once(self, asked: TaskSpec, key: str | None) -> Task:
+        # From here on the secrets go a way of their own: no record and no answer has them.
+        spec, secrets = (await self._commands()).split(asked)
+        if key is None:
+            return await self._create(spec, secrets, None)
+        # A key is its user's: nobody can use up another's.
+        owned = (spec.user, key)
+        if owned in self._keys:
+            raise KeyInFlight(key)
+        self._keys.add(owned)
+        try:
+            since = self._time.steady() - KEY_LIFE
+            known = await self._store.by_key(key, spec.user, since)
+            if known is None:
+                return await self._create(spec, secrets, key)
+            # Of an older record only the name of its user is known.
+            if evolve(known.spec, user=spec.user) != spec:
+                raise KeyReused(key)
+            await self._supply(known, secrets)
+            return await self.find(known.id)
+        finally:
+            self._keys.discard(owned)
+
+    async def _create(
+        self, spec: TaskSpec, secrets: Mapping[str, str], key: str | None
+    ) -> Task:
+        commands = await self._commands()
+        commands.check(evolve(spec, variables={**spec.variables, **secrets}))
+        if self._stopping:
+            raise ShuttingDown
+        self._executor.check()
+        self._check_room(spec)
+        self._creating.append(spec)
+        secret_file = None
+        try:
+            if secrets:
+                # Before anybody can find the task: a retry must find both or neither.
+                secret_file = await self._executor.keep_secrets(secrets)
+            wall, steady = self._time.wall(), self._time.steady()
+            notes = tuple(secret_forms.notes(secrets))
+            new = NewTask(spec, wall, steady, key, secret_file, notes)
+            snapshot = await self._store.create(new)
+        except StoreUnavailable:
+            if secret_file is not None:
+                self._executor.forget_secrets(0, secret_file)
+            raise
+        finally:
+            self._creating.remove(spec)
+        snapshot = evolve(snapshot, command=shown(commands.command(spec, snapshot.id)))
+        live = _Live(self, Task(self._clock, snapshot), snapshot)
+        # Before anybody hears of it: whoever looks for it finds this one.
+        self._waiting[snapshot.id] = live
+        self.changed.advance(self.changed.version + 1)
+        _log.info("Task {id} created: {it}", id=snapshot.id, it=snapshot.command)
+        self._schedule()
+        self.created.advance(max(snapshot.id, self.created.version))
+        return live.task
+
+    async def _supply(self, known: TaskSnapshot, secrets: Mapping[str, str]) -> None:
+        """Give a task that waits the secrets of a retry, if its own are lost."""
+        if not secrets or known.status is not Status.CREATED:
+            return
+        name = known.secret_file
+        if name is not None and await self._executor.secrets(known.id, name) is None:
+            _log.warn("Task {id} gets its secrets from a retry", id=known.id)
+            await self._executor.keep_secrets(secrets, name)
+            live = self._live(known.id)
+            if live is None or live.newest.status.ended:  # meanwhile
+                self._executor.forget_secrets(known.id, name)
+
+    def _check_room(self, spec: TaskSpec) -> None:
+        """Raise `QueueFull` unless a task can start, or there is room for it to wait."""
+        queued = len(self._waiting) + len(self._creating)
+        full = None
+        if queued >= self._limits.queued:
+            full = QueueFull(self._limits.queued)
+        elif spec.user is not None and queued >= self._limits.share:
+            specs = [live.newest.spec for live in self._waiting.values()]
+            mine = sum(one.user == spec.user for one in (*specs, *self._creating))
+            if mine >= self._limits.share:
+                full = QueueFull(self._limits.share, spec.user.name)
+        if full is None:
+            return
+        busy = [live.newest.spec.target for live in self._running.values()]
+        busy += [one.target for one in self._creating]
+        per_target = self._limits.running_per_target or len(busy) + 1
+        if len(busy) >= self._limits.running or busy.count(spec.target) >= per_target:
+            raise full
+
+    def _live(self, task_id: int) -> _Live | None:
+        for lives in (self._waiting, self._running, self._held):
+            if task_id in lives:
+                return lives[task_id]
+        return None
+
+    async def find(self, task_id: int) -> Task:
+        """Return a task, or raise `UnknownTask`."""
+        live = self._live(task_id)
+        if live is not None:
+            return live.task
+        if not 0 < task_id <= MAX_ID:
+            raise UnknownTask(str(task_id))
+        while True:
+            snapshot = await self._store.load(task_id)
+            # It may have been recorded, or taken up, only while it was looked for.
+            live = self._live(task_id)
+            if live is None and not snapshot.status.ended and self._creating:
+                await self._created(task_id)
+                live = self._live(task_id)
+            if live is not None:
+                return live.task
+            if snapshot.status.ended or self._gone:
+                return Task(self._clock, snapshot)
+            # It has ended while it was looked for: what was read is of before.
+
+    async def _created(self, task_id: int) -> None:
+        """Wait until a task whose record is on disk is one of ours as well."""
+        while self._creating and self.created.version < task_id:
+            await self.created.after(self.created.version)
+
+    async def search(self, query: TaskQuery) -> Found:
+        """Return the tasks that match, newest first; more of them by `read`."""
+        return await self._as_now(await self._store.search(query))
+
+    async def read(self, numbers: Sequence[int]) -> Found:
+        """Return the first of these tasks; those that are no more are left out."""
+        return await self._as_now(await self._store.read(numbers))
+
+    async def _as_now(self, found: Found) -> Found:
+        current = [await self._current(one) for one in found.tasks]
+        return Found([one for one in current if one is not None], found.rest)
+
+    async def list(self, query: TaskQuery) -> list[TaskSnapshot]:
+        """Return all tasks that match, newest first, however large they are."""
+        found = await self._store.select(query)
+        current = [await self._current(one) for one in found]
+        return [one for one in current if one is not None]
+
+    async def next_after(self, task_id: int, within: Within = None) -> TaskSnapshot | None:
+        """Return the oldest task that counts and whose number is higher, or None."""
+        if task_id >= self.created.version:
+            return None
+        found = await self._store.after(task_id, within)
+        return None if found is None else await self._current(found) or found
+
+    async def listing(self, app: str, env: str) -> Command:
+        """Return what lists the actions of an app, or raise `InvalidInput`, `NoListing`."""
+        return (await self._commands()).listing(app, env)
+
+    async def last_change(self) -> tuple[int, int]:
+        """Return the numbers of the last record and of the newest task, at one moment."""
+        return await self._store.last_change()
+
+    async def news(self, since: int, known: int, limit: int) -> News:
+        """Return what has been recorded since a change and a task."""
+        return await self._store.news(since, known, limit)
+
+    async def kill(self, task_id: int, by: Principal) -> Task:
+        """End a task: its whole process tree, or its waiting. Of an ended one: nothing.
+
+        It goes on when who asked does not wait any more.
+        """
+        return await shielded(self._kill(task_id, by))
+
+    async def _kill(self, task_id: int, by: Principal) -> Task:
+        live = self._live(task_id)
+        if live is None:
+            return await self.find(task_id)
+        if not live.kill and not live.newest.status.ended:
+            live.kill = True
+            live.kill_revision = live.newest.revision + 1
+            live.wake()
+            _log.info("Task {id}: kill asked for by {by}", id=task_id, by=by.name)
+            if live.run is not None:
+                live.run.kill()
+            reason = f"Kill asked for by {by}."
+            if self._waiting.pop(task_id, None) is not None:
+                # Found there until its end is on disk.
+                self._running[task_id] = live
+                live.newest = live.changed(killed_by=by)
+                await self._killed_waiting(live)
+            else:
+                await self._record(live, killed_by=by, reason=reason)
+        # Nor is the kill of somebody else forgotten that was answered.
+        await self._kill_on_record(live)
+        return live.task
+
+    async def _kill_on_record(self, live: _Live) -> None:
+        """Wait until everybody who reads the record knows that a kill was asked for."""
+        while live.saved < live.kill_revision:
+            if self._gone:
+                raise ShuttingDown
+            await self.changed.after(self.changed.version)
+
+    # -- the life of a task
+
+    async def _current(self, snapshot: TaskSnapshot) -> TaskSnapshot | None:
+        """Return how a task stands that was read a moment ago; None: it is removed."""
+        live = self._live(snapshot.id)
+        if live is not None:
+            return live.task.snapshot
+        if snapshot.status.ended:
+            return snapshot
+        with suppress(UnknownTask):
+            return (await self.find(snapshot.id)).snapshot
+        return None
+
+    def _schedule(self) -> None:
+        """Start what may start, oldest first; a blocked target holds up nobody else."""
+        per_target = self._limits.running_per_target
+        busy: dict[str, int] = {}
+        for live in (*self._running.values(), *self._held.values()):
+            target = live.newest.spec.target
+            busy[target] = busy.get(target, 0) + 1
+        for live in [] if self._stopping else list(self._waiting.values()):
+            target = live.newest.spec.target
+            why = None
+            if len(self._running) >= self._limits.running:
+                why = f"a free place: {len(self._running)} tasks are running"
+            elif per_target and busy.get(target, 0) >= per_target:
+                why = self._holder(target) or f"the end of another task on {target}"
+            if why is None:
+                busy[target] = busy.get(target, 0) + 1
+                del self._waiting[live.newest.id]
+                self._running[live.newest.id] = live
+                own(self._guarded(live, self._start(live)))
+            elif live.newest.waiting_for != why:
+                self._wait_for(live, why)
+
+    def _holder(self, target: str) -> str | None:
+        """Return what holds a target although its task has ended."""
+        for live in self._held.values():
+            if live.newest.spec.target == target:
+                remains = listed(live.newest.still_running)
+                return f"task {live.newest.id}, of which these still run: {remains}"
+        return None
+
+    def _wait_for(self, live: _Live, why: str) -> None:
+        """Say what a task waits for, without a record: a restart finds it out again."""
+        live.newest = live.changed(waiting_for=why)
+        live.task.announce(live.newest)
+
+    async def _guarded(self, live: _Live, start: Awaitable[None]) -> None:
+        """Await the start of a task; whatever goes wrong, an accepted task ends."""
+        try:
+            await start
+        except (ShuttingDown, CancelledError):
+            return
+        except Exception as e:
+            if live.run is not None:
+                raise
+            _log.failure("Task {id} cannot be started", id=live.newest.id)
+            await self._fail(live, f"an error in pulsar-api, {e!r}; its log says more.")
+
+    async def _fail(self, live: _Live, why: str) -> None:
+        """End a task that cannot be started.
+
+        Unless a shim has begun with it that an earlier daemon has started, and which has
+        waited until now: for room, or for descriptors.
+        """
+        if live.newest.status is Status.RUNNING and not await self._bar(live):
+            live.newest = live.changed(waiting_for=None)
+            self._adopt(live)
+            return
+        await self._finish(live, status=Status.FAILED, reason=f"Cannot start: {why}")
+
+    async def _start(self, live: _Live) -> None:
+        try:
+            permit = await self._permit(live)
+        except FolderInUse as e:
+            await self._finish(live, status=Status.LOST, reason=str(e), started_at=None)
+            return
+        secrets = await self._secrets(live)
+        if live.kill:
+            await self._killed_waiting(live)
+            return
+        if self._stopping or permit is None:
+            # Nothing is recorded of it: the next daemon finds it waiting.
+            del self._running[live.newest.id]
+            self._waiting[live.newest.id] = live
+            self._moved.advance(self._moved.version + 1)
+            return
+        command = await self._command(live, secrets)
+        if command is None:
+            return
+        # With it in one transaction: a database that is restored must not fit what is
+        # restored beside it.
+        own(self._retention.keep_reading())
+        # The record that it starts is on disk before the process exists.
+        live.newest = live.changed(
+            status=Status.RUNNING,
+            command=shown(command),
+            waiting_for=None,
+            started_at=self._time.wall(),
+            permit=permit,
+        )
+        await self._save(live)
+        if live.kill:
+            await self._killed_waiting(live)
+        else:
+            self._run(live, command)
+
+    def _run(self, live: _Live, command: Command) -> None:
+        bounds = self._limits.bounds
+        newest = live.newest
+        live.run = self._executor.start(newest.id, command, bounds, live, newest.permit)
+        if live.kill:
+            live.run.kill()
+        self._moved.advance(self._moved.version + 1)
+
+    async def _command(self, live: _Live, secrets: Secrets | None) -> Command | None:
+        """Return what a task runs; None: it cannot be run, see `_fail`."""
+        why = "the values of its secret variables are gone."
+        if secrets is not None:
+            try:
+                commands = await self._commands()
+                spec, task_id = live.newest.spec, live.newest.id
+                command = commands.command(spec, task_id, secrets.values)
+                if not secrets.values:
+                    return command
+                # What is shown and recorded has no secret in it.
+                return evolve(
+                    command,
+                    shown=commands.command(spec, task_id).arguments,
+                    secrets=secrets.forms,
+                    secret_file=live.newest.secret_file,
+                )
+            except InvalidInput as e:
+                why = str(e)
+        await self._fail(live, why)
+        return None
+
+    async def _secrets(self, live: _Live) -> Secrets | None:
+        """Return the secrets of a task; None: they are gone."""
+        task_id, name = live.newest.id, live.newest.secret_file
+        while live.newest.spec.secret_names and not (live.kill or self._stopping):
+            try:
+                return await self._executor.secrets(task_id, name)
+            except StoreUnavailable as e:
+                await self._disk(live, e)
+        return Secrets()
+
+    async def _permit(self, live: _Live) -> str | None:
+        """Return a permit as soon as what the task prints can be kept.
+
+        None: it is not to start any more, or not by this daemon.
+        """
+        while not (live.kill or self._stopping):
+            try:
+                self._executor.check()
+                return await self._executor.permit(live.newest.id)
+            except StoreUnavailable as e:
+                await self._disk(live, e)
+        return None
+
+    async def _disk(self, live: _Live, error: StoreUnavailable) -> None:
+        """Wait a while for the disk, and say so."""
+        why = f"the disk: {error.detail}"
+        if live.newest.waiting_for != why:
+            _log.error("Task {id} has to wait: {e}", id=live.newest.id, e=error)
+            self._wait_for(live, why)
+        await self._pause(live)
+
+    def ended(self, live: _Live, exit: Exit) -> None:
+        """Take the result of a run."""
+        if exit.unstarted:
+            own(self._guarded(live, self._start_again(live, exit)))
+            return
+        live.task.refresh()  # what was told of its output is on record with its end
+        status, reason = judge(exit, live.newest.killed_by)
+        notes = live.newest.notes
+        if exit.open:
+            notes = (*notes, OPEN)
+        if exit.memory_kills:
+            notes = (*notes, MEMORY)
+        own(
+            self._finish(
+                live,
+                status=status,
+                reason=reason,
+                exit_code=exit.code,
+                signal=exit.signal,
+                ended_at=exit.ended_at or self._time.wall(),
+                output_size=max(exit.output_size, live.task.snapshot.output_size),
+                still_running=exit.left,
+                held=bool(exit.left) and (exit.lost or exit.cause is not Cause.ITSELF),
+                notes=notes,
+                index_size=exit.index_size,
+                cpu_seconds=exit.cpu_seconds,
+                memory_peak=exit.memory_peak,
+            )
+        )
+
+    async def _start_again(self, live: _Live, exit: Exit) -> None:
+        """Start a task whose start is on record, and with which no shim has begun."""
+        live.run = None
+        if exit.passing:
+            self._wait_for(live, f"another try: {exit.error}")
+            await self._pause(live)
+        secrets = await self._secrets(live)
+        if live.kill:
+            # A daemon that finds a start barred has to find on record why.
+            await self._kill_on_record(live)
+            if await self._bar(live):
+                await self._killed_waiting(live)
+            else:
+                self._adopt(live)
+        elif self._stopping:
+            live.later = True
+            self._moved.advance(self._moved.version + 1)
+        else:
+            _log.info("Task {id} was not started yet; it starts now", id=live.newest.id)
+            command = await self._command(live, secrets)
+            if command is not None:
+                if live.newest.waiting_for is not None:
+                    live.newest = live.changed(waiting_for=None)
+                self._run(live, command)
+
+    async def _bar(self, live: _Live) -> bool:
+        """Make sure that no shim begins with a task; return False if one has."""
+        while not self._gone:
+            try:
+                return self._executor.bar(live.newest.id)
+            except StoreUnavailable as e:
+                await self._disk(live, e)
+        raise ShuttingDown
+
+    async def _killed_waiting(self, live: _Live) -> None:
+        reason = f"Killed by {live.newest.killed_by} before it started."
+        await self._finish(live, status=Status.KILLED, reason=reason, started_at=None)
+
+    async def _finish(self, live: _Live, **new: object) -> None:
+        end = {
+            "ended_at": self._time.wall(),
+            "ended_steady": self._time.steady(),
+            "waiting_for": None,
+            **new,
+        }
+        await self._record(live, **end)
+        task_id = live.newest.id
+        if live.newest.spec.secret_names:
+            self._executor.forget_secrets(task_id, live.newest.secret_file)
+        remains = live.newest.still_running
+        _log.info(
+            "Task {id} {status}: {why}",
+            id=task_id,
+            status=live.newest.status.value,
+            why=live.newest.reason or "",
+        )
+        if remains:
+            _log.warn("Of task {id} these still run: {it}", id=task_id, it=listed(remains))
+        self._running.pop(task_id, None)
+        if live.newest.held:
+            self._hold(live)
+        self._moved.advance(self._moved.version + 1)
+        self._schedule()
+
+    def _hold(self, live: _Live) -> None:
+        """Keep the target of a task that has ended from others, until nothing runs."""
+        self._held[live.newest.id] = live
+        own(self._watch_held(live))
+
+    async def _watch_held(self, live: _Live) -> None:
+        task_id = live.newest.id
+        while not self._stopping:
+            before = live.newest.still_running
+            try:
+                left = await self._executor.living(before)
+            except OSError as e:
+                _log.error("Cannot look at what is left of task {id}: {e}", id=task_id, e=e)
+                left = before
+            if not live.newest.held:
+                return
+            if {one.pid for one in left} != {one.pid for one in before}:
+                await self._record(live, still_running=left, held=bool(left))
+            if not left:
+                _log.info("Nothing of task {id} runs any more", id=task_id)
+                self._release(live)
+                return
+            await self._pause(live)
+
+    def _release(self, live: _Live) -> None:
+        self._held.pop(live.newest.id, None)
+        self._schedule()
+
+    async def free(self, target: str, by: Principal) -> Sequence[int]:
+        """Give back a target that ended tasks hold; return the numbers of those tasks.
+
+        What still runs of them goes on running, and is listed in them.
+        """
+        return await shielded(self._free(target, by))
+
+    async def _free(self, target: str, by: Principal) -> Sequence[int]:
+        found = [e for e in self._held.values() if e.newest.spec.target == target]
+        for live in found:
+            note = f"{by} gave {target} back while these still ran: "
+            notes = (*live.newest.notes, f"{note}{listed(live.newest.still_running)}.")
+            await self._record(live, held=False, notes=notes)
+            _log.warn("Task {id}: {it}", id=live.newest.id, it=notes[-1])
+            self._release(live)
+        return [live.newest.id for live in found]
+
+    async def _record(self, live: _Live, **new: object) -> None:
+        """Change a task, and tell about it when the change is on disk."""
+        live.newest = snapshot = live.changed(**new)
+        await self._save(live)
+        if snapshot.revision > live.task.snapshot.revision:
+            live.task.announce(snapshot)
+
+    async def _save(self, live: _Live) -> None:
+        """Save until it is saved: what has happened must not be forgotten.
+
+        Raises `ShuttingDown` when it is left to the next daemon.
+        """
+        snapshot, trouble = live.newest, ""
+        while not self._gone:
+            try:
+                await self._store.save(snapshot)
+            except StoreUnavailable as e:
+                if trouble != str(e):
+                    trouble = str(e)
+                    _log.error("Cannot record task {id}: {e}", id=snapshot.id, e=e)
+                await self._pause()
+            else:
+                live.saved = max(live.saved, snapshot.revision)
+                self.changed.advance(self.changed.version + 1)
+                break
+        if self._gone:
+            raise ShuttingDown
+
+    def _pause(self, live: _Live | None = None) -> Deferred[None]:
+        """Return what fires after a while, or when a task is killed, or at the end."""
+        wait: Deferred[None] = Deferred()
+        self._pauses[wait] = None
+        call = self._clock.callLater(RETRY, wait.callback, None)
+        if live is not None:
+            live.pause = wait
+
+        def done(_: object) -> None:
+            del self._pauses[wait]
+            if call.active():
+                call.cancel()
+
+        return wait.addCallback(done)
+
+
+MEMORY = "The kernel killed a process of this task because memory ran out."
+
+OPEN = (
+    "A background process still held the output at the end; what it prints after that is "
+    "not kept."
+)

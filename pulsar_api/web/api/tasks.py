@@ -1,0 +1,287 @@
+"""The API of the document: tasks over HTTP."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import urlencode
+
+from attrs import field, frozen
+from klein import Klein
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.web.server import Request
+from werkzeug.routing import BaseConverter
+
+from pulsar_api.auth.guard import Guard
+from pulsar_api.auth.rights import Right
+from pulsar_api.concurrency.turns import Rota
+from pulsar_api.errors import UnknownTask
+from pulsar_api.output.reader import Output
+from pulsar_api.tasks.model import Task, TaskSnapshot
+from pulsar_api.tasks.service import MAX_ID
+from pulsar_api.web import encoding
+from pulsar_api.web.api.lists import Entry, Lists
+from pulsar_api.web.authentication import Access, needs
+from pulsar_api.web.encoding import Part
+from pulsar_api.web.legacy.feed import Feed
+from pulsar_api.web.responses import header, new_app, not_modified, reply, stream
+from pulsar_api.web.server.body import body_of
+
+RESERVED = (
+    "task tasks job jobs pulsar web websocket event events api static login logout"
+).split()
+"""First segments of a path that are no app's name."""
+
+_SMALL = 1 << 18  # bytes of output up to which an answer is built at once, and shared
+_SHARED = 16  # how many such answers are kept for the next who asks
+_OUTPUTS = ("full", "tail", "none")
+_UNCHANGED = encoding.encode({"changed": False})
+
+
+class _AppConverter(BaseConverter):
+    regex = rf"(?!(?:{'|'.join(RESERVED)})\Z)[^/]+"
+    part_isolating = True
+
+
+def _new_app() -> Klein:
+    app = new_app()
+    app.url_map.converters["app"] = _AppConverter
+    return app
+
+
+@frozen(eq=False)
+class TaskAPI:
+    """The routes of the API. ``app.resource()`` is what a site serves."""
+
+    app: ClassVar[Klein] = _new_app()
+
+    access: Access
+    folder: Path
+    """Where the output of task 47 is in the folder ``47``."""
+    clock: IReactorTime
+    poll_timeout: float = 30.0
+    feed: Feed | None = None
+    """Who is told which task's POST is being answered."""
+    lists: Lists = field()
+    _shared: OrderedDict[tuple[object, ...], bytes] = field(factory=OrderedDict)
+
+    @lists.default
+    def _lists(self) -> Lists:
+        return Lists(self.clock, Rota(self.clock))
+
+    # -- tasks
+
+    @app.route("/tasks", methods=["GET"])
+    @needs(Right.READ)
+    async def list_tasks(self, request: Request, tasks: Guard) -> bytes:
+        query = query_of(request)
+        wanted = encoding.parse_task_query(query)
+        how = encoding.parse_choice(query, "output", "tail", _OUTPUTS)
+        base = self._base(request)
+
+        def entry(task: TaskSnapshot) -> Entry:
+            task, output = encoding.with_output(task, self.folder)
+            part = Part.chosen(how, task, output)
+            return Entry(part.size, encoding.list_entry(task, base, output, part))
+
+        def more(last: int) -> None:
+            path = urlencode({**query, "before": last})
+            request.setHeader("Link", f'</tasks?{path}>; rel="next"')
+
+        begin = encoding.list_head(base)
+        return await self.lists.answer(request, tasks, wanted, entry, begin, b"}}\n", more)
+
+    @app.route("/tasks/created", methods=["GET"])
+    @needs(Right.READ)
+    async def created(self, request: Request, tasks: Guard) -> bytes:
+        query = query_of(request)
+        created = tasks.created
+        since = encoding.parse_number(query, "since", created.version, MAX_ID)
+        how = encoding.parse_choice(query, "output", "full", _OUTPUTS)
+        seconds = self._seconds(request, query)
+        # A number from the future is from another database: take it as "from now on".
+        seen = min(since, created.version)
+        until = self.clock.seconds() + seconds
+        newest = created.version
+        task = await self.lists.next_after(tasks, seen) if seen < newest else None
+        while task is None:
+            seen = newest  # those that this caller may not see are none
+            left = until - self.clock.seconds()
+            if left <= 0 or await self._wait(created.after(seen), left) in {0, seen}:
+                return reply(request, _UNCHANGED)
+            newest = created.version
+            task = await tasks.next_after(seen)
+        task, output = encoding.with_output(task, self.folder)
+        part = Part.chosen(how, task, output)
+        return await self._changed(request, task, part, output=output)
+
+    @app.route("/<app:app>/<env>", methods=["POST"])
+    @needs(Right.RUN)
+    async def create(self, request: Request, tasks: Guard, app: str, env: str) -> bytes:
+        asked = encoding.parse_new_task(
+            header(request, "content-type"),
+            await body_of(request, tasks.caller.by.key),
+            query_of(request),
+        )
+        variables, secret = asked.variables, asked.secret
+        key = encoding.parse_key(request.requestHeaders.getRawHeaders("idempotency-key"))
+        task = await tasks.create(app, env, asked.action, variables, secret, key)
+        number = task.snapshot.id
+        if self.feed is not None:
+            self.feed.hold(number, request)
+        request.setHeader("Location", f"/task/{number}")
+        url = encoding.task_url(self._base(request), number)
+        fields: dict[str, object] = {"taskId": number, "id": number, "url": url}
+        if task.snapshot.notes:
+            fields["notes"] = list(task.snapshot.notes)
+        answer = encoding.encode(fields)
+        if not asked.wait:
+            return reply(request, answer)
+        if not task.snapshot.status.ended:
+            # Who goes away meanwhile stops the waiting, not the task.
+            await task.end.after(0)
+        output = self._output(task.snapshot)
+        job = encoding.job_pieces(task.snapshot, output)
+        pieces = chain([answer[:-2], b', "data": '], job, [b"}\n"])
+        return await respond(request, pieces, 2 * output.weight())
+
+    # -- one task
+
+    @app.route("/task/<number>", methods=["GET"])
+    @needs(Right.READ)
+    async def task(self, request: Request, tasks: Guard, number: str) -> bytes:
+        how = encoding.parse_choice(query_of(request), "output", "full", _OUTPUTS)
+        task = await find(tasks, number)
+        task.refresh()
+        snapshot = task.snapshot
+        if not_modified(request, f'"{snapshot.version}-{how}"'):
+            return b""
+        part = Part.chosen(how, snapshot, self._output(snapshot))
+        pieces = self._pieces(snapshot, self._base(request), part)
+        return await respond(request, chain(pieces, [b"\n"]), part.size)
+
+    @app.route("/task/<number>/output", methods=["GET"])
+    @needs(Right.READ)
+    async def output(self, request: Request, tasks: Guard, number: str) -> bytes:
+        query = query_of(request)
+        task = await find(tasks, number)
+        seen = encoding.parse_number(query, "since", task.changes.version, MAX_ID)
+        offset = encoding.parse_number(query, "offset", -1, MAX_ID)
+        how = encoding.parse_choice(query, "output", "full", _OUTPUTS)
+        seconds = self._seconds(request, query)
+        if not task.snapshot.status.ended and task.changes.version == seen:
+            await self._wait(task.changes.after(seen), seconds)
+            if task.changes.version == seen:
+                return reply(request, _UNCHANGED)
+        if offset > task.snapshot.output_size:
+            task.refresh()
+        snapshot = task.snapshot
+        if offset < 0:
+            part = Part.chosen(how, snapshot, self._output(snapshot))
+            return await self._changed(request, snapshot, part)
+        start = self._output(snapshot).character_start(min(offset, snapshot.output_size))
+        part = Part(start, snapshot.output_size)
+        return await self._changed(request, snapshot, part, part.end)
+
+    @app.route("/task/<number>/state", methods=["GET"])
+    @needs(Right.READ)
+    async def state(self, request: Request, tasks: Guard, number: str) -> bytes:
+        query = query_of(request)
+        task = await find(tasks, number)
+        seen = encoding.parse_number(query, "since", task.changes.version, MAX_ID)
+        how = encoding.parse_choice(query, "output", "full", _OUTPUTS)
+        seconds = self._seconds(request, query)
+        if not task.snapshot.status.ended and task.changes.version == seen:
+            await self._wait(task.end.after(0), seconds)
+            if not task.snapshot.status.ended:
+                return reply(request, _UNCHANGED)
+        part = Part.chosen(how, task.snapshot, self._output(task.snapshot))
+        return await self._changed(request, task.snapshot, part)
+
+    @app.route("/task/<number>/kill", methods=["GET", "POST"])
+    @needs(Right.KILL)
+    async def kill(self, request: Request, tasks: Guard, number: str) -> bytes:
+        how = encoding.parse_choice(query_of(request), "output", "full", _OUTPUTS)
+        task = await find(tasks, number)
+        if request.method != b"HEAD":  # which promises to change nothing
+            task = await tasks.kill(task.snapshot.id)
+        part = Part.chosen(how, task.snapshot, self._output(task.snapshot))
+        pieces = self._pieces(task.snapshot, self._base(request), part)
+        return await respond(request, chain(pieces, [b"\n"]), part.size)
+
+    # -- what they share
+
+    def _base(self, request: Request) -> str:
+        return self.access.origins.base(request)
+
+    def _output(self, snapshot: TaskSnapshot) -> Output:
+        return Output(self.folder / str(snapshot.id))
+
+    def _pieces(self, snapshot: TaskSnapshot, base: str, part: Part) -> Iterator[bytes]:
+        snapshot, output = self._with_output(snapshot, part)
+        return encoding.task_pieces(snapshot, base, output, part)
+
+    def _with_output(self, task: TaskSnapshot, part: Part) -> tuple[TaskSnapshot, Output]:
+        # How a task ended is told to who wants no more, whatever became of its output.
+        return (
+            (task, self._output(task))
+            if part.size
+            else encoding.with_output(task, self.folder)
+        )
+
+    def _seconds(self, request: Request, query: dict[str, str]) -> float:
+        seconds = encoding.parse_seconds(query, "timeout", self.poll_timeout)
+        return 0.0 if request.method == b"HEAD" else seconds
+
+    async def _wait(self, change: Deferred[int], seconds: float) -> int:
+        return await change.addTimeout(seconds, self.clock, lambda *_: 0)
+
+    async def _changed(
+        self,
+        request: Request,
+        snapshot: TaskSnapshot,
+        part: Part,
+        next_offset: int | None = None,
+        output: Output | None = None,
+    ) -> bytes:
+        base = self._base(request)
+        if output is None:
+            snapshot, output = self._with_output(snapshot, part)
+        offset = b"" if next_offset is None else b', "nextOffset": %d' % next_offset
+        pieces = chain(
+            [b'{"changed": true%s, "task": ' % offset],
+            encoding.task_pieces(snapshot, base, output, part),
+            [b"}\n"],
+        )
+        if part.size > _SMALL:
+            return await respond(request, pieces, part.size)
+        # Thousands may wait for the same change: build their answer once.
+        # A note is no change of the task if it says that the output cannot be read.
+        key = (snapshot.id, snapshot.version, snapshot.notes, base, part, offset)
+        body = self._shared.get(key)
+        if body is None:
+            body = self._shared[key] = b"".join(pieces)
+            while len(self._shared) > _SHARED:
+                self._shared.popitem(last=False)
+        return reply(request, body)
+
+
+async def find(tasks: Guard, number: str) -> Task:
+    """Return the task of a path's segment, or raise `UnknownTask` or `NotAllowed`."""
+    if not (number.isascii() and number.isdigit() and len(number) < 20):
+        raise UnknownTask(number[:100])
+    return await tasks.find(int(number))
+
+
+async def respond(request: Request, pieces: Iterable[bytes], size: int) -> bytes:
+    """Answer at once if it is small, else as fast as the client reads."""
+    if size <= _SMALL:
+        return reply(request, b"".join(pieces))
+    return await stream(request, iter(pieces))
+
+
+def query_of(request: Request) -> dict[str, str]:
+    """Return the parameters of the URL."""
+    return encoding.parse_query(request.uri.partition(b"?")[2])

@@ -1,0 +1,1 @@
+"""The server below the routes: limits, deadlines, request bodies, WebSockets."""

@@ -1,0 +1,244 @@
+"""WebSockets (RFC 6455) that cost little, whatever a client sends or leaves unread."""
+
+import socket
+from typing import Any
+
+from attrs import define, field
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.protocol import connectionDone
+from twisted.python.failure import Failure
+from twisted.web.http_headers import Headers
+from twisted.web.server import Request
+from wsproto.connection import Connection, ConnectionType
+from wsproto.events import BytesMessage, CloseConnection, Event, Ping, TextMessage
+from wsproto.frame_protocol import CloseReason
+from wsproto.utilities import (
+    LocalProtocolError,
+    RemoteProtocolError,
+    generate_accept_token,
+)
+
+from pulsar_api.web.responses import Valve
+from pulsar_api.web.server.body import BodyRequest
+from pulsar_api.web.server.site import LINGER
+
+MAX_MESSAGE = 8192
+"""Bytes of a client's message, over all its fragments; it only says who the client is."""
+BURST = 10_000
+"""Bytes that a client may send at once after a silence."""
+BYTES_PER_SECOND = 400.0
+"""How fast a client may send more than that. Nothing that it sends gives it more room."""
+FRAME_COST = 64
+"""Bytes that each frame counts for beside its own: an empty frame takes time, too."""
+BUFFER = 16 * 1024
+"""Bytes that a client may leave unread before the daemon neither writes nor reads more."""
+KERNEL_BUFFER = 64 * 1024
+"""Bytes that the kernel may hold for a client; Linux doubles it for its own needs."""
+STALL = 60.0
+"""Seconds in which a client must take them; it is a program, not a person who pages."""
+
+
+def limit_buffer(channel: Any) -> None:
+    """Let the connection of a `BoundedChannel` hold back less, and not for as long.
+
+    Twisted stops a producer at 64 KiB only, and the kernel takes megabytes for each client
+    that does not read; who reads would wait until all of them are full.
+    """
+    channel.stall = STALL
+    transport = channel.transport
+    below = getattr(transport, "transport", transport)  # TLS has TCP below it
+    below.bufferSize = BUFFER
+    sock = getattr(below, "socket", None)
+    if sock is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BUFFER)
+
+
+@define(eq=False)
+class TokenBucket:
+    """Counts what a client sends. Only time gives it new tokens."""
+
+    _clock: IReactorTime
+    _tokens: float = field(default=BURST, init=False)
+    _at: float = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._at = self._clock.seconds()
+
+    def take(self, number: int) -> bool:
+        """Take some tokens; return whether there were as many."""
+        now = self._clock.seconds()
+        self._tokens = min(BURST, self._tokens + (now - self._at) * BYTES_PER_SECOND)
+        self._at = now
+        self._tokens -= number
+        return self._tokens >= 0
+
+
+def handshake(request: Request) -> bytes | None:
+    """Return the answer that makes a request a WebSocket; None if it is no handshake.
+
+    A handshake has no body: a request is answered from its head on, so the bytes of a body
+    would be taken for frames.
+    """
+    headers = request.requestHeaders
+
+    def words(name: bytes) -> set[bytes]:
+        lines = headers.getRawHeaders(name, [])
+        return {word.strip().lower() for line in lines for word in line.split(b",")}
+
+    keys = headers.getRawHeaders(b"sec-websocket-key", [])
+    if (
+        request.clientproto != b"HTTP/1.1"
+        or (isinstance(request, BodyRequest) and request.body is not None)
+        or b"websocket" not in words(b"upgrade")
+        or b"upgrade" not in words(b"connection")
+        or headers.getRawHeaders(b"sec-websocket-version") != [b"13"]
+        or len(keys) != 1
+    ):
+        return None
+    return (
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Accept: " + generate_accept_token(keys[0].strip()) + b"\r\n\r\n"
+    )
+
+
+class WebSocket(Valve):
+    """The daemon's side of a WebSocket, on the channel of the request that asked for it.
+
+    While the client does not read, the daemon does not read from it either, and the
+    channel's stall clock runs. A client that is refused is cut off, whatever is unread.
+    """
+
+    def __init__(self, request: Request, clock: IReactorTime) -> None:
+        self._request = request
+        self._channel: Any = request.channel
+        self._clock = clock
+        self._channel_lost = self._channel.connectionLost
+        self._protocol = Connection(ConnectionType.SERVER)
+        self._bucket = TokenBucket(clock)
+        self._parts: list[str] = []
+        self._size = 0
+        self._closed = False
+        self._cut: IDelayedCall | None = None
+
+    def start(self, answer: bytes) -> None:
+        """Answer the handshake and take over the channel."""
+        limit_buffer(self._channel)
+        self._channel._protocolUpgradeForWebsockets(self)  # noqa: SLF001 - see its test
+        # What came in one piece with the handshake is heard, and counted, as well.
+        self._channel.rawDataReceived = self.dataReceived
+        self._channel.transport.write(answer)
+        self._request.registerProducer(self, True)
+        # The head is no longer needed, and a socket that stays is not what strangers hold.
+        self._request.requestHeaders = Headers()
+        if isinstance(self._request, BodyRequest):
+            self._request.caller_known()
+
+    # -- what a subclass does
+
+    def message_received(self, text: str) -> None:
+        """Take a text message."""
+
+    def connection_closed(self) -> None:
+        """Stop whatever still wants to send."""
+
+    # -- sending
+
+    async def send(self, text: str, *, last: bool = True) -> None:
+        """Send a text, or a part of one as a frame of its own; wait until there is room.
+
+        If the connection has ended this never returns; `connection_closed` cancels it.
+        """
+        if self._closed:
+            await Deferred()
+        self._write(TextMessage(text, message_finished=last))
+        await self.open()
+
+    def close(self, code: int = CloseReason.NORMAL_CLOSURE) -> None:
+        """Say goodbye, and cut the connection if the client does not end it soon."""
+        self._end(CloseConnection(code))
+
+    def abort(self) -> None:
+        """Cut the connection and drop what is unread."""
+        self._closed = True
+        self._parts.clear()
+        self._channel.transport.abortConnection()
+
+    def _end(self, event: CloseConnection) -> None:
+        self._closed = True
+        self._parts.clear()
+        try:
+            self._write(event)
+        except LocalProtocolError:
+            self.abort()
+            return
+        self._request.unregisterProducer()
+        self._channel.loseConnection()
+        self._cut = self._clock.callLater(LINGER, self.abort)
+
+    def _write(self, event: Event) -> None:
+        self._channel.transport.write(self._protocol.send(event))
+
+    # -- what Twisted calls
+
+    def makeConnection(self, transport: object) -> None:
+        """Do nothing: the channel has the transport already."""
+
+    def dataReceived(self, data: bytes) -> None:
+        """Take bytes; cut a client that sends too many."""
+        if self._closed:
+            return
+        if not self._bucket.take(len(data)):
+            self.abort()
+            return
+        try:
+            self._protocol.receive_data(data)
+            for event in self._protocol.events():
+                if not self._bucket.take(FRAME_COST):
+                    self.abort()
+                else:
+                    self._take(event)
+                if self._closed:
+                    return
+        except (LocalProtocolError, RemoteProtocolError):
+            self.abort()
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case TextMessage():
+                self._parts.append(event.data)
+                self._size += max(1, len(event.data))  # an empty part takes a place, too
+                if self._size > MAX_MESSAGE:
+                    self.abort()
+                elif event.message_finished:
+                    text = "".join(self._parts)
+                    self._parts, self._size = [], 0
+                    self.message_received(text)
+            case Ping():
+                self._write(event.response())
+            case CloseConnection():
+                self._end(event.response())
+            case BytesMessage():
+                self.close(CloseReason.UNSUPPORTED_DATA)
+
+    def pauseProducing(self) -> None:
+        """The client does not read: write nothing more, and read nothing either."""
+        super().pauseProducing()
+        self._channel.transport.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        """The client has read."""
+        self._channel.transport.resumeProducing()
+        super().resumeProducing()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """Stop, and let the channel do what it does at its end."""
+        self._closed = True
+        if self._cut is not None and self._cut.active():
+            self._cut.cancel()
+        self.connection_closed()
+        # Without these the channel would refer to us and we to it, and what the client left
+        # unread would stay in memory until the garbage collector finds the circle.
+        for name in ("dataReceived", "rawDataReceived", "connectionLost"):
+            vars(self._channel).pop(name, None)
+        self._channel_lost(reason)
