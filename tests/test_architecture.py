@@ -118,7 +118,6 @@ TOO_LONG = """
     pulsar_api/tasks/commands.py
     pulsar_api/tasks/model.py
     pulsar_api/tasks/service.py
-    pulsar_api/web/encoding.py
     pulsar_api/web/legacy/sockjs.py
     pulsar_api/web/server/site.py
 """.split()

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from pulsar_api.errors import InvalidInput
 from pulsar_api.output.reader import Output
 from pulsar_api.tasks.model import Status, TaskQuery, TaskSnapshot, TaskSpec
-from pulsar_api.web import encoding
+from pulsar_api.web import decoding, encoding, json_stream
 from tests.fakes import person
 
 JSON = "application/json"
 FORM = "application/x-www-form-urlencoded"
 
 
-def parse(kind: str, body: bytes, **query: str) -> encoding.NewTask:
+def parse(kind: str, body: bytes, **query: str) -> decoding.NewTask:
     """Read a request for a task."""
-    return encoding.parse_new_task(kind, body, query)
+    return decoding.parse_new_task(kind, body, query)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def parse(kind: str, body: bytes, **query: str) -> encoding.NewTask:
 )
 def test_json_and_forms_say_the_same(kind: str, body: bytes) -> None:
     """Numbers become texts; blanks round the action are taken away."""
-    assert parse(kind, body) == encoding.NewTask("deploy", {"a": "1"})
+    assert parse(kind, body) == decoding.NewTask("deploy", {"a": "1"})
 
 
 def test_the_query_can_name_the_action_and_the_body_wins() -> None:
@@ -88,7 +88,7 @@ def test_a_number_with_too_many_digits_is_refused() -> None:
 )
 def test_other_media_types_are_refused(kind: str) -> None:
     """With a sentence that names those that are understood."""
-    with pytest.raises(encoding.UnsupportedMedia, match="application/json"):
+    with pytest.raises(decoding.UnsupportedMedia, match="application/json"):
         parse(kind, b"action=deploy")
 
 
@@ -124,35 +124,35 @@ def test_no_body_raises_anything_else(body: bytes) -> None:
 def test_numbers_in_a_query_have_bounds(text: str) -> None:
     """The error names the parameter and the bounds."""
     with pytest.raises(InvalidInput, match="from 0 to 1000"):
-        encoding.parse_number({"limit": text}, "limit", 1, 1000)
+        decoding.parse_number({"limit": text}, "limit", 1, 1000)
 
 
 @pytest.mark.parametrize("text", ["-1", "31", "x", "", "nan", "inf"])
 def test_seconds_in_a_query_have_bounds(text: str) -> None:
     """Never longer than the daemon lets one wait."""
     with pytest.raises(InvalidInput, match="from 0 to 30"):
-        encoding.parse_seconds({"timeout": text}, "timeout", 30.0)
+        decoding.parse_seconds({"timeout": text}, "timeout", 30.0)
 
 
 def test_seconds_may_have_a_fraction() -> None:
     """And the default is the most."""
-    assert encoding.parse_seconds({"timeout": "0.5"}, "timeout", 30.0) == 0.5
-    assert encoding.parse_seconds({}, "timeout", 30.0) == 30.0
+    assert decoding.parse_seconds({"timeout": "0.5"}, "timeout", 30.0) == 0.5
+    assert decoding.parse_seconds({}, "timeout", 30.0) == 30.0
 
 
 def test_a_list_query_is_read_whole() -> None:
     """Every filter of the API."""
-    query = encoding.parse_query(b"limit=5&before=9&status=failed&app=a&env=e&user=u")
+    query = decoding.parse_query(b"limit=5&before=9&status=failed&app=a&env=e&user=u")
     expected = TaskQuery(5, 9, Status.FAILED, "a", "e", "u")
-    assert encoding.parse_task_query(query) == expected
-    assert encoding.parse_task_query({}) == TaskQuery()
+    assert decoding.parse_task_query(query) == expected
+    assert decoding.parse_task_query({}) == TaskQuery()
 
 
 @pytest.mark.parametrize("query", [{"limit": "0"}, {"status": "ended"}, {"before": "x"}])
 def test_a_wrong_list_query_is_refused(query: dict[str, str]) -> None:
     """By name."""
     with pytest.raises(InvalidInput):
-        encoding.parse_task_query(query)
+        decoding.parse_task_query(query)
 
 
 @pytest.mark.parametrize("name", ["text", "app", "env", "user"])
@@ -160,23 +160,23 @@ def test_nul_in_a_filter_or_a_form_is_refused(name: str) -> None:
     """By the name of the parameter; but a log can have it, and is searched for it."""
     for query in (f"limit=1&{name}=a%00b", f"{name}=%00"):
         with pytest.raises(InvalidInput, match=rf"^{name}: "):
-            encoding.parse_task_query(encoding.parse_query(query.encode()))
+            decoding.parse_task_query(decoding.parse_query(query.encode()))
         with pytest.raises(InvalidInput, match=rf"^{name}: "):
-            encoding.parse_form("application/x-www-form-urlencoded", query.encode())
-    assert encoding.parse_needle(encoding.parse_query(b"text=%00")) == "\0"
+            decoding.parse_form("application/x-www-form-urlencoded", query.encode())
+    assert decoding.parse_needle(decoding.parse_query(b"text=%00")) == "\0"
 
 
 def test_a_key_may_be_quoted() -> None:
     """The draft writes it in quotes, many clients do not."""
-    assert encoding.parse_key(None) is None
-    assert encoding.parse_key(["abc-1"]) == encoding.parse_key(['"abc-1"']) == "abc-1"
+    assert decoding.parse_key(None) is None
+    assert decoding.parse_key(["abc-1"]) == decoding.parse_key(['"abc-1"']) == "abc-1"
 
 
 @pytest.mark.parametrize("given", [[""], ["a b"], ["x" * 256], ["\u00e4"], ["a", "b"]])
 def test_a_key_has_bounds(given: list[str]) -> None:
     """One, visible, of 255 characters at most."""
     with pytest.raises(InvalidInput, match="Idempotency-Key"):
-        encoding.parse_key(given)
+        decoding.parse_key(given)
 
 
 SNAPSHOT = TaskSnapshot(
@@ -275,3 +275,12 @@ def test_a_problem_names_the_field() -> None:
         "error": "app: no",
         "field": "app",
     }
+
+
+def test_an_object_is_written_piece_by_piece() -> None:
+    """A reader gets the same value as if it had been one text."""
+    inner = json_stream.pieces({}, text=json_stream.Text(iter(['a"', "\n", "é"])))
+    written = json_stream.pieces({"a": 1}, none=json_stream.Text([]), inner=inner)
+    value = json.loads(b"".join(written))
+    assert value == {"a": 1, "none": "", "inner": {"text": 'a"\né'}}
+    assert b"".join(json_stream.pieces({})) == b"{}"

@@ -14,7 +14,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from zope.interface import implementer
 
 from pulsar_api import errors
-from pulsar_api.web import encoding
+from pulsar_api.web import decoding, encoding
 from pulsar_api.web.headers import PAGE_POLICY
 from pulsar_api.web.origin import ForeignOrigin
 from pulsar_api.web.server import body
@@ -27,7 +27,7 @@ _HTML = "text/html; charset=utf-8"
 # For each error: status, type, title, seconds for Retry-After.
 _PROBLEMS: dict[type[errors.PulsarError], tuple[int, str, str, int | None]] = {
     errors.InvalidInput: (400, "invalid-input", "Invalid input", None),
-    encoding.UnsupportedMedia: (415, "unsupported-media", "Unsupported media type", None),
+    decoding.UnsupportedMedia: (415, "unsupported-media", "Unsupported media type", None),
     errors.UnknownTask: (404, "unknown-task", "Unknown task", None),
     errors.NotAuthenticated: (401, "not-authenticated", "Not authenticated", None),
     errors.NotAllowed: (403, "not-allowed", "Not allowed", None),

@@ -30,7 +30,7 @@ from pulsar_api.errors import (
     TooManyFailures,
 )
 from pulsar_api.tasks.targets import Target
-from pulsar_api.web import encoding
+from pulsar_api.web import decoding, encoding
 from pulsar_api.web.api.tasks import query_of
 from pulsar_api.web.authentication import IS_TOKEN, Access, cookies, set_session
 from pulsar_api.web.responses import header, new_app, page, reply
@@ -75,7 +75,7 @@ class SignIn:
         """Begin a session for a user and password, or for a token."""
         self.access.origins.check(request)
         body = await body_of(request, None, FORM)
-        fields = encoding.parse_form(header(request, "content-type"), body)
+        fields = decoding.parse_form(header(request, "content-type"), body)
         user, secret = fields.get("user", ""), fields.get("password", "")
         target = local(fields.get("next", ""))
         if secret == IS_TOKEN:
@@ -144,7 +144,7 @@ class SignIn:
     async def logout(self, request: Request) -> bytes:
         """End this session; with ``everywhere=1`` all of the same user."""
         self.access.origins.check(request)
-        everywhere = encoding.parse_flag(query_of(request), "everywhere")
+        everywhere = decoding.parse_flag(query_of(request), "everywhere")
         id = self.access.session(request)
         sessions = self.access.sessions
         user = None if id is None or sessions is None else await sessions.user(id)

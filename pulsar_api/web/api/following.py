@@ -21,7 +21,7 @@ from pulsar_api.concurrency.turns import Rota
 from pulsar_api.output.reader import NAMES, PIECE, Chunk, Output, Reader, Timed
 from pulsar_api.tasks.model import COALESCE, Task, TaskSnapshot
 from pulsar_api.tasks.service import MAX_ID
-from pulsar_api.web import encoding
+from pulsar_api.web import decoding, encoding
 from pulsar_api.web.api.tasks import find, query_of
 from pulsar_api.web.authentication import Access, needs
 from pulsar_api.web.responses import Valve, header, new_app, not_modified, problem
@@ -55,18 +55,18 @@ class FollowAPI:
     @needs(Right.READ)
     async def log(self, request: Request, tasks: Guard, number: str) -> bytes:
         query = query_of(request)
-        follow = encoding.parse_flag(query, "follow")
-        times = encoding.parse_flag(query, "times")
+        follow = decoding.parse_flag(query, "follow")
+        times = decoding.parse_flag(query, "times")
         stream = None
         if "stream" in query:
-            stream = _STREAMS[encoding.parse_choice(query, "stream", "", tuple(_STREAMS))]
+            stream = _STREAMS[decoding.parse_choice(query, "stream", "", tuple(_STREAMS))]
         task = await find(tasks, number)
         task.refresh()
         output = Output(self.folder / str(task.snapshot.id))
         size = task.snapshot.output_size
-        start = encoding.parse_number(query, "offset", 0, MAX_ID)
+        start = decoding.parse_number(query, "offset", 0, MAX_ID)
         if "tail" in query:
-            start = max(0, size - encoding.parse_number(query, "tail", 0, MAX_ID))
+            start = max(0, size - decoding.parse_number(query, "tail", 0, MAX_ID))
         start = min(start, size)
         request.setHeader("Content-Type", _LOG)
         request.setHeader("Cache-Control", "no-cache")
@@ -139,7 +139,7 @@ class FollowAPI:
     @needs(Right.READ)
     async def events(self, request: Request, tasks: Guard, number: str) -> bytes:
         query = query_of(request)
-        times = encoding.parse_flag(query, "times")
+        times = decoding.parse_flag(query, "times")
         task = await find(tasks, number)
         task.refresh()
         output = Output(self.folder / str(task.snapshot.id))
@@ -155,7 +155,7 @@ class FollowAPI:
                 return b""
         else:
             revision = 0
-            offset = encoding.parse_number(query, "offset", 0, MAX_ID)
+            offset = decoding.parse_number(query, "offset", 0, MAX_ID)
             offset = output.character_start(min(offset, task.snapshot.output_size))
             record = output.record_at(offset) if offset else 0
         _begin_events(request)
@@ -235,7 +235,7 @@ class FollowAPI:
 
 def _cursor(request: Request, query: dict[str, str]) -> tuple[int, ...] | None:
     text = header(request, "last-event-id") or query.get("lastEventId", "")
-    return encoding.parse_cursor(text) if text else None
+    return decoding.parse_cursor(text) if text else None
 
 
 def _begin_events(request: Request) -> None:

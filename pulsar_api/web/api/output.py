@@ -15,7 +15,7 @@ from pulsar_api.output.reader import NAMES, Output
 from pulsar_api.output.search import search
 from pulsar_api.tasks.model import TaskSnapshot
 from pulsar_api.tasks.service import MAX_ID
-from pulsar_api.web import encoding
+from pulsar_api.web import decoding, encoding
 from pulsar_api.web.api.tasks import find, query_of
 from pulsar_api.web.authentication import Access, needs
 from pulsar_api.web.responses import JSON, new_app, reply
@@ -38,7 +38,7 @@ class PartsAPI:
     @needs(Right.READ)
     async def lines(self, request: Request, tasks: Guard, number: str) -> bytes:
         task = await find(tasks, number)
-        start = encoding.parse_number(query_of(request), "from", 0, MAX_ID)
+        start = decoding.parse_number(query_of(request), "from", 0, MAX_ID)
         task.refresh()
         # Of now: what comes while the index is made has another version.
         snapshot = task.snapshot
@@ -70,8 +70,8 @@ class PartsAPI:
         query = query_of(request)
         task.refresh()
         size = task.snapshot.output_size
-        start = min(encoding.parse_number(query, "offset", 0, MAX_ID), size)
-        end = min(encoding.parse_number(query, "end", size, MAX_ID), size)
+        start = min(decoding.parse_number(query, "offset", 0, MAX_ID), size)
+        end = min(decoding.parse_number(query, "end", size, MAX_ID), size)
         if request.method == b"HEAD":
             return _head(request)
         output = Output(self.indexes.folder / str(task.snapshot.id))
@@ -94,8 +94,8 @@ class PartsAPI:
     async def search(self, request: Request, tasks: Guard, number: str) -> bytes:
         task = await find(tasks, number)
         query = query_of(request)
-        text = encoding.parse_needle(query)
-        start = encoding.parse_number(query, "from", 0, MAX_ID)
+        text = decoding.parse_needle(query)
+        start = decoding.parse_number(query, "from", 0, MAX_ID)
         if request.method == b"HEAD":
             return _head(request)
         task.refresh()

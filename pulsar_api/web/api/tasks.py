@@ -21,7 +21,7 @@ from pulsar_api.errors import UnknownTask
 from pulsar_api.output.reader import Output
 from pulsar_api.tasks.model import Task, TaskSnapshot
 from pulsar_api.tasks.service import MAX_ID
-from pulsar_api.web import encoding
+from pulsar_api.web import decoding, encoding, json_stream
 from pulsar_api.web.api.lists import Entry, Lists
 from pulsar_api.web.authentication import Access, needs
 from pulsar_api.web.encoding import Part
@@ -77,8 +77,8 @@ class TaskAPI:
     @needs(Right.READ)
     async def list_tasks(self, request: Request, tasks: Guard) -> bytes:
         query = query_of(request)
-        wanted = encoding.parse_task_query(query)
-        how = encoding.parse_choice(query, "output", "tail", _OUTPUTS)
+        wanted = decoding.parse_task_query(query)
+        how = decoding.parse_choice(query, "output", "tail", _OUTPUTS)
         base = self._base(request)
 
         def entry(task: TaskSnapshot) -> Entry:
@@ -90,16 +90,16 @@ class TaskAPI:
             path = urlencode({**query, "before": last})
             request.setHeader("Link", f'</tasks?{path}>; rel="next"')
 
-        begin = encoding.list_head(base)
-        return await self.lists.answer(request, tasks, wanted, entry, begin, b"}}\n", more)
+        begin, end = encoding.list_head(base), encoding.LIST_TAIL
+        return await self.lists.answer(request, tasks, wanted, entry, begin, end, more)
 
     @app.route("/tasks/created", methods=["GET"])
     @needs(Right.READ)
     async def created(self, request: Request, tasks: Guard) -> bytes:
         query = query_of(request)
         created = tasks.created
-        since = encoding.parse_number(query, "since", created.version, MAX_ID)
-        how = encoding.parse_choice(query, "output", "full", _OUTPUTS)
+        since = decoding.parse_number(query, "since", created.version, MAX_ID)
+        how = decoding.parse_choice(query, "output", "full", _OUTPUTS)
         seconds = self._seconds(request, query)
         # A number from the future is from another database: take it as "from now on".
         seen = min(since, created.version)
@@ -120,13 +120,13 @@ class TaskAPI:
     @app.route("/<app:app>/<env>", methods=["POST"])
     @needs(Right.RUN)
     async def create(self, request: Request, tasks: Guard, app: str, env: str) -> bytes:
-        asked = encoding.parse_new_task(
+        asked = decoding.parse_new_task(
             header(request, "content-type"),
             await body_of(request, tasks.caller.by.key),
             query_of(request),
         )
         variables, secret = asked.variables, asked.secret
-        key = encoding.parse_key(request.requestHeaders.getRawHeaders("idempotency-key"))
+        key = decoding.parse_key(request.requestHeaders.getRawHeaders("idempotency-key"))
         task = await tasks.create(app, env, asked.action, variables, secret, key)
         number = task.snapshot.id
         if self.feed is not None:
@@ -136,15 +136,14 @@ class TaskAPI:
         fields: dict[str, object] = {"taskId": number, "id": number, "url": url}
         if task.snapshot.notes:
             fields["notes"] = list(task.snapshot.notes)
-        answer = encoding.encode(fields)
         if not asked.wait:
-            return reply(request, answer)
+            return reply(request, encoding.encode(fields))
         if not task.snapshot.status.ended:
             # Who goes away meanwhile stops the waiting, not the task.
             await task.end.after(0)
         output = self._output(task.snapshot)
         job = encoding.job_pieces(task.snapshot, output)
-        pieces = chain([answer[:-2], b', "data": '], job, [b"}\n"])
+        pieces = chain(json_stream.pieces(fields, data=job), [b"\n"])
         return await respond(request, pieces, 2 * output.weight())
 
     # -- one task
@@ -152,7 +151,7 @@ class TaskAPI:
     @app.route("/task/<number>", methods=["GET"])
     @needs(Right.READ)
     async def task(self, request: Request, tasks: Guard, number: str) -> bytes:
-        how = encoding.parse_choice(query_of(request), "output", "full", _OUTPUTS)
+        how = decoding.parse_choice(query_of(request), "output", "full", _OUTPUTS)
         task = await find(tasks, number)
         task.refresh()
         snapshot = task.snapshot
@@ -167,9 +166,9 @@ class TaskAPI:
     async def output(self, request: Request, tasks: Guard, number: str) -> bytes:
         query = query_of(request)
         task = await find(tasks, number)
-        seen = encoding.parse_number(query, "since", task.changes.version, MAX_ID)
-        offset = encoding.parse_number(query, "offset", -1, MAX_ID)
-        how = encoding.parse_choice(query, "output", "full", _OUTPUTS)
+        seen = decoding.parse_number(query, "since", task.changes.version, MAX_ID)
+        offset = decoding.parse_number(query, "offset", -1, MAX_ID)
+        how = decoding.parse_choice(query, "output", "full", _OUTPUTS)
         seconds = self._seconds(request, query)
         if not task.snapshot.status.ended and task.changes.version == seen:
             await self._wait(task.changes.after(seen), seconds)
@@ -190,8 +189,8 @@ class TaskAPI:
     async def state(self, request: Request, tasks: Guard, number: str) -> bytes:
         query = query_of(request)
         task = await find(tasks, number)
-        seen = encoding.parse_number(query, "since", task.changes.version, MAX_ID)
-        how = encoding.parse_choice(query, "output", "full", _OUTPUTS)
+        seen = decoding.parse_number(query, "since", task.changes.version, MAX_ID)
+        how = decoding.parse_choice(query, "output", "full", _OUTPUTS)
         seconds = self._seconds(request, query)
         if not task.snapshot.status.ended and task.changes.version == seen:
             await self._wait(task.end.after(0), seconds)
@@ -203,7 +202,7 @@ class TaskAPI:
     @app.route("/task/<number>/kill", methods=["GET", "POST"])
     @needs(Right.KILL)
     async def kill(self, request: Request, tasks: Guard, number: str) -> bytes:
-        how = encoding.parse_choice(query_of(request), "output", "full", _OUTPUTS)
+        how = decoding.parse_choice(query_of(request), "output", "full", _OUTPUTS)
         task = await find(tasks, number)
         if request.method != b"HEAD":  # which promises to change nothing
             task = await tasks.kill(task.snapshot.id)
@@ -232,7 +231,7 @@ class TaskAPI:
         )
 
     def _seconds(self, request: Request, query: dict[str, str]) -> float:
-        seconds = encoding.parse_seconds(query, "timeout", self.poll_timeout)
+        seconds = decoding.parse_seconds(query, "timeout", self.poll_timeout)
         return 0.0 if request.method == b"HEAD" else seconds
 
     async def _wait(self, change: Deferred[int], seconds: float) -> int:
@@ -249,17 +248,16 @@ class TaskAPI:
         base = self._base(request)
         if output is None:
             snapshot, output = self._with_output(snapshot, part)
-        offset = b"" if next_offset is None else b', "nextOffset": %d' % next_offset
-        pieces = chain(
-            [b'{"changed": true%s, "task": ' % offset],
-            encoding.task_pieces(snapshot, base, output, part),
-            [b"}\n"],
-        )
+        fields: dict[str, object] = {"changed": True}
+        if next_offset is not None:
+            fields["nextOffset"] = next_offset
+        written = encoding.task_pieces(snapshot, base, output, part)
+        pieces = chain(json_stream.pieces(fields, task=written), [b"\n"])
         if part.size > _SMALL:
             return await respond(request, pieces, part.size)
         # Thousands may wait for the same change: build their answer once.
         # A note is no change of the task if it says that the output cannot be read.
-        key = (snapshot.id, snapshot.version, snapshot.notes, base, part, offset)
+        key = (snapshot.id, snapshot.version, snapshot.notes, base, part, next_offset)
         body = self._shared.get(key)
         if body is None:
             body = self._shared[key] = b"".join(pieces)
@@ -284,4 +282,4 @@ async def respond(request: Request, pieces: Iterable[bytes], size: int) -> bytes
 
 def query_of(request: Request) -> dict[str, str]:
     """Return the parameters of the URL."""
-    return encoding.parse_query(request.uri.partition(b"?")[2])
+    return decoding.parse_query(request.uri.partition(b"?")[2])

@@ -19,7 +19,7 @@ from pulsar_api.errors import StoreUnavailable, UnknownTask
 from pulsar_api.output.reader import Output
 from pulsar_api.tasks.model import Status, Task, TaskQuery, TaskSnapshot
 from pulsar_api.tasks.service import TaskService
-from pulsar_api.web.encoding import MAX_LIST
+from pulsar_api.web.decoding import MAX_LIST
 from pulsar_api.web.legacy.message import (
     MAX_CHANGE_TEXT,
     MAX_TEXT,

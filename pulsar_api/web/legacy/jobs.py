@@ -14,7 +14,7 @@ from pulsar_api.auth.rights import Right
 from pulsar_api.execution.capture import Listings
 from pulsar_api.output.reader import Output
 from pulsar_api.tasks.model import TaskQuery, TaskSnapshot
-from pulsar_api.web import encoding
+from pulsar_api.web import decoding, encoding
 from pulsar_api.web.api.lists import Entry, Lists
 from pulsar_api.web.api.tasks import find, query_of, respond
 from pulsar_api.web.authentication import Access, needs
@@ -50,8 +50,8 @@ class JobAPI:
     @needs(Right.READ)
     async def jobs(self, request: Request, tasks: Guard) -> bytes:
         given = query_of(request)
-        page = encoding.parse_number(given, "currentPage", 0, _MOST_PAGES)
-        size = encoding.parse_number(given, "pageSize", 10, encoding.MAX_LIST)
+        page = decoding.parse_number(given, "currentPage", 0, _MOST_PAGES)
+        size = decoding.parse_number(given, "pageSize", 10, decoding.MAX_LIST)
         query = TaskQuery(limit=size, offset=page * size)
 
         def entry(task: TaskSnapshot) -> Entry:

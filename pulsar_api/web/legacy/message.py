@@ -1,6 +1,5 @@
 """Messages of the job feed, whose text is made piece by piece while it is sent."""
 
-import json
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from pulsar_api.concurrency.turns import Rota
 from pulsar_api.output.reader import NAMES, Output, Reader
 from pulsar_api.tasks.model import TaskSnapshot
 from pulsar_api.web import encoding
+from pulsar_api.web.json_stream import escaped, opened
 
 _log = Logger()
 
@@ -156,10 +156,9 @@ class Message:
         return Position(part, self._start)
 
     def _head(self) -> str:
-        job = encoding.job_fields(self._snapshot)
-        text = json.dumps({"event": f"job.{self._kind}", "job": job})
-        text = text.removesuffix("}}") + ', "stdout": "' + _escaped(self._left_out())
-        return 'a["' + _escaped(text)
+        head = opened({"event": f"job.{self._kind}"}, "job", ascii=True)
+        job = opened(encoding.job_fields(self._snapshot), "stdout", ascii=True)
+        return 'a["' + _escaped(f'{head}{job}"{_escaped(self._left_out())}')
 
     def _left_out(self) -> str:
         if not self._start:
@@ -218,4 +217,4 @@ def _stop(output: Output, offset: int, end: int, size: int) -> int:
 
 def _escaped(text: str) -> str:
     """Return a text as it stands between quotation marks in JSON, in ASCII."""
-    return json.dumps(text)[1:-1]
+    return escaped(text, ascii=True)
