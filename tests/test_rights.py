@@ -14,9 +14,9 @@ from pulsar_api.auth.rights import (
     Policy,
     Right,
     Rule,
-    Target,
 )
 from pulsar_api.principal import Principal
+from pulsar_api.tasks.targets import Target
 from tests.fakes import person
 
 ALICE = Principal("github", "1", "Alice")

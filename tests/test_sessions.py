@@ -24,7 +24,7 @@ class World:
 
     folder: Path
     now: float = 1e9
-    credentials: Records = field(init=False)
+    records: Records = field(init=False)
     sessions: Sessions = field(init=False)
 
     def open(self) -> None:

@@ -43,7 +43,7 @@ def check(settings: Settings, *, own_files: bool) -> None:
 
 def only_loopback(settings: Settings, identity: certificates.Identity | None) -> str | None:
     shared = identity is not None and certificates.is_development(identity)
-    return listener.whyonly_loopback(settings, development_key=shared)
+    return listener.why_only_loopback(settings, development_key=shared)
 
 
 def make_commands(settings: Settings, environment: Mapping[str, str]) -> Commands:
