@@ -19,13 +19,19 @@ from twisted.web.server import NOT_DONE_YET
 from pulsar_api.errors import PulsarError
 from pulsar_api.web import responses
 from pulsar_api.web.server.body import EAGER, FORM, MAX_BODY, BodyRequest, body_of
+from pulsar_api.web.server.channel import LINGER, MAX_DISCARDED
 from pulsar_api.web.server.refusals import (
     BODY_DEADLINE,
     HEAD_DEADLINE,
     MAX_HEADERS,
     MAX_NAME,
 )
-from pulsar_api.web.server.site import BODIES, LINGER, REST, STRANGERS, BoundedSite, Most
+from pulsar_api.web.server.site import (
+    BODY_MEMORY,
+    UNIDENTIFIED_MEMORY,
+    BoundedSite,
+    Capacity,
+)
 
 
 class Desk(Resource):
@@ -145,7 +151,7 @@ class World:
     site: BoundedSite = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.site = BoundedSite(self.desk, self.clock, Most(10_000, 0, 0))
+        self.site = BoundedSite(self.desk, self.clock, Capacity(10_000, 0, 0))
 
     def connect(self, host: str = "192.0.2.1") -> Client:
         """Connect from an address."""
@@ -158,8 +164,8 @@ class World:
     def idle(self) -> bool:
         """Whether nothing is held for anybody."""
         site = self.site
-        held = site.bodies.used, site.bodies.held, site.strangers.total
-        return held == (0, {}, 0) and not site.strangers.held and not site.serving
+        held = site.bodies.used, site.bodies.held, site.unidentified.total
+        return held == (0, {}, 0) and not site.unidentified.held and not site.serving
 
 
 @pytest.fixture
@@ -197,7 +203,7 @@ def test_who_is_refused_is_told_before_the_body_comes(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "lines", [[length(REST + 1)], [CHUNKED], [length(10), PROMISE], [length(10)]]
+    "lines", [[length(MAX_DISCARDED + 1)], [CHUNKED], [length(10), PROMISE], [length(10)]]
 )
 @pytest.mark.parametrize("more", ["Connection: close", "X: y"])
 def test_a_body_that_is_not_worth_waiting_for_ends_the_connection(
@@ -266,12 +272,12 @@ def test_little_of_a_body_is_taken_before_somebody_wants_it(world: World) -> Non
     client.send(b"x")
     assert not client.reads
     assert world.site.bodies.used == 0
-    assert world.site.strangers.total > EAGER
+    assert world.site.unidentified.total > EAGER
     world.clock.advance(10 * BODY_DEADLINE)  # which has not begun
     world.desk.waiting[0].callback(None)
     assert client.reads
     assert world.site.bodies.used == EAGER + 1
-    assert world.site.strangers.total == 0
+    assert world.site.unidentified.total == 0
     client.send(b"x" * (MAX_BODY - EAGER - 1))
     assert client.statuses == [200]
     client.leave()
@@ -383,7 +389,7 @@ def test_however_it_is_cut_a_stream_of_requests_is_the_same(cuts: list[int]) -> 
 def test_all_bodies_together_have_so_much_room(world: World) -> None:
     """For one caller a third of it; who finds none is told to come back."""
     held = []
-    for number in range(BODIES // 3 // MAX_BODY):
+    for number in range(BODY_MEMORY // 3 // MAX_BODY):
         held.append(world.connect())
         held[-1].post("/read", length(MAX_BODY), body=b"x" * (MAX_BODY - 1))
         assert held[-1].said == b"", number
@@ -399,8 +405,8 @@ def test_all_bodies_together_have_so_much_room(world: World) -> None:
             held.append(client)
         assert client.statuses == [503]
         assert b"\r\nRetry-After: 5\r\n" in client.said
-    assert world.site.bodies.used <= BODIES
-    assert BODIES - world.site.bodies.used < 2 * MAX_BODY
+    assert world.site.bodies.used <= BODY_MEMORY
+    assert BODY_MEMORY - world.site.bodies.used < 2 * MAX_BODY
     for client in held:
         client.send(b"x")
         assert client.statuses == [200]
@@ -438,10 +444,10 @@ def test_of_strangers_who_holds_most_gives_way(world: World) -> None:
         client = world.connect(f"192.0.{number >> 8}.{number & 255}")
         client.send(b"GET /read HTTP/1.1\r\nX: " + b"x" * 10_000)
         many.append(client)
-        assert world.site.strangers.total <= STRANGERS
+        assert world.site.unidentified.total <= UNIDENTIFIED_MEMORY
     left = [client for client in many if not client.cut]
-    assert len(left) < STRANGERS // 10_000
-    assert len(left) > STRANGERS // 20_000
+    assert len(left) < UNIDENTIFIED_MEMORY // 10_000
+    assert len(left) > UNIDENTIFIED_MEMORY // 20_000
     assert all(len(client.channel._buffer) == 0 for client in many if client.cut)
     small.send(b"alhost\r\n\r\n")
     assert small.statuses == [200]
@@ -457,7 +463,7 @@ def test_a_line_of_a_head_counts_for_more_than_its_bytes(world: World) -> None:
     client = world.connect()
     lines = b"".join(b"a%d:b\r\n" % number for number in range(MAX_HEADERS - 1))
     client.send(b"GET /read HTTP/1.1\r\n" + lines)
-    assert world.site.strangers.total > 100 * MAX_HEADERS
+    assert world.site.unidentified.total > 100 * MAX_HEADERS
     client.leave()
     assert world.idle
 
@@ -466,11 +472,11 @@ def test_who_is_known_is_no_stranger_until_the_next_request(world: World) -> Non
     """A long-poll of somebody who is let in costs no stranger's room."""
     client = world.connect()
     client.post("/wait", length(0), body=b"GET /rea")
-    assert world.site.strangers.total > 0
+    assert world.site.unidentified.total > 0
     world.desk.waiting[0].callback(None)
     assert client.statuses == [200]
     client.send(b"d HTTP/1.1\r\nX: y")
-    assert world.site.strangers.total > 0
+    assert world.site.unidentified.total > 0
     client.leave()
     assert world.idle
 

@@ -9,7 +9,7 @@ from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.interfaces import IAddress
 from twisted.internet.task import Clock
 
-from pulsar_api.web.server.limits import Places, Rate, source
+from pulsar_api.web.server.limits import Rate, Slots, source
 
 
 def v4(host: str) -> IAddress:
@@ -51,26 +51,26 @@ def test_others_count_by_address_or_network(address: IAddress, expected: str) ->
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans())))
-def test_places_are_as_many_as_are_held(steps: list[tuple[str, bool]]) -> None:
+def test_slots_are_as_many_as_are_held(steps: list[tuple[str, bool]]) -> None:
     """Nobody holds more than the bound, and nothing is kept of who holds nothing."""
-    places = Places(2)
+    slots = Slots(2)
     held: Counter[str] = Counter()
     for name, take in steps:
         if take:
-            assert places.take(name) == (held[name] < 2)
+            assert slots.take(name) == (held[name] < 2)
             held[name] = min(2, held[name] + 1)
         elif held[name]:
-            places.give_back(name)
+            slots.give_back(name)
             held[name] -= 1
-    assert places.taken == dict(+held)
+    assert slots.taken == dict(+held)
 
 
-def test_this_machine_takes_as_many_places_as_it_likes() -> None:
+def test_this_machine_takes_as_many_slots_as_it_likes() -> None:
     """It is not counted."""
-    places = Places(1)
-    assert all(places.take(None) for _ in range(5))
-    places.give_back(None)
-    assert places.taken == {}
+    slots = Slots(1)
+    assert all(slots.take(None) for _ in range(5))
+    slots.give_back(None)
+    assert slots.taken == {}
 
 
 @given(

@@ -11,8 +11,9 @@ from twisted.internet.testing import StringTransport
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
+from pulsar_api.web.server.channel import LINGER, STALL
 from pulsar_api.web.server.refusals import PENALTY
-from pulsar_api.web.server.site import BURST, IDLE, LINGER, STALL, YIELD, BoundedSite, Most
+from pulsar_api.web.server.site import BURST, IDLE, MIN_IDLE, BoundedSite, Capacity
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 WAIT = b"GET /wait HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -76,7 +77,7 @@ class Client:
 class House:
     """A site with few places, and its clock."""
 
-    most: Most
+    most: Capacity
     clock: Clock = field(factory=Clock)
     site: BoundedSite = field(init=False)
 
@@ -91,7 +92,7 @@ class House:
 @pytest.fixture
 def house() -> House:
     """Return a site with eight places, two for an address."""
-    return House(Most(8))
+    return House(Capacity(8))
 
 
 def test_an_address_has_a_quarter_of_the_places(house: House) -> None:
@@ -116,7 +117,7 @@ def test_this_machine_has_all_places(house: House) -> None:
 
 def test_a_share_can_be_smaller_than_a_quarter_or_everything() -> None:
     """As the operator has said."""
-    small, large = House(Most(8, 1)), House(Most(8, 0))
+    small, large = House(Capacity(8, 1)), House(Capacity(8, 0))
     small.connect("192.0.2.1")
     assert small.connect("192.0.2.1").status == b"429"
     assert [large.connect("192.0.2.1").status for _ in range(9)][7:] == [b"", b"503"]
@@ -124,7 +125,7 @@ def test_a_share_can_be_smaller_than_a_quarter_or_everything() -> None:
 
 def test_who_asks_too_often_is_told_how_long_to_wait() -> None:
     """Not at once; the connection stays, others are served, and so is the same later."""
-    house = House(Most(8, requests_of_address=2))
+    house = House(Capacity(8, requests_of_address=2))
     client, head = house.connect("192.0.2.1"), house.connect("192.0.2.1")
     for _ in range(2 * BURST):
         assert b"good" in client.ask(GET)
@@ -149,7 +150,7 @@ def test_who_asks_too_often_is_told_how_long_to_wait() -> None:
 
 def test_who_does_not_wait_to_be_refused_leaves_nothing() -> None:
     """Neither a place nor a clock."""
-    house = House(Most(8, requests_of_address=1))
+    house = House(Capacity(8, requests_of_address=1))
     client = house.connect("192.0.2.1")
     for _ in range(BURST + 1):
         client.ask(GET)
@@ -160,7 +161,7 @@ def test_who_does_not_wait_to_be_refused_leaves_nothing() -> None:
 
 def test_any_number_of_requests_if_the_operator_says_so() -> None:
     """0 is no limit."""
-    client = House(Most(8, requests_of_address=0)).connect("192.0.2.1")
+    client = House(Capacity(8, requests_of_address=0)).connect("192.0.2.1")
     assert all(b"good" in client.ask(GET) for _ in range(1000))
 
 
@@ -175,7 +176,7 @@ def test_the_longest_idle_gives_way_to_a_new_one(house: House) -> None:
     house.clock.advance(1)
     idle[0].ask(GET)
     assert house.connect().status == b"503"
-    house.clock.advance(YIELD - 1)
+    house.clock.advance(MIN_IDLE - 1)
     assert b"good" in house.connect().ask(GET)
     assert [client.cut for client in idle] == [False, True] + [False] * 5
     assert not waiting.cut
@@ -189,7 +190,7 @@ def test_who_does_not_read_gives_way_too(house: House) -> None:
         client.ask(WAIT)
     clients[2].channel.pauseProducing()
     clients[3].channel.pauseProducing()
-    house.clock.advance(YIELD)
+    house.clock.advance(MIN_IDLE)
     clients[2].channel.resumeProducing()
     assert b"good" in house.connect().ask(GET)
     assert [client.cut for client in clients] == [n == 3 for n in range(8)]
@@ -235,6 +236,6 @@ def test_nothing_is_left_of_connections_that_are_gone(house: House) -> None:
         client.channel.pauseProducing()
         client.transport.abortConnection()
     assert house.site.connections == house.site.serving == 0
-    assert not house.site.resting
+    assert not house.site.idle
     assert house.clock.getDelayedCalls() == []
     assert house.connect("192.0.2.1").status == b""

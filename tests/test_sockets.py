@@ -37,7 +37,8 @@ from pulsar_api.web.legacy.message import PIECE_BYTES
 from pulsar_api.web.legacy.sockjs import SockJS
 from pulsar_api.web.legacy.visit import ANSWER, HEARTBEAT, MAX_UNIDENTIFIED
 from pulsar_api.web.origin import Origins
-from pulsar_api.web.server.site import LINGER, BoundedSite, Most
+from pulsar_api.web.server.channel import LINGER
+from pulsar_api.web.server.site import BoundedSite, Capacity
 from pulsar_api.web.server.websocket import (
     BUFFER,
     BURST,
@@ -195,7 +196,7 @@ class World:
         )
         feed = Feed(self.service, self.folder, clock, Rota(self.turns))
         self.sockjs = SockJS(self.access, feed, clock, SESSIONS)
-        self.site = BoundedSite(self.sockjs.resource(), clock, Most(5000, 0, 0))
+        self.site = BoundedSite(self.sockjs.resource(), clock, Capacity(5000, 0, 0))
 
     def channel(self, host: str = "192.0.2.1") -> Client:
         """Connect."""
@@ -229,7 +230,7 @@ class World:
         self.sockjs.release()
         self.access.release()
         assert self.site.connections == self.site.serving == 0
-        assert not self.site.resting
+        assert not self.site.idle
         left = [str(call) for call in self.clock.getDelayedCalls()]
         assert [call for call in left if "Retention" not in call] == []
         assert self.turns.getDelayedCalls() == []
@@ -451,7 +452,7 @@ def test_client_that_never_reads_is_cut(world: World) -> None:
     """After a minute, in which it may give its place to others."""
     client = world.connect(BEARER)
     client.line.producer.pauseProducing()
-    assert list(world.site.resting) == [client.channel]
+    assert list(world.site.idle) == [client.channel]
     world.clock.advance(STALL - 1)
     assert not client.cut
     world.clock.advance(1)
@@ -565,7 +566,7 @@ def test_handshake_with_a_body_is_refused(world: World) -> None:
 def test_sockets_that_stay_open_do_not_count_as_heads_of_strangers(world: World) -> None:
     """So hundreds of them leave room for the heads of others, and none gives way."""
     clients = [world.connect(f"Cookie: a={'x' * 8000}\r\n") for _ in range(600)]
-    assert world.site.strangers.total == 0
+    assert world.site.unidentified.total == 0
     assert not any(client.cut for client in clients)
 
 
@@ -597,11 +598,11 @@ def test_known_client_is_no_stranger_while_it_waits(world: World, route: str) ->
     client, other = world.channel(), world.channel()
     post(client, "joe", "xhr")
     post(client, "joe", route)
-    assert world.site.strangers.total > 0
+    assert world.site.unidentified.total > 0
     message = json.dumps([json.dumps({"token": ALICE.secret})])
     assert post(other, "joe", "xhr_send", message).startswith(b"HTTP/1.1 204 ")
     world.pass_turns()
-    assert world.site.strangers.total == 0
+    assert world.site.unidentified.total == 0
     assert not client.cut
 
 

@@ -33,7 +33,7 @@ from pulsar_api.network import certificates, listener
 from pulsar_api.network.renewal import Renewal
 from pulsar_api.tasks.service import TaskService
 from pulsar_api.web.responses import problem
-from pulsar_api.web.server.site import BoundedSite, Most
+from pulsar_api.web.server.site import BoundedSite, Capacity
 
 _log = Logger()
 
@@ -81,7 +81,7 @@ class Daemon(MultiService):
         soft, limit = processes.raise_file_limit()
         self._given = Given(commands, umask, soft, self._certificate_names)
         most = max(16, limit - _RESERVE)
-        bounds = Most(
+        bounds = Capacity(
             most, settings.max_connections_per_address, settings.max_requests_per_address
         )
         self.site = BoundedSite(_Starting(), reactor, bounds, settings.hsts)

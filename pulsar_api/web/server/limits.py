@@ -1,4 +1,4 @@
-"""What one address, one caller, or all together may take: connections, requests, memory."""
+"""Limits for one address, one caller, and all together: connections, requests, memory."""
 
 import ipaddress
 from collections import OrderedDict
@@ -9,15 +9,15 @@ from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.interfaces import IAddress, IReactorTime
 
 OWN = frozenset({"127.0.0.1", "::1"})
-"""This machine: a proxy that speaks for everybody, or scripts of its owner."""
-_NETWORK = 64  # bits; whoever has an IPv6 address has all of its /64
+"""This machine: a proxy that connects for everybody, or scripts of its owner."""
+_NETWORK = 64  # bits; the owner of one IPv6 address has all of its /64
 
 
 def source(address: IAddress | None) -> str | None:
-    """Return whom a connection counts for; None for this machine, which is not counted.
+    """Return what a connection counts for: an IPv4 address or an IPv6 network.
 
-    A Unix socket is this machine too. Other addresses of 127.0.0.0/8 are not: nobody
-    uses them but for a reason.
+    None for this machine, which has no limit: ``127.0.0.1``, ``::1`` and Unix sockets.
+    Other addresses of 127.0.0.0/8 are counted.
     """
     if not isinstance(address, IPv4Address | IPv6Address):
         return None
@@ -32,15 +32,15 @@ def source(address: IAddress | None) -> str | None:
 
 
 @define(eq=False)
-class Places:
-    """Counts what each source holds; remembers only those that hold something."""
+class Slots:
+    """Counts the slots of each source; remembers only sources that hold some."""
 
     most: int
-    """How many one source may hold."""
+    """Slots that one source may hold."""
     taken: dict[str, int] = field(factory=dict, init=False)
 
     def take(self, source: str | None) -> bool:
-        """Return whether there is a place for a source; it then has to be given back."""
+        """Take a slot for a source, to be given back; return whether there was one."""
         if source is None:
             return True
         held = self.taken.get(source, 0)
@@ -50,7 +50,7 @@ class Places:
         return True
 
     def give_back(self, source: str | None) -> None:
-        """Take back what was taken."""
+        """Give a slot back."""
         if source is None:
             return
         self.taken[source] -= 1
@@ -60,50 +60,53 @@ class Places:
 
 @define(eq=False)
 class Rate:
-    """Lets each source do something so often: a token bucket for each.
+    """Limits how often each source does something, by a token bucket for each.
 
-    Of more sources than are kept the one seen longest ago is forgotten, and may then do
-    as much at once as a new one.
+    At most ``sources`` buckets are kept. Beyond that the source seen longest ago is
+    forgotten, and may then do as much at once as a new one.
     """
 
     clock: IReactorTime
     per_second: float
     burst: int
-    """How much a source may do at once after a silence."""
+    """How often a source may do it at once after a silence."""
     sources: int = 10_000
-    """How many are kept."""
+    """Buckets that are kept."""
     # For each source its tokens, and when there were so many; last seen, last in line.
     buckets: OrderedDict[str, tuple[float, float]] = field(factory=OrderedDict, init=False)
 
     def wait(self, source: str | None) -> float:
-        """Count one more; return 0, or the seconds after which it would have been right.
+        """Count one use and return 0; or return the seconds to wait, and count nothing.
 
-        What has to wait is not counted: who keeps asking is served as often as who waits.
+        A source that keeps asking is thus served as often as one that waits.
         """
         if source is None:
             return 0.0
         now = self.clock.seconds()
         tokens, at = self.buckets.pop(source, (float(self.burst), now))
         tokens = min(self.burst, tokens + (now - at) * self.per_second)
-        may = tokens >= 1
-        self.buckets[source] = (tokens - may, now)
+        allowed = tokens >= 1
+        self.buckets[source] = (tokens - allowed, now)
         if len(self.buckets) > self.sources:
             self.buckets.popitem(last=False)
-        return 0.0 if may else (1 - tokens) / self.per_second
+        return 0.0 if allowed else (1 - tokens) / self.per_second
 
 
 @define(eq=False)
 class Budget:
-    """Counts bytes that are held for many: in total, and for each."""
+    """Counts bytes that are held for callers: in total, and for each."""
 
     total: int
     share: int
-    """How many of them may be for one."""
+    """Bytes that one caller may hold of them."""
     used: int = field(default=0, init=False)
     held: dict[str, int] = field(factory=dict, init=False)
 
     def take(self, name: str | None, size: int) -> bool:
-        """Return whether there is room; it then has to be given back. None: no count."""
+        """Take bytes, to be given back; return whether there was room.
+
+        What a caller named None holds is not counted.
+        """
         if name is None:
             return True
         held = self.held.get(name, 0) + size
@@ -114,7 +117,7 @@ class Budget:
         return True
 
     def give_back(self, name: str | None, size: int) -> None:
-        """Take back what was taken."""
+        """Give bytes back."""
         if name is None or not size:
             return
         self.used -= size
@@ -124,18 +127,18 @@ class Budget:
 
 
 class Holder(Protocol):
-    """Somebody who can give way."""
+    """A connection that can be closed to free its memory."""
 
-    def give_way(self) -> None:
-        """Hold nothing more."""
+    def evict(self) -> None:
+        """Free what is held."""
 
 
 @define(eq=False)
-class Strangers:
-    """Counts bytes that are held for those of whom nobody knows yet who they are.
+class UnidentifiedMemory:
+    """Counts bytes that are held for callers who are not identified yet.
 
-    If there are too many, who holds most of them gives way: a request that is meant well
-    is small, and known in a moment.
+    Beyond ``most`` bytes the holder of most of them is evicted: an honest request is small
+    and identified within a moment.
     """
 
     most: int
@@ -143,14 +146,14 @@ class Strangers:
     held: dict[Holder, int] = field(factory=dict, init=False)
 
     def hold(self, who: Holder, size: int) -> None:
-        """Count so many bytes more; somebody, or this one, may have to give way."""
+        """Count bytes of a holder; this one or others may be evicted for it."""
         self.held[who] = self.held.get(who, 0) + size
         self.total += size
         while self.total > self.most:
             largest = max(self.held, key=self.held.__getitem__)
             self.free(largest)
-            largest.give_way()
+            largest.evict()
 
     def free(self, who: Holder) -> None:
-        """Count nothing any more for somebody."""
+        """Count nothing any more for a holder."""
         self.total -= self.held.pop(who, 0)

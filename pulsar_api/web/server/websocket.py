@@ -20,8 +20,9 @@ from wsproto.utilities import (
 )
 
 from pulsar_api.web.responses import Valve
+from pulsar_api.web.server import hooks
 from pulsar_api.web.server.body import BodyRequest
-from pulsar_api.web.server.site import LINGER
+from pulsar_api.web.server.channel import LINGER
 
 MAX_MESSAGE = 8192
 """Bytes of a client's message, over all its fragments; it only says who the client is."""
@@ -46,8 +47,7 @@ def limit_buffer(channel: Any) -> None:
     that does not read; who reads would wait until all of them are full.
     """
     channel.stall = STALL
-    transport = channel.transport
-    below = getattr(transport, "transport", transport)  # TLS has TCP below it
+    below = hooks.tcp_below(channel.transport)
     below.bufferSize = BUFFER
     sock = getattr(below, "socket", None)
     if sock is not None:
@@ -113,7 +113,6 @@ class WebSocket(Valve):
         self._request = request
         self._channel: Any = request.channel
         self._clock = clock
-        self._channel_lost = self._channel.connectionLost
         self._protocol = Connection(ConnectionType.SERVER)
         self._bucket = TokenBucket(clock)
         self._parts: list[str] = []
@@ -124,12 +123,10 @@ class WebSocket(Valve):
     def start(self, answer: bytes) -> None:
         """Answer the handshake and take over the channel."""
         limit_buffer(self._channel)
-        self._channel._protocolUpgradeForWebsockets(self)  # noqa: SLF001 - see its test
-        # What came in one piece with the handshake is heard, and counted, as well.
-        self._channel.rawDataReceived = self.dataReceived
+        hooks.upgrade(self._channel, self)
         self._channel.transport.write(answer)
         self._request.registerProducer(self, True)
-        # The head is no longer needed, and a socket that stays is not what strangers hold.
+        # The head is no longer needed, and an open socket is not counted as unidentified.
         self._request.requestHeaders = Headers()
         if isinstance(self._request, BodyRequest):
             self._request.caller_known()
@@ -237,8 +234,4 @@ class WebSocket(Valve):
         if self._cut is not None and self._cut.active():
             self._cut.cancel()
         self.connection_closed()
-        # Without these the channel would refer to us and we to it, and what the client left
-        # unread would stay in memory until the garbage collector finds the circle.
-        for name in ("dataReceived", "rawDataReceived", "connectionLost"):
-            vars(self._channel).pop(name, None)
-        self._channel_lost(reason)
+        hooks.detach(self._channel, reason)
