@@ -83,9 +83,9 @@ def elsewhere(tmp_path: Path) -> Callable[..., Any]:
             import json, os, signal, subprocess, sys, time
             from pathlib import Path
             sys.path.insert(0, {str(ROOT)!r})
-            from pulsar_api.execution import orphans, proc, processes
+            from pulsar_api.execution import proc, processes, sessions
             from pulsar_api.shim import shim
-            from pulsar_api.execution.orphans import Memory
+            from pulsar_api.execution.history import ProcessHistory
             from pulsar_api.execution.proc import Entry, Table, lives
             from tests.integration.daemon import wait_for
             from tests.shims import PYTHON, RUNNER, Trees, runs

@@ -310,7 +310,7 @@ class FakeExecutor:
     slow: list[Deferred[None]] | None = None
     """While set, secrets are kept only when the test lets these fire."""
     where: str = "0 1 2 3 4 5"
-    barred: set[int] = field(factory=set)
+    prevented: set[int] = field(factory=set)
     allowed: set[int] = field(factory=set)
     used: set[int] = field(factory=set)
     """Tasks whose folder has what another run has left."""
@@ -362,9 +362,9 @@ class FakeExecutor:
     def cgroup(self, task_id: int) -> str:
         return ""
 
-    def bar(self, task_id: int) -> bool:
+    def prevent_start(self, task_id: int) -> bool:
         self.check()
-        self.barred.add(task_id)
+        self.prevented.add(task_id)
         return task_id not in self.begun
 
     def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:

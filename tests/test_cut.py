@@ -17,9 +17,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.internet.task import Clock
 
-from pulsar_api.concurrency.turns import Rota
+from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.execution.executor import ShimExecutor
-from pulsar_api.execution.machine import USUAL, LocalMachine
+from pulsar_api.execution.machine import SHIM_COMMAND, LocalMachine
 from pulsar_api.execution.runs import read_exit
 from pulsar_api.output.pieces import read_pieces
 from pulsar_api.output.reader import Chunk, Cut, Output, Reader, Record
@@ -200,7 +200,9 @@ def check_readers(feed: Feed) -> None:
     assert data[:start] == NUMBERS[:start]
     assert data[end:] == NUMBERS[end:size]
     clock = Turns()
-    found = done(clock, read_pieces(output, Rota(clock), max(0, size - 100), size)).pieces
+    found = done(
+        clock, read_pieces(output, TurnScheduler(clock), max(0, size - 100), size)
+    ).pieces
     read = b"".join(bytes([code or 0]) * len(text) for code, _, text in found)
     assert read == whole[-100:]
     text = b"".join(NUMBERS[at : at + 1] for at in range(end, size) if whole[at] == OUT)
@@ -573,7 +575,7 @@ def test_a_task_that_alternates_takes_a_small_multiple_of_the_limit(tmp_path: Pa
     folder.mkdir()
     ordered(folder, limit, sys.executable, "-IS", "-c", ALTERNATES, "35000")
     most = 0
-    with subprocess.Popen([*USUAL, str(folder)], stdout=subprocess.PIPE) as running:
+    with subprocess.Popen([*SHIM_COMMAND, str(folder)], stdout=subprocess.PIPE) as running:
         assert running.stdout is not None
         while running.stdout.read(1 << 16):
             most = max(most, on_disk(folder / "output.idx"))

@@ -18,9 +18,9 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 
 from pulsar_api import files
-from pulsar_api.concurrency.turns import Rota
+from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.errors import StoreUnavailable
-from pulsar_api.execution import orphans, proc, processes
+from pulsar_api.execution import proc, processes, sessions
 from pulsar_api.execution.executor import ShimExecutor
 from pulsar_api.execution.machine import LocalMachine
 from pulsar_api.execution.runs import alive, read_exit
@@ -218,7 +218,7 @@ def adopted(folder: Path) -> Exit:
 def read_all(folder: Path) -> None:
     """Read an output in every way that there is; nothing but `OSError` comes of it."""
     output = Output(folder)
-    rota = Rota(Clock())
+    turns = TurnScheduler(Clock())
     size = 0
     with suppress(OSError):
         size = min(output.size(), 1 << 17)
@@ -239,8 +239,8 @@ def read_all(folder: Path) -> None:
         lambda: read_text(output, 0, size, 1000),
         lambda: [Timed(output).dress(chunk) for chunk in Reader(output).read(size)],
         lambda: list(Reader(output, 3, timed=True).read(size)),
-        lambda: start_offset(output, rota, size, 10).send(None),
-        lambda: _reach(LineIndex(output, rota), size),
+        lambda: start_offset(output, turns, size, 10).send(None),
+        lambda: _reach(LineIndex(output, turns), size),
     ]
     for way in ways:
         with suppress(OSError, StopIteration):
@@ -336,7 +336,7 @@ def test_lock_that_is_damaged_while_it_is_held_names_its_holder(task: Path) -> N
 def test_time_of_a_record_is_never_in_the_future(task: Path) -> None:
     """Else sessions of strangers would count as the task's."""
     (task / "output.idx").write_bytes(b"\xff" * 16)
-    assert orphans._last_sign(task, 5) <= proc.now()
+    assert sessions.last_sign(task, 5) <= proc.now()
 
 
 @pytest.mark.parametrize("how", DAMAGES)

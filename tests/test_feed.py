@@ -11,7 +11,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from pulsar_api.concurrency.turns import Rota
+from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.output.reader import BLOCK
 from pulsar_api.shim import shim
 from pulsar_api.tasks.commands import Commands, Template
@@ -62,7 +62,7 @@ class World:
             self.store, self.executor, clock, steady_clock(clock), commands, limits
         )
         CASE.successResultOf(Deferred.fromCoroutine(self.service.start()))
-        self.feed = Feed(self.service, self.folder, clock, Rota(self.turns))
+        self.feed = Feed(self.service, self.folder, clock, TurnScheduler(self.turns))
 
     def create(self) -> FakeRun:
         """Create a task and return its run."""

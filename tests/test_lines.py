@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 
-from pulsar_api.concurrency.turns import Rota
+from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.output import lines
 from pulsar_api.output.lines import LEAST, MOST, LineIndex, LineIndexes, Segment
 from pulsar_api.output.reader import Output, begin_of_character
@@ -148,7 +148,7 @@ def test_segments_are_the_same_however_the_output_has_grown(
     """And those that the definition gives; what was told of a closed one stays true."""
     data = joined(runs)
     clock = Turns()
-    index = LineIndex(written(folder, data), Rota(clock))
+    index = LineIndex(written(folder, data), TurnScheduler(clock))
     before: Rows = []
     for end in [*sorted(min(end, len(data)) for end in ends), len(data)]:
         output = written(folder, data[:end])
@@ -178,7 +178,7 @@ def test_what_is_cut_out_is_a_segment_and_the_line_that_says_so(
     data = joined(runs)
     start, *ends = sorted(number % (len(data) + 1) for number in numbers)
     clock = Turns()
-    index = LineIndex(written(folder, data), Rota(clock))
+    index = LineIndex(written(folder, data), TurnScheduler(clock))
     done(clock, index.reach(len(data)))
     for end in ends:
         cut = (start, end) if end > start else (0, 0)
@@ -205,7 +205,7 @@ def test_what_is_cut_out_is_a_segment_and_the_line_that_says_so(
 def test_a_progress_bar_has_segments_that_write_over_it(tmp_path: Path) -> None:
     """Each begins with a whole state of it, in the one line that it is."""
     data = b"".join(b"\rprogress %d" % number for number in range(100_000)) + b"\ndone"
-    index = LineIndex(written(tmp_path, data), Rota(clock := Turns()))
+    index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
     done(clock, index.reach(len(data)))
     found = rows(index)
     assert len(found) > 10
@@ -273,7 +273,7 @@ def test_what_is_in_force_at_the_begin_of_a_segment_is_known(
     end %= len(data) + 1
     low, high = sorted(number % (len(data) + 1) for number in hole)
     clock = Turns()
-    index = LineIndex(written(folder, data[:end]), Rota(clock))
+    index = LineIndex(written(folder, data[:end]), TurnScheduler(clock))
     done(clock, index.reach(end))
     written(folder, data)
     done(clock, index.reach(len(data)))
@@ -293,7 +293,7 @@ def test_many_colours_cost_an_index_little(tmp_path: Path) -> None:
     whole = b"".join([*colours, b"\n"]).rjust(LEAST + 1, b"x")
     torn = b"".join([*colours, b"\x1b[", b"1;" * 99]).rjust(MOST, b"x")
     for line in (whole, torn):
-        index = LineIndex(written(tmp_path, line * 100), Rota(clock := Turns()))
+        index = LineIndex(written(tmp_path, line * 100), TurnScheduler(clock := Turns()))
         tracemalloc.start()
         try:
             done(clock, index.reach(100 * len(line)))
@@ -312,7 +312,7 @@ def test_a_part_that_is_cut_while_it_is_read_is_not_taken_for_zeros(tmp_path: Pa
     """What is counted is what is there in the end."""
     data = b"a line\n" * (4 * lines.STEP // 7)
     clock = Turns()
-    index = LineIndex(written(tmp_path, data), Rota(clock))
+    index = LineIndex(written(tmp_path, data), TurnScheduler(clock))
     reaching = Deferred.fromCoroutine(index.reach(len(data)))
     clock.turn()
     cut = (lines.STEP // 2, 3 * lines.STEP)
@@ -336,7 +336,7 @@ def test_what_has_been_read_while_it_was_cut_is_not_believed(tmp_path: Path) -> 
     """It may have been zeros."""
     data = b"a line\n" * LEAST
     written(tmp_path, data)
-    index = LineIndex(Shrinking(tmp_path), Rota(clock := Turns()))
+    index = LineIndex(Shrinking(tmp_path), TurnScheduler(clock := Turns()))
     done(clock, index.reach(len(data)))
     assert rows(index) == naive(data, (1000, 2 * LEAST))
 
@@ -345,7 +345,7 @@ def test_segments_are_asked_for_by_a_byte_in_them(tmp_path: Path) -> None:
     """The first is the one that holds it; of one behind the end the last."""
     data = b"x" * 1023 + b"\n"
     data *= 300
-    index = LineIndex(written(tmp_path, data), Rota(clock := Turns()))
+    index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
     assert rows(index) == []
     done(clock, index.reach(len(data)))
     found = rows(index)
@@ -359,7 +359,7 @@ def test_segments_are_asked_for_by_a_byte_in_them(tmp_path: Path) -> None:
 
 def test_an_output_that_has_lost_its_end_is_not_waited_for(tmp_path: Path) -> None:
     """After a power cut more was promised than is there."""
-    index = LineIndex(written(tmp_path, b"one\ntwo"), Rota(clock := Turns()))
+    index = LineIndex(written(tmp_path, b"one\ntwo"), TurnScheduler(clock := Turns()))
     done(clock, index.reach(1000))
     assert (index.size, index.lines) == (7, 1)
 
@@ -367,7 +367,7 @@ def test_an_output_that_has_lost_its_end_is_not_waited_for(tmp_path: Path) -> No
 def test_who_asks_meanwhile_waits_for_the_same_looking(tmp_path: Path) -> None:
     """A step in a turn for all of them; who goes away stops nobody else."""
     data = b"a line\n" * (8 * lines.STEP // 7)
-    index = LineIndex(written(tmp_path, data), Rota(clock := Turns()))
+    index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
     first, second, third = (
         Deferred.fromCoroutine(index.reach(len(data))) for _ in range(3)
     )
@@ -397,7 +397,7 @@ def waiting(index: LineIndex, size: int, number: int) -> list[Deferred[None]]:
 def test_hundreds_may_wait_for_a_cold_index(tmp_path: Path) -> None:
     """They are woken in several turns, so that others get theirs in between."""
     data = b"a line\n" * 1000
-    index = LineIndex(written(tmp_path, data), Rota(clock := Turns()))
+    index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
     all_of_them = waiting(index, len(data), 500)
     woken = []
     for _ in range(10):
@@ -412,7 +412,7 @@ def test_hundreds_may_wait_for_a_cold_index(tmp_path: Path) -> None:
 def test_of_hundreds_who_wait_any_may_go_away(tmp_path: Path) -> None:
     """Also the first, before and while they are woken; with the last the looking ends."""
     data = b"a line\n" * (3 * lines.STEP // 7)
-    index = LineIndex(written(tmp_path, data), Rota(clock := Turns()))
+    index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
     gone = waiting(index, len(data), 250)
     stay = waiting(index, len(data), 250)
     clock.turn()
@@ -428,7 +428,7 @@ def test_of_hundreds_who_wait_any_may_go_away(tmp_path: Path) -> None:
         clock.turn()
     assert all(one.called for one in stay)
     assert rows(index) == naive(data)
-    other = LineIndex(index.output, index.rota)
+    other = LineIndex(index.output, index.turns)
     (only,) = waiting(other, len(data), 1)
     clock.turn()
     only.addErrback(lambda failure: failure.trap(CancelledError) and None).cancel()
@@ -442,7 +442,7 @@ def test_of_hundreds_who_wait_any_may_go_away(tmp_path: Path) -> None:
 def test_an_output_that_cannot_be_read_is_an_error_for_all_who_wait(tmp_path: Path) -> None:
     """And later it can be asked for again."""
     data = b"a line\n" * 1000
-    index = LineIndex(written(tmp_path, data), Rota(clock := Turns()))
+    index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
     all_of_them = waiting(index, len(data), 300)
     (tmp_path / "output").unlink()
     errors: list[Any] = []
@@ -462,7 +462,7 @@ def test_an_output_that_cannot_be_read_is_an_error_for_all_who_wait(tmp_path: Pa
 def test_who_wants_more_than_is_being_looked_at_gets_it(tmp_path: Path) -> None:
     """Though others are content with less."""
     data = b"a line\n" * (3 * lines.STEP // 7)
-    index = LineIndex(written(tmp_path, data), Rota(clock := Turns()))
+    index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
     (first,) = waiting(index, 100, 1)
     (second,) = waiting(index, len(data), 1)
     (third,) = waiting(index, 10, 1)
@@ -478,7 +478,7 @@ def test_who_wants_more_than_is_being_looked_at_gets_it(tmp_path: Path) -> None:
 def test_who_is_woken_while_it_is_looked_at_again_waits_again(tmp_path: Path) -> None:
     """More was cut, so what was known is not."""
     data = b"a line\n" * (2 * lines.STEP // 7)
-    index = LineIndex(written(tmp_path, data), Rota(clock := Turns()))
+    index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
     sizes: list[int] = []
     for one in waiting(index, len(data), 250):
         one.addCallback(lambda _: sizes.append(index.size))
@@ -493,7 +493,7 @@ def test_who_is_woken_while_it_is_looked_at_again_waits_again(tmp_path: Path) ->
 
 def test_who_goes_away_gives_up_their_turn(tmp_path: Path) -> None:
     """The next one has it."""
-    index = LineIndex(written(tmp_path, b"a line\n"), Rota(clock := Turns()))
+    index = LineIndex(written(tmp_path, b"a line\n"), TurnScheduler(clock := Turns()))
     done(clock, index.reach(7))
     first, second = (Deferred.fromCoroutine(search(index, "a", 0)) for _ in range(2))
     first.addErrback(lambda failure: failure.trap(CancelledError) and None).cancel()
@@ -504,8 +504,8 @@ def test_who_goes_away_gives_up_their_turn(tmp_path: Path) -> None:
 def test_of_many_who_have_much_to_do_one_does_a_step_in_a_turn(tmp_path: Path) -> None:
     """Each in turn, whether they look for lines or for a text."""
     data = b"a line\n" * (4 * lines.STEP // 7)
-    rota = Rota(clock := Turns())
-    indexes = [LineIndex(written(tmp_path, data), rota) for _ in range(5)]
+    turns = TurnScheduler(clock := Turns())
+    indexes = [LineIndex(written(tmp_path, data), turns) for _ in range(5)]
     all_of_them = [waiting(index, len(data), 1)[0] for index in indexes]
     before = [0] * 5
     for turn in range(20):
@@ -525,7 +525,7 @@ def test_of_many_who_have_much_to_do_one_does_a_step_in_a_turn(tmp_path: Path) -
 
 def test_only_some_tasks_are_remembered(tmp_path: Path) -> None:
     """Those that were asked for last, and all that are being looked at."""
-    indexes = LineIndexes(tmp_path, Rota(Turns()))
+    indexes = LineIndexes(tmp_path, TurnScheduler(Turns()))
     first = [indexes.of(number) for number in range(lines.KEPT)]
     assert indexes.of(0) is first[0]
     (tmp_path / "1").mkdir()
@@ -540,7 +540,7 @@ def test_only_some_tasks_are_remembered(tmp_path: Path) -> None:
 
 def test_an_index_with_colours_is_forgotten_sooner(tmp_path: Path) -> None:
     """As it costs more."""
-    indexes = LineIndexes(tmp_path, Rota(clock := Turns()), most=200)
+    indexes = LineIndexes(tmp_path, TurnScheduler(clock := Turns()), most=200)
     for number, begin in enumerate((b"", b"\x1b[31m")):
         (tmp_path / str(number)).mkdir()
         data = begin + (b"x" * LEAST + b"\n") * 99
@@ -596,7 +596,7 @@ def test_a_search_finds_each_line_that_has_the_text(
     """In turns of whatever size, so that matches lie over their borders."""
     low, high = sorted(number % (len(data) + 1) for number in cut)
     hole = (low, high) if low < high else (0, 0)
-    index = LineIndex(written(folder, data, hole), Rota(clock := Turns()))
+    index = LineIndex(written(folder, data, hole), TurnScheduler(clock := Turns()))
     done(clock, index.reach(len(data)))
     found = done(clock, search(index, text, start, Effort(step=step)))
     assert found.matches == naive_search(data, text.encode(), start, hole)
@@ -615,7 +615,7 @@ def test_a_search_goes_on_where_it_has_stopped(
     folder: Path, data: bytes, most: int, far: int, step: int
 ) -> None:
     """All together finds the same lines, whatever it is that was too much."""
-    index = LineIndex(written(folder, data), Rota(clock := Turns()))
+    index = LineIndex(written(folder, data), TurnScheduler(clock := Turns()))
     done(clock, index.reach(len(data)))
     lines_found: set[int] = set()
     at: int | None = 0
@@ -632,7 +632,7 @@ def test_a_search_goes_on_where_it_has_stopped(
 def test_a_search_stops_when_more_is_cut_meanwhile(tmp_path: Path) -> None:
     """What follows has other numbers; it can be asked for again."""
     data = b"a line\n" * (3 * lines.STEP // 7)
-    index = LineIndex(written(tmp_path, data), Rota(clock := Turns()))
+    index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
     done(clock, index.reach(len(data)))
     searching = Deferred.fromCoroutine(search(index, "none", 0))
     clock.turn()

@@ -11,9 +11,12 @@ from uuid import uuid4
 
 import pytest
 
-from pulsar_api.execution import orphans, proc
-from pulsar_api.execution.orphans import MARK, Memory, Session, read_sessions
+from pulsar_api.execution import history as process_history
+from pulsar_api.execution import proc
+from pulsar_api.execution.history import ProcessHistory
+from pulsar_api.execution.orphans import MARK
 from pulsar_api.execution.proc import Entry, Table, lives
+from pulsar_api.execution.sessions import SESSIONS, Session, read_sessions
 from pulsar_api.shim import shim
 from tests.integration.daemon import wait_for
 from tests.shims import (
@@ -29,9 +32,9 @@ from tests.shims import (
 
 
 @pytest.fixture
-def memory(trees: Trees) -> Memory:
-    """Return the memory of a daemon."""
-    return Memory(trees.tasks)
+def history(trees: Trees) -> ProcessHistory:
+    """Return the history of a daemon."""
+    return ProcessHistory(trees.tasks)
 
 
 def perl(text: str) -> str:
@@ -67,7 +70,7 @@ BY_ITSELF = {
 
 @pytest.mark.parametrize("script", BY_ITSELF.values(), ids=BY_ITSELF.keys())
 def test_orphans_are_known_by_what_they_carry(
-    trees: Trees, memory: Memory, script: str
+    trees: Trees, history: ProcessHistory, script: str
 ) -> None:
     """The mark in the environment, the shim's session, or being below such a process."""
     tree = trees.sh(script)
@@ -75,7 +78,7 @@ def test_orphans_are_known_by_what_they_carry(
     wait_for(lambda: tree.output.count("\n") == count, "the start")
     tree.pids(count)
     tree.kill_shim()
-    found = memory.orphans(1, tree.key)
+    found = history.orphans(1, tree.key)
     assert {(p.pid, p.start) for p in found.find()} >= set(tree.left()) != set()
     assert found.end() == []
     assert tree.left() == []
@@ -102,35 +105,35 @@ REMEMBERED = {
 @pytest.mark.parametrize("daemon", ["same", "next"])
 @pytest.mark.parametrize("script", REMEMBERED.values(), ids=REMEMBERED.keys())
 def test_orphans_are_known_by_what_is_remembered(
-    trees: Trees, memory: Memory, script: str, daemon: str
+    trees: Trees, history: ProcessHistory, script: str, daemon: str
 ) -> None:
     """Also by a daemon that never saw the shim alive: it reads what another one wrote."""
     tree = trees.sh(script + "; sleep 60")
     tree.pids(1)
-    memory.look({1: tree.key})
+    history.sample({1: tree.key})
     tree.kill_shim()
-    memory.look({1: tree.key})
+    history.sample({1: tree.key})
     if daemon == "same":
-        (tree.folder / orphans.SESSIONS).unlink()
-    then = memory if daemon == "same" else Memory(trees.tasks)
+        (tree.folder / SESSIONS).unlink()
+    then = history if daemon == "same" else ProcessHistory(trees.tasks)
     assert then.orphans(1, tree.key).end() == []
     assert tree.left() == []
 
 
 def test_what_is_written_is_for_this_boot_and_for_nobody_else(
-    trees: Trees, memory: Memory
+    trees: Trees, history: ProcessHistory
 ) -> None:
     """After another boot the numbers are those of others."""
     tree = trees.sh("(setsid env -i sh -c 'echo $$; exec sleep 60' &); sleep 60")
     (sleeper,) = tree.pids(1)
-    memory.look({1: tree.key})
-    path = tree.folder / orphans.SESSIONS
+    history.sample({1: tree.key})
+    path = tree.folder / SESSIONS
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     sessions = read_sessions(tree.folder)
     assert set(sessions) == {tree.key[0], sleeper[0]}
     assert sessions[sleeper[0]].leader == sleeper[1]
     before = path.stat()
-    memory.look({1: tree.key})
+    history.sample({1: tree.key})
     assert os.path.samestat(path.stat(), before)  # it was not written again
     tree.kill_shim()
     data = path.read_bytes()
@@ -142,15 +145,15 @@ def test_what_is_written_is_for_this_boot_and_for_nobody_else(
         data[:20],
     ):
         path.write_bytes(other)
-        Memory(trees.tasks).orphans(1, None).end()
+        ProcessHistory(trees.tasks).orphans(1, None).end()
         assert lives(sleeper)
     path.write_bytes(data)
-    assert Memory(trees.tasks).orphans(1, None).end() == []
+    assert ProcessHistory(trees.tasks).orphans(1, None).end() == []
     assert not lives(sleeper)
 
 
 def test_what_is_written_stays_enough_for_the_next_daemon(
-    trees: Trees, memory: Memory
+    trees: Trees, history: ProcessHistory
 ) -> None:
     """It is written anew when nobody lives any more by whom a session would be known."""
     tree = trees.sh(
@@ -158,13 +161,13 @@ def test_what_is_written_stays_enough_for_the_next_daemon(
         "echo \\$\\$; sleep 1.5; sleep 60 & echo \\$!\" &' &); sleep 60"
     )
     (before,) = tree.pids(1)
-    memory.look({1: tree.key})
+    history.sample({1: tree.key})
     (sleeper,) = set(tree.pids(2)) - {before}
     wait_for(lambda: not lives(before), "its end")
     # Whoever was in its session at the first look is gone, and its leader was then.
-    memory.look({1: tree.key})
+    history.sample({1: tree.key})
     tree.kill_shim()
-    assert Memory(trees.tasks).orphans(1, tree.key).end() == []
+    assert ProcessHistory(trees.tasks).orphans(1, tree.key).end() == []
     assert not lives(sleeper)
 
 
@@ -190,17 +193,17 @@ def test_a_number_that_came_round_again_is_a_strangers(
     """Whether its process lives or only the session that it has made."""
     found = elsewhere(
         """
-        memory = Memory(tmp / "tasks")
+        history = ProcessHistory(tmp / "tasks")
         tree = trees.sh("(setsid env -i sh -c 'echo $$; exec sleep 60' &); sleep 60")
         (sleeper,) = tree.pids(1)
-        memory.look({1: tree.key})
+        history.sample({1: tree.key})
         numbers = [tree.key[0], sleeper[0]]
         every = [one.key for n in numbers for one in Table().members(n)]
         for key in every:
             proc.send(key, signal.SIGKILL)
         tree.wait()
         wait_for(lambda: not any(Entry.of(n) for n, _ in every), "their end")
-        time.sleep(orphans._AGAIN / proc.TICKS + 0.05)  # sooner no number comes round
+        time.sleep(sessions.MARGIN / proc.TICKS + 0.05)  # sooner no number comes round
         for number in numbers:
             Path("/proc/sys/kernel/ns_last_pid").write_text(str(number - 1))
             pid = os.fork()
@@ -215,7 +218,7 @@ def test_a_number_that_came_round_again_is_a_strangers(
         strangers = [one.key for n in numbers for one in Table().members(n)]
         left = [
             search.find() + search.end()
-            for one in (memory, Memory(tmp / "tasks"))
+            for one in (history, ProcessHistory(tmp / "tasks"))
             for search in [one.orphans(1, tree.key)]
         ]
         print(json.dumps([left, len(strangers), all(map(lives, strangers))]))
@@ -226,7 +229,7 @@ def test_a_number_that_came_round_again_is_a_strangers(
     assert found == [[[], []], 2 if leader == "dead" else 4, True]
 
 
-def test_strangers_are_not_touched(trees: Trees, memory: Memory) -> None:
+def test_strangers_are_not_touched(trees: Trees, history: ProcessHistory) -> None:
     """Neither those of another task nor who has nothing to do with any."""
     tree = trees.sh("env -i sleep 60 & echo $!; setsid sleep 60 & echo $!; wait")
     other = trees.sh("env -i sleep 60 & echo $!; setsid sleep 60 & echo $!; wait", 2)
@@ -237,10 +240,10 @@ def test_strangers_are_not_touched(trees: Trees, memory: Memory) -> None:
         subprocess.Popen(["sleep", "60"], start_new_session=True) as two,
         subprocess.Popen(["sleep", "60"], env={MARK: f"{tree.folder}1"}) as three,
     ):
-        memory.look({1: tree.key, 2: other.key})
+        history.sample({1: tree.key, 2: other.key})
         tree.kill_shim()
-        memory.look({1: tree.key, 2: other.key})
-        assert memory.orphans(1, tree.key).end() == []
+        history.sample({1: tree.key, 2: other.key})
+        assert history.orphans(1, tree.key).end() == []
         assert tree.left() == []
         assert other.left() == other.printed
         assert lives(other.key)
@@ -250,7 +253,7 @@ def test_strangers_are_not_touched(trees: Trees, memory: Memory) -> None:
 
 
 def test_the_tasks_of_another_daemon_are_not_touched(
-    trees: Trees, memory: Memory, tmp_path: Path
+    trees: Trees, history: ProcessHistory, tmp_path: Path
 ) -> None:
     """A task may have started one, so their shims were below its own."""
     others = Trees(tmp_path / "others")
@@ -263,9 +266,9 @@ def test_the_tasks_of_another_daemon_are_not_touched(
     below = [Entry.of(int(word)) for word in output.read_text().split()]
     keys = [one.key for one in below if one is not None]
     try:
-        memory.look({1: tree.key})
+        history.sample({1: tree.key})
         tree.kill_shim()
-        left = memory.orphans(1, tree.key)
+        left = history.orphans(1, tree.key)
         found = {(process.pid, process.start) for process in left.find()}
         assert sleeper in found
         assert not found & {other, *keys}
@@ -288,7 +291,7 @@ def test_a_daemon_that_a_task_has_started_does_not_end_itself(
 import os, subprocess, sys, time
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
-from pulsar_api.execution.orphans import Memory
+from pulsar_api.execution.history import ProcessHistory
 from pulsar_api.execution.proc import now
 mine = subprocess.Popen(["sleep", "60"])
 print(os.getpid(), mine.pid, sep="\\n", flush=True)
@@ -296,7 +299,7 @@ go, done = Path({str(go)!r}), Path({str(done)!r})
 while not go.exists():
     time.sleep(0.01)
 number, start = map(int, go.read_text().split())
-left = Memory(Path({str(trees.tasks)!r})).orphans(1, (number, start), now()).end()
+left = ProcessHistory(Path({str(trees.tasks)!r})).orphans(1, (number, start), now()).end()
 done.write_text(repr(left))
 time.sleep(60)
 """
@@ -313,7 +316,7 @@ time.sleep(60)
 
 
 def test_who_is_born_while_the_others_are_ended_is_ended(
-    trees: Trees, memory: Memory
+    trees: Trees, history: ProcessHistory
 ) -> None:
     """Although nothing speaks for it when the one that begot it is no more."""
     life = f"60.{uuid4().int % 10**9}"
@@ -322,25 +325,25 @@ def test_who_is_born_while_the_others_are_ended_is_ended(
     tree = trees.sh(f"exec >&- 2>&-; for n in $(seq 3000); do {begets}; done; sleep 60")
     wait_for(lambda: len(with_argument(life)) > 20, "the start")
     tree.kill_shim()
-    assert memory.orphans(1, tree.key).end(30) == []
+    assert history.orphans(1, tree.key).end(30) == []
     left = with_argument(life)
     for key in left:
         proc.send(key, signal.SIGKILL)
     assert left == []
 
 
-def test_a_bomb_without_its_shim_is_ended(trees: Trees, memory: Memory) -> None:
+def test_a_bomb_without_its_shim_is_ended(trees: Trees, history: ProcessHistory) -> None:
     """255 that have no environment and sessions of their own, and go on begetting."""
     bomb = f"# {uuid4().hex}{BOMB}"
     tree = trees("/bin/sh", "-c", bomb, bomb, "7")
     tree.pids(255)
     tree.kill_shim()
-    assert memory.orphans(1, tree.key).end(30) == []
+    assert history.orphans(1, tree.key).end(30) == []
     assert with_argument(bomb) == []
 
 
 def test_one_that_runs_from_child_to_child_is_ended(
-    trees: Trees, memory: Memory, tmp_path: Path
+    trees: Trees, history: ProcessHistory, tmp_path: Path
 ) -> None:
     """It is in no table, as each lives as long as a fork takes; but it has a session."""
     count = tmp_path / "count"
@@ -348,37 +351,37 @@ def test_one_that_runs_from_child_to_child_is_ended(
     tree = trees(*run)
     wait_for(lambda: runs(count), "the start")
     tree.kill_shim()
-    assert memory.orphans(1, tree.key, proc.now()).end(30) == []
+    assert history.orphans(1, tree.key, proc.now()).end(30) == []
     assert not runs(count)
 
 
 def test_memory_is_bounded(
-    trees: Trees, memory: Memory, monkeypatch: pytest.MonkeyPatch
+    trees: Trees, history: ProcessHistory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a task with too many sessions and processes the oldest are remembered."""
-    monkeypatch.setattr(orphans, "MOST_SESSIONS", 2)
-    monkeypatch.setattr(orphans, "MOST_PROCESSES", 3)
+    monkeypatch.setattr(process_history, "MOST_SESSIONS", 2)
+    monkeypatch.setattr(process_history, "MOST_PROCESSES", 3)
     tree = trees.sh("for n in 1 2 3 4; do setsid sleep 60 & echo $!; done; wait")
     tree.pids(4)
-    memory.look({1: tree.key})
+    history.sample({1: tree.key})
     assert len(read_sessions(tree.folder)) == 2
     assert tree.key[0] in read_sessions(tree.folder)
-    assert len(memory._known[1].processes) == 3
-    memory.look({})
-    assert memory._known == {}
+    assert len(history._known[1].processes) == 3
+    history.sample({})
+    assert history._known == {}
 
 
 def test_a_folder_that_cannot_be_written_disturbs_nobody(
-    trees: Trees, memory: Memory
+    trees: Trees, history: ProcessHistory
 ) -> None:
     """What could not be written is at the next look."""
     tree = trees.sh("echo $$; exec sleep 60")
     tree.pids(1)
     away = tree.folder.with_name("away")
     tree.folder.rename(away)
-    memory.look({1: tree.key})
+    history.sample({1: tree.key})
     away.rename(tree.folder)
-    assert memory.look({1: tree.key}) < time.thread_time()
+    assert history.sample({1: tree.key}) < time.thread_time()
     assert set(read_sessions(tree.folder)) == {tree.key[0]}
 
 
@@ -393,7 +396,7 @@ def test_what_nobody_has_ever_seen_becomes_a_child_of_the_daemon(
         """
         processes.become_subreaper()
         own = set()
-        memory = Memory(tmp / "tasks", own)
+        history = ProcessHistory(tmp / "tasks", own)
         line = "(setsid env -i sh -c 'echo $$; exec sleep 60' &); sleep 60"
 
         go = tmp / "go"
@@ -404,7 +407,7 @@ def test_what_nobody_has_ever_seen_becomes_a_child_of_the_daemon(
         own.add(first.key[0])
         (left,) = first.pids(1)
         first.kill_shim()
-        memory.look({1: first.key, 2: second.key})
+        history.sample({1: first.key, 2: second.key})
         go.touch()
         second.pids(1)
         # A shim that begins, of which nobody knows yet.
@@ -419,12 +422,12 @@ def test_what_nobody_has_ever_seen_becomes_a_child_of_the_daemon(
         third = trees.sh("echo $$; exec sleep 60", 4)
         third.pids(1)
         second.kill_shim()
-        found = memory.orphans(2, second.key).end()
+        found = history.orphans(2, second.key).end()
         result = [
             found, second.left(), lives(left), third.left() == third.printed,
             young.poll(), waited.poll(), mine.poll(),
         ]
-        memory.orphans(1, first.key).end()
+        history.orphans(1, first.key).end()
         result.append(lives(left))
         for child in (young, waited, mine):
             child.kill()
@@ -441,17 +444,17 @@ def test_what_an_ended_task_has_left_is_nobodys_orphan(elsewhere: Elsewhere) -> 
         """
         processes.become_subreaper()
         own = set()
-        memory = Memory(tmp / "tasks", own)
+        history = ProcessHistory(tmp / "tasks", own)
         first = trees.sh("env -i sleep 60 & echo $!; exec sleep 60", 1)
         own.add(first.key[0])
         first.pids(1)
         second = trees.sh("setsid sleep 60 & echo $!; exit 0", 2)
         own.add(second.key[0])
         (server,) = second.pids(1)
-        memory.look({1: first.key})
+        history.sample({1: first.key})
         second.kill_shim()
         first.kill_shim()
-        result = [memory.orphans(1, first.key).end(), first.left(), lives(server)]
+        result = [history.orphans(1, first.key).end(), first.left(), lives(server)]
         proc.send(server, 9)
         trees.end()
         print(json.dumps(result))
@@ -461,7 +464,7 @@ def test_what_an_ended_task_has_left_is_nobodys_orphan(elsewhere: Elsewhere) -> 
 
 
 def test_one_with_the_mark_that_is_older_than_the_shim_is_not_touched(
-    trees: Trees, memory: Memory
+    trees: Trees, history: ProcessHistory
 ) -> None:
     """It is of a task of that number in a state that was set aside."""
     mark = {MARK: str(trees.tasks / "1")}
@@ -470,7 +473,7 @@ def test_one_with_the_mark_that_is_older_than_the_shim_is_not_touched(
         tree = trees.sh("setsid sleep 60 & echo $!; wait")
         tree.pids(1)
         tree.kill_shim()
-        assert memory.orphans(1, tree.key).end() == []
+        assert history.orphans(1, tree.key).end() == []
         assert tree.left() == []
         assert older.poll() is None
         older.kill()
@@ -489,7 +492,7 @@ def test_one_that_runs_through_sessions_becomes_a_child_of_the_daemon(
         )
         wait_for(lambda: runs(count), "the start")
         tree.kill_shim()
-        left = Memory(tmp / "tasks", set()).orphans(1, tree.key).end(30)
+        left = ProcessHistory(tmp / "tasks", set()).orphans(1, tree.key).end(30)
         print(json.dumps([left, runs(count)]))
         """
     )

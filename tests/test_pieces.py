@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pulsar_api.concurrency.turns import Rota
+from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.output.pieces import Pieces, Portion, read_pieces
 from pulsar_api.output.reader import Output, begin_of_character
 from pulsar_api.shim import shim
@@ -46,7 +46,9 @@ def printed(
 def read(output: Output, start: int, end: int, *bounds: int) -> Pieces:
     """Return what is read from a byte to another."""
     clock = Turns()
-    return done(clock, read_pieces(output, Rota(clock), start, end, Portion(*bounds)))
+    return done(
+        clock, read_pieces(output, TurnScheduler(clock), start, end, Portion(*bounds))
+    )
 
 
 def naive(pieces: list[tuple[int, bytes, int]], start: int, end: int) -> list[Any]:
@@ -132,7 +134,7 @@ def test_a_flood_of_small_pieces_lets_others_have_their_turn(tmp_path: Path) -> 
     output = printed(tmp_path, small * 3000)
     clock = Turns()
     before = len(clock.getDelayedCalls())
-    found = done(clock, read_pieces(output, Rota(clock), 0, 6000))
+    found = done(clock, read_pieces(output, TurnScheduler(clock), 0, 6000))
     assert before == 0
     assert clock.seconds() >= 10
     assert (len(found.pieces), found.next) == (4096, 4096)

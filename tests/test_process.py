@@ -30,7 +30,7 @@ from twisted.internet.task import Clock, deferLater
 from pulsar_api.errors import FolderInUse, StoreUnavailable
 from pulsar_api.execution import capture, orphans, programs
 from pulsar_api.execution.executor import ShimExecutor
-from pulsar_api.execution.machine import USUAL, LocalMachine
+from pulsar_api.execution.machine import SHIM_COMMAND, LocalMachine
 from pulsar_api.execution.runs import alive, read_exit
 from pulsar_api.output.reader import Output, Record
 from pulsar_api.shim import masker, shim
@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 _COVERAGE = os.environ.get("COVERAGE_PROCESS_CONFIG")
 MEASURED = (
-    USUAL
+    SHIM_COMMAND
     if _COVERAGE is None
     else (
         *("/usr/bin/env", f"COVERAGE_PROCESS_CONFIG={_COVERAGE}"),
@@ -300,7 +300,7 @@ def ended_at(exit: Exit) -> float:
 
 async def test_a_run_is_told_as_start_then_output_then_one_end(runner: Runner) -> None:
     """The usual launcher works; the sink hears the pid, growing sizes, and one end."""
-    runner.launcher = USUAL
+    runner.launcher = SHIM_COMMAND
     begin = time.time()
     started = runner.sh("echo $$; echo no >&2; exit 3")
     exit = await started.story.end()
@@ -556,7 +556,7 @@ async def test_a_compiled_shim_is_a_copy_of_our_own(
 def test_without_room_for_a_copy_the_shim_of_the_package_is_used(tmp_path: Path) -> None:
     """A daemon has to start also when the disk is full."""
     (tmp_path / "file").touch()
-    assert programs.compiled(tmp_path / "file").shim == USUAL
+    assert programs.compiled(tmp_path / "file").shim == SHIM_COMMAND
 
 
 async def test_a_shim_that_cannot_be_started_is_an_error(runner: Runner) -> None:
@@ -1497,7 +1497,7 @@ if _may_become_root():  # else these tests do not exist
                 "sys.argv[1] = '.'",
                 "shim.KILL_PATIENCE = 1",
             )
-            runner.launcher = adjusted(*nobody, launcher=USUAL)
+            runner.launcher = adjusted(*nobody, launcher=SHIM_COMMAND)
             yield f"{program} --reuid 0 --clear-groups sleep 1234"
 
     def _root(left: Sequence[Process]) -> list[tuple[str, str]]:
@@ -1824,7 +1824,7 @@ async def test_who_stops_following_is_told_nothing_more(
 
 def late_shim(folder: Path) -> int:
     """Return how a shim ends that comes when a daemon has taken its place."""
-    done = subprocess.run([*USUAL, str(folder)], check=False, stdout=subprocess.PIPE)
+    done = subprocess.run([*SHIM_COMMAND, str(folder)], check=False, stdout=subprocess.PIPE)
     return done.returncode
 
 
@@ -1881,7 +1881,7 @@ def _begun(tasks: Path, *removed: str) -> None:
     folder = tasks / "1"
     executor = ShimExecutor(MACHINE, Clock(), tasks, lambda: "name")
     executor._write_spec(folder, Command(("true",), {}), Bounds(5))
-    subprocess.run([*USUAL, str(folder)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*SHIM_COMMAND, str(folder)], check=True, stdout=subprocess.DEVNULL)
     for path in list(folder.iterdir()):
         if path.name in {"exit", *removed} or not (removed or path.name in PERMITS):
             path.unlink()
@@ -2073,11 +2073,11 @@ async def test_a_permit_of_another_task_proves_nothing(runner: Runner) -> None:
 async def test_who_is_killed_before_it_began_is_barred(runner: Runner) -> None:
     """From then on no shim begins; but of one that has begun it is not said."""
     await runner.executor.permit(1)
-    assert runner.executor.bar(1)
+    assert runner.executor.prevent_start(1)
     assert late_shim(runner.tasks / "1") == shim.TAKEN
     started = runner.start("true", number=2)
     await started.story.end()
-    assert not runner.executor.bar(2)
+    assert not runner.executor.prevent_start(2)
 
 
 async def test_a_run_that_may_have_begun_is_lost(runner: Runner) -> None:
@@ -2211,7 +2211,7 @@ def limit(started: Started, which: int, value: int) -> None:
 async def test_without_descriptors_a_shim_waits(runner: Runner, files: int) -> None:
     """At whichever step: the task is not to blame, and goes on when there are some."""
     # What counts the lines opens files of its own while modules are loaded.
-    launcher = USUAL if files == 4 else MEASURED
+    launcher = SHIM_COMMAND if files == 4 else MEASURED
     runner.launcher = ("prlimit", f"--nofile={files}:", *launcher)
     started = runner.sh("echo ready; exit 3")
     await waits(started)
@@ -2839,7 +2839,7 @@ async def test_a_folder_that_cannot_be_used_bars_nobody(runner: Runner) -> None:
     """Then nobody knows whether a shim begins, and it is tried again later."""
     (runner.tasks / "1").symlink_to("1")
     with pytest.raises(StoreUnavailable):
-        runner.executor.bar(1)
+        runner.executor.prevent_start(1)
 
 
 async def test_a_daemon_that_dies_at_the_start_leaves_the_secrets(runner: Runner) -> None:

@@ -183,9 +183,9 @@ def test_want_of_descriptors_is_said(elsewhere: Elsewhere) -> None:
             lambda: processes.kill(shown),
             lambda: processes.living(shown),
             lambda: processes.end_tree(found.key),
-            lambda: Memory(tmp).look({}),
-            lambda: Memory(tmp).orphans(1, None).find(),
-            lambda: Memory(tmp).orphans(1, None).end(),
+            lambda: ProcessHistory(tmp).sample({}),
+            lambda: ProcessHistory(tmp).orphans(1, None).find(),
+            lambda: ProcessHistory(tmp).orphans(1, None).end(),
         ):
             resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
             try:
@@ -319,14 +319,14 @@ tree = trees.sh(f"setsid {tmp}/perl {tmp}/tasks/perl & env -i sleep 60 & echo $!
 first, second = tree.pids(2)
 root, other = (first, second) if Entry.of(first[0]).name == b"perl" else (second, first)
 wait_for(lambda: os.stat(f"/proc/{root[0]}").st_uid == 0, "root")
-memory = Memory(tmp / "tasks")
+history = ProcessHistory(tmp / "tasks")
 """
 WAYS = {
     "tree": "left = processes.end_tree(tree.key)",
-    "session": "tree.kill_shim(); left = memory.orphans(1, tree.key).end()",
+    "session": "tree.kill_shim(); left = history.orphans(1, tree.key).end()",
     "remembered": (
-        "memory.look({1: tree.key}); tree.kill_shim();"
-        "left = Memory(tmp / 'tasks').orphans(1, tree.key).end()"
+        "history.sample({1: tree.key}); tree.kill_shim();"
+        "left = ProcessHistory(tmp / 'tasks').orphans(1, tree.key).end()"
     ),
     "named": (
         "described = [proc.describe([Entry.of(one[0])]) for one in (root, other)];"

@@ -745,7 +745,7 @@ def test_whose_secrets_are_gone_may_have_begun(world: World, *, begun: bool) -> 
     world.secrets.clear()
     world.restart(begun={1} if begun else set())
     world.executor.run(1).end(error="never", unstarted=True)
-    assert world.executor.barred == {1}
+    assert world.executor.prevented == {1}
     if begun:
         assert world.find(1).status is Status.RUNNING
         world.executor.run(1).end(0)
@@ -774,7 +774,7 @@ def test_a_killed_task_that_was_never_started_does_not_start(world: World) -> No
     world.executor.run(1).end(error="never", unstarted=True)
     assert world.find(1).reason == "Killed by alice before it started."
     assert world.find(1).status is Status.KILLED
-    assert world.executor.barred == {1}
+    assert world.executor.prevented == {1}
     assert len(world.executor.runs) == 1
 
 
@@ -790,7 +790,7 @@ def test_a_killed_task_that_cannot_be_barred_yet_waits_for_the_disk(world: World
     assert world.find(1).status is Status.RUNNING
     world.executor.full = False
     world.clock.advance(RETRY)
-    assert (world.find(1).status, world.executor.barred) == (Status.KILLED, {1})
+    assert (world.find(1).status, world.executor.prevented) == (Status.KILLED, {1})
 
 
 def test_no_start_is_barred_before_its_kill_is_on_record(world: World) -> None:
@@ -800,11 +800,11 @@ def test_no_start_is_barred_before_its_kill_is_on_record(world: World) -> None:
     world.store.broken = True
     killed = Deferred.fromCoroutine(world.service.kill(1, person("alice")))
     assert not killed.called
-    assert world.executor.barred == set()
+    assert world.executor.prevented == set()
     world.store.broken = False
     world.clock.advance(RETRY)
     assert CASE.successResultOf(killed).snapshot.status is Status.KILLED
-    assert world.executor.barred == {1}
+    assert world.executor.prevented == {1}
 
 
 def test_what_waits_in_a_copied_state_is_lost() -> None:

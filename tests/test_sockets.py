@@ -24,7 +24,7 @@ from wsproto.events import (
 
 from pulsar_api.auth.audit import AuditLog
 from pulsar_api.auth.authenticator import Gate
-from pulsar_api.concurrency.turns import Rota
+from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.shim import shim
 from pulsar_api.tasks.clock import SteadyClock
 from pulsar_api.tasks.commands import Commands, Template
@@ -194,7 +194,7 @@ class World:
             clock,
             Gate([self.provider], clock),
         )
-        feed = Feed(self.service, self.folder, clock, Rota(self.turns))
+        feed = Feed(self.service, self.folder, clock, TurnScheduler(self.turns))
         self.sockjs = SockJS(self.access, feed, clock, SESSIONS)
         self.site = BoundedSite(self.sockjs.resource(), clock, Capacity(5000, 0, 0))
 

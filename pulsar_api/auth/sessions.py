@@ -20,7 +20,7 @@ from pulsar_api.auth.credentials import (
     digest,
     new_secret,
 )
-from pulsar_api.concurrency.background import own
+from pulsar_api.concurrency.background import run_in_background
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.principal import Principal
 
@@ -67,7 +67,7 @@ class Sessions:
         for key, at in self._used.pop(user, {}).items():
             self._records.see_session(key, at).addErrback(_not_noted)
         added = self._records.add_session(digest(id), SessionRecord(user, sealed, now, now))
-        own(self._forget_old(user, digest(id)))  # in the same transaction
+        run_in_background(self._forget_old(user, digest(id)))  # in the same transaction
         await added
         return id
 

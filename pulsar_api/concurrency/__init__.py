@@ -1,1 +1,1 @@
-"""Tools for code that waits: versions, turns, and coroutines in the background."""
+"""Tools for asynchronous code: versions to wait on, turns, and background coroutines."""

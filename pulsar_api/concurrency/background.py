@@ -1,4 +1,4 @@
-"""Runs coroutines to their end, whoever waits for them."""
+"""Runs coroutines to their end, whether or not anybody waits for them."""
 
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -13,10 +13,10 @@ _log = Logger()
 _T = TypeVar("_T")
 
 
-def own(coroutine: Coroutine[Deferred[Any], Any, object]) -> None:
-    """Run a coroutine that nobody waits for; what it does not expect is logged.
+def run_in_background(coroutine: Coroutine[Deferred[Any], Any, object]) -> None:
+    """Run a coroutine that nobody waits for, and log the exception if it fails.
 
-    `ShuttingDown` is expected: it leaves the rest to the next daemon.
+    `ShuttingDown` is not logged: the next daemon does the rest.
     """
 
     def failed(failure: Failure) -> None:
@@ -27,9 +27,9 @@ def own(coroutine: Coroutine[Deferred[Any], Any, object]) -> None:
 
 
 def shielded(coroutine: Coroutine[Deferred[Any], Any, _T]) -> Deferred[_T]:
-    """Return a Deferred of a coroutine that goes on if the Deferred is cancelled.
+    """Return a Deferred for a coroutine that goes on even if the Deferred is cancelled.
 
-    A client may hang up between the record of a task and its start.
+    A client may hang up when its task is recorded but not started yet.
     """
     waiter: Deferred[_T] = Deferred()
 

@@ -1,4 +1,4 @@
-"""A version counter that can be awaited: what a long-poll is made of."""
+"""A version counter that callers can wait on; long-polls are built on it."""
 
 from attrs import define, field
 from twisted.internet.defer import Deferred, succeed
@@ -9,7 +9,7 @@ _SLICE = 100
 
 @define(eq=False)
 class Changes:
-    """Holds a version, and wakes whoever waits for another one."""
+    """Holds a version number, and wakes its waiters when that changes."""
 
     _clock: IReactorTime
     version: int = 0
@@ -17,14 +17,14 @@ class Changes:
     _due: list[Deferred[int]] = field(factory=list, init=False, repr=False)
 
     def advance(self, version: int) -> None:
-        """Set the version; everybody who waits for another one than theirs is woken."""
+        """Set the version, and wake all waiters if it has changed."""
         if version == self.version:
             return
         self.version = version
         self.release()
 
     def release(self) -> None:
-        """Wake everybody who waits, with the version as it is."""
+        """Wake all waiters with the current version, even if it has not changed."""
         idle = not self._due
         self._due.extend(self._waiting)
         self._waiting.clear()
@@ -32,10 +32,10 @@ class Changes:
             self._wake()
 
     def after(self, version: int) -> Deferred[int]:
-        """Fire with the current version, as soon as it is not ``version``.
+        """Return a Deferred that fires with the current version once it is not ``version``.
 
-        Not "greater than": a client may remember a version from before a restart, and
-        must then be answered at once. Cancelling takes the waiter off the list.
+        It compares with ``!=`` and not with ``>``: a client may remember a version from
+        before a restart, and must then be answered at once. Cancel it to stop waiting.
         """
         if version != self.version:
             return succeed(self.version)
@@ -45,12 +45,12 @@ class Changes:
 
     @property
     def waiting(self) -> int:
-        """How many wait."""
+        """The number of waiters."""
         return len(self._waiting) + len(self._due)
 
     def _wake(self) -> None:
-        # In slices: the first of thousands is answered at once, and other requests get
-        # their turn in between (performance figures: 82 ms became 20 ms for the first).
+        # In slices: the first of thousands of waiters is answered at once, and other
+        # requests are served in between. For the first one 82 ms became 20 ms.
         batch, self._due = self._due[:_SLICE], self._due[_SLICE:]
         if self._due:
             self._clock.callLater(0, self._wake)

@@ -1,4 +1,4 @@
-"""Divides the turns of the reactor among those who have much to do."""
+"""Shares the reactor fairly between callers that have much work to do."""
 
 from collections import OrderedDict, deque
 
@@ -8,25 +8,27 @@ from twisted.internet.interfaces import IReactorTime
 
 
 @define(eq=False)
-class Rota:
-    """Lets one of many work in a turn of the reactor, one after the other.
+class TurnScheduler:
+    """Lets one caller work in each iteration of the reactor, in round-robin order.
 
-    Whoever has much to do does it in steps of some milliseconds and waits before each. So
-    others, who have little to do, wait for one step, however many have much. Who does
-    several things at a time has no more turns than who does one: they share a name.
+    A caller with much work does it in steps of a few milliseconds and waits for its turn
+    before each step. So a short request waits for one step only, however many long ones
+    there are. A caller that does several things at once gives all of them the same name,
+    and gets no more turns than a caller that does one.
     """
 
     clock: IReactorTime
     _waiting: OrderedDict[object, deque[Deferred[None]]] = field(
         factory=OrderedDict, init=False
     )
-    """By name, in the order in which they have their turn."""
+    """By name, in the order of their next turns."""
     _due: bool = field(default=False, init=False)
 
-    def turn(self, name: str | None = None) -> Deferred[None]:
-        """Fire when it is the caller's turn, never at once. Cancelling gives it up.
+    def wait(self, name: str | None = None) -> Deferred[None]:
+        """Return a Deferred that fires at the caller's next turn, never at once.
 
-        Without a name nobody shares it.
+        Cancel it to give up the turn. Callers with one name share their turns; a caller
+        without a name shares them with nobody.
         """
         key = object() if name is None else name
         waiter: Deferred[None] = Deferred(lambda waiter: self._forget(key, waiter))
@@ -45,7 +47,7 @@ class Rota:
             key, waiters = self._waiting.popitem(last=False)
             waiter = waiters.popleft()
             if waiters:
-                self._waiting[key] = waiters  # last in line
+                self._waiting[key] = waiters  # at the end of the queue
             self._call()
             waiter.callback(None)
 

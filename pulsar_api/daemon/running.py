@@ -17,7 +17,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from pulsar_api.concurrency.turns import Rota
+from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.config.settings import Settings
 from pulsar_api.daemon.access import AccessParts, build_access
 from pulsar_api.daemon.preflight import find_accounts
@@ -27,9 +27,9 @@ from pulsar_api.execution.capture import Listings
 from pulsar_api.execution.cgroups import Cgroups
 from pulsar_api.execution.executor import ShimExecutor
 from pulsar_api.execution.launching import Launcher
-from pulsar_api.execution.lookout import Lookout
 from pulsar_api.execution.machine import LocalMachine
 from pulsar_api.execution.pulsar_version import Pulsar
+from pulsar_api.execution.sampler import ProcessSampler
 from pulsar_api.memory import Memory
 from pulsar_api.output.lines import LineIndexes
 from pulsar_api.storage.tasks import SQLiteStore
@@ -87,7 +87,7 @@ class Running:
     _launcher: Launcher
     _listings: Listings
     _pulsar: Pulsar
-    _lookout: Lookout
+    _sampler: ProcessSampler
     _reaper: LoopingCall
     _memory: Memory
 
@@ -101,7 +101,7 @@ class Running:
         if self._settings.command == commands.DETECTED:
             Deferred.fromCoroutine(self._pulsar.find_out()).addErrback(failed)
         await self.tasks.start()
-        self._lookout.start()
+        self._sampler.start()
         self._memory.start()
 
     async def stop(self) -> None:
@@ -109,7 +109,7 @@ class Running:
         self._memory.stop()
         await self.tasks.stop(self._settings.drain_timeout)
         self.tasks.release()
-        for service in (self._listings, self._lookout, self._launcher):
+        for service in (self._listings, self._sampler, self._launcher):
             service.stop()
         if self._reaper.running:
             self._reaper.stop()
@@ -184,7 +184,7 @@ def build(reactor: Any, s: Settings, given: Given, lock: int) -> Running:
         store, executor(tasks), reactor, clock, pulsar.commands, _limits(s)
     )
     parts = build_access(reactor, s, service, clock, given.certificate_names)
-    turns = Rota(reactor)
+    turns = TurnScheduler(reactor)
     feed = Feed(service, tasks, reactor, turns)
     sockjs = SockJS(parts.access, feed, reactor)
     return Running(
@@ -199,7 +199,7 @@ def build(reactor: Any, s: Settings, given: Given, lock: int) -> Running:
         launcher=launcher,
         listings=listings,
         pulsar=pulsar,
-        lookout=Lookout(machine, reactor, tasks, service.running),
+        sampler=ProcessSampler(machine, reactor, tasks, service.running),
         reaper=reaper,
         memory=Memory(reactor),
     )
@@ -217,7 +217,7 @@ def _root(
     s: Settings,
     parts: AccessParts,
     feed: Feed,
-    turns: Rota,
+    turns: TurnScheduler,
     sockjs: SockJS,
     listings: Listings,
     tasks: Path,

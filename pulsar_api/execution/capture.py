@@ -12,7 +12,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from pulsar_api import files
-from pulsar_api.concurrency.background import own, shielded
+from pulsar_api.concurrency.background import run_in_background, shielded
 from pulsar_api.errors import Busy, StoreUnavailable
 from pulsar_api.execution import cgroups
 from pulsar_api.execution.machine import Machine
@@ -99,7 +99,7 @@ class Listings:
             # After a boot, or in a copy, the numbers of its processes are others'.
             here = self._executor.is_here(number)
             cgroup = self._executor.cgroup(number) if here else ""
-            own(self._remove(number, numbers=here, cgroup=cgroup))
+            run_in_background(self._remove(number, numbers=here, cgroup=cgroup))
 
     def stop(self) -> None:
         """End what runs; nobody is told."""
@@ -170,7 +170,7 @@ class Listings:
         finally:
             del self._runs[number]
             cgroup = cgroups.name(number, permit)
-            own(self._remove(number, numbers=True, cgroup=cgroup))
+            run_in_background(self._remove(number, numbers=True, cgroup=cgroup))
 
     async def _remove(self, number: int, *, numbers: bool, cgroup: str = "") -> None:
         """End all that is left of a run, and remove its folder."""

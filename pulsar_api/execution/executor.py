@@ -255,7 +255,7 @@ class ShimExecutor:
                 return cgroups.name(task_id, self._permit_name(folder, text, name))
         return ""
 
-    def bar(self, task_id: int) -> bool:
+    def prevent_start(self, task_id: int) -> bool:
         """Make sure that no shim begins with this task; False: one has."""
         lock = self._tasks / str(task_id) / "lock"
         try:

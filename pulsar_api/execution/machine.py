@@ -24,8 +24,8 @@ from pulsar_api import files
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.execution import proc, processes
 from pulsar_api.execution.cgroups import Cgroups
+from pulsar_api.execution.history import ProcessHistory
 from pulsar_api.execution.launching import Launcher
-from pulsar_api.execution.orphans import Memory
 from pulsar_api.execution.proc import Key
 from pulsar_api.output.reader import Output, Record
 from pulsar_api.shim import shim
@@ -185,7 +185,7 @@ def _named(folder: Path) -> Key | None:
         return None
 
 
-USUAL = (sys.executable, "-I", "-S", shim.__file__)
+SHIM_COMMAND = (sys.executable, "-I", "-S", shim.__file__)
 """How a shim is started."""
 
 
@@ -195,15 +195,15 @@ class LocalMachine:
 
     _reactor: Any
     """Starts processes and has a thread pool; no interface says both."""
-    _shim: Sequence[str] = USUAL
+    _shim: Sequence[str] = SHIM_COMMAND
     """How a shim is started where there is no launcher."""
-    _own: Container[int] | None = None
+    _own_children: Container[int] | None = None
     """The children that this process waits for itself; None: it is no subreaper."""
     _launcher: Launcher | None = None
     _cgroups: Cgroups | None = None
     _appending: Lock = field(factory=Lock, init=False)
     """Held while a file grows."""
-    _memories: dict[Path, Memory] = field(factory=dict, init=False)
+    _histories: dict[Path, ProcessHistory] = field(factory=dict, init=False)
     """What is remembered of the processes of tasks, by the folder of the tasks."""
 
     def boot_id(self) -> str:
@@ -359,24 +359,24 @@ class LocalMachine:
         if living is not None:
             remains += processes.end_tree(living)
         dead = _named(folder) if numbers else None
-        memory = self._memory(folder.parent)
-        found = memory.orphans(int(folder.name), dead, believe=numbers)
+        history = self._history(folder.parent)
+        found = history.orphans(int(folder.name), dead, believe=numbers)
         remains += found.end()
         return tuple(dict.fromkeys(remains))
 
-    def _memory(self, tasks: Path) -> Memory:
-        return self._memories.setdefault(tasks, Memory(tasks, self._own))
+    def _history(self, tasks: Path) -> ProcessHistory:
+        return self._histories.setdefault(tasks, ProcessHistory(tasks, self._own_children))
 
-    def look(self, tasks: Path, running: Sequence[int]) -> Deferred[float]:
+    def sample_processes(self, tasks: Path, running: Sequence[int]) -> Deferred[float]:
         """Remember the processes of tasks; fires with the seconds that it took."""
 
-        def look() -> float:
+        def sample() -> float:
             found = {number: _holder(tasks / str(number)) for number in running}
             shims = {n: key or _named(tasks / str(n)) for n, key in found.items()}
             known = {n: key for n, key in shims.items() if key is not None}
-            return self._memory(tasks).look(known)
+            return self._history(tasks).sample(known)
 
-        return self.in_thread(look)
+        return self.in_thread(sample)
 
     def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:
         """Fire with those of the processes, and what is below them, that still run."""

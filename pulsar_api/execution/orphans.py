@@ -1,240 +1,35 @@
-"""What a killed shim leaves of its task, found by what is remembered and what it carries.
+"""Finds and ends the processes that a task has left after its shim was killed.
 
 While a shim lives, every process of its task is below it. All of this reads the kernel's
-table of processes, which takes milliseconds: call it in a thread. It raises `OSError` for
-want of descriptors or memory.
+table of processes, which takes milliseconds: call it in a thread. It raises `OSError` if
+descriptors or memory run out.
 """
 
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import suppress
-from itertools import islice
-from pathlib import Path
+from collections.abc import Callable, Container, Iterator
 
-from attrs import define, field, frozen
+from attrs import define, field
 
-from pulsar_api import files
 from pulsar_api.execution.proc import (
-    TICKS,
     Entry,
     Key,
     Table,
-    arguments,
     chase,
     describe,
     environ,
-    gone,
-    now,
     send,
 )
 from pulsar_api.execution.processes import KILL_PATIENCE, Guard, kill_all
-from pulsar_api.shim import shim
+from pulsar_api.execution.sessions import Session
 from pulsar_api.tasks.model import Process
 
 MARK = "PULSAR_TASK_FOLDER"
 """A variable in the environment of each process of a task; its value is the folder."""
 
-SESSIONS = "sessions"
-"""The file in a task's folder that has the sessions of its processes."""
-
-MOST_SESSIONS = 1024
-MOST_PROCESSES = 4096
-"""How much of one task is remembered."""
-
-_MOST_NOTED = 1 << 17  # bytes of the file of the sessions
-_AGAIN = TICKS  # within that time no number of a process comes round again
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
 _ROUNDS = 20  # in which processes are stopped that were started in the round before
 _CHASE = 0.3  # seconds in which a process is looked for that no table has
-
-
-@frozen
-class Session:
-    """A session of a task: its number, and how to know that it is still the same."""
-
-    id: int
-    leader: int
-    """When the process that made it started; 0 if that had ended before anybody looked."""
-    seen: int
-    """Until when it was the task's, in ticks since the boot."""
-
-    @classmethod
-    def of(cls, table: Table, number: int) -> "Session":
-        """Return the session of a number, which has a process in the table."""
-        leader = table.entries.get(number)
-        return cls(number, 0 if leader is None else leader.start, table.at + _AGAIN)
-
-    def goes_on(self, table: Table) -> bool:
-        """Return whether the session that has this number now is this one.
-
-        Nobody else gets the number as long as the session has a process. And a process
-        leaves its session only for a new one: so one that is in it now was in it from its
-        start, and in this one if it started while this one had the number.
-        """
-        leader = table.entries.get(self.id)
-        if leader is not None:
-            return leader.start == self.leader
-        return any(entry.start <= self.seen for entry in table.members(self.id))
-
-
-def read_sessions(folder: Path) -> dict[int, Session]:
-    """Return the sessions that a daemon wrote down since this machine was booted."""
-    try:
-        boot, *lines = files.read(folder / SESSIONS, _MOST_NOTED).splitlines()
-        if boot != _BOOT.read_bytes().strip():
-            return {}
-        found = [Session(*map(int, line.split())) for line in lines[:MOST_SESSIONS]]
-    except OSError as e:
-        gone(e)
-        return {}
-    except (ValueError, TypeError):
-        return {}  # the daemon was killed while it wrote them
-    # 0 is the session of whatever is outside of a container.
-    return {session.id: session for session in found if session.id > 0}
-
-
-def write_sessions(folder: Path, sessions: Iterable[Session]) -> None:
-    """Write the sessions of a task down for the next daemon.
-
-    They are not synced: after a power cut they are worth nothing.
-    """
-    lines = [_BOOT.read_bytes().strip()]
-    lines += [b"%d %d %d" % (s.id, s.leader, s.seen) for s in sessions]
-    new = folder / f"{SESSIONS}.tmp"
-    with open(files.make(new), "wb") as file:
-        file.write(b"\n".join([*lines, b""]))
-    os.rename(new, folder / SESSIONS)
-
-
-def _last_sign(folder: Path, start: int) -> int:
-    """Return when, in ticks since the boot, a dead shim is known to have lived."""
-    at = 0
-    with (
-        suppress(FileNotFoundError, NotADirectoryError, files.Damaged),
-        open(files.open_regular(folder / "output.idx"), "rb") as file,
-    ):
-        records = os.stat(file.fileno()).st_size // shim.RECORD
-        if records:
-            file.seek((records - 1) * shim.RECORD)
-            at = int.from_bytes(file.read(shim.RECORD)[8:], "little") >> 8
-    # Milliseconds since it had begun, a moment after its start.
-    return min(start + at * TICKS // 1000, now())
-
-
-@frozen
-class _Traces:
-    """What is remembered of one task."""
-
-    sessions: Mapping[int, Session] = field(factory=dict)
-    processes: frozenset[Key] = frozenset()
-    bystanders: frozenset[Key] = frozenset()
-    """What the daemon had been left by other tasks at that time."""
-
-
-class Memory:
-    """Knows the processes of the tasks that run, so as to find them without their shim.
-
-    ``tasks`` is the folder of all tasks. ``own`` has the numbers of the children that this
-    process waits for itself, and may change at any time; None: it is not a subreaper.
-    """
-
-    def __init__(self, tasks: Path, own: Container[int] | None = None) -> None:
-        self._tasks = tasks
-        self._own = own
-        self._lock = threading.Lock()
-        self._known: dict[int, _Traces] = {}
-        self._written: dict[int, Mapping[int, Session]] = {}
-        self._left: frozenset[Key] = frozenset()
-
-    def look(self, shims: Mapping[int, Key]) -> float:
-        """Remember what runs below the shims; return the processor time that it took.
-
-        ``shims`` has every task that has not ended, also one whose shim is dead. All other
-        tasks are forgotten.
-        """
-        began = time.thread_time()
-        table = Table()
-        tops = {os.getpid(), *(pid for pid, _ in shims.values())}
-        with self._lock:
-            me = table.entries[os.getpid()]
-            left = frozenset(e.key for e in table.children(me) if self._is_left(e, me))
-            known = {}
-            for task_id, key in shims.items():
-                top = table.get(key)
-                if top is None or not top.alive:
-                    # What was known when it died stays known.
-                    known[task_id] = self._of(task_id)
-                    continue
-                tree = [top, *table.below(top, lambda one: one.pid in tops)]
-                numbers = islice(dict.fromkeys(e.session for e in tree), MOST_SESSIONS)
-                sessions = {number: Session.of(table, number) for number in numbers}
-                processes = frozenset(entry.key for entry in tree[:MOST_PROCESSES])
-                known[task_id] = _Traces(sessions, processes, left)
-                self._write(task_id, table, sessions)
-            self._known = known
-            self._written = {n: w for n, w in self._written.items() if n in known}
-            self._left = left
-        return time.thread_time() - began
-
-    def orphans(
-        self, task_id: int, shim: Key | None, lived: int = 0, *, believe: bool = True
-    ) -> "Orphans":
-        """Return what finds and ends the processes of a task whose shim is dead.
-
-        ``shim`` is the shim's number and start, by its lock; None if another boot wrote
-        that, or nobody knows. ``lived`` is when it was last known to live, in ticks since
-        the boot (`proc.now`); the time of its death, if somebody saw that. ``believe``:
-        whether what is written in the folder counts; in a copy it is about others.
-        """
-        folder = self._tasks / str(task_id)
-        with self._lock:
-            traces = self._of(task_id)
-            others = [t for n, t in self._known.items() if n != task_id]
-        written = read_sessions(folder) if believe else {}
-        sessions = {**written, **traces.sessions}
-        if shim is not None:
-            own = Session(*shim, max(lived, _last_sign(folder, shim[1])) + _AGAIN)
-            sessions[own.id] = max(own, sessions.get(own.id, own), key=lambda s: s.seen)
-        return Orphans(
-            f"{MARK}={folder}".encode("utf-8", "surrogateescape"),
-            shim,
-            sessions,
-            set(traces.processes),
-            traces.bystanders.union(*(t.processes for t in others)),
-            frozenset[int]().union(*(t.sessions for t in others)),
-            self._is_left,
-        )
-
-    def _of(self, task_id: int) -> _Traces:
-        found = self._known.get(task_id)
-        return _Traces(bystanders=self._left) if found is None else found
-
-    def _write(self, task_id: int, table: Table, sessions: Mapping[int, Session]) -> None:
-        """Write the sessions of a task down, unless they are known by what is written."""
-        written = self._written.get(task_id, {})
-        known = (n in written and written[n].goes_on(table) for n in sessions)
-        if not all(known):
-            # What cannot be written now is at the next look.
-            with suppress(OSError):
-                write_sessions(self._tasks / str(task_id), sessions.values())
-                self._written[task_id] = sessions
-
-    def _is_left(self, entry: Entry, me: Entry) -> bool:
-        """Return whether this daemon has got a process by the death of its parent."""
-        # Process 1 gets those of strangers, too.
-        if self._own is None or entry.parent != me.pid or me.pid == 1:
-            return False
-        # What it starts itself is of its session, but for the shims.
-        ours = entry.session == me.session or entry.pid in self._own
-        return not ours and not self._begins(entry)
-
-    def _begins(self, entry: Entry) -> bool:
-        """Return whether a process is a shim of ours, perhaps without its lock yet."""
-        last = os.fsdecode(b"".join(arguments(entry)[-1:]))
-        return os.path.dirname(last) == str(self._tasks)
 
 
 @define(eq=False)

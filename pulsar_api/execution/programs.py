@@ -11,7 +11,7 @@ from attrs import frozen
 from twisted.logger import Logger
 
 from pulsar_api import files
-from pulsar_api.execution.machine import USUAL
+from pulsar_api.execution.machine import SHIM_COMMAND
 from pulsar_api.shim import launcher, masker, shim
 
 _log = Logger()
@@ -24,8 +24,8 @@ LIBRARY = str(Path(ahocorasick_rs.__file__).parents[1])
 class Programs:
     """How what stands between the daemon and its commands is started."""
 
-    shim: Sequence[str] = USUAL
-    launcher: Sequence[str] = (*USUAL[:-1], launcher.__file__, LIBRARY)
+    shim: Sequence[str] = SHIM_COMMAND
+    launcher: Sequence[str] = (*SHIM_COMMAND[:-1], launcher.__file__, LIBRARY)
 
 
 COMPILED = ("masker.pyc", "shim.pyc", "launcher.pyc")
@@ -59,7 +59,7 @@ def compiled(folder: Path) -> Programs:
     except OSError as e:
         _log.error("Cannot write {target}: {e}", target=target, e=e)
         return Programs()
-    before = USUAL[:-1]
+    before = SHIM_COMMAND[:-1]
     return Programs(
         (*before, str(folder / "shim.pyc")),
         (*before, str(folder / "launcher.pyc"), LIBRARY),

@@ -15,7 +15,7 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from pulsar_api.concurrency.background import own
+from pulsar_api.concurrency.background import run_in_background
 from pulsar_api.execution.launching import NotStarted, StatusUnknown
 from pulsar_api.execution.machine import Machine
 from pulsar_api.files import Damaged
@@ -303,7 +303,7 @@ class _Following:
             return
         self._ending = True
         self._watch.stop()
-        own(self._end_by_force(exit, numbers))
+        run_in_background(self._end_by_force(exit, numbers))
 
     async def _end_by_force(self, exit: Exit, numbers: bool) -> None:  # noqa: FBT001
         while True:
@@ -541,7 +541,7 @@ class ShimProtocol(_Following, ProcessProtocol):
             with suppress(*NOTHING):
                 names = self._machine.names(self._folder)
             begun = bool((BEGUN | {"lock", "exit"}) & set(names))
-            if begun or (self._killed and not self._bar()):
+            if begun or (self._killed and not self._prevent_start()):
                 self._follow(self._sink)
             elif self._killed:
                 self._tell_end(Exit(error="The command was not started.", cause=Cause.KILL))
@@ -551,16 +551,16 @@ class ShimProtocol(_Following, ProcessProtocol):
             self.cannot_read(e)
             self._again_later(LOOK)
 
-    def _bar(self) -> bool:
+    def _prevent_start(self) -> bool:
         """Make sure that no shim begins any more; False: one has."""
         try:
-            barred = self._machine.claim(self._folder / "lock")
+            prevented = self._machine.claim(self._folder / "lock")
         except NOTHING:
             return True  # there is no folder to begin in
-        if barred:
+        if prevented:
             with suppress(OSError):  # it may hold secrets
                 self._machine.remove(self._folder / "spec")
-        return barred
+        return prevented
 
     def _conclude(self, why: str) -> None:
         if self._ending:
@@ -571,7 +571,7 @@ class ShimProtocol(_Following, ProcessProtocol):
                 self.conclude(exit, numbers=True)
                 return
             # Before it is called ended: the shim of an earlier start may still come.
-            if self._again and self._sink is not None and not self._bar():
+            if self._again and self._sink is not None and not self._prevent_start():
                 self._follow(self._sink)
                 return
             if self._ready:

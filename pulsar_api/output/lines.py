@@ -11,7 +11,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from pulsar_api.concurrency.changes import Changes
-from pulsar_api.concurrency.turns import Rota
+from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.output.reader import Output, begin_of_character
 
 LEAST = 1 << 16
@@ -139,7 +139,7 @@ class LineIndex:
     """
 
     output: Output
-    rota: Rota
+    turns: TurnScheduler
     _starts: "array[int]" = field(factory=lambda: array("q", [0]), init=False)
     """Where each segment begins; the last one is still open."""
     _lines: "array[int]" = field(factory=lambda: array("q", [3]), init=False)
@@ -218,7 +218,7 @@ class LineIndex:
     # -- the looking
 
     def _begin(self) -> _Looking:
-        looking = self._looking = _Looking(self._wanted, Changes(self.rota.clock))
+        looking = self._looking = _Looking(self._wanted, Changes(self.turns.clock))
 
         def ended(result: object) -> None:
             self._looking = None
@@ -232,7 +232,7 @@ class LineIndex:
 
     async def _look(self, looking: _Looking) -> None:
         while True:
-            await self.rota.turn()
+            await self.turns.wait()
             if not looking.ended.waiting or not self._step(looking.size):
                 return
 
@@ -327,7 +327,7 @@ class LineIndexes:
 
     folder: Path
     """Where the output of task 47 is in the folder ``47``."""
-    rota: Rota
+    turns: TurnScheduler
     most: int = KEPT_SEGMENTS
     _kept: OrderedDict[int, LineIndex] = field(factory=OrderedDict, init=False)
 
@@ -335,7 +335,7 @@ class LineIndexes:
         """Return the index of a task, which may have to look at its output yet."""
         found = self._kept.pop(number, None)
         if found is None:
-            found = LineIndex(Output(self.folder / str(number)), self.rota)
+            found = LineIndex(Output(self.folder / str(number)), self.turns)
         self._forget_some(KEPT - 1, self.most - found.weight)
         self._kept[number] = found
         return found

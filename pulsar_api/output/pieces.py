@@ -2,7 +2,7 @@
 
 from attrs import frozen
 
-from pulsar_api.concurrency.turns import Rota
+from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.output.reader import Output, Reader
 
 Piece = tuple[int | None, int, str]
@@ -34,7 +34,7 @@ class Pieces:
 
 
 async def read_pieces(
-    output: Output, rota: Rota, start: int, end: int, portion: Portion = _USUAL
+    output: Output, turns: TurnScheduler, start: int, end: int, portion: Portion = _USUAL
 ) -> Pieces:
     """Read from the character at ``start`` to ``end``, or less if that is too much.
 
@@ -42,12 +42,12 @@ async def read_pieces(
     """
     start = output.character_start(start)
     stop = _between_characters(output, start, min(end, start + portion.size))
-    await rota.turn()
+    await turns.wait()
     reader = Reader(output, start, output.record_at(start) if start else 0, timed=True)
     found: list[Piece] = []
     for count, chunk in enumerate(reader.read(stop), 1):
         if not chunk.data or count % _TURN == 0:
-            await rota.turn()
+            await turns.wait()
         if not chunk.data:
             continue
         text = chunk.data.decode("utf-8", "replace")

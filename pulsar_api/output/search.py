@@ -53,7 +53,7 @@ async def search(index: LineIndex, text: str, start: int, effort: Effort = _USUA
         stop = cut[0] if at < cut[0] else size
         length = min(effort.step, stop - at)
         # A match may go on in what the next turn looks at.
-        await index.rota.turn()
+        await index.turns.wait()
         data = index.output.read(at, min(at + length + len(needle) - 1, stop)).lower()
         if index.output.cut() != cut:
             break

@@ -143,7 +143,7 @@ class Executor(Protocol):
     def cgroup(self, task_id: int) -> str:
         """Return the name of a run's cgroup, "" if the run's folder does not tell it."""
 
-    def bar(self, task_id: int) -> bool:
+    def prevent_start(self, task_id: int) -> bool:
         """Make sure that no shim begins with this task; False: one has.
 
         Raises `StoreUnavailable` if that cannot be done now.

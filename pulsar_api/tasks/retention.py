@@ -7,7 +7,7 @@ from attrs import define, field
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
-from pulsar_api.concurrency.background import own
+from pulsar_api.concurrency.background import run_in_background
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.tasks.clock import SteadyClock
 from pulsar_api.tasks.interfaces import Executor, Keep, TaskStore
@@ -38,7 +38,7 @@ class Retention:
         Tasks that have not ended need their secrets.
         """
         self._look()
-        own(self._remove_left(kept, unfinished))
+        run_in_background(self._remove_left(kept, unfinished))
 
     def stop(self) -> None:
         """Remove nothing more, but for what is under way."""
@@ -48,7 +48,7 @@ class Retention:
 
     def _look(self) -> None:
         self._next = self._clock.callLater(TIDY, self._look)
-        own(self._tidy())
+        run_in_background(self._tidy())
 
     async def keep_reading(self) -> bool:
         """Keep what time it is, and where; return False if that cannot be kept."""

@@ -8,7 +8,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from pulsar_api.concurrency.background import own, shielded
+from pulsar_api.concurrency.background import run_in_background, shielded
 from pulsar_api.concurrency.changes import Changes
 from pulsar_api.errors import (
     FolderInUse,
@@ -230,7 +230,7 @@ class TaskService:
             self._adopt(live)
         elif by is not None:
             self._running[found.id] = live
-            own(self._killed_waiting(live))
+            run_in_background(self._killed_waiting(live))
         else:
             self._waiting[found.id] = live
 
@@ -543,7 +543,7 @@ class TaskService:
                 busy[target] = busy.get(target, 0) + 1
                 del self._waiting[live.newest.id]
                 self._running[live.newest.id] = live
-                own(self._guarded(live, self._start(live)))
+                run_in_background(self._guarded(live, self._start(live)))
             elif live.newest.waiting_for != why:
                 self._wait_for(live, why)
 
@@ -605,7 +605,7 @@ class TaskService:
             return
         # With it in one transaction: a database that is restored must not fit what is
         # restored beside it.
-        own(self._retention.keep_reading())
+        run_in_background(self._retention.keep_reading())
         # The record that it starts is on disk before the process exists.
         live.newest = live.changed(
             status=Status.RUNNING,
@@ -684,7 +684,7 @@ class TaskService:
     def ended(self, live: _Live, exit: Exit) -> None:
         """Take the result of a run."""
         if exit.unstarted:
-            own(self._guarded(live, self._start_again(live, exit)))
+            run_in_background(self._guarded(live, self._start_again(live, exit)))
             return
         live.task.refresh()  # what was told of its output is on record with its end
         status, reason = judge(exit, live.newest.killed_by)
@@ -693,7 +693,7 @@ class TaskService:
             notes = (*notes, OPEN)
         if exit.memory_kills:
             notes = (*notes, MEMORY)
-        own(
+        run_in_background(
             self._finish(
                 live,
                 status=status,
@@ -740,7 +740,7 @@ class TaskService:
         """Make sure that no shim begins with a task; return False if one has."""
         while not self._gone:
             try:
-                return self._executor.bar(live.newest.id)
+                return self._executor.prevent_start(live.newest.id)
             except StoreUnavailable as e:
                 await self._disk(live, e)
         raise ShuttingDown
@@ -778,7 +778,7 @@ class TaskService:
     def _hold(self, live: _Live) -> None:
         """Keep the target of a task that has ended from others, until nothing runs."""
         self._held[live.newest.id] = live
-        own(self._watch_held(live))
+        run_in_background(self._watch_held(live))
 
     async def _watch_held(self, live: _Live) -> None:
         task_id = live.newest.id

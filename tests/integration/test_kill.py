@@ -13,7 +13,7 @@ import pytest
 from attrs import define, field
 
 from pulsar_api.execution import proc, processes
-from pulsar_api.execution.orphans import read_sessions
+from pulsar_api.execution.sessions import read_sessions
 from pulsar_api.output.reader import Output
 from pulsar_api.shim import shim
 from tests.integration.conftest import Start

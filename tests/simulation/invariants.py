@@ -326,7 +326,7 @@ class LostForAReason(Invariant):
 
     def on_end(self) -> None:
         for row in self.rows().values():
-            # One that was killed before it began may be: see `Executor.bar`.
+            # One that was killed before it began may be: see `Executor.prevent_start`.
             holds = row.status is not Status.LOST or row.killed_by is not None
             self.require(holds, f"task {row.id}: {row.reason}")
 

@@ -115,9 +115,9 @@ def no_jump() -> Iterator[None]:
 
 
 @contextmanager
-def unbarred() -> Iterator[None]:
+def start_not_prevented() -> Iterator[None]:
     """A killed task that has not begun is told killed although its shim may begin."""
-    with _patched(ShimExecutor, "bar", lambda *_: True):
+    with _patched(ShimExecutor, "prevent_start", lambda *_: True):
         yield
 
 
@@ -184,7 +184,7 @@ MUTATIONS: dict[str, Mutation] = {
     "A9": wall_clock,
     "A10": endless_stop,
     "versions": no_jump,
-    "bar": unbarred,
+    "prevent": start_not_prevented,
     "held": free_targets,
     "keys": keys_at_once,
     "told": told_early,

@@ -17,7 +17,7 @@ from werkzeug.http import parse_range_header
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
 from pulsar_api.concurrency.changes import Changes
-from pulsar_api.concurrency.turns import Rota
+from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.output.reader import NAMES, PIECE, Chunk, Output, Reader, Timed
 from pulsar_api.tasks.model import COALESCE, Task, TaskSnapshot
 from pulsar_api.tasks.service import MAX_ID
@@ -49,7 +49,7 @@ class FollowAPI:
     folder: Path
     """Where the output of task 47 is in the folder ``47``."""
     clock: IReactorTime
-    rota: Rota
+    turns: TurnScheduler
 
     @app.route("/task/<number>/log", methods=["GET"])
     @needs(Right.READ)
@@ -221,7 +221,7 @@ class FollowAPI:
                 await outlet.write(text)
                 if size >= PIECE:
                     size = 0
-                    await self.rota.turn(tasks.caller.by.key)
+                    await self.turns.wait(tasks.caller.by.key)
             if not more:
                 await outlet.wait(changed, seen)
                 # Of much that happens at once each stream asks a few times a second.
@@ -230,7 +230,7 @@ class FollowAPI:
     async def _rest(self, count: int, chunk: Chunk) -> None:
         """Let others have their turn after much was read, or written."""
         if not chunk.data or count % _TURN == 0:
-            await self.rota.turn()
+            await self.turns.wait()
 
 
 def _cursor(request: Request, query: dict[str, str]) -> tuple[int, ...] | None:

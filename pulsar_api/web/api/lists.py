@@ -20,7 +20,7 @@ from twisted.logger import Logger
 from twisted.web.server import Request
 
 from pulsar_api.auth.guard import Guard
-from pulsar_api.concurrency.turns import Rota
+from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.tasks.model import Found, TaskQuery, TaskSnapshot
 from pulsar_api.web.responses import JSON, Valve, reply
 
@@ -71,14 +71,14 @@ class Lists:
     """
 
     _clock: IReactorTime
-    _rota: Rota
+    _turns: TurnScheduler
     _searches: _Places = field(factory=_Places, init=False)
     _large: _Places = field(factory=_Places, init=False)
 
     async def next_after(self, tasks: Guard, number: int) -> TaskSnapshot | None:
         """Return the oldest newer task that may be seen, or None."""
         name = tasks.caller.by.key
-        await self._rota.turn(name)
+        await self._turns.wait(name)
         if tasks.narrowed(TaskQuery()).quick:
             return await tasks.next_after(number)
         async with self._searches.of(name):
@@ -86,7 +86,7 @@ class Lists:
 
     async def _search(self, tasks: Guard, query: TaskQuery) -> Found:
         name = tasks.caller.by.key
-        await self._rota.turn(name)
+        await self._turns.wait(name)
         if tasks.narrowed(query).quick:
             return await tasks.search(query)
         async with self._searches.of(name):
@@ -139,7 +139,7 @@ class Lists:
         async with AsyncExitStack() as place:
             while entries.left:
                 if made >= _STEP:
-                    await self._rota.turn(name)
+                    await self._turns.wait(name)
                     made = 0
                 found = await entries.next()
                 if found is None:
@@ -151,7 +151,7 @@ class Lists:
                     if found.weight < _STEP:
                         continue  # all of it is little
                     await self._flush(answer, entries, place, name)
-                    await self._rota.turn(name)
+                    await self._turns.wait(name)
                     made = 0
                 del found
                 await self._flush(answer, entries, place, name)

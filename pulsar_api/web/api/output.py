@@ -48,7 +48,7 @@ class PartsAPI:
         await index.reach(snapshot.output_size)
         body = self._shared.get(_key(index, snapshot, start))
         if body is None:
-            await self.indexes.rota.turn()
+            await self.indexes.turns.wait()
             await index.reach(snapshot.output_size)
             body = self._body(index, snapshot, start)
         return reply(request, body)
@@ -75,7 +75,7 @@ class PartsAPI:
         if request.method == b"HEAD":
             return _head(request)
         output = Output(self.indexes.folder / str(task.snapshot.id))
-        found = await read_pieces(output, self.indexes.rota, start, end)
+        found = await read_pieces(output, self.indexes.turns, start, end)
         began = output.began()
         answer = {
             "offset": found.start,

@@ -16,7 +16,7 @@ from werkzeug.routing import BaseConverter
 
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
-from pulsar_api.concurrency.turns import Rota
+from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.errors import UnknownTask
 from pulsar_api.output.reader import Output
 from pulsar_api.tasks.model import Task, TaskSnapshot
@@ -69,7 +69,7 @@ class TaskAPI:
 
     @lists.default
     def _lists(self) -> Lists:
-        return Lists(self.clock, Rota(self.clock))
+        return Lists(self.clock, TurnScheduler(self.clock))
 
     # -- tasks
 

@@ -14,7 +14,7 @@ from twisted.logger import Logger
 from twisted.web.server import Request
 
 from pulsar_api.concurrency.changes import Changes
-from pulsar_api.concurrency.turns import Rota
+from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.errors import StoreUnavailable, UnknownTask
 from pulsar_api.output.reader import Output
 from pulsar_api.tasks.model import Status, Task, TaskQuery, TaskSnapshot
@@ -118,7 +118,7 @@ class Feed:
     _folder: Path
     """Where the output of task 47 is in the folder ``47``."""
     _clock: IReactorTime
-    _rota: Rota
+    _turns: TurnScheduler
     _subscribers: dict[Subscription, None] = field(factory=dict, init=False)
     _watched: dict[int, Deferred[None]] = field(factory=dict, init=False)
     _held: dict[int, Changes] = field(factory=dict, init=False)
@@ -160,7 +160,7 @@ class Feed:
 
     def turn(self) -> Deferred[None]:
         """Fire when it is the caller's turn to work."""
-        return self._rota.turn()
+        return self._turns.wait()
 
     def hold(self, number: int, request: Request) -> None:
         """Tell no change of a task until its POST was answered, and a moment longer."""
@@ -206,10 +206,10 @@ class Feed:
         size = snapshot.output_size
         limit = MAX_CHANGE_TEXT if kind == "change" else MAX_TEXT
         try:
-            start = await start_offset(output, self._rota, size, limit)
+            start = await start_offset(output, self._turns, size, limit)
         except OSError:
             start = max(0, size - limit)  # the pieces will say that it cannot be read
-        return Message(kind, snapshot, output, start, self.pieces, self._rota)
+        return Message(kind, snapshot, output, start, self.pieces, self._turns)
 
     async def _run(self) -> None:
         change, known = await self._surely(self._service.last_change)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from attrs import define, field, frozen
 from twisted.logger import Logger
 
-from pulsar_api.concurrency.turns import Rota
+from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.output.reader import NAMES, Output, Reader
 from pulsar_api.tasks.model import TaskSnapshot
 from pulsar_api.web import encoding
@@ -90,13 +90,13 @@ class Message:
     _start: int
     """The byte of the output at which both texts begin; see `start_offset`."""
     _cache: PieceCache
-    _rota: Rota
+    _turns: TurnScheduler
 
     async def send(self, write: Callable[[str, bool], Awaitable[None]]) -> None:
         """Call ``write`` with each piece, in a turn of its own; with True for the last."""
         position: Position | None = Position()
         while position is not None:
-            await self._rota.turn()
+            await self._turns.wait()
             text, position = self._cache.get(self, position)
             await write(text, position is None)
 
@@ -178,7 +178,7 @@ class Message:
         return "".join(parts), Position(_STDOUT, reader.offset, reader.record)
 
 
-async def start_offset(output: Output, rota: Rota, size: int, limit: int) -> int:
+async def start_offset(output: Output, turns: TurnScheduler, size: int, limit: int) -> int:
     """Return the byte from which on the output fits into a text of a message.
 
     From there to ``size`` are at most ``limit`` bytes, and at most half as many again once
@@ -194,7 +194,7 @@ async def start_offset(output: Output, rota: Rota, size: int, limit: int) -> int
             return at
         at = before
         if at > start and (size - at) % _MEASURED_BYTES < PIECE_BYTES:
-            await rota.turn()
+            await turns.wait()
     return start
 
 

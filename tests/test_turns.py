@@ -1,18 +1,18 @@
-"""Turns of the reactor: one for each who has much to do, however much that is."""
+"""Tests of turns of the reactor: each caller gets one, however much work it has."""
 
 from twisted.internet.task import Clock
 
-from pulsar_api.concurrency.turns import Rota
+from pulsar_api.concurrency.turns import TurnScheduler
 
 
-def test_who_does_much_at_a_time_has_no_more_turns_than_others() -> None:
-    """They are served in turn by name; who has none is one of their own."""
+def test_a_caller_with_much_work_gets_no_more_turns_than_others() -> None:
+    """Names are served in turn; a caller without a name counts for itself."""
     clock = Clock()
-    rota = Rota(clock)
+    turns = TurnScheduler(clock)
     done: list[str] = []
 
     def wait(text: str, name: str | None) -> None:
-        rota.turn(name).addCallback(lambda _: done.append(text))
+        turns.wait(name).addCallback(lambda _: done.append(text))
 
     for number in range(4):
         wait(f"eve {number}", "eve")
@@ -28,21 +28,21 @@ def test_who_does_much_at_a_time_has_no_more_turns_than_others() -> None:
     assert clock.getDelayedCalls() == []
 
 
-def test_who_gives_up_a_turn_leaves_nothing() -> None:
-    """And takes nobody's turn, also of the same name."""
+def test_a_cancelled_turn_leaves_nothing_behind() -> None:
+    """It costs no other caller its turn, even one with the same name."""
     clock = Clock()
-    rota = Rota(clock)
-    turns = [rota.turn("eve"), rota.turn("eve"), rota.turn(None)]
-    for turn in (turns[0], turns[2]):
+    turns = TurnScheduler(clock)
+    waiting = [turns.wait("eve"), turns.wait("eve"), turns.wait(None)]
+    for turn in (waiting[0], waiting[2]):
         turn.addErrback(lambda _: None)
         turn.cancel()
     done: list[None] = []
-    turns[1].addCallback(done.append)
+    waiting[1].addCallback(done.append)
     clock.advance(0)
     assert done == [None]
-    last = rota.turn("eve")
+    last = turns.wait("eve")
     last.addErrback(lambda _: None)
     last.cancel()
     clock.advance(0)
     assert clock.getDelayedCalls() == []
-    assert rota._waiting == {}
+    assert turns._waiting == {}
