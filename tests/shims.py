@@ -13,7 +13,7 @@ from twisted.internet.task import Clock
 
 from pulsar_api.execution import proc
 from pulsar_api.execution.executor import ShimExecutor
-from pulsar_api.execution.machine import LocalMachine
+from pulsar_api.execution.local_machine import LocalMachine
 from pulsar_api.execution.proc import Entry, Key, Table, lives, send
 from pulsar_api.shim import shim
 from pulsar_api.tasks.interfaces import Bounds

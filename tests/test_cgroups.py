@@ -10,7 +10,7 @@ from twisted.internet.task import Clock
 from pulsar_api.execution import cgroups
 from pulsar_api.execution.cgroups import Cgroups
 from pulsar_api.execution.executor import ShimExecutor
-from pulsar_api.execution.machine import LocalMachine
+from pulsar_api.execution.local_machine import LocalMachine
 from pulsar_api.shim import shim
 from pulsar_api.tasks.interfaces import Bounds
 from pulsar_api.tasks.model import Account, Command, Exit

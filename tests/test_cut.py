@@ -19,7 +19,8 @@ from twisted.internet.task import Clock
 
 from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.execution.executor import ShimExecutor
-from pulsar_api.execution.machine import SHIM_COMMAND, LocalMachine
+from pulsar_api.execution.local_machine import LocalMachine
+from pulsar_api.execution.programs import SHIM_COMMAND
 from pulsar_api.execution.runs import read_exit
 from pulsar_api.output.pieces import read_pieces
 from pulsar_api.output.reader import Chunk, Cut, Output, Reader, Record

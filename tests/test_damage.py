@@ -22,7 +22,7 @@ from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.execution import proc, processes, sessions
 from pulsar_api.execution.executor import ShimExecutor
-from pulsar_api.execution.machine import LocalMachine
+from pulsar_api.execution.local_machine import LocalMachine
 from pulsar_api.execution.runs import alive, read_exit
 from pulsar_api.output.lines import LineIndex
 from pulsar_api.output.reader import LARGEST, Output, Reader, Timed

@@ -25,10 +25,11 @@ from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from pulsar_api.execution import launching, proc, runs
-from pulsar_api.execution.executor import Programs, ShimExecutor
+from pulsar_api.execution.executor import ShimExecutor
 from pulsar_api.execution.launching import Launcher, StatusUnknown
-from pulsar_api.execution.machine import LocalMachine
+from pulsar_api.execution.local_machine import LocalMachine
 from pulsar_api.execution.proc import Entry, Table
+from pulsar_api.execution.programs import Programs
 from pulsar_api.shim import shim
 from pulsar_api.tasks.interfaces import Bounds
 from pulsar_api.tasks.model import Cause, Command, Exit

@@ -17,10 +17,10 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
 from pulsar_api.errors import Busy, StoreUnavailable
-from pulsar_api.execution.capture import MOST_LISTINGS, MOST_OUTPUT, Listings
 from pulsar_api.execution.executor import ShimExecutor
-from pulsar_api.execution.machine import LocalMachine
-from pulsar_api.shim import process
+from pulsar_api.execution.listings import MOST_LISTINGS, MOST_OUTPUT, Listings
+from pulsar_api.execution.local_machine import LocalMachine
+from pulsar_api.shim.shim import process
 from pulsar_api.tasks.interfaces import Bounds
 from pulsar_api.tasks.model import Account, Command
 from tests.integration.daemon import PATIENCE

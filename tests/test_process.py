@@ -30,7 +30,8 @@ from twisted.internet.task import Clock, deferLater
 from pulsar_api.errors import FolderInUse, StoreUnavailable
 from pulsar_api.execution import capture, orphans, programs
 from pulsar_api.execution.executor import ShimExecutor
-from pulsar_api.execution.machine import SHIM_COMMAND, LocalMachine
+from pulsar_api.execution.local_machine import LocalMachine
+from pulsar_api.execution.programs import SHIM_COMMAND
 from pulsar_api.execution.runs import alive, read_exit
 from pulsar_api.output.reader import Output, Record
 from pulsar_api.shim import masker, shim
@@ -1644,7 +1645,7 @@ _STARTER = """
 import os, signal, sys
 from pathlib import Path
 from twisted.internet import reactor
-from pulsar_api.execution.machine import LocalMachine
+from pulsar_api.execution.local_machine import LocalMachine
 from pulsar_api.tasks.interfaces import Bounds
 from pulsar_api.execution.executor import ShimExecutor
 from pulsar_api.tasks.model import Command
@@ -1988,7 +1989,7 @@ async def test_a_list_of_permits_that_was_restored_is_known(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pulsar_api.execution.machine import LocalMachine
+from pulsar_api.execution.local_machine import LocalMachine
 setattr(os, sys.argv[2], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 LocalMachine(None).append(Path(sys.argv[1]), b"\\n%019d\\n" % 3)
 """

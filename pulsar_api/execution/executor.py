@@ -17,7 +17,8 @@ from twisted.logger import Logger
 
 from pulsar_api.errors import FolderInUse, StoreUnavailable
 from pulsar_api.execution import cgroups, orphans
-from pulsar_api.execution.machine import Identity, LocalMachine, Machine
+from pulsar_api.execution.local_machine import LocalMachine
+from pulsar_api.execution.machine import Identity, Machine
 from pulsar_api.execution.programs import LIBRARY
 from pulsar_api.execution.runs import (
     BEGUN,

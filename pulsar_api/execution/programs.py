@@ -1,7 +1,8 @@
-"""How the shim and the launcher are started: from the package, or from compiled copies."""
+"""The commands that start a shim or the launcher: from the package or compiled copies."""
 
 import os
 import py_compile
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,18 +12,20 @@ from attrs import frozen
 from twisted.logger import Logger
 
 from pulsar_api import files
-from pulsar_api.execution.machine import SHIM_COMMAND
 from pulsar_api.shim import launcher, masker, shim
 
 _log = Logger()
 
+SHIM_COMMAND = (sys.executable, "-I", "-S", shim.__file__)
+"""The command that starts a shim from the package; a task's folder follows."""
+
 LIBRARY = str(Path(ahocorasick_rs.__file__).parents[1])
-"""Where the shim finds what it masks secrets with."""
+"""The folder of the library with which the shim masks secrets."""
 
 
 @frozen
 class Programs:
-    """How what stands between the daemon and its commands is started."""
+    """The commands that start a shim and the launcher."""
 
     shim: Sequence[str] = SHIM_COMMAND
     launcher: Sequence[str] = (*SHIM_COMMAND[:-1], launcher.__file__, LIBRARY)
@@ -40,18 +43,21 @@ def remove_compiled(folder: Path) -> None:
 
 
 def compiled(folder: Path) -> Programs:
-    """Return how to start shim and launcher from compiled copies, made in the folder.
+    """Compile shim and launcher into a folder, and return the commands that start them.
 
-    No task may be able to write there. A copy keeps the version of this daemon, whatever an
-    upgrade of the package does before the daemon is restarted. But the library that masks
-    secrets is not copied: a task with secrets uses the one that is installed at its start.
+    No task must be able to write to that folder. The copies keep the version of this
+    daemon if the package is upgraded before the daemon is restarted. The library that
+    masks secrets is not copied: a task with secrets uses the version that is installed
+    when the task starts.
+
+    If a copy cannot be written, log it and return the commands of the package.
     """
     try:
         for source, name in zip(
             (masker.__file__, shim.__file__, launcher.__file__), COMPILED, strict=True
         ):
             target = folder / name
-            # It replaces no link and no FIFO by itself, and gives the rights of the source.
+            # `compile` replaces no link or FIFO, and gives the copy the mode of the source.
             os.close(files.make(target))
             py_compile.compile(source, str(target), doraise=True)
             for _ in files.narrow(target):
@@ -59,8 +65,8 @@ def compiled(folder: Path) -> Programs:
     except OSError as e:
         _log.error("Cannot write {target}: {e}", target=target, e=e)
         return Programs()
-    before = SHIM_COMMAND[:-1]
+    interpreter = SHIM_COMMAND[:-1]
     return Programs(
-        (*before, str(folder / "shim.pyc")),
-        (*before, str(folder / "launcher.pyc"), LIBRARY),
+        (*interpreter, str(folder / "shim.pyc")),
+        (*interpreter, str(folder / "launcher.pyc"), LIBRARY),
     )

@@ -9,7 +9,7 @@ from twisted.logger import Logger
 from pulsar_api.concurrency.changes import Changes
 from pulsar_api.errors import Busy, StoreUnavailable
 from pulsar_api.execution import capture
-from pulsar_api.execution.capture import Listings
+from pulsar_api.execution.listings import Listings
 from pulsar_api.tasks import commands
 from pulsar_api.tasks.commands import Commands
 from pulsar_api.tasks.model import Command

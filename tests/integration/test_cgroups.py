@@ -17,7 +17,7 @@ from twisted.internet.task import Clock
 
 from pulsar_api.execution import cgroups
 from pulsar_api.execution.executor import ShimExecutor
-from pulsar_api.execution.machine import LocalMachine
+from pulsar_api.execution.local_machine import LocalMachine
 from pulsar_api.tasks.interfaces import Bounds
 from pulsar_api.tasks.model import Command
 from tests.integration.daemon import SHELL, Daemon, wait_for

@@ -19,7 +19,7 @@ import pytest
 from selenium.webdriver import Chrome
 
 import pulsar_api
-from pulsar_api.execution.executor import COMPILED
+from pulsar_api.execution.programs import COMPILED
 from pulsar_api.tasks.accounts import NEEDED, capabilities
 from tests.integration.daemon import PATIENCE, PULSAR_API, SHELL, Daemon, wait_for
 from tests.integration.refused import TWISTD

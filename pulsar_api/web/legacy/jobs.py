@@ -11,7 +11,7 @@ from twisted.web.server import Request
 
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
-from pulsar_api.execution.capture import Listings
+from pulsar_api.execution.listings import Listings
 from pulsar_api.output.reader import Output
 from pulsar_api.tasks.model import TaskQuery, TaskSnapshot
 from pulsar_api.web import decoding, encoding

@@ -1,0 +1,272 @@
+"""The host that this process runs on: its files, processes and threads."""
+
+import errno
+import os
+import shutil
+import signal
+from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from attrs import field, frozen
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.threads import deferToThreadPool
+
+from pulsar_api import files
+from pulsar_api.errors import StoreUnavailable
+from pulsar_api.execution import proc, processes
+from pulsar_api.execution.cgroups import Cgroups
+from pulsar_api.execution.history import ProcessHistory
+from pulsar_api.execution.launching import Launcher
+from pulsar_api.execution.machine import Identity, T
+from pulsar_api.execution.proc import Key
+from pulsar_api.execution.programs import SHIM_COMMAND
+from pulsar_api.output.reader import Output
+from pulsar_api.tasks.model import Limits, Process
+
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+ROOM = 1 << 20
+"""Bytes that must be free on the disk for a new task to be taken."""
+
+INODES = 32
+"""Files that one can still make on the disk, for the same."""
+
+
+def _identity(found: os.stat_result) -> Identity:
+    return Identity(found.st_dev, found.st_ino, found.st_ctime_ns, found.st_size)
+
+
+def _living(of: Sequence[Process]) -> Iterable[Process]:
+    return processes.living(of)
+
+
+def _holder(folder: Path) -> Key | None:
+    """Return the living shim of a folder, as far as its lock can be read."""
+    try:
+        return processes.holder(folder)
+    except OSError as e:
+        proc.gone(e)  # raises it for want of descriptors or memory
+        return None  # the disk is ill, or the lock damaged: what runs is known without it
+
+
+def _named(folder: Path) -> Key | None:
+    """Return the shim that a lock names, living or not; None: it names none."""
+    try:
+        pid, start = files.read(folder / "lock", processes.LOCK_SIZE).split()
+        return int(pid), int(start)
+    except (OSError, ValueError):
+        return None
+
+
+@frozen
+class LocalMachine:
+    """The machine that this process runs on."""
+
+    _reactor: Any
+    """Starts processes and has a thread pool; no interface says both."""
+    _shim: Sequence[str] = SHIM_COMMAND
+    """How a shim is started where there is no launcher."""
+    _own_children: Container[int] | None = None
+    """The children that this process waits for itself; None: it is no subreaper."""
+    _launcher: Launcher | None = None
+    _cgroups: Cgroups | None = None
+    _appending: Lock = field(factory=Lock, init=False)
+    """Held while a file grows."""
+    _histories: dict[Path, ProcessHistory] = field(factory=dict, init=False)
+    """What is remembered of the processes of tasks, by the folder of the tasks."""
+
+    def boot_id(self) -> str:
+        """Return the kernel's name for this boot."""
+        with open(BOOT_ID, encoding="ascii") as file:
+            return file.read().strip()
+
+    def in_thread(self, work: Callable[[], T]) -> Deferred[T]:
+        """Fire with what the function returns, which may take its time."""
+        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work)
+
+    def check_room(self, folder: Path) -> None:
+        """Raise `StoreUnavailable` if a new task could not be kept in a folder."""
+        try:
+            disk = os.statvfs(folder)
+        except OSError as e:
+            raise StoreUnavailable(f"{folder}: {e.strerror}") from None
+        if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+            raise StoreUnavailable(f"{folder} is not writable")
+        if disk.f_bavail * disk.f_frsize < ROOM:
+            text = f"less than {ROOM >> 20} MiB is free on the disk of {folder}"
+            raise StoreUnavailable(text, full=True)
+        if disk.f_files and disk.f_favail < INODES:
+            text = f"fewer than {INODES} more files fit on the disk of {folder} (inodes)"
+            raise StoreUnavailable(text, full=True)
+
+    def read(self, path: Path, *, tail: bool = False) -> bytes:
+        """Return a small file; of a larger one the first `SMALL` bytes, or the last."""
+        return files.read(path, tail=tail)
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Make or replace a file; nobody else can read it; it is not synced."""
+        with open(files.make(path), "wb") as file:
+            file.write(data)
+
+    def append(self, path: Path, data: bytes) -> Identity:
+        """Add to a file, which is made if need be, and wait until it is on disk."""
+        flags = os.O_WRONLY | os.O_CREAT
+        with (
+            self._appending,
+            open(files.open_regular(path, flags), "wb", buffering=0) as file,
+        ):
+            fd = file.fileno()
+            end = os.fstat(fd).st_size
+            # A kill can end write(2) when it has changed nothing but the time of the last
+            # change. The size is changed before, as a whole or not at all.
+            os.ftruncate(fd, end + len(data))
+            if os.pwrite(fd, data, end) != len(data):
+                raise OSError(errno.ENOSPC, "is written in part", str(path))
+            os.fsync(fd)
+            return _identity(os.fstat(fd))
+
+    def claim(self, path: Path) -> bool:
+        """Make an empty file and sync its folder; False: there is one already."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            os.close(os.open(path, flags, 0o600))
+        except FileExistsError:
+            return False
+        self.sync(path.parent)
+        return True
+
+    def sync(self, path: Path) -> None:
+        """Wait until a file or a folder is on disk."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give a file another name, in place of what has that name."""
+        os.rename(old, new)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file, if it is there."""
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def make_folder(self, path: Path) -> None:
+        """Make a folder that nobody else can enter, if it is not there."""
+        path.mkdir(mode=0o700, exist_ok=True)
+
+    def remove_folder(self, path: Path) -> None:
+        """Remove a folder and what is in it, as far as possible."""
+        shutil.rmtree(path, ignore_errors=True)
+
+    def names(self, path: Path) -> list[str]:
+        """Return the names in a folder."""
+        return os.listdir(path)
+
+    def identity(self, path: Path) -> Identity:
+        """Return which file or folder this is."""
+        return _identity(os.stat(path, follow_symlinks=False))
+
+    def holder(self, lock: Path) -> int:
+        """Return the number of the shim that holds a lock, 0 if nobody does."""
+        return processes.lock_holder(lock)
+
+    def output(self, folder: Path) -> Output:
+        """Return a reader of what a shim has written."""
+        return Output(folder)
+
+    def make_cgroup(self, name: str, limits: Limits) -> str:
+        """Make a cgroup for a task and return its folder, "" if there are no cgroups."""
+        if self._cgroups is not None and name:
+            return self._cgroups.make(name, limits)
+        if limits:
+            raise OSError(errno.ENOSYS, "there are no cgroups, so limits cannot be set")
+        return ""
+
+    def spawn(self, protocol: ProcessProtocol, folder: Path) -> None:
+        """Start the shim of a folder."""
+        if self._launcher is not None and self._launcher.spawn(protocol, folder):
+            return
+        # No path, uid or gid: with them Twisted forks the whole daemon. The shim
+        # changes directory itself.
+        self._reactor.spawnProcess(
+            protocol,
+            self._shim[0],
+            [*self._shim, str(folder)],
+            env={},
+            childFDs={0: "w", 1: "r", 2: "r"},
+        )
+
+    def terminate(self, folder: Path) -> None:
+        """Send TERM and CONT to the shim of a folder, and to nobody else."""
+        self._signal(folder, signal.SIGTERM, signal.SIGCONT)
+
+    def wake(self, folder: Path) -> bool:
+        """Send CONT to the shim of a folder; return whether it was stopped."""
+        return self._signal(folder, signal.SIGCONT)
+
+    def end(
+        self, folder: Path, *, numbers: bool, cgroup: str
+    ) -> Deferred[tuple[Process, ...]]:
+        """Kill the shim of a folder and all of its task; fires with what remains."""
+        return self.in_thread(lambda: self._end(folder, numbers, cgroup))
+
+    def _end(
+        self,
+        folder: Path,
+        numbers: bool,  # noqa: FBT001
+        cgroup: str,
+    ) -> tuple[Process, ...]:
+        living = _holder(folder)
+        remains: list[Process] = []
+        if self._cgroups is not None and cgroup:
+            if living is not None:
+                # Otherwise it would report that the command ended by itself.
+                proc.send(living, signal.SIGSTOP)
+            remains += self._cgroups.end(cgroup, processes.KILL_PATIENCE)
+        if living is not None:
+            remains += processes.end_tree(living)
+        dead = _named(folder) if numbers else None
+        history = self._history(folder.parent)
+        found = history.orphans(int(folder.name), dead, believe=numbers)
+        remains += found.end()
+        return tuple(dict.fromkeys(remains))
+
+    def _history(self, tasks: Path) -> ProcessHistory:
+        return self._histories.setdefault(tasks, ProcessHistory(tasks, self._own_children))
+
+    def sample_processes(self, tasks: Path, running: Sequence[int]) -> Deferred[float]:
+        """Remember the processes of tasks; fires with the seconds that it took."""
+
+        def sample() -> float:
+            found = {number: _holder(tasks / str(number)) for number in running}
+            shims = {n: key or _named(tasks / str(n)) for n, key in found.items()}
+            known = {n: key for n, key in shims.items() if key is not None}
+            return self._history(tasks).sample(known)
+
+        return self.in_thread(sample)
+
+    def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:
+        """Fire with those of the processes, and what is below them, that still run."""
+        return self.in_thread(lambda: tuple(_living(processes)))
+
+    def _signal(self, folder: Path, *numbers: signal.Signals) -> bool:
+        with suppress(OSError):
+            lock = folder / "lock"
+            handle = os.pidfd_open(pid := self.holder(lock))
+            try:
+                # If it still holds the lock, the handle is the shim's.
+                if self.holder(lock) == pid:
+                    with open(f"/proc/{pid}/stat", "rb") as file:
+                        stopped = file.read().rpartition(b")")[2].split()[0] in b"tT"
+                    for number in numbers:
+                        signal.pidfd_send_signal(handle, number)
+                    return stopped
+            finally:
+                os.close(handle)
+        return False
