@@ -11,16 +11,9 @@ from hypothesis import strategies as st
 
 from pulsar_api.errors import InvalidInput, SettingsError
 from pulsar_api.tasks.accounts import Accounts
-from pulsar_api.tasks.commands import (
-    PRESETS,
-    Commands,
-    Names,
-    Template,
-    parse_template,
-    preset_for,
-    shown,
-)
+from pulsar_api.tasks.commands import Commands, Names, shown
 from pulsar_api.tasks.model import Account, Command, TaskSpec
+from pulsar_api.tasks.presets import PRESETS, Template, parse_template, preset_for
 from pulsar_api.tasks.targets import Target
 from tests.fakes import person
 

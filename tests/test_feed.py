@@ -14,10 +14,12 @@ from twisted.trial.unittest import SynchronousTestCase
 from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.output.reader import BLOCK
 from pulsar_api.shim import shim
-from pulsar_api.tasks.commands import Commands, Template
+from pulsar_api.tasks.commands import Commands
 from pulsar_api.tasks.interfaces import Bounds
 from pulsar_api.tasks.model import TaskSpec
-from pulsar_api.tasks.service import Limits, TaskService
+from pulsar_api.tasks.presets import Template
+from pulsar_api.tasks.queue import Limits
+from pulsar_api.tasks.service import TaskService
 from pulsar_api.web.legacy.feed import EVERY, HELD, Closed, Feed, Subscription
 from pulsar_api.web.legacy.message import MAX_CHANGE_TEXT, MAX_TEXT, PIECE_BYTES, Message
 from pulsar_api.web.legacy.visit import HEARTBEAT, next_frame

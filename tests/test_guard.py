@@ -12,9 +12,11 @@ from twisted.trial.unittest import SynchronousTestCase
 from pulsar_api.auth.audit import VISITS, AuditLog
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Caller, Right
-from pulsar_api.tasks.commands import Commands, Template
+from pulsar_api.tasks.commands import Commands
 from pulsar_api.tasks.interfaces import Bounds
-from pulsar_api.tasks.service import Limits, TaskService
+from pulsar_api.tasks.presets import Template
+from pulsar_api.tasks.queue import Limits
+from pulsar_api.tasks.service import TaskService
 from tests.fakes import FakeExecutor, MemoryStore, person, steady_clock
 
 CASE = SynchronousTestCase()

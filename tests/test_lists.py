@@ -18,10 +18,12 @@ from twisted.web.server import Site
 
 from pulsar_api.auth.audit import AuditLog
 from pulsar_api.tasks.clock import SteadyClock
-from pulsar_api.tasks.commands import Commands, Template
+from pulsar_api.tasks.commands import Commands
 from pulsar_api.tasks.interfaces import Bounds, NewTask
 from pulsar_api.tasks.model import Status, TaskSnapshot, TaskSpec
-from pulsar_api.tasks.service import Limits, TaskService
+from pulsar_api.tasks.presets import Template
+from pulsar_api.tasks.queue import Limits
+from pulsar_api.tasks.service import TaskService
 from pulsar_api.web.api.lists import SMALL, STALLED
 from pulsar_api.web.api.tasks import TaskAPI
 from pulsar_api.web.authentication import Access

@@ -24,21 +24,23 @@ from pulsar_api.errors import (
 )
 from pulsar_api.principal import Principal
 from pulsar_api.tasks.clock import SteadyClock
-from pulsar_api.tasks.commands import Commands, parse_template
+from pulsar_api.tasks.commands import Commands
 from pulsar_api.tasks.interfaces import Bounds, Keep
+from pulsar_api.tasks.live import COALESCE, Task
 from pulsar_api.tasks.model import (
-    COALESCE,
     KEY_LIFE,
     Cause,
     Process,
     Status,
-    Task,
     TaskQuery,
     TaskSnapshot,
     TaskSpec,
 )
+from pulsar_api.tasks.presets import parse_template
+from pulsar_api.tasks.queue import Limits
+from pulsar_api.tasks.recorder import RETRY
 from pulsar_api.tasks.retention import TIDY
-from pulsar_api.tasks.service import LEAVE, LOOK, MAX_ID, RETRY, Limits, TaskService
+from pulsar_api.tasks.service import LEAVE, MAX_ID, TaskService
 from tests.fakes import FakeExecutor, MemoryStore, person
 
 CASE = SynchronousTestCase()
@@ -890,13 +892,13 @@ def test_what_could_not_be_killed_holds_the_target() -> None:
         "task 1, of which these still run: 4711 sleep 1000 (root)"
     )
     assert world.create(OTHER).snapshot.waiting_for is None
-    world.clock.advance(LOOK)
+    world.clock.advance(RETRY)
     assert world.find(1).held
     world.restart(alive=(SUDO,))
     assert world.find(2).waiting_for is not None
     version = world.find(1).version
     world.executor.alive = ()
-    world.clock.advance(LOOK)
+    world.clock.advance(RETRY)
     assert (world.find(1).held, world.find(1).still_running) == (False, ())
     assert world.find(1).version > version
     assert world.executor.run(2).command is not None
@@ -1300,11 +1302,11 @@ def test_what_ends_while_it_is_looked_for_is_shown_as_it_is(how: str) -> None:
     late = LateStore(rows=world.store.rows)
     world.service._store = late
     # As if it had been created by a POST that was not answered yet.
-    live = world.service._running.pop(1)
+    live = world.service._queue.active.pop(1)
     found: Deferred[Any] = Deferred.fromCoroutine(
         world.service.find(1) if how == "find" else world.service.list(TaskQuery())
     )
-    world.service._running[1] = live
+    world.service._queue.active[1] = live
     world.executor.run(1).end(0)
     assert task.snapshot.status is Status.FINISHED
     late.answer()

@@ -27,10 +27,12 @@ from pulsar_api.auth.authenticator import Gate
 from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.shim import shim
 from pulsar_api.tasks.clock import SteadyClock
-from pulsar_api.tasks.commands import Commands, Template
+from pulsar_api.tasks.commands import Commands
 from pulsar_api.tasks.interfaces import Bounds
 from pulsar_api.tasks.model import TaskSpec
-from pulsar_api.tasks.service import Limits, TaskService
+from pulsar_api.tasks.presets import Template
+from pulsar_api.tasks.queue import Limits
+from pulsar_api.tasks.service import TaskService
 from pulsar_api.web.authentication import RECHECK, Access
 from pulsar_api.web.legacy.feed import Feed
 from pulsar_api.web.legacy.message import PIECE_BYTES

@@ -4,13 +4,12 @@ import pytest
 from attrs import evolve
 from twisted.internet.task import Clock
 
+from pulsar_api.tasks.live import COALESCE, Task
 from pulsar_api.tasks.model import (
-    COALESCE,
     Cause,
     Exit,
     Process,
     Status,
-    Task,
     TaskSnapshot,
     TaskSpec,
     judge,

@@ -10,12 +10,12 @@ from pulsar_api.concurrency.background import shielded
 from pulsar_api.concurrency.changes import Changes
 from pulsar_api.errors import InvalidInput, NotAllowed, NotRestartable, SecretsGone
 from pulsar_api.tasks.commands import MAX_ACTION, MAX_NAME
+from pulsar_api.tasks.live import Task
 from pulsar_api.tasks.model import (
     Command,
     Found,
     News,
     Status,
-    Task,
     TaskQuery,
     TaskSnapshot,
     TaskSpec,

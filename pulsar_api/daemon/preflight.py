@@ -11,7 +11,7 @@ from pulsar_api.errors import SettingsError
 from pulsar_api.execution import cgroups
 from pulsar_api.network import certificates, listener
 from pulsar_api.storage import tasks
-from pulsar_api.tasks import commands
+from pulsar_api.tasks import presets
 from pulsar_api.tasks.accounts import Accounts, check_capabilities, check_limits
 from pulsar_api.tasks.commands import Commands, Names
 
@@ -48,7 +48,7 @@ def only_loopback(settings: Settings, identity: certificates.Identity | None) ->
 
 def make_commands(settings: Settings, environment: Mapping[str, str]) -> Commands:
     name = settings.command
-    template = commands.parse_template("pulsar-0.3" if name == commands.DETECTED else name)
+    template = presets.parse_template("pulsar-0.3" if name == presets.DETECTED else name)
     repo = settings.config_repo
     if template.needs_repo and repo is None:
         raise SettingsError(f"--command {name} needs --config-repo")

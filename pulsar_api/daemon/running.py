@@ -33,11 +33,12 @@ from pulsar_api.execution.sampler import ProcessSampler
 from pulsar_api.memory import Memory
 from pulsar_api.output.lines import LineIndexes
 from pulsar_api.storage.tasks import SQLiteStore
-from pulsar_api.tasks import commands
+from pulsar_api.tasks import presets
 from pulsar_api.tasks.clock import SteadyClock
 from pulsar_api.tasks.commands import Commands
 from pulsar_api.tasks.interfaces import Bounds, Keep
-from pulsar_api.tasks.service import Limits, TaskService
+from pulsar_api.tasks.queue import Limits
+from pulsar_api.tasks.service import TaskService
 from pulsar_api.web.api.following import FollowAPI
 from pulsar_api.web.api.lists import Lists
 from pulsar_api.web.api.output import PartsAPI
@@ -98,7 +99,7 @@ class Running:
         """
         self._reaper.start(REAP)
         await self._listings.start()
-        if self._settings.command == commands.DETECTED:
+        if self._settings.command == presets.DETECTED:
             Deferred.fromCoroutine(self._pulsar.find_out()).addErrback(failed)
         await self.tasks.start()
         self._sampler.start()
@@ -176,7 +177,7 @@ def build(reactor: Any, s: Settings, given: Given, lock: int) -> Running:
     # With a permit for each, which are kept beside their folders.
     listed = state / LISTINGS / TASKS
     listings = Listings(executor(listed), machine, reactor, listed)
-    known = None if s.command == commands.DETECTED else given.commands
+    known = None if s.command == presets.DETECTED else given.commands
     pulsar = Pulsar(reactor, listings, given.commands, known)
     clock = SteadyClock(time.time, _uptime, machine.boot_id())
     store = SQLiteStore(state / DATABASE, reactor.callFromThread)

@@ -9,8 +9,13 @@ from twisted.logger import Logger
 from pulsar_api.concurrency.changes import Changes
 from pulsar_api.errors import Busy, StoreUnavailable
 from pulsar_api.execution import capture
+<<<<<<< HEAD
 from pulsar_api.execution.listings import Listings
 from pulsar_api.tasks import commands
+=======
+from pulsar_api.execution.capture import Listings
+from pulsar_api.tasks import presets
+>>>>>>> ddd2891 (TaskService becomes a pure queue, a phase per task, a recorder, a recovery and a thin service)
 from pulsar_api.tasks.commands import Commands
 from pulsar_api.tasks.model import Command
 
@@ -38,17 +43,17 @@ class Pulsar:
             answer = await capture.capture_output(self._reactor, self._reactor, version)
         else:
             answer = await self._ask_below_a_shim(version)
-        name = commands.preset_for(answer)
+        name = presets.preset_for(answer)
         said = answer.strip() or "nothing"
         _log.info("pulsar --version says {said}: using {name}", said=said, name=name)
-        self._found = evolve(self._usual, template=commands.PRESETS[name])
+        self._found = evolve(self._usual, template=presets.PRESETS[name])
         self._known.advance(1)
 
     async def _ask_below_a_shim(self, version: Command) -> str:
         # Only a shim can run it under another account.
         while True:
             try:
-                return await self._listings.capture_output(commands.DETECTED, version)
+                return await self._listings.capture_output(presets.DETECTED, version)
             except (StoreUnavailable, Busy) as e:
                 _log.error("Cannot find out which pulsar is installed: {e}", e=e)
                 await deferLater(self._reactor, _AGAIN)

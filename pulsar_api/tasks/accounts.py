@@ -1,4 +1,4 @@
-"""Says under which account the command of a task runs: ``[[run-as]]`` in the settings."""
+"""Finds the account under which a task runs: ``[[run-as]]`` in the settings."""
 
 import grp
 import os
@@ -27,7 +27,7 @@ _MOST_PROCESSES = 1 << 22  # the most that a kernel has at all (PID_MAX_LIMIT)
 
 @frozen
 class RunAs:
-    """One table of the settings; names of accounts are looked up by `Accounts.find`."""
+    """One ``[[run-as]]`` table. `Accounts.find` looks up the names in it."""
 
     on: tuple[Target, ...]
     user: str
@@ -38,7 +38,7 @@ class RunAs:
 
     @classmethod
     def parse(cls, table: object) -> "RunAs":
-        """Read one; `ValueError` says what is wrong with it."""
+        """Read a table. Raises `ValueError` with a sentence about the mistake."""
         if not isinstance(table, dict):
             raise ValueError("is a list of tables: [[run-as]]")  # noqa: TRY004
         unknown = sorted(set(table) - _KEYS)
@@ -97,23 +97,23 @@ def _text(table: Mapping[str, object], name: str) -> str | None:
 
 @frozen
 class Accounts:
-    """Finds the account of a target; without any table it is the daemon's own."""
+    """Finds the account of a target. Without tables it is the account of the daemon."""
 
     tables: tuple[tuple[tuple[Target, ...], Account], ...] = ()
 
     @classmethod
     def find(cls, tables: Iterable[RunAs], own: int) -> "Accounts":
-        """Look the names up; `SettingsError` for one that is unknown or may not be.
+        """Look up the names in the tables.
 
-        ``own`` is the daemon's user: a task under it could change the state, and one
-        under root everything.
+        ``own`` is the user of the daemon. Raises `SettingsError` for an unknown account,
+        and for one that is too powerful: the daemon's own, or root.
         """
         return cls(tuple((table.on, _account(table, own)) for table in tables))
 
     def of(self, app: str, env: str, action: str | None) -> Account | None:
-        """Return an account, None for the daemon's own; `InvalidInput` if there is none.
+        """Return the account of the first table that matches, None for the daemon's own.
 
-        The first table that matches counts.
+        Raises `InvalidInput` if there are tables and none matches.
         """
         for on, account in self.tables:
             if any(target.matches(app, env, action) for target in on):
@@ -143,7 +143,7 @@ def _account(table: RunAs, own: int) -> Account:
         except KeyError:
             raise SettingsError(f"run-as: there is no group {table.group}") from None
     if user.pw_uid == 0:
-        raise SettingsError("run-as: root may do everything; give tasks another user")
+        raise SettingsError("run-as: root can do everything; give tasks another user")
     if user.pw_uid == own:
         why = "the daemon itself runs as that user, and its tasks could change its state"
         raise SettingsError(f"run-as: {table.user}: {why}")

@@ -1,4 +1,4 @@
-"""A clock for ages, which a wrong wall clock cannot move."""
+"""A clock for ages that a wrong wall clock cannot move."""
 
 from collections.abc import Callable
 
@@ -9,13 +9,12 @@ from pulsar_api.tasks.interfaces import Reading
 
 @define(eq=False)
 class SteadyClock:
-    """Counts the seconds that the host can vouch for.
+    """Counts the seconds for which the machine ran.
 
-    Within one boot it goes with `CLOCK_BOOTTIME`, which nobody can set. How long the
-    machine was off only the wall clock knows, and that may be wrong at the boot of all
-    times; so that time does not count. It begins near the wall clock and then falls
-    behind it by the time that the machine is off: what expires by it expires late rather
-    than too early.
+    Within one boot it follows `CLOCK_BOOTTIME`, which nobody can set. Only the wall clock
+    knows how long the machine was off, and it may be wrong at boot, so that time does not
+    count. The clock starts near the wall clock and falls behind it by the time that the
+    machine is off: whatever expires by it expires late rather than too early.
     """
 
     _wall: Callable[[], float]
@@ -25,7 +24,7 @@ class SteadyClock:
     """What is added to the uptime."""
 
     def resume(self, last: Reading | None, newest: float | None) -> None:
-        """Go on from the last reading of an earlier daemon.
+        """Continue from the last reading of an earlier daemon.
 
         If there is none: from the newest time in the records, or from the wall clock if
         that is earlier or there are no records.
@@ -40,7 +39,7 @@ class SteadyClock:
         self._ahead = steady - uptime
 
     def wall(self) -> float:
-        """Return the seconds since the epoch, as the host believes."""
+        """Return the seconds since the epoch by the wall clock."""
         return self._wall()
 
     def steady(self) -> float:
@@ -48,6 +47,6 @@ class SteadyClock:
         return self._uptime() + self._ahead
 
     def reading(self, place: str) -> Reading:
-        """Return what to keep for the next daemon."""
+        """Return the reading that the next daemon continues from."""
         uptime = self._uptime()
         return Reading(self._boot, uptime, self._wall(), uptime + self._ahead, place)

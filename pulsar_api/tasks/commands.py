@@ -1,4 +1,4 @@
-"""Turns what was asked for into a list of arguments, and refuses what would not be one."""
+"""Turns a task into the list of arguments that runs, and refuses names that cannot be."""
 
 import re
 import shlex
@@ -7,10 +7,11 @@ from pathlib import Path
 
 from attrs import evolve, frozen
 
-from pulsar_api.errors import InvalidInput, NoListing, SettingsError
+from pulsar_api.errors import InvalidInput, NoListing
 from pulsar_api.tasks import secret_forms
 from pulsar_api.tasks.accounts import OWN_ACCOUNT, Accounts
 from pulsar_api.tasks.model import MASK, Account, Command, TaskSpec
+from pulsar_api.tasks.presets import DETECTED, Template, fill
 
 NOTHING: Mapping[str, str] = {}
 
@@ -45,7 +46,7 @@ _PERSONAL = frozenset(
 
 @frozen
 class Names:
-    """Which names are allowed. Each pattern must match the whole of a name."""
+    """The names that are allowed. A pattern must match a whole name."""
 
     app: re.Pattern[str] = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
     env: re.Pattern[str] = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -53,126 +54,12 @@ class Names:
     variable: re.Pattern[str] = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
     forbidden_actions: frozenset[str] = frozenset()
     secret_variables: tuple[str, ...] = secret_forms.PATTERNS
-    """Which variables are secret, as `fnmatch` has it."""
-
-
-@frozen
-class Template:
-    """How a command is made of a `TaskSpec`: data, no code.
-
-    ``{app}``, ``{env}``, ``{action}``, ``{config_repo}``, ``{config_branch}``, ``{id}``
-    and ``{user}`` are replaced inside one argument; the argument ``{variables}`` becomes
-    ``variable`` once for each variable. What ``{config_repo}`` is part of is left out,
-    with its flag, if there is none.
-    """
-
-    arguments: tuple[str, ...]
-    listing: tuple[str, ...] = ()
-    """What prints the actions, a line each: its name, ``#`` and a description."""
-    variable: tuple[str, ...] = ("{key}={value}",)
-    directory: str | None = None
-    action_arguments: bool = False
-    """Whether ``action[one,two]`` can be carried."""
-    into_environment: bool = False
-    """Whether variables are set in the environment under their own names."""
-    secrets_in_arguments: bool = False
-    """Whether secrets go the way of the other variables: there is no other way."""
-    word_keys: bool = False
-    """Whether a key may only be a word, as Rake wants it."""
-    ruby: bool = False
-    last_line: str | None = None
-    needs_repo: bool = False
-    local_repo: bool = False
-
-
-_CAP = "{config_repo}/apps/{app}"
-
-PRESETS: Mapping[str, Template] = {
-    "pulsar-0.3": Template(
-        arguments=(
-            *("pulsar", "--conf-repo", "{config_repo}", "--conf-branch"),
-            *("{config_branch}", "{app}", "{env}", "{action}", "{variables}"),
-        ),
-        listing=(
-            *("pulsar", "--conf-repo", "{config_repo}", "--conf-branch"),
-            *("{config_branch}", "{app}", "{env}", "-v", "--tasks"),
-        ),
-        variable=("-s", "{key}={value}"),
-        secrets_in_arguments=True,
-        ruby=True,
-    ),
-    "pulsar-1": Template(
-        arguments=("pulsar", "task", "{app}", "{env}", "{action}", "-c", "{config_repo}"),
-        into_environment=True,
-        ruby=True,
-        last_line="Executed task {action} for {app} on {env}!",
-    ),
-    "capistrano": Template(
-        arguments=("cap", "-f", f"{_CAP}/Capfile", "{env}", "{action}", "{variables}"),
-        listing=("cap", "-f", f"{_CAP}/Capfile", "{env}", "--tasks"),
-        # Stages and log/ are looked for where it is started, not where the Capfile is.
-        directory=_CAP,
-        action_arguments=True,
-        word_keys=True,
-        ruby=True,
-        needs_repo=True,
-        local_repo=True,
-    ),
-    "scripts": Template(
-        arguments=(f"{_CAP}/{{action}}",),
-        listing=(
-            *("find", ".", "-maxdepth", "1", "-type", "f", "-executable"),
-            *("-printf", r"%f #\n"),
-        ),
-        directory=_CAP,
-        needs_repo=True,
-        local_repo=True,
-    ),
-}
-DETECTED = "pulsar"
-"""The preset that stands for one of two, see `preset_for`."""
-
-_PLACES = re.compile(r"\{(\w+)\}")
-_PLACE_NAMES = frozenset(
-    "app env action config_repo config_branch id user variables".split()
-)
-
-
-def parse_template(text: str) -> Template:
-    """Make a template of a preset's name or of one line, split by shell rules, once."""
-    if text in PRESETS:
-        return PRESETS[text]
-    try:
-        arguments = tuple(shlex.split(text))
-    except ValueError as e:
-        raise SettingsError(f"--command cannot be split into arguments: {e}") from None
-    if not arguments or _PLACES.search(arguments[0]):
-        presets = ", ".join((DETECTED, *PRESETS))
-        raise SettingsError(
-            "--command needs a program that does not depend on the request, or one of "
-            f"the presets {presets}"
-        )
-    for argument in arguments:
-        for name in _PLACES.findall(argument):
-            if name not in _PLACE_NAMES:
-                raise SettingsError(
-                    f"--command: {{{name}}} is unknown; there are "
-                    + ", ".join(f"{{{known}}}" for known in sorted(_PLACE_NAMES))
-                )
-        if "{variables}" in argument and argument != "{variables}":
-            raise SettingsError("--command: {variables} must be an argument of its own")
-    return Template(arguments)
-
-
-def preset_for(version: str) -> str:
-    """Return the preset that fits what ``pulsar --version`` printed."""
-    found = re.search(r"(\d+)\.\d+", version)
-    return "pulsar-1" if found and int(found[1]) >= 1 else "pulsar-0.3"
+    """Patterns for the names of secret variables, as in `fnmatch`."""
 
 
 @frozen
 class Commands:
-    """Checks requests and makes commands of them, by one template."""
+    """Checks tasks and turns them into commands, by one template."""
 
     template: Template
     environment: Mapping[str, str]
@@ -182,9 +69,9 @@ class Commands:
     accounts: Accounts = OWN_ACCOUNT
 
     def split(self, asked: TaskSpec) -> tuple[TaskSpec, Mapping[str, str]]:
-        """Return what was asked for without its secrets, and those.
+        """Return a task without the values of its secrets, and these values by name.
 
-        Secret is what its name says, and what the asker says.
+        A variable is secret if its name says so, or if the request does.
         """
         patterns = self.names.secret_variables
         secrets = {
@@ -197,7 +84,7 @@ class Commands:
         return evolve(asked, variables=variables, secret_names=names), secrets
 
     def check(self, spec: TaskSpec) -> None:
-        """Raise `InvalidInput` for the first thing that this template cannot carry."""
+        """Raise `InvalidInput` for the first value that this template does not accept."""
         _check_name("app", spec.app, self.names.app, MAX_NAME)
         _check_name("env", spec.env, self.names.env, MAX_NAME)
         action = spec.action
@@ -247,16 +134,19 @@ class Commands:
     def command(
         self, spec: TaskSpec, task_id: int, secrets: Mapping[str, str] = NOTHING
     ) -> Command:
-        """Return what to run; `InvalidInput` if it would not be what was asked for.
+        """Return the command of a task. Without ``secrets`` it is fit to be shown.
 
-        Without the secrets: what can be shown of it.
+        Raises `InvalidInput` for a value that the template does not accept.
         """
         spec = evolve(spec, variables={**spec.variables, **secrets})
         self.check(spec)
         return self._made(self.template.arguments, spec, task_id)
 
     def listing(self, app: str, env: str) -> Command:
-        """Return what prints the actions of an app; `InvalidInput` or `NoListing`."""
+        """Return the command that prints the actions of an app.
+
+        Raises `InvalidInput`, or `NoListing` if the template has none.
+        """
         if not self.template.listing:
             raise NoListing
         _check_name("app", app, self.names.app, MAX_NAME)
@@ -264,10 +154,10 @@ class Commands:
         return self._made(self.template.listing, TaskSpec(app, env, ""), 0)
 
     def version(self) -> Command:
-        """Return what prints which pulsar is installed, for `preset_for`.
+        """Return the command that prints which pulsar is installed, for `preset_for`.
 
-        It runs under the first account that there is: those of tasks may own what is
-        found in PATH.
+        It runs under the first account of ``[[run-as]]``, since accounts of tasks may own
+        programs in PATH.
         """
         account = next((account for _, account in self.accounts.tables), None)
         arguments = DETECTED, "--version"
@@ -291,15 +181,15 @@ class Commands:
                 if arguments[-1].startswith("-"):
                     del arguments[-1]
             else:
-                arguments.append(_fill(argument, places))
+                arguments.append(fill(argument, places))
         used = self.template
         account = self._account(spec)
         return Command(
             arguments=tuple(arguments),
             environment=self._environment(spec, task_id, account),
             account=account,
-            directory=used.directory and _fill(used.directory, places),
-            last_line=used.last_line and _fill(used.last_line, places),
+            directory=used.directory and fill(used.directory, places),
+            last_line=used.last_line and fill(used.last_line, places),
         )
 
     def _account(self, spec: TaskSpec) -> Account | None:
@@ -382,10 +272,10 @@ def _escaped(character: str) -> str:
 
 
 def check_printable(field: str, text: str) -> None:
-    """Raise `InvalidInput` for what no name may be, whatever the settings allow.
+    """Raise `InvalidInput` for a name that is never allowed, whatever the settings say.
 
-    NUL would end an argument or a variable, a line's end would begin another line in a log
-    or a record, and a program would take what begins with a hyphen for an option.
+    NUL would end an argument or a variable. A line end would begin another line in a log
+    or a record. A program would take a leading hyphen for an option.
     """
     if not text:
         raise InvalidInput(field, "must not be empty")
@@ -403,7 +293,3 @@ def _check_name(field: str, value: str, pattern: re.Pattern[str], limit: int) ->
             field, f"must match {pattern.pattern}, without two dots in a row"
         )
     check_printable(field, value)
-
-
-def _fill(argument: str, places: Mapping[str, str | None]) -> str:
-    return _PLACES.sub(lambda found: places[found[1]] or "", argument)

@@ -1,4 +1,4 @@
-"""What the core asks of the world: something that runs commands, something that keeps."""
+"""The ports of the core: an executor that runs commands, a store that keeps records."""
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -26,13 +26,13 @@ RESTART = 1 << 36
 
 @frozen
 class NewTask:
-    """What is recorded of a new task."""
+    """The first record of a task."""
 
     spec: TaskSpec
     created_at: float
     """By the wall clock."""
     steady: float
-    """The same moment by the `SteadyClock`."""
+    """When it was created, by the `SteadyClock`."""
     key: str | None = None
     """The idempotency key."""
     secret_file: str | None = None
@@ -43,13 +43,13 @@ class NewTask:
 
 @frozen
 class Bounds:
-    """What a run may take: seconds, and bytes. 0 means no limit, but for the grace."""
+    """The limits of a run, in seconds and bytes. 0 means no limit, except for ``grace``."""
 
     grace: float
     total: float = 0
     silence: float = 0
     max_output: int = 0
-    """Bytes of output, and of its index; of more the middle is cut. 0: all is kept."""
+    """Bytes of output, and bytes of its index. Beyond this limit the middle is dropped."""
 
 
 @frozen
@@ -59,12 +59,12 @@ class Secrets:
     values: Mapping[str, str] = field(factory=dict, repr=False)
     """By the names of the variables."""
     forms: tuple[bytes, ...] = field(default=(), repr=False)
-    """What must not be seen of them: `secret_forms.forms`."""
+    """The texts that must not be printed; see `secret_forms.forms`."""
 
 
 @frozen
 class Keep:
-    """How much of the past is kept; 0 means all."""
+    """What retention keeps; 0 means everything."""
 
     tasks: int = 0
     seconds: float = 0
@@ -75,7 +75,7 @@ class Keep:
 
 
 class Sink(Protocol):
-    """Who is told about a run. ``ended`` comes once and last."""
+    """Receives what a run tells. ``ended`` is called once, and last."""
 
     def started(self, pid: int) -> None:
         """The command runs under this process number."""
@@ -98,7 +98,7 @@ class Run(Protocol):
 
 
 class Executor(Protocol):
-    """Runs commands. It never starts the same task twice, whoever asks."""
+    """Runs commands. It never starts the same task twice."""
 
     def check(self) -> None:
         """Raise `StoreUnavailable` if what a new run prints could not be kept."""
@@ -131,13 +131,13 @@ class Executor(Protocol):
         sink: Sink,
         permit: str | None = None,
     ) -> Run:
-        """Start a command. Whatever goes wrong is told to the sink, as an end."""
+        """Start a command. It raises nothing: the sink is told every error, as an end."""
 
     def adopt(self, task_id: int, permit: str | None, bounds: Bounds, sink: Sink) -> Run:
         """Follow a run that another daemon started, or say how it ended.
 
-        `Exit.unstarted` is told only if no shim has begun and the permit is valid. In
-        any other case of doubt the run is lost.
+        The sink gets `Exit.unstarted` only if no shim has begun and the permit is valid.
+        In any other case of doubt the run is lost.
         """
 
     def cgroup(self, task_id: int) -> str:
@@ -150,61 +150,61 @@ class Executor(Protocol):
         """
 
     def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:
-        """Fire with those of the processes, and what is below them, that still run."""
+        """Fire with those of the processes that still run, and with their descendants."""
 
     def keep_secrets(
         self, secrets: Mapping[str, str], name: str | None = None
     ) -> Deferred[str]:
-        """Keep the secrets of a task that waits; fires with a name when they are on disk.
+        """Keep the secrets of a waiting task; fires with their name when they are on disk.
 
-        Under a given name they replace what was there. Fails with `StoreUnavailable`.
+        A given name replaces what it named before. Fails with `StoreUnavailable`.
         """
 
     def secrets(self, task_id: int, name: str | None) -> Deferred[Secrets | None]:
-        """Fire with the secrets that are kept, None if there are none (any more).
+        """Fire with the secrets of a task, or None if they are gone.
 
-        Fails with `StoreUnavailable` if nobody can know now.
+        Fails with `StoreUnavailable` if they cannot be read at the moment.
         """
 
     def forget_secrets(self, task_id: int, name: str | None) -> None:
-        """Remove the secrets of a task that will not start any more."""
+        """Remove the secrets of a task that no longer starts."""
 
     def forget_other_secrets(self, names: AbstractSet[str]) -> Deferred[None]:
         """Remove all secrets but those of these names."""
 
     def forget_all_secrets(self, task_ids: Sequence[int]) -> Deferred[None]:
-        """Remove what still holds secrets in the folders of ended runs."""
+        """Remove all files with secrets from the folders of ended runs."""
 
     def note_kill(self, task_id: int, by: Principal) -> None:
-        """Leave word for the next daemon that a kill was asked for."""
+        """Note on disk, for the next daemon, who asked for a kill."""
 
     def noted_kill(self, task_id: int) -> Principal | None:
-        """Return who asked for a kill that an earlier daemon has left word of."""
+        """Return who asked an earlier daemon for a kill, None if nobody did."""
 
     def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
-        """Remove what is kept of ended runs."""
+        """Remove the folders of ended runs."""
 
     def kept(self) -> Deferred[list[int]]:
-        """Fire with the numbers of the runs of which anything is kept."""
+        """Fire with the numbers of all runs that have a folder."""
 
 
 @frozen
 class Reading:
-    """What the clocks of the host said at one moment, in seconds, and where that was."""
+    """The clocks of the host at one moment, in seconds, and the place of the state."""
 
     boot: str
     """The kernel's id of this boot (``/proc/sys/kernel/random/boot_id``)."""
     uptime: float
     """Time since the boot, including suspend (``CLOCK_BOOTTIME``)."""
     wall: float
-    """Time since the epoch, as the host believes."""
+    """Seconds since the epoch by the clock of the host, which may be wrong."""
     steady: float
     """The same moment by the `SteadyClock`."""
     place: str
     """See `Executor.place`."""
 
     def elsewhere(self, now: "Reading") -> bool:
-        """Return whether a later reading comes from a copy of the state.
+        """Return whether a later reading comes from a copy of the state folder.
 
         The number of a device may change with a boot; the others do not. The file of the
         permits grows, and changes in no other way.
@@ -222,13 +222,13 @@ class Reading:
 
 
 class TaskStore(Protocol):
-    """Keeps one record per task. Each Deferred fires when the record is safe on disk.
+    """Keeps one record for each task. Each Deferred fires when the record is on disk.
 
     All of them fail with `StoreUnavailable` if the store cannot be used at the moment.
     """
 
     def create(self, new: NewTask) -> Deferred[TaskSnapshot]:
-        """Record a new task; its number is higher than any before, for ever."""
+        """Record a new task; its number is higher than that of every earlier task."""
 
     def by_key(
         self, key: str, user: Principal | None, since: float
@@ -242,25 +242,25 @@ class TaskStore(Protocol):
         """Give no task this number or a lower one; fires with the last one given."""
 
     def save(self, snapshot: TaskSnapshot) -> Deferred[None]:
-        """Record how a task stands now."""
+        """Record the state of a task."""
 
     def load(self, task_id: int) -> Deferred[TaskSnapshot]:
         """Fire with a task's record, or fail with `UnknownTask`."""
 
     def search(self, query: TaskQuery) -> Deferred[Found]:
-        """Fire with the tasks that match, newest first: the first of them, and which more.
+        """Fire with the tasks that match, newest first: some tasks, and further numbers.
 
-        A search that takes long holds nobody up, and ends when it is cancelled.
+        A long search delays no other request. Cancelling the Deferred ends it.
         """
 
     def read(self, numbers: Sequence[int]) -> Deferred[Found]:
-        """Fire with the first of these tasks; those that are no more are left out."""
+        """Fire with the first of these tasks, without those that have been removed."""
 
     def select(self, query: TaskQuery) -> Deferred[list[TaskSnapshot]]:
         """Fire with all tasks that match, newest first, however large they are."""
 
     def after(self, task_id: int, within: Within = None) -> Deferred[TaskSnapshot | None]:
-        """Fire with the oldest task that counts and whose number is higher, or None."""
+        """Fire with the oldest matching task with a higher number, or None."""
 
     def last_change(self) -> Deferred[tuple[int, int]]:
         """Fire with the numbers of the last change and of the newest task, at one moment.
@@ -278,8 +278,8 @@ class TaskStore(Protocol):
     def take_up(self) -> Deferred[list[TaskSnapshot]]:
         """Fire with the tasks that have not ended or hold their target, oldest first.
 
-        The revision of each is recorded as `RESTART` higher than it was: beyond any
-        that an earlier daemon may have announced without recording it.
+        Each revision is raised by `RESTART` on record. So it is beyond every revision
+        that an earlier daemon announced without a record.
         """
 
     def reading(self) -> Deferred[Reading | None]:

@@ -1,28 +1,23 @@
-"""Tasks: what was asked for, how it stands, how it ended."""
+"""Values: what was asked for, how a task stands, how its run ended."""
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
-from attrs import define, evolve, field, frozen
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from attrs import field, frozen
 
-from pulsar_api.concurrency.changes import Changes
 from pulsar_api.principal import Principal
 
 MASK = "***"
-"""What is shown in place of a secret."""
+"""Stands in the place of a secret."""
 
 KEY_LIFE = 24 * 3600.0
-"""Seconds for which an idempotency key counts."""
+"""How long, in seconds, an idempotency key is remembered."""
 
 _PASSED_OVER = 1000  # tasks, which takes next to no time
 
-COALESCE = 0.05
-"""Seconds: news of output wakes the waiting at most this often (the first at once)."""
-
 
 class Status(StrEnum):
-    """Where a task is in its life; the last four are for ever."""
+    """The states of a task. The last four are final."""
 
     CREATED = "created"
     RUNNING = "running"
@@ -33,27 +28,27 @@ class Status(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing can change any more."""
+        """Whether the state is final."""
         return self not in {Status.CREATED, Status.RUNNING}
 
 
 @frozen
 class TaskSpec:
-    """What somebody asked for; every name in it has been checked."""
+    """What a caller asked for. Every name in it has been checked."""
 
     app: str
     env: str
     action: str
     variables: Mapping[str, str] = field(factory=dict)
-    """Of one that is secret `MASK` stands here; its value goes another way."""
+    """A secret one has the value `MASK` here; its real value is kept elsewhere."""
     user: Principal | None = None
-    """Who asked for it; None: nobody is asked who they are."""
+    """The principal that asked for it, None if callers do not authenticate."""
     secret_names: frozenset[str] = frozenset()
-    """Which of the variables are secret. Of a task that is asked for, some of them."""
+    """The names of the secret variables; in a request those that it lists as secret."""
 
     @property
     def target(self) -> str:
-        """What two deployments must not touch at the same time."""
+        """The app and the env, as ``app/env``."""
         return f"{self.app}/{self.env}"
 
 
@@ -63,7 +58,7 @@ Limits = Sequence[tuple[str, str]]
 
 @frozen
 class Account:
-    """Whom a command runs as, if not as the daemon: names and numbers of passwd(5)."""
+    """The account that a command runs under, by passwd(5)."""
 
     name: str
     uid: int
@@ -71,27 +66,27 @@ class Account:
     groups: tuple[int, ...]
     home: str
     umask: int | None = None
-    """None: as the daemon was started with."""
+    """None: the umask that the daemon was started with."""
     limits: Limits = ()
 
 
 @frozen
 class Command:
-    """What a task runs: a list of arguments, never a line for a shell."""
+    """A list of arguments that runs without a shell, and what it runs with."""
 
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(repr=False)
     directory: str | None = None
     last_line: str | None = None
-    """If set, exit code 0 is good only if stdout's last line is exactly this."""
+    """If set, exit code 0 means success only if this is the last line of stdout."""
     secrets: tuple[bytes, ...] = field(default=(), repr=False)
-    """What must not be seen in its output, in each form."""
+    """The texts that must not be printed; see `secret_forms.forms`."""
     secret_file: str | None = None
     """See `TaskSnapshot.secret_file`."""
     account: Account | None = None
-    """Whom it runs as; None: as the daemon."""
+    """None: the account of the daemon."""
     shown: tuple[str, ...] | None = None
-    """The arguments as people may see them, if not all of them may be seen."""
+    """The arguments without secrets, if they have any."""
 
 
 class Cause(StrEnum):
@@ -105,17 +100,17 @@ class Cause(StrEnum):
 
 @frozen
 class Process:
-    """A process of a task that still runs, or did when the task had ended."""
+    """A process that a task left running at its end."""
 
     pid: int
     start: int
-    """When it was started, in ticks of the clock since the boot (field 22 of proc(5)).
+    """Its start in clock ticks since boot (field 22 of stat, proc(5)).
 
-    With this a number means one process only, until the next boot."""
+    Together with the number it identifies a process until the next boot."""
     command: str
     """Its short name, without its arguments."""
     user: str
-    """Who it acts as: a name, or a number that has none."""
+    """The name of its effective user, or the number of a user without a name."""
 
     def __str__(self) -> str:
         return f"{self.pid} {self.command} ({self.user})"
@@ -123,10 +118,10 @@ class Process:
 
 @frozen
 class Exit:
-    """How a run ended. ``error`` is a sentence and set if it never started or is lost."""
+    """How a run ended. ``error`` is a sentence, set if it never started or is lost."""
 
     ended_at: float | None = None
-    """Seconds since the epoch; None: nobody knows better than "now"."""
+    """Seconds since the epoch, None if it is not known."""
     code: int | None = None
     signal: str | None = None
     error: str | None = None
@@ -138,36 +133,36 @@ class Exit:
     index_size: int = 0
     """Bytes that are kept of the index of the output."""
     unstarted: bool = False
-    """The permit to start is valid and no shim has begun: it can be started now."""
+    """No shim has begun, and the permit is still valid: it can be started now."""
     passing: bool = False
-    """With ``unstarted``: it wants something that may come, such as a free descriptor."""
+    """With ``unstarted``: the cause may pass, such as a lack of descriptors."""
     good: bool = True
-    """False if the command answered 0 without the line that it promises (`Command`)."""
+    """False if the exit code was 0 without `Command.last_line` at the end."""
     open: bool = False
-    """Some process still held a pipe of the command: what it prints later is not kept."""
+    """A process still held a pipe of the command. Its later output is not kept."""
     left: tuple[Process, ...] = ()
-    """Processes of the task that still ran, at most the first fifty."""
+    """Processes of the task that still ran, at most fifty."""
     cpu_seconds: float | None = None
     """Processor time of all its processes, None if it had no cgroup."""
     memory_peak: int | None = None
-    """The most bytes of memory that it used at one time, None if that was not counted."""
+    """Peak memory in bytes, None if it was not measured."""
     memory_kills: int = 0
-    """How many of its processes the kernel killed because of the limit of memory."""
+    """How many of its processes the kernel killed at the memory limit."""
 
 
 NAMED = 10
-"""Processes that a reason names."""
+"""How many processes a reason names."""
 
 
 def listed(processes: Sequence[Process]) -> str:
-    """Return processes as people read them; of many the first."""
+    """Return a text that names processes, the first `NAMED` of many."""
     names = ", ".join(map(str, processes[:NAMED]))
     more = len(processes) - NAMED
     return f"{names} and {more} more" if more > 0 else names
 
 
 def judge(exit: Exit, killed_by: Principal | None) -> tuple[Status, str | None]:
-    """Return what a result means, and a sentence if it needs one."""
+    """Return the status that a result means, and a sentence that explains it if needed."""
     if exit.lost:
         return Status.LOST, exit.error
     if exit.cause is Cause.KILL:
@@ -188,7 +183,7 @@ def judge(exit: Exit, killed_by: Principal | None) -> tuple[Status, str | None]:
 
 
 def _ended(what: str, exit: Exit) -> str:
-    """Say why a task was ended, and what came of it."""
+    """Return why a task was ended, and what its processes did."""
     if exit.left:
         sent = "TERM and KILL were sent" if exit.forced else "TERM was sent"
         return f"{what}; {sent}, but these processes still run: {listed(exit.left)}."
@@ -198,7 +193,7 @@ def _ended(what: str, exit: Exit) -> str:
 
 @frozen
 class TaskSnapshot:
-    """How a task stands at one moment. Times are seconds since the epoch."""
+    """The state of a task at one moment. Times are in seconds since the epoch."""
 
     id: int
     spec: TaskSpec
@@ -215,17 +210,17 @@ class TaskSnapshot:
     ended_at: float | None = None
     output_size: int = 0
     index_size: int = 0
-    """Bytes that are kept of the index of the output, when the task has ended."""
+    """Size in bytes of the index of the output, once the task has ended."""
     permit: str | None = None
-    """Names the permit under which the task was started; see `Executor.permit`."""
+    """The name of the permit under which it was started; see `Executor.permit`."""
     secret_file: str | None = None
-    """Names where the values of its secret variables are until it starts."""
+    """The name under which its secrets are kept until it starts."""
     still_running: tuple[Process, ...] = ()
-    """What still ran of the task after its end, when that was last looked at."""
+    """Processes that still ran after its end, at the last look."""
     held: bool = False
-    """Whether the target stays taken until ``still_running`` is empty."""
+    """Whether its target stays taken until ``still_running`` is empty."""
     notes: tuple[str, ...] = ()
-    """Sentences for people about what is unusual with the task."""
+    """Sentences about anything unusual, for people."""
     cpu_seconds: float | None = None
     """See `Exit.cpu_seconds`."""
     memory_peak: int | None = None
@@ -234,40 +229,40 @@ class TaskSnapshot:
     """When it was created, by the `SteadyClock`."""
     ended_steady: float | None = None
     revision: int = 1
-    """Counts the changes of all but the output."""
+    """Counts the changes of everything but the output."""
 
     @property
     def version(self) -> int:
-        """Grows with each change, also over a restart: both parts are on disk."""
+        """Grows with each change, also across restarts: both parts are on disk."""
         return self.revision + self.output_size
 
     def as_created(self) -> "TaskSnapshot":
-        """Return the task as it was before anything happened to it."""
+        """Return the task as it was at its creation."""
         return TaskSnapshot(self.id, self.spec, self.created_at, command=self.command)
 
 
 @frozen
 class News:
-    """What somebody who follows all tasks has not seen yet, as it is on disk."""
+    """The records that a follower of all tasks has not seen yet."""
 
     created: Sequence[TaskSnapshot]
-    """The tasks that are new, by their number."""
+    """New tasks, lowest number first."""
     changed: Sequence[tuple[int, TaskSnapshot]]
-    """Those that have changed after their creation, by the number of the last change.
+    """Tasks that changed after their creation, with the number of their last change.
 
-    Empty while there may be more new ones, so that no task changes before it is known.
+    It is empty while more new tasks may follow, so no task changes before it is known.
     """
     more: bool = False
-    """Whether there may be more than is read at a time."""
+    """Whether another read may give more."""
 
 
 Within = Sequence[tuple[str, str, str]] | None
-"""Apps, envs and actions that count, * and ? being wild; None: all."""
+"""Globs for app, env and action, of which one row must match; None: all tasks."""
 
 
 @frozen
 class TaskQuery:
-    """Which tasks, newest first; at most ``limit`` with a number below ``before``."""
+    """A search, newest first: at most ``limit`` tasks with a number below ``before``."""
 
     limit: int = 100
     before: int | None = None
@@ -275,16 +270,16 @@ class TaskQuery:
     app: str | None = None
     env: str | None = None
     user: str | None = None
-    """The name that the tasks show."""
+    """The display name of the principal."""
     text: str | None = None
-    """In one of app, env, action and user, whatever the case of its ASCII letters."""
+    """A part of app, env, action or user, whatever the case of ASCII letters."""
     offset: int = 0
-    """How many of them are passed over."""
+    """How many matching tasks are skipped."""
     within: Within = None
 
     @property
     def quick(self) -> bool:
-        """Whether these tasks are found without a look at those that do not match."""
+        """Whether an index finds these tasks, without a scan over others."""
         if self.status in {Status.CREATED, Status.RUNNING}:
             return True  # they have an index, and are few
         narrow = (self.text, self.within, self.user, self.status)
@@ -295,72 +290,13 @@ class TaskQuery:
 
 @frozen
 class Found:
-    """The tasks that match a query, newest first: as many as are read at a time."""
+    """The result of a search: the tasks that were read, newest first."""
 
     tasks: Sequence[TaskSnapshot]
     rest: Sequence[int] = ()
-    """The numbers of the others; see `TaskStore.read`."""
+    """The numbers of further matches; see `TaskStore.read`."""
 
     @property
     def numbers(self) -> list[int]:
-        """The numbers of all of them."""
+        """The numbers of all matches."""
         return [*(task.id for task in self.tasks), *self.rest]
-
-
-@define(eq=False)
-class Task:
-    """A task that has not ended, or ended a moment ago, and whom to tell about it."""
-
-    _clock: IReactorTime
-    snapshot: TaskSnapshot
-    changes: Changes = field(init=False)
-    end: Changes = field(init=False)
-    """Its version is 0 until the task has ended, then 1."""
-    _printed: int = field(default=0, init=False)
-    _coalescing: IDelayedCall | None = field(default=None, init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self.changes = Changes(self._clock, self.snapshot.version)
-        self.end = Changes(self._clock)
-        self._printed = self.snapshot.output_size
-
-    def announce(self, snapshot: TaskSnapshot) -> None:
-        """Make this the state of the task and wake whoever waits, at once.
-
-        What has been printed since the snapshot was taken stays printed.
-        """
-        if snapshot.output_size < self.snapshot.output_size:
-            snapshot = evolve(snapshot, output_size=self.snapshot.output_size)
-        self.snapshot = snapshot
-        self._printed = max(self._printed, snapshot.output_size)
-        if snapshot.status.ended:
-            self.settle()
-        self.changes.advance(snapshot.version)
-        if snapshot.status.ended:
-            self.end.advance(1)
-
-    def printed(self, size: int) -> None:
-        """Note that the output has grown to ``size`` bytes, all of them on disk."""
-        if size <= self._printed:
-            return
-        self._printed = size
-        if self._coalescing is None:
-            self.refresh()
-            self._coalescing = self._clock.callLater(COALESCE, self._coalesced)
-
-    def refresh(self) -> None:
-        """Announce what was printed and is held back to wake the waiting less often."""
-        if self._printed > self.snapshot.output_size and not self.snapshot.status.ended:
-            self.announce(evolve(self.snapshot, output_size=self._printed))
-
-    def settle(self) -> None:
-        """Announce nothing later by itself."""
-        if self._coalescing is not None:
-            self._coalescing.cancel()
-            self._coalescing = None
-
-    def _coalesced(self) -> None:
-        self._coalescing = None
-        if self._printed > self.snapshot.output_size:
-            self.refresh()
-            self._coalescing = self._clock.callLater(COALESCE, self._coalesced)

@@ -1,4 +1,4 @@
-"""Removes what need not be kept of the past: records of ended tasks, and their output."""
+"""Removes the records and outputs of ended tasks that retention does not keep."""
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
@@ -15,14 +15,14 @@ from pulsar_api.tasks.interfaces import Executor, Keep, TaskStore
 _log = Logger()
 
 TIDY = 30.0
-"""Seconds between two looks for what need not be kept."""
+"""Seconds between two searches for tasks to remove."""
 
 _STEP = 20  # tasks that are removed at a time, so that nobody is held up
 
 
 @define(eq=False)
 class Retention:
-    """Looks now and then, from ``start`` to ``stop``."""
+    """Removes old tasks in the background, from ``start`` to ``stop``."""
 
     _store: TaskStore
     _executor: Executor
@@ -33,15 +33,15 @@ class Retention:
     _stopped: bool = field(default=False, init=False)
 
     def start(self, kept: Sequence[int], unfinished: AbstractSet[int]) -> None:
-        """Begin, also with what an earlier daemon has left in the folders it kept.
+        """Begin; ``kept`` are the numbers of all folders.
 
-        Tasks that have not ended need their secrets.
+        The secrets of ``unfinished`` tasks are left alone.
         """
         self._look()
         run_in_background(self._remove_left(kept, unfinished))
 
     def stop(self) -> None:
-        """Remove nothing more, but for what is under way."""
+        """Start no further removal."""
         self._stopped = True
         if self._next is not None and self._next.active():
             self._next.cancel()
@@ -51,7 +51,7 @@ class Retention:
         run_in_background(self._tidy())
 
     async def keep_reading(self) -> bool:
-        """Keep what time it is, and where; return False if that cannot be kept."""
+        """Record a `Reading` of the clocks; return False if that fails."""
         try:
             reading = self._time.reading(self._executor.place())
             await self._store.keep_reading(reading)

@@ -10,18 +10,18 @@ from urllib.parse import quote, quote_plus
 from pulsar_api.tasks import shell_quoting
 
 PATTERNS = ("*password*", "*token*", "*secret*", "*key*")
-"""Which variables are secret by their name, unless the settings say otherwise."""
+"""The default of ``secret-variables``: the names of variables that are secret."""
 
 SHORTEST = 4
-"""Characters; what is shorter would be masked in the middle of every other word."""
+"""Characters. A shorter value would be masked in the middle of other words."""
 
 COMMON = frozenset("default disabled enabled false none null true undefined".split())
-"""Words, in capitals or not, that would be masked all over a log and hide nothing."""
+"""Words that are too common to be masked, whatever their case."""
 
 LINES = 500
-"""Lines of all secrets of a task that are looked for as other programs write them.
+"""How many lines of a task's secrets are masked in every form.
 
-Those of the longest values are beyond that, and each is looked for as it is.
+The lines of the longest values are beyond this limit, and are masked as they are.
 """
 
 _NUMBER = re.compile("[0-9]{4}")
@@ -36,7 +36,7 @@ _WIDTHS = (60, 64, 76)
 
 
 def is_secret(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether a variable of this name is secret, in capitals or not."""
+    """Return whether a variable of this name is secret, whatever its case."""
     return any(fnmatch.fnmatchcase(name.lower(), text.lower()) for text in patterns)
 
 
@@ -84,11 +84,11 @@ def notes(values: Mapping[str, str]) -> list[str]:
 
 
 def forms(values: Collection[str]) -> tuple[bytes, ...]:
-    """Return the texts that must not be seen: the values, and ways of writing them.
+    """Return the texts that must not be printed: the values, in every form.
 
-    Written as they are, each line of several by itself, as base64 (also as a part of
-    longer base64), percent-encoded, as a string of JSON, and quoted by a shell. What is
-    too short or too common is left out, see `notes`. It may take half a second.
+    The forms are: as it is, each line by itself, base64 (also inside longer base64),
+    percent-encoded, as a string of JSON, and quoted by a shell. Values that are too short
+    or too common are left out, see `notes`. It may take half a second.
     """
     found: set[bytes] = set()
     for value, in_full in _in_full(values):

@@ -1,21 +1,22 @@
-"""What can be done with tasks: create, find, list, kill; the queue; start and end."""
+"""What can be done with tasks: create, find, list, kill, and give targets back."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 
-from attrs import define, evolve, field, frozen
-from twisted.internet.defer import CancelledError, Deferred
+from attrs import define, evolve, field
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
+<<<<<<< HEAD
 from pulsar_api.concurrency.background import run_in_background, shielded
+=======
+from pulsar_api.concurrency.background import shielded
+>>>>>>> ddd2891 (TaskService becomes a pure queue, a phase per task, a recorder, a recovery and a thin service)
 from pulsar_api.concurrency.changes import Changes
 from pulsar_api.errors import (
-    FolderInUse,
-    InvalidInput,
     KeyInFlight,
     KeyReused,
-    QueueFull,
     ShuttingDown,
     StoreUnavailable,
     UnknownTask,
@@ -24,102 +25,31 @@ from pulsar_api.principal import Principal
 from pulsar_api.tasks import secret_forms
 from pulsar_api.tasks.clock import SteadyClock
 from pulsar_api.tasks.commands import Commands, shown
-from pulsar_api.tasks.interfaces import (
-    Bounds,
-    Executor,
-    Keep,
-    NewTask,
-    Run,
-    Secrets,
-    TaskStore,
-)
+from pulsar_api.tasks.interfaces import Executor, NewTask, TaskStore
+from pulsar_api.tasks.lifecycle import Lifecycle
+from pulsar_api.tasks.live import Phase, Task
 from pulsar_api.tasks.model import (
     KEY_LIFE,
-    Cause,
     Command,
-    Exit,
     Found,
     News,
     Status,
-    Task,
     TaskQuery,
     TaskSnapshot,
     TaskSpec,
     Within,
-    judge,
-    listed,
 )
+from pulsar_api.tasks.queue import Limits, Queue
+from pulsar_api.tasks.recorder import Recorder
+from pulsar_api.tasks.recovery import Recovery
 from pulsar_api.tasks.retention import Retention
 
 _log = Logger()
 
-RETRY = 1.0
-"""Seconds until the next try when the store is not usable."""
-
 LEAVE = 5.0
-"""Seconds that a stop waits for records; what is not done then is the next daemon's."""
-
-LOOK = 1.0
-"""Seconds between two looks at processes that hold a target."""
+"""How long, in seconds, a stop waits for records. The next daemon does the rest."""
 
 MAX_ID = 2**63 - 1
-
-
-@frozen
-class Limits:
-    """How much at the same time, and how long each."""
-
-    bounds: Bounds
-    running: int = 16
-    running_per_target: int = 0
-    queued: int = 1000
-    keep: Keep = Keep()
-
-    @property
-    def share(self) -> int:
-        """How many tasks of one principal may wait: half of the queue."""
-        return (self.queued + 1) // 2
-
-
-@define(eq=False)
-class _Live:
-    """A task that has not ended: its newest record, which may not be on disk yet."""
-
-    service: "TaskService"
-    task: Task
-    newest: TaskSnapshot
-    run: Run | None = None
-    kill: bool = False
-    saved: int = 0
-    """The newest revision that is on disk for certain."""
-    kill_revision: int = 0
-    """The first revision that tells that a kill was asked for, if this daemon was asked."""
-    pause: Deferred[None] | None = None
-    later: bool = False
-    """Whether the next daemon starts it."""
-
-    def wake(self) -> None:
-        """End the pause of a task that waits for the disk."""
-        if self.pause is not None and not self.pause.called:
-            self.pause.callback(None)
-
-    # What a run tells (`Sink`).
-
-    def started(self, pid: int) -> None:
-        if self.newest.pid is None:
-            self.newest = self.changed(pid=pid)
-            self.task.announce(self.newest)
-
-    def printed(self, size: int) -> None:
-        self.task.printed(size)
-
-    def ended(self, exit: Exit) -> None:
-        self.service.ended(self, exit)
-
-    def changed(self, **new: object) -> TaskSnapshot:
-        size = max(self.newest.output_size, self.task.snapshot.output_size)
-        fields = {"output_size": size, "revision": self.newest.revision + 1, **new}
-        return evolve(self.newest, **fields)  # type: ignore[arg-type]
 
 
 @define(eq=False)
@@ -138,77 +68,36 @@ class TaskService:
     _limits: Limits
     created: Changes = field(init=False)
     """Its version is the number of the newest task."""
-    changed: Changes = field(init=False)
-    """Its version grows with each record; see `news`."""
-    _waiting: dict[int, _Live] = field(factory=dict, init=False)
-    _running: dict[int, _Live] = field(factory=dict, init=False)
-    _held: dict[int, _Live] = field(factory=dict, init=False)
-    """Tasks that have ended and hold their target."""
-    _creating: list[TaskSpec] = field(factory=list, init=False)
-    _keys: set[tuple[Principal | None, str]] = field(factory=set, init=False)
+    _queue: Queue = field(init=False)
+    _recorder: Recorder = field(init=False)
     _retention: Retention = field(init=False)
-    _stopping: bool = field(default=False, init=False)
-    _gone: bool = field(default=False, init=False)
-    """Whether what is not done yet is left to the next daemon."""
-    _pauses: dict[Deferred[None], None] = field(factory=dict, init=False)
-    _moved: Changes = field(init=False)
-    """Its version grows whenever a run has started or ended."""
+    _lifecycle: Lifecycle = field(init=False)
+    _keys: set[tuple[Principal | None, str]] = field(factory=set, init=False)
+    """The idempotency keys of requests that are under way."""
 
     def __attrs_post_init__(self) -> None:
         self.created = Changes(self._clock)
-        self.changed = Changes(self._clock)
-        self._moved = Changes(self._clock)
+        self._queue = Queue(self._limits)
+        self._recorder = Recorder(self._store, self._clock)
         self._retention = Retention(
             self._store, self._executor, self._clock, self._time, self._limits.keep
         )
+        self._lifecycle = Lifecycle(
+            *(self._queue, self._recorder, self._executor, self._clock, self._time),
+            *(self._commands, self._limits.bounds, self._retention),
+        )
+
+    @property
+    def changed(self) -> Changes:
+        """Its version grows with each record; see `news`."""
+        return self._recorder.changed
 
     # -- from start to end of the daemon
 
     async def start(self) -> None:
-        """Take up every task that has not ended: queue what waits, adopt what runs."""
-        last = await self._store.reading()
-        newest_time = None if last is not None else await self._store.newest_time()
-        self._time.resume(last, newest_time)
-        now = self._time.reading(self._executor.place())
-        newest = await self._store.select(TaskQuery(limit=1))
-        highest = newest[0].id if newest else 0
-        kept = await self._executor.kept()
-        permitted = await self._executor.permitted()
-        last_used = max((*kept, *permitted), default=0)
-        given = await self._store.reserve(0)
-        self.created.advance(highest)
-        why = None
-        if last is not None and last.elsewhere(now):
-            why = "the state folder was copied or its folder of tasks replaced"
-        elif given < last_used:
-            why = "the database was older than the folders of the tasks"
-        rebooted = last is not None and last.boot != now.boot
-        found = await self._store.take_up()
-        in_use = {one.secret_file for one in found if not one.status.ended}
-        await self._executor.forget_other_secrets({n for n in in_use if n is not None})
-        if found and why is not None:
-            _log.error("Tasks that have not ended are lost: {why}", why=why)
-        for snapshot in found:
-            if snapshot.status.ended and rebooted:
-                gone = evolve(snapshot, held=False, still_running=())
-                await self._store.save(gone)
-            elif snapshot.status is Status.CREATED and why is not None:
-                await self._lose(snapshot, why)
-            elif snapshot.status is Status.CREATED and snapshot.id in permitted - {*kept}:
-                await self._lose(snapshot, "its folder was removed after a permit to start")
-            else:
-                self._take_up(snapshot)
-        # A database that somebody has set aside knows nothing of what is there: no new
-        # task may get the folder of an old one. And not before the doubt is on record,
-        # which this ends.
-        await self._store.reserve(last_used)
-        self._schedule()
-        unfinished = {one.id for one in found if not one.status.ended}
-        self._retention.start(kept, unfinished)
-        unknown = [number for number in kept if number > highest]
-        if unknown:
-            _log.warn("Kept, but on no record: what is left of tasks {ids}", ids=unknown)
+        """Take up every task that has not ended: queue what waits, adopt what runs.
 
+<<<<<<< HEAD
     async def _lose(self, found: TaskSnapshot, doubt: str) -> None:
         """End a task that waits and that another daemon may have started."""
         live = _Live(self, Task(self._clock, found), found)
@@ -242,69 +131,63 @@ class TaskService:
         if live.kill:
             live.run.kill()
         _log.info("Task {id} goes on", id=live.newest.id)
+=======
+        Raises `StoreUnavailable`.
+        """
+        recovery = Recovery(
+            *(self._store, self._executor, self._time),
+            *(self._lifecycle, self._retention, self.created),
+        )
+        await recovery.take_up()
+>>>>>>> ddd2891 (TaskService becomes a pure queue, a phase per task, a recorder, a recovery and a thin service)
 
     async def stop(self, drain: float) -> None:
         """Take no new tasks, wait for the running ones if told to, then let them go.
 
-        It waits `LEAVE` for records, and ``drain`` for tasks, not longer. What is not on
-        record then is logged, and done by the next daemon.
+        It waits `LEAVE` for records and ``drain`` seconds for tasks, not longer. The next
+        daemon does what is not on record then; it is logged.
         """
-        self._stopping = True
+        self._lifecycle.stop()
         self._retention.stop()
-        # One that is between its record and its process is started.
+        # A task that is between its record and its process is started.
         leave = self._clock.seconds() + LEAVE
-        self._end_pauses()
+        self._recorder.end_pauses()
+        active = self._queue.active
 
         def settled() -> bool:
-            return all(live.run or live.later for live in self._running.values())
+            return all(live.phase is not Phase.STARTING for live in active.values())
 
         await self._until(settled, leave)
-        if self._running and drain > 0:
-            _log.info("Waiting for {n} tasks", n=len(self._running))
+        if active and drain > 0:
+            _log.info("Waiting for {n} tasks", n=len(active))
         until = self._clock.seconds() + drain
-        await self._until(lambda: not self._running, until)
+        await self._until(lambda: not active, until)
         # What is restored from a copy that is made now is known by it, see `Reading`.
         reading = Deferred.fromCoroutine(self._retention.keep_reading())
         await reading.addTimeout(LEAVE, self._clock, lambda *_: False)
-        self._gone = True
-        for live in self._running.values():
-            self._let_go(live)
-        self._end_pauses()
-
-    def _end_pauses(self) -> None:
-        for pause in list(self._pauses):
-            pause.callback(None)
+        self._recorder.closed = True
+        for live in active.values():
+            self._lifecycle.let_go(live)
+        self._recorder.end_pauses()
 
     async def _until(self, done: Callable[[], bool], until: float) -> None:
         """Wait until a condition holds that changes with a start or an end."""
+        moved = self._lifecycle.moved
         while not done() and (left := until - self._clock.seconds()) > 0:
-            moved = self._moved.after(self._moved.version)
-            await moved.addTimeout(left, self._clock, lambda *_: 0)
-
-    def _let_go(self, live: _Live) -> None:
-        task_id = live.newest.id
-        if live.run is not None:
-            live.run.detach()
-            _log.info("Task {id} is left running", id=task_id)
-        else:
-            _log.error("Task {id} is left as it is on record", id=task_id)
-        by = live.newest.killed_by
-        if live.kill and by is not None and live.saved < live.newest.revision:
-            # The next daemon must know of it, even if the database is away for both.
-            self._executor.note_kill(task_id, by)
-        live.task.settle()
+            waiter = moved.after(moved.version)
+            await waiter.addTimeout(left, self._clock, lambda *_: 0)
 
     def release(self) -> None:
-        """Let everybody who waits for a change go, without one."""
+        """Answer everybody who waits for a change, although there is none."""
         self.created.release()
         self.changed.release()
-        for live in (*self._waiting.values(), *self._running.values()):
+        for live in (*self._queue.waiting.values(), *self._queue.active.values()):
             live.task.changes.release()
             live.task.end.release()
 
     def running(self) -> Sequence[int]:
         """Return the numbers of the tasks that run, or are about to."""
-        return tuple(self._running)
+        return tuple(self._queue.active)
 
     # -- what callers ask for
 
@@ -313,8 +196,8 @@ class TaskService:
 
         With a key that was used for the same task in the last 24 hours, return that one
         and start nothing. Raises `InvalidInput`, `KeyReused`, `KeyInFlight`, `QueueFull`,
-        `ShuttingDown` or `StoreUnavailable`; then nothing was recorded. It goes on when
-        who asked does not wait any more.
+        `ShuttingDown` or `StoreUnavailable`; then nothing was recorded. It goes on
+        when the caller stops waiting.
         """
         return await shielded(self._create_once(spec, key))
 
@@ -346,11 +229,11 @@ class TaskService:
     ) -> Task:
         commands = await self._commands()
         commands.check(evolve(spec, variables={**spec.variables, **secrets}))
-        if self._stopping:
+        if self._lifecycle.stopping:
             raise ShuttingDown
         self._executor.check()
-        self._check_room(spec)
-        self._creating.append(spec)
+        self._queue.check_room(spec)
+        self._queue.creating.append(spec)
         secret_file = None
         try:
             if secrets:
@@ -365,14 +248,14 @@ class TaskService:
                 self._executor.forget_secrets(0, secret_file)
             raise
         finally:
-            self._creating.remove(spec)
+            self._queue.creating.remove(spec)
         snapshot = evolve(snapshot, command=shown(commands.command(spec, snapshot.id)))
-        live = _Live(self, Task(self._clock, snapshot), snapshot)
-        # Before anybody hears of it: whoever looks for it finds this one.
-        self._waiting[snapshot.id] = live
-        self.changed.advance(self.changed.version + 1)
+        live = self._lifecycle.live(snapshot)
+        # Before anybody hears of it: everybody who looks for it finds this one.
+        self._queue.move(live, Phase.WAITING)
+        self._recorder.advance()
         _log.info("Task {id} created: {it}", id=snapshot.id, it=snapshot.command)
-        self._schedule()
+        self._lifecycle.schedule()
         self.created.advance(max(snapshot.id, self.created.version))
         return live.task
 
@@ -384,38 +267,13 @@ class TaskService:
         if name is not None and await self._executor.secrets(known.id, name) is None:
             _log.warn("Task {id} gets its secrets from a retry", id=known.id)
             await self._executor.keep_secrets(secrets, name)
-            live = self._live(known.id)
+            live = self._queue.find(known.id)
             if live is None or live.newest.status.ended:  # meanwhile
                 self._executor.forget_secrets(known.id, name)
 
-    def _check_room(self, spec: TaskSpec) -> None:
-        """Raise `QueueFull` unless a task can start, or there is room for it to wait."""
-        queued = len(self._waiting) + len(self._creating)
-        full = None
-        if queued >= self._limits.queued:
-            full = QueueFull(self._limits.queued)
-        elif spec.user is not None and queued >= self._limits.share:
-            specs = [live.newest.spec for live in self._waiting.values()]
-            mine = sum(one.user == spec.user for one in (*specs, *self._creating))
-            if mine >= self._limits.share:
-                full = QueueFull(self._limits.share, spec.user.name)
-        if full is None:
-            return
-        busy = [live.newest.spec.target for live in self._running.values()]
-        busy += [one.target for one in self._creating]
-        per_target = self._limits.running_per_target or len(busy) + 1
-        if len(busy) >= self._limits.running or busy.count(spec.target) >= per_target:
-            raise full
-
-    def _live(self, task_id: int) -> _Live | None:
-        for lives in (self._waiting, self._running, self._held):
-            if task_id in lives:
-                return lives[task_id]
-        return None
-
     async def find(self, task_id: int) -> Task:
         """Return a task, or raise `UnknownTask`."""
-        live = self._live(task_id)
+        live = self._queue.find(task_id)
         if live is not None:
             return live.task
         if not 0 < task_id <= MAX_ID:
@@ -423,19 +281,19 @@ class TaskService:
         while True:
             snapshot = await self._store.load(task_id)
             # It may have been recorded, or taken up, only while it was looked for.
-            live = self._live(task_id)
-            if live is None and not snapshot.status.ended and self._creating:
+            live = self._queue.find(task_id)
+            if live is None and not snapshot.status.ended and self._queue.creating:
                 await self._created(task_id)
-                live = self._live(task_id)
+                live = self._queue.find(task_id)
             if live is not None:
                 return live.task
-            if snapshot.status.ended or self._gone:
+            if snapshot.status.ended or self._recorder.closed:
                 return Task(self._clock, snapshot)
             # It has ended while it was looked for: what was read is of before.
 
     async def _created(self, task_id: int) -> None:
         """Wait until a task whose record is on disk is one of ours as well."""
-        while self._creating and self.created.version < task_id:
+        while self._queue.creating and self.created.version < task_id:
             await self.created.after(self.created.version)
 
     async def search(self, query: TaskQuery) -> Found:
@@ -476,35 +334,24 @@ class TaskService:
         return await self._store.news(since, known, limit)
 
     async def kill(self, task_id: int, by: Principal) -> Task:
-        """End a task: its whole process tree, or its waiting. Of an ended one: nothing.
+        """End a task: its whole process tree, or its wait. An ended task stays as it is.
 
-        It goes on when who asked does not wait any more.
+        It goes on when the caller stops waiting. Raises `UnknownTask`, or `ShuttingDown`
+        if the next daemon has to do it.
         """
         return await shielded(self._kill(task_id, by))
 
     async def _kill(self, task_id: int, by: Principal) -> Task:
-        live = self._live(task_id)
+        live = self._queue.find(task_id)
         if live is None:
             return await self.find(task_id)
-        if not live.kill and not live.newest.status.ended:
-            live.kill = True
-            live.kill_revision = live.newest.revision + 1
-            live.wake()
-            _log.info("Task {id}: kill asked for by {by}", id=task_id, by=by.name)
-            if live.run is not None:
-                live.run.kill()
-            reason = f"Kill asked for by {by}."
-            if self._waiting.pop(task_id, None) is not None:
-                # Found there until its end is on disk.
-                self._running[task_id] = live
-                live.newest = live.changed(killed_by=by)
-                await self._killed_waiting(live)
-            else:
-                await self._record(live, killed_by=by, reason=reason)
+        if not live.kill_requested and not live.newest.status.ended:
+            await self._lifecycle.kill(live, by)
         # Nor is the kill of somebody else forgotten that was answered.
-        await self._kill_on_record(live)
+        await self._recorder.kill_on_record(live)
         return live.task
 
+<<<<<<< HEAD
     async def _kill_on_record(self, live: _Live) -> None:
         """Wait until everybody who reads the record knows that a kill was asked for."""
         while live.saved < live.kill_revision:
@@ -803,6 +650,8 @@ class TaskService:
         self._held.pop(live.newest.id, None)
         self._schedule()
 
+=======
+>>>>>>> ddd2891 (TaskService becomes a pure queue, a phase per task, a recorder, a recovery and a thin service)
     async def free(self, target: str, by: Principal) -> Sequence[int]:
         """Give back a target that ended tasks hold; return the numbers of those tasks.
 
@@ -811,62 +660,18 @@ class TaskService:
         return await shielded(self._free(target, by))
 
     async def _free(self, target: str, by: Principal) -> Sequence[int]:
-        found = [e for e in self._held.values() if e.newest.spec.target == target]
+        found = [e for e in self._queue.holding.values() if e.target == target]
         for live in found:
-            note = f"{by} gave {target} back while these still ran: "
-            notes = (*live.newest.notes, f"{note}{listed(live.newest.still_running)}.")
-            await self._record(live, held=False, notes=notes)
-            _log.warn("Task {id}: {it}", id=live.newest.id, it=notes[-1])
-            self._release(live)
-        return [live.newest.id for live in found]
+            await self._lifecycle.held.free(live, by)
+        return [live.id for live in found]
 
-    async def _record(self, live: _Live, **new: object) -> None:
-        """Change a task, and tell about it when the change is on disk."""
-        live.newest = snapshot = live.changed(**new)
-        await self._save(live)
-        if snapshot.revision > live.task.snapshot.revision:
-            live.task.announce(snapshot)
-
-    async def _save(self, live: _Live) -> None:
-        """Save until it is saved: what has happened must not be forgotten.
-
-        Raises `ShuttingDown` when it is left to the next daemon.
-        """
-        snapshot, trouble = live.newest, ""
-        while not self._gone:
-            try:
-                await self._store.save(snapshot)
-            except StoreUnavailable as e:
-                if trouble != str(e):
-                    trouble = str(e)
-                    _log.error("Cannot record task {id}: {e}", id=snapshot.id, e=e)
-                await self._pause()
-            else:
-                live.saved = max(live.saved, snapshot.revision)
-                self.changed.advance(self.changed.version + 1)
-                break
-        if self._gone:
-            raise ShuttingDown
-
-    def _pause(self, live: _Live | None = None) -> Deferred[None]:
-        """Return what fires after a while, or when a task is killed, or at the end."""
-        wait: Deferred[None] = Deferred()
-        self._pauses[wait] = None
-        call = self._clock.callLater(RETRY, wait.callback, None)
+    async def _current(self, snapshot: TaskSnapshot) -> TaskSnapshot | None:
+        """Return how a task stands that was read a moment ago; None: it is removed."""
+        live = self._queue.find(snapshot.id)
         if live is not None:
-            live.pause = wait
-
-        def done(_: object) -> None:
-            del self._pauses[wait]
-            if call.active():
-                call.cancel()
-
-        return wait.addCallback(done)
-
-
-MEMORY = "The kernel killed a process of this task because memory ran out."
-
-OPEN = (
-    "A background process still held the output at the end; what it prints after that is "
-    "not kept."
-)
+            return live.task.snapshot
+        if snapshot.status.ended:
+            return snapshot
+        with suppress(UnknownTask):
+            return (await self.find(snapshot.id)).snapshot
+        return None

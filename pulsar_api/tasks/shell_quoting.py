@@ -1,4 +1,4 @@
-"""Says how shells write a text that they quote: bash, dash, zsh, busybox, GNU. Pure."""
+"""How bash, dash, zsh, busybox and GNU programs quote a text."""
 
 import re
 import unicodedata

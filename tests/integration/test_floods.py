@@ -22,10 +22,12 @@ from twisted.internet.task import Clock
 from pulsar_api.auth.audit import AuditLog
 from pulsar_api.output.reader import Output
 from pulsar_api.shim import shim
-from pulsar_api.tasks.commands import Commands, Template
+from pulsar_api.tasks.commands import Commands
 from pulsar_api.tasks.interfaces import Bounds
 from pulsar_api.tasks.model import TaskSpec
-from pulsar_api.tasks.service import Limits, TaskService
+from pulsar_api.tasks.presets import Template
+from pulsar_api.tasks.queue import Limits
+from pulsar_api.tasks.service import TaskService
 from pulsar_api.web.api.tasks import TaskAPI
 from pulsar_api.web.authentication import Access
 from pulsar_api.web.origin import Origins

@@ -15,7 +15,8 @@ from zope.interface import implementer
 from pulsar_api.errors import PulsarError
 from pulsar_api.execution.executor import ShimExecutor
 from pulsar_api.tasks.clock import SteadyClock
-from pulsar_api.tasks.commands import Commands, parse_template
+from pulsar_api.tasks.commands import Commands
+from pulsar_api.tasks.presets import parse_template
 from pulsar_api.tasks.service import TaskService
 from tests.simulation.machine import SimulatedMachine, Work
 from tests.simulation.scheduler import Died, Fiber, Timer

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from attrs import evolve
 from twisted.internet.defer import Deferred, succeed
 
 from pulsar_api.execution.executor import ShimExecutor
@@ -12,8 +13,10 @@ from pulsar_api.principal import Principal
 from pulsar_api.tasks import service
 from pulsar_api.tasks.clock import SteadyClock
 from pulsar_api.tasks.interfaces import NewTask
-from pulsar_api.tasks.model import TaskSnapshot
-from pulsar_api.tasks.service import TaskService, _Live
+from pulsar_api.tasks.live import LiveTask
+from pulsar_api.tasks.model import Exit, TaskSnapshot
+from pulsar_api.tasks.recorder import Recorder
+from pulsar_api.tasks.service import TaskService
 from tests import fakes
 from tests.simulation.machine import SimulatedMachine
 from tests.simulation.shims import Shim
@@ -124,12 +127,12 @@ def start_not_prevented() -> Iterator[None]:
 @contextmanager
 def free_targets() -> Iterator[None]:
     """A task whose processes could not be killed gives its target back."""
-    hold = TaskService._finish
+    ran = LiveTask.ran
 
-    async def finish(service: TaskService, live: _Live, **new: object) -> None:
-        await hold(service, live, **{**new, "held": False, "still_running": ()})
+    def forget(live: LiveTask, exit: Exit, **more: Any) -> None:
+        ran(live, evolve(exit, left=()), **{**more, "held": False})
 
-    with _patched(TaskService, "_finish", finish):
+    with _patched(LiveTask, "ran", forget):
         yield
 
 
@@ -155,12 +158,11 @@ def keys_at_once() -> Iterator[None]:
 def told_early() -> Iterator[None]:
     """A change is told before it is on record."""
 
-    async def record(service: TaskService, live: _Live, **new: object) -> None:
-        live.newest = live.changed(**new)
+    async def record(recorder: Recorder, live: LiveTask) -> None:
         live.task.announce(live.newest)
-        await service._save(live)
+        await recorder.save(live)
 
-    with _patched(TaskService, "_record", record):
+    with _patched(Recorder, "record", record):
         yield
 
 

@@ -6,7 +6,7 @@ from random import Random
 from attrs import field, frozen
 
 from pulsar_api.tasks.interfaces import Bounds, Keep
-from pulsar_api.tasks.service import Limits
+from pulsar_api.tasks.queue import Limits
 
 
 @frozen

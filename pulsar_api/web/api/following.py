@@ -19,7 +19,8 @@ from pulsar_api.auth.rights import Right
 from pulsar_api.concurrency.changes import Changes
 from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.output.reader import NAMES, PIECE, Chunk, Output, Reader, Timed
-from pulsar_api.tasks.model import COALESCE, Task, TaskSnapshot
+from pulsar_api.tasks.live import COALESCE, Task
+from pulsar_api.tasks.model import TaskSnapshot
 from pulsar_api.tasks.service import MAX_ID
 from pulsar_api.web import decoding, encoding
 from pulsar_api.web.api.tasks import find, query_of

@@ -19,7 +19,8 @@ from pulsar_api.auth.rights import Right
 from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.errors import UnknownTask
 from pulsar_api.output.reader import Output
-from pulsar_api.tasks.model import Task, TaskSnapshot
+from pulsar_api.tasks.live import Task
+from pulsar_api.tasks.model import TaskSnapshot
 from pulsar_api.tasks.service import MAX_ID
 from pulsar_api.web import decoding, encoding, json_stream
 from pulsar_api.web.api.lists import Entry, Lists

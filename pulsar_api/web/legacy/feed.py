@@ -17,7 +17,8 @@ from pulsar_api.concurrency.changes import Changes
 from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.errors import StoreUnavailable, UnknownTask
 from pulsar_api.output.reader import Output
-from pulsar_api.tasks.model import Status, Task, TaskQuery, TaskSnapshot
+from pulsar_api.tasks.live import Task
+from pulsar_api.tasks.model import Status, TaskQuery, TaskSnapshot
 from pulsar_api.tasks.service import TaskService
 from pulsar_api.web.decoding import MAX_LIST
 from pulsar_api.web.legacy.message import (
