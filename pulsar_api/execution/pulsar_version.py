@@ -9,13 +9,8 @@ from twisted.logger import Logger
 from pulsar_api.concurrency.changes import Changes
 from pulsar_api.errors import Busy, StoreUnavailable
 from pulsar_api.execution import capture
-<<<<<<< HEAD
 from pulsar_api.execution.listings import Listings
-from pulsar_api.tasks import commands
-=======
-from pulsar_api.execution.capture import Listings
 from pulsar_api.tasks import presets
->>>>>>> ddd2891 (TaskService becomes a pure queue, a phase per task, a recorder, a recovery and a thin service)
 from pulsar_api.tasks.commands import Commands
 from pulsar_api.tasks.model import Command
 

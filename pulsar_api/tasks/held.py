@@ -5,7 +5,7 @@ from collections.abc import Callable
 from attrs import define
 from twisted.logger import Logger
 
-from pulsar_api.concurrency.background import own
+from pulsar_api.concurrency.background import run_in_background
 from pulsar_api.principal import Principal
 from pulsar_api.tasks.interfaces import Executor
 from pulsar_api.tasks.live import LiveTask, Phase
@@ -30,7 +30,7 @@ class HeldTargets:
     def watch(self, live: LiveTask) -> None:
         """Keep the target of a task that has ended from others, until nothing runs."""
         self._queue.move(live, Phase.HOLDING)
-        own(self._watch(live))
+        run_in_background(self._watch(live))
 
     async def _watch(self, live: LiveTask) -> None:
         while not self.stopped:

@@ -7,7 +7,7 @@ from twisted.internet.defer import CancelledError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from pulsar_api.concurrency.background import own
+from pulsar_api.concurrency.background import run_in_background
 from pulsar_api.concurrency.changes import Changes
 from pulsar_api.errors import FolderInUse, InvalidInput, ShuttingDown, StoreUnavailable
 from pulsar_api.principal import Principal
@@ -79,7 +79,7 @@ class Lifecycle:
         for live, why in choice.wait:
             self._announce_wait(live, why)
         for live in choice.start:
-            own(self._guarded(live, self._start(live)))
+            run_in_background(self._guarded(live, self._start(live)))
 
     def _announce_wait(self, live: LiveTask, why: str) -> None:
         # Without a record: a restart finds it out again.
@@ -131,7 +131,7 @@ class Lifecycle:
             return
         # With it in one transaction: a database that is restored must not fit what is
         # restored beside it.
-        own(self._retention.keep_reading())
+        run_in_background(self._retention.keep_reading())
         # The record that it starts is on disk before the process exists.
         live.starts(shown(command), self._time.wall(), permit)
         await self.recorder.save(live)
@@ -277,9 +277,9 @@ class Lifecycle:
     def _ended(self, live: LiveTask, exit: Exit) -> None:
         """Take the result of a run."""
         if exit.unstarted:
-            own(self._guarded(live, self._start_again(live, exit)))
+            run_in_background(self._guarded(live, self._start_again(live, exit)))
         else:
-            own(self._finish_run(live, exit))
+            run_in_background(self._finish_run(live, exit))
 
     async def _finish_run(self, live: LiveTask, exit: Exit) -> None:
         live.task.refresh()  # what was told of its output is on record with its end

@@ -3,7 +3,7 @@
 from attrs import evolve, frozen
 from twisted.logger import Logger
 
-from pulsar_api.concurrency.background import own
+from pulsar_api.concurrency.background import run_in_background
 from pulsar_api.concurrency.changes import Changes
 from pulsar_api.tasks.clock import SteadyClock
 from pulsar_api.tasks.interfaces import Executor, TaskStore
@@ -95,6 +95,6 @@ class Recovery:
             self._lifecycle.adopt(live)
         elif by is not None:
             self._lifecycle.queue.move(live, Phase.STARTING)
-            own(self._lifecycle.end_killed(live))
+            run_in_background(self._lifecycle.end_killed(live))
         else:
             self._lifecycle.queue.move(live, Phase.WAITING)
