@@ -85,11 +85,11 @@ def picture() -> str:
     widest = max(map(len, rows))
     width = widest * (_WIDTH + _ACROSS) + _ACROSS
     height = len(rows) * (_HEIGHT + _DOWN) + _DOWN // 2
-    at = {}
+    at: dict[str, tuple[float, float]] = {}
     for y, row in enumerate(rows):
-        left = (width - len(row) * (_WIDTH + _ACROSS) + _ACROSS) / 2
+        begin = (width - len(row) * (_WIDTH + _ACROSS) + _ACROSS) / 2
         for x, name in enumerate(row):
-            at[name] = (left + x * (_WIDTH + _ACROSS), _DOWN / 2 + y * (_HEIGHT + _DOWN))
+            at[name] = (begin + x * (_WIDTH + _ACROSS), _DOWN / 2 + y * (_HEIGHT + _DOWN))
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"',
         ' font-family="sans-serif" font-size="14">',
@@ -98,17 +98,17 @@ def picture() -> str:
         '<path d="M0 0 8 4 0 8z" fill="#667"/></marker></defs>',
     ]
     for before, after in _reduced():
-        (x, y), (to_x, to_y) = at[before], at[after]
+        (left, top), (to_left, to_top) = at[before], at[after]
         lines.append(
-            f'<line x1="{x + _WIDTH / 2:g}" y1="{y + _HEIGHT:g}" '
-            f'x2="{to_x + _WIDTH / 2:g}" y2="{to_y:g}" '
+            f'<line x1="{left + _WIDTH / 2:g}" y1="{top + _HEIGHT:g}" '
+            f'x2="{to_left + _WIDTH / 2:g}" y2="{to_top:g}" '
             'stroke="#667" marker-end="url(#head)"/>'
         )
-    for name, (x, y) in at.items():
+    for name, (left, top) in at.items():
         lines.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{_WIDTH}" height="{_HEIGHT}" rx="6" '
+            f'<rect x="{left:g}" y="{top:g}" width="{_WIDTH}" height="{_HEIGHT}" rx="6" '
             'fill="#eef2fa" stroke="#446"/>'
-            f'<text x="{x + _WIDTH / 2:g}" y="{y + 22:g}" text-anchor="middle">'
+            f'<text x="{left + _WIDTH / 2:g}" y="{top + 22:g}" text-anchor="middle">'
             f"{name}</text>"
         )
     return "\n".join([*lines, "</svg>", ""])
