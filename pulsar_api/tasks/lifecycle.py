@@ -104,7 +104,7 @@ class Lifecycle:
         Unless a shim has begun with it that an earlier daemon started, and that had to
         wait until now for room or for descriptors.
         """
-        if live.newest.status is Status.RUNNING and not await self._bar(live):
+        if live.newest.status is Status.RUNNING and not await self._prevent_start(live):
             live.waits_for(None)
             self.adopt(live)
             return
@@ -226,7 +226,7 @@ class Lifecycle:
         if live.kill_requested:
             # A daemon that finds a start barred has to find on record why.
             await self.recorder.kill_on_record(live)
-            if await self._bar(live):
+            if await self._prevent_start(live):
                 await self.end_killed(live)
             else:
                 self.adopt(live)
@@ -241,11 +241,11 @@ class Lifecycle:
                     live.waits_for(None)
                 self._run(live, command)
 
-    async def _bar(self, live: LiveTask) -> bool:
+    async def _prevent_start(self, live: LiveTask) -> bool:
         """Make sure that no shim begins with a task; return False if one has."""
         while not self.recorder.closed:
             try:
-                return self._executor.bar(live.id)
+                return self._executor.prevent_start(live.id)
             except StoreUnavailable as e:
                 await self._wait_for_disk(live, e)
         raise ShuttingDown
