@@ -18,7 +18,14 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import react
 
 from pulsar_api.auth.authenticator import Credentials
-from pulsar_api.auth.credentials import FILE, PREFIX, Records, Token, add_token, opened
+from pulsar_api.auth.credentials import (
+    FILE,
+    PREFIX,
+    CredentialStore,
+    Token,
+    add_token,
+    opened,
+)
 from pulsar_api.auth.providers.local import OwnTokens, Static
 
 SECRET = PREFIX + "Zx3hQ0mWf5T-uR9bL1yKcA7vE_nD2gPjS8oXiN4tBqU"
@@ -93,15 +100,15 @@ async def _main(reactor: Any, rounds: int) -> None:
         now = time.time()
         with opened(path) as db:
             add_token(db, Token("ci", ("read",), ("*",), now), SECRET)
-        records = Records(path, reactor.callFromThread)
+        store = CredentialStore(path, reactor.callFromThread)
         tokens = OwnTokens(
-            records, lambda: now
+            store, lambda: now
         )  # the first use, which is noted, is not timed
         await tokens.identify(Credentials("", SECRET))
         await measure(
             "own token", lambda s: tokens.identify(Credentials("", s)), rounds // 4
         )
-        await records.close()
+        await store.close()
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from pulsar_api.auth.audit import REFUSALS, AuditLog
-from pulsar_api.auth.authenticator import Credentials, Gate
+from pulsar_api.auth.authenticator import Authenticator, Credentials
 from pulsar_api.errors import NotAuthenticated
 from pulsar_api.web.authentication import Access, cookies, parse_authorization
 from pulsar_api.web.origin import Origins, _address
@@ -88,8 +88,8 @@ def test_a_flood_of_wrong_credentials_does_not_fill_the_audit_log(tmp_path: Path
     clock = Clock()
     log = AuditLog(tmp_path / "audit.log", clock.seconds)
     service: Any = None  # it is not asked
-    gate = Gate([], clock)
-    access = Access(service, log, Origins(), clock, gate)
+    authenticator = Authenticator([], clock)
+    access = Access(service, log, Origins(), clock, authenticator)
 
     def guess(number: int) -> None:
         address = f"192.0.{number >> 8}.{number & 255}"

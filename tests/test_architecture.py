@@ -21,7 +21,7 @@ LAYERS = (
     {"tasks"},
     {"concurrency"},
     {"errors"},
-    {"principal", "files", "globs", "memory", "shim", "client"},
+    {"principal", "files", "globs", "memory", "bounded", "shim", "client"},
 )
 """Each package or module of the top level, the highest first.
 

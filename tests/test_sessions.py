@@ -11,7 +11,7 @@ from twisted.internet import reactor
 
 from pulsar_api.auth import credentials
 from pulsar_api.auth.authenticator import Credentials
-from pulsar_api.auth.credentials import MOST_SESSIONS, Records, digest
+from pulsar_api.auth.credentials import MOST_SESSIONS, CredentialStore, digest
 from pulsar_api.auth.sessions import IDLE, TOTAL, Sessions
 from tests.fakes import person
 
@@ -24,18 +24,18 @@ class World:
 
     folder: Path
     now: float = 1e9
-    records: Records = field(init=False)
+    store: CredentialStore = field(init=False)
     sessions: Sessions = field(init=False)
 
     def open(self) -> None:
         """Start, or start again."""
         call: Any = reactor
-        self.records = Records(self.folder / "auth.db", call.callFromThread)
-        self.sessions = Sessions(self.records, lambda: self.now)
+        self.store = CredentialStore(self.folder / "auth.db", call.callFromThread)
+        self.sessions = Sessions(self.store, lambda: self.now)
 
     async def close(self) -> None:
         """Stop."""
-        await self.records.close()
+        await self.store.close()
 
     async def begin(self, user: str = "joe") -> str:
         """Return a new id."""
@@ -96,7 +96,7 @@ async def test_sessions_end_one_by_one_or_all_of_a_user(world: World) -> None:
 async def test_who_has_the_database_has_no_session_and_no_password(world: World) -> None:
     """What is kept can be opened by the id alone, which is not kept."""
     id = await world.begin()
-    record = await world.records.session(digest(id))
+    record = await world.store.session(digest(id))
     assert record is not None
     assert b"hunter2" not in record.sealed
     await world.close()
@@ -152,7 +152,7 @@ async def test_what_a_sign_in_costs_does_not_grow_with_the_sessions(world: World
     def watch(db: sqlite3.Connection) -> None:
         db.set_trace_callback(seen.append)
 
-    threads = world.records._reader, world.records._writer
+    threads = world.store._reader, world.store._writer
     for thread in threads:
         await thread.do(watch)
     id = await world.begin()
@@ -167,7 +167,7 @@ async def test_what_a_sign_in_costs_does_not_grow_with_the_sessions(world: World
 
     for thread in threads:
         await thread.do(lambda db: db.set_trace_callback(None))
-    found = await world.records._reader.do(plans)
+    found = await world.store._reader.do(plans)
     assert found
     assert [detail for detail in found if detail.startswith("SCAN")] == []
     assert [detail for detail in found if "TEMP B-TREE" in detail] == []

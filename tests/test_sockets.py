@@ -23,8 +23,13 @@ from wsproto.events import (
 )
 
 from pulsar_api.auth.audit import AuditLog
+<<<<<<< HEAD
 from pulsar_api.auth.authenticator import Gate
 from pulsar_api.concurrency.turns import TurnScheduler
+=======
+from pulsar_api.auth.authenticator import Authenticator
+from pulsar_api.concurrency.turns import Rota
+>>>>>>> 1fbdfeb (Authenticator, CredentialStore, Throttle; one bounded dict and one single-flight)
 from pulsar_api.shim import shim
 from pulsar_api.tasks.clock import SteadyClock
 from pulsar_api.tasks.commands import Commands
@@ -52,7 +57,7 @@ from pulsar_api.web.server.websocket import (
     limit_buffer,
 )
 from tests.fakes import FakeExecutor, FakeRun, MemoryStore
-from tests.test_gate import ALICE, FakeProvider
+from tests.test_authenticator import ALICE, FakeProvider
 from tests.test_lines import Turns
 from tests.test_output import printed
 from tests.test_site import Transport
@@ -194,7 +199,7 @@ class World:
             AuditLog(self.folder / "audit.log", clock.seconds),
             Origins(),
             clock,
-            Gate([self.provider], clock),
+            Authenticator([self.provider], clock),
         )
         feed = Feed(self.service, self.folder, clock, TurnScheduler(self.turns))
         self.sockjs = SockJS(self.access, feed, clock, SESSIONS)

@@ -1,97 +1,98 @@
-"""Decides who somebody is: asks providers, remembers for a while, brakes who guesses."""
+"""Authenticates callers: asks providers, caches their answers, and slows down guessing."""
 
 import hashlib
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from ipaddress import IPv6Address, ip_address
 from typing import NoReturn, Protocol
 
 from attrs import define, field, frozen
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
-from twisted.logger import Logger
-from twisted.python.failure import Failure
 
 from pulsar_api.auth.rights import Identity
+from pulsar_api.bounded import BoundedDict
+from pulsar_api.concurrency.single_flight import SingleFlight
 from pulsar_api.errors import (
     LoginBound,
     NotAuthenticated,
     ProviderUnavailable,
-    PulsarError,
     TooManyFailures,
 )
 
-_log = Logger()
-
 _Answer = Identity | LoginBound | None
-"""Who it is; or that the account must not use its login; or that it is nobody."""
+"""An identity; an account that must not use its login; or None for wrong credentials."""
 
 FAILURES = 10
-"""Wrong credentials from one address in a minute, after which it is not heard."""
+"""Wrong credentials from one address within a minute, after which it is refused."""
 MINUTE = 60.0
-ASKED = 10
+MAX_LOOKUPS = 10
 """New credentials of one address that are looked up at the same time; others wait."""
 PATIENCE = 10.0
 """Seconds that a look-up waits for earlier ones of its address."""
-_REMEMBERED = 10_000  # credentials, and addresses
-_PROVED = 3600.0  # seconds for which who was let in is heard in spite of the brake
+_MAX_CACHED = 10_000  # credentials, and addresses
+_PROVED = 3600.0  # seconds for which accepted credentials are exempt from the throttle
 
 
 @frozen
 class Credentials:
-    """What somebody shows: a token, or a name and a password."""
+    """What a caller presents: a token, or a user name and a password."""
 
     user: str
-    """"" for a token alone."""
+    """The user name; "" if there is a token only."""
     secret: str = field(repr=False)
 
     @property
     def key(self) -> bytes:
-        """What to remember them by."""
-        # The length says where the name ends, whatever sign is in it.
+        """A hash of them, by which they are cached and compared."""
+        # The length says where the name ends, whatever character is in it.
         text = f"{len(self.user)}:{self.user}{self.secret}".encode("utf-8", "surrogatepass")
         return hashlib.sha256(text).digest()
 
 
 class Provider(Protocol):
-    """Somebody who knows users."""
+    """Knows users and checks their credentials."""
 
     @property
     def good(self) -> float:
-        """Seconds for which its yes counts."""
+        """How long, in seconds, an accepted credential is cached."""
 
     @property
     def bad(self) -> float:
-        """Seconds for which its no counts."""
+        """How long, in seconds, a rejected credential is cached."""
 
     def takes(self, credentials: Credentials) -> bool:
-        """Return whether these are for this provider to judge."""
+        """Return whether this provider is responsible for these credentials."""
 
     async def identify(self, credentials: Credentials) -> Identity | None:
-        """Return who it is; None if it is nobody.
+        """Return the identity that the credentials belong to; None if they are wrong.
 
-        Raises `LoginBound` for an account that must not use the login that it has, and
-        `ProviderUnavailable`.
+        Raises:
+            LoginBound: Another account is bound to the login of this one.
+            ProviderUnavailable: The provider cannot be asked now.
+
         """
 
 
 @define(eq=False)
-class Brake:
-    """Counts what went wrong by address; IPv6 by network, as anybody has many of them."""
+class Throttle:
+    """Counts failures by IPv4 address, or by the /64 network of an IPv6 address."""
 
     _clock: IReactorTime
-    _failed: OrderedDict[str, list[float]] = field(factory=OrderedDict)
+    _failed: BoundedDict[str, list[float]] = field(
+        factory=partial(BoundedDict, _MAX_CACHED)
+    )
 
     def check(self, address: str) -> None:
-        """Raise `TooManyFailures` if this address is not heard now."""
+        """Raise `TooManyFailures` if this address has failed too often."""
         failed = self._recent(address)
         if len(failed) >= FAILURES:
             wait = failed[-FAILURES] + MINUTE - self._clock.seconds()
             raise TooManyFailures(math.ceil(wait))
 
     def left(self, address: str) -> int:
-        """Return how many more failures this address may have before it is not heard."""
+        """Return how many more failures this address may have before it is refused."""
         return FAILURES - len(self._recent(address))
 
     def _recent(self, address: str) -> list[float]:
@@ -101,12 +102,8 @@ class Brake:
     def failed(self, address: str) -> None:
         """Count a failure."""
         name = _network(address)
-        times = self._failed.setdefault(name, [])
-        times.append(self._clock.seconds())
-        del times[:-FAILURES]
-        self._failed.move_to_end(name)
-        while len(self._failed) > _REMEMBERED:
-            self._failed.popitem(last=False)
+        times = [*self._failed.get(name, ()), self._clock.seconds()]
+        self._failed[name] = times[-FAILURES:]
 
 
 def _network(address: str) -> str:
@@ -120,20 +117,20 @@ def _network(address: str) -> str:
 
 
 @define(eq=False)
-class _Line:
-    """The look-ups of one address: how many are under way, and which wait for them."""
+class _Queue:
+    """The look-ups of one address: how many are under way, and which wait."""
 
-    asked: int = 0
+    running: int = 0
     waiting: dict[Deferred[None], None] = field(factory=dict)
 
     def wait(self) -> Deferred[None]:
-        """Fire when there may be room for one more. Cancelling leaves the line."""
+        """Fire when there may be room for one more. Cancelling leaves the queue."""
         waiter: Deferred[None] = Deferred(self._forget)
         self.waiting[waiter] = None
         return waiter
 
     def wake(self, number: int) -> None:
-        """Let the first ones look again whether there is room."""
+        """Let the first ones check again whether there is room."""
         for waiter in list(self.waiting)[:number]:
             if waiter in self.waiting:
                 del self.waiting[waiter]
@@ -144,109 +141,101 @@ class _Line:
 
 
 @define(eq=False)
-class Gate:
-    """Says who somebody is."""
+class Authenticator:
+    """Tells who the caller with given credentials is."""
 
     _providers: Sequence[Provider]
     _clock: IReactorTime
-    brake: Brake = field(init=False)
+    throttle: Throttle = field(init=False)
     refused: Callable[[Credentials, str], object] = lambda *_: None
-    """Is told of each wrong guess, and where it came from."""
-    _answers: OrderedDict[bytes, tuple[float, _Answer]] = field(factory=OrderedDict)
-    """Until when an answer counts."""
-    _waiting: dict[bytes, list[Deferred[_Answer]]] = field(factory=dict)
-    """Who waits for the same answer."""
-    _proved: OrderedDict[bytes, float] = field(factory=OrderedDict)
-    _lines: dict[str, _Line] = field(factory=dict)
-    """By address, or network; only those in which something is under way."""
+    """Is called with rejected credentials and the address that they came from."""
+    _answers: BoundedDict[bytes, tuple[float, _Answer]] = field(
+        factory=partial(BoundedDict, _MAX_CACHED)
+    )
+    """Answers, each with the time until which it is cached."""
+    _lookups: SingleFlight[bytes, _Answer] = field(
+        factory=partial(SingleFlight, "A look-up of credentials")
+    )
+    _proved: BoundedDict[bytes, float] = field(factory=partial(BoundedDict, _MAX_CACHED))
+    """When credentials were accepted last."""
+    _queues: dict[str, _Queue] = field(factory=dict)
+    """By address or network; only those with a look-up under way."""
 
     def __attrs_post_init__(self) -> None:
-        self.brake = Brake(self._clock)
+        self.throttle = Throttle(self._clock)
 
     async def identify(
         self, credentials: Credentials, address: str, *, guess: bool = True
     ) -> Identity:
-        """Return who it is.
+        """Return the identity that credentials from an address belong to.
 
-        Raises `NotAuthenticated`, `LoginBound`, `TooManyFailures` or
-        `ProviderUnavailable`. ``guess``: whether a no counts as one; what has been proved
-        once does not.
+        ``guess``: whether a rejection counts as a failure of the address.
+
+        Raises:
+            NotAuthenticated: The credentials are wrong.
+            LoginBound: Another account is bound to the login of this one.
+            TooManyFailures: The address has failed too often.
+            ProviderUnavailable: The provider cannot be asked now.
+
         """
         key, now = credentials.key, self._clock.seconds()
         identity: _Answer
         until, identity = self._answers.get(key, (0.0, None))
-        if key in self._waiting:
-            identity = await self._ask(key)
-        elif until <= now:
+        if key in self._lookups or until <= now:
             new = guess and self._proved.get(key, -_PROVED) <= now - _PROVED
-            if new:
-                self.brake.check(address)
-            # It goes on if who asked does not wait any more: others may, and one who hangs
-            # up has guessed all the same.
-            self._waiting[key] = []
-            answer = self._ask(key)
+            if new and key not in self._lookups:
+                self.throttle.check(address)
+            # It goes on when the caller hangs up, which has guessed all the same.
             look = self._look_in_turn if new else self._look
-            looking = Deferred.fromCoroutine(look(credentials, address, guess=guess))
-            looking.addBoth(self._tell, key)
-            identity = await answer
+            identity = await self._lookups.do(
+                key, partial(look, credentials, address, guess=guess)
+            )
         elif identity is None and guess:
-            self.brake.check(address)
+            self.throttle.check(address)
             self._failed(credentials, address)
         if identity is None:
             raise NotAuthenticated
         if isinstance(identity, LoginBound):
-            raise LoginBound(identity.principal)  # each time a new one
+            raise LoginBound(identity.principal)  # a new one each time
         return identity
 
     def _failed(self, credentials: Credentials, address: str) -> None:
-        self.brake.failed(address)
+        self.throttle.failed(address)
         self.refused(credentials, address)
-
-    def _ask(self, key: bytes) -> Deferred[_Answer]:
-        answer: Deferred[_Answer] = Deferred()
-        self._waiting[key].append(answer)
-        return answer
-
-    def _tell(self, result: _Answer | Failure, key: bytes) -> None:
-        if isinstance(result, Failure) and not result.check(PulsarError):
-            _log.failure("A provider has failed", result)
-        for answer in self._waiting.pop(key):
-            if not answer.called:
-                answer.callback(result)  # a Failure is an errback
 
     async def _look_in_turn(
         self, credentials: Credentials, address: str, *, guess: bool
     ) -> _Answer:
-        """Look up who it is when there is room for it.
+        """Look up credentials when the queue of their address has room.
 
-        Never are more looked up than may fail before the address is not heard: so any
-        number of right ones are let in, and no more wrong ones are tried than if they had
-        come one by one.
+        No more are looked up at once than may fail before the address is refused. So any
+        number of correct ones are accepted, and no more wrong ones are tried than if they
+        had come one by one.
         """
         name = _network(address)
-        line = self._lines.setdefault(name, _Line())
+        queue = self._queues.setdefault(name, _Queue())
         try:
-            await self._room(line, address)
-            line.asked += 1
+            await self._room(queue, address)
+            queue.running += 1
             try:
                 return await self._look(credentials, address, guess=guess)
             finally:
-                line.asked -= 1
-                left = self.brake.left(address)
-                # To those behind the last failure there is nothing to say but no.
-                room = max(0, min(ASKED, left) - line.asked)
-                line.wake(room if left > 0 else len(line.waiting))
+                queue.running -= 1
+                left = self.throttle.left(address)
+                # After the last failure all that wait are refused.
+                room = max(0, min(MAX_LOOKUPS, left) - queue.running)
+                queue.wake(room if left > 0 else len(queue.waiting))
         finally:
-            if not line.asked and not line.waiting:
-                self._lines.pop(name, None)
+            if not queue.running and not queue.waiting:
+                self._queues.pop(name, None)
 
-    async def _room(self, line: _Line, address: str) -> None:
+    async def _room(self, queue: _Queue, address: str) -> None:
         """Wait until one more may be looked up; raise `TooManyFailures` if none may."""
         until = self._clock.seconds() + PATIENCE
-        while line.asked >= min(ASKED, self.brake.left(address)):
+        while queue.running >= min(MAX_LOOKUPS, self.throttle.left(address)):
             left = max(0.0, until - self._clock.seconds())
-            await line.wait().addTimeout(left, self._clock, _too_long)
-            self.brake.check(address)
+            await queue.wait().addTimeout(left, self._clock, _too_long)
+            self.throttle.check(address)
 
     async def _look(
         self, credentials: Credentials, address: str, *, guess: bool
@@ -265,16 +254,11 @@ class Gate:
         now = self._clock.seconds()
         good = isinstance(identity, Identity)
         self._answers[key] = (now + (provider.good if good else provider.bad), identity)
-        self._answers.move_to_end(key)
         if good:
             self._proved[key] = now
-            self._proved.move_to_end(key)
-        for remembered in (self._answers, self._proved):
-            while len(remembered) > _REMEMBERED:
-                remembered.popitem(last=False)
         return identity
 
 
 def _too_long(*_: object) -> NoReturn:
-    detail = "too many new ones of your address are being looked up"
+    detail = "it is checking too many other credentials from your address"
     raise ProviderUnavailable("This daemon", detail, 2)

@@ -201,7 +201,7 @@ def bind_login(db: sqlite3.Connection, login: Login) -> None:
 
 
 @define(eq=False)
-class Records:
+class CredentialStore:
     """The same for the daemon, in threads. ``close`` it, or they stay.
 
     What is asked for does not wait for what is written, and synced.

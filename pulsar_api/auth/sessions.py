@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 from pulsar_api.auth.authenticator import Credentials
 from pulsar_api.auth.credentials import (
     MOST_SESSIONS,
-    Records,
+    CredentialStore,
     SessionRecord,
     digest,
     new_secret,
@@ -49,7 +49,7 @@ class Sessions:
     sessions that began with it.
     """
 
-    _records: Records
+    _store: CredentialStore
     _now: Callable[[], float]
     """Seconds by a clock that does not jump, or a wrong one would sign everybody out."""
     _forgetting: set[Principal] = field(factory=set, init=False)
@@ -65,8 +65,8 @@ class Sessions:
         sealed = AESGCM(_key(id)).encrypt(_NONCE, text, None)
         # What is used must not look older than what nobody has used since its begin.
         for key, at in self._used.pop(user, {}).items():
-            self._records.see_session(key, at).addErrback(_not_noted)
-        added = self._records.add_session(digest(id), SessionRecord(user, sealed, now, now))
+            self._store.see_session(key, at).addErrback(_not_noted)
+        added = self._store.add_session(digest(id), SessionRecord(user, sealed, now, now))
         run_in_background(self._forget_old(user, digest(id)))  # in the same transaction
         await added
         return id
@@ -89,7 +89,7 @@ class Sessions:
 
     def _forget_some(self, user: Principal, key: str) -> Deferred[bool]:
         now = self._now()
-        return self._records.forget_sessions(now - TOTAL, now - IDLE, user, key)
+        return self._store.forget_sessions(now - TOTAL, now - IDLE, user, key)
 
     async def find(self, id: str, *, used: bool = True) -> Credentials | None:
         """Return what a session began with; None if there is no such session any more.
@@ -97,20 +97,20 @@ class Sessions:
         ``used``: whether this is a sign that somebody is there.
         """
         now = self._now()
-        found = await self._records.session(digest(id))
+        found = await self._store.session(digest(id))
         if found is None:
             return None
         # What was noted a moment ago may not be on disk yet.
         noted = self._used.get(found.user, {}).get(digest(id), 0.0)
         seen = max(found.seen_at, noted)
         if found.created_at <= now - TOTAL or seen <= now - IDLE:
-            await self._records.end_session(digest(id))
+            await self._store.end_session(digest(id))
             return None
         if used:
             self._note(found.user, digest(id), now)
             if found.seen_at <= now - _STEP:
                 # Nobody has to wait for that, nor fail with it.
-                self._records.see_session(digest(id), now).addErrback(_not_noted)
+                self._store.see_session(digest(id), now).addErrback(_not_noted)
         try:
             user, secret = json.loads(AESGCM(_key(id)).decrypt(_NONCE, found.sealed, None))
         except InvalidTag:
@@ -129,16 +129,16 @@ class Sessions:
 
     async def end(self, id: str) -> None:
         """End a session."""
-        await self._records.end_session(digest(id))
+        await self._store.end_session(digest(id))
 
     async def user(self, id: str) -> Principal | None:
         """Return whose session it is, whatever that one may by now."""
-        found = await self._records.session(digest(id))
+        found = await self._store.session(digest(id))
         return None if found is None else found.user
 
     async def end_all(self, user: Principal) -> None:
         """End all sessions of somebody."""
-        await self._records.end_sessions(user)
+        await self._store.end_sessions(user)
 
 
 def _not_noted(failure: Failure) -> None:

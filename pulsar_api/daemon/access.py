@@ -12,8 +12,8 @@ from treq.client import HTTPClient
 from twisted.web.client import Agent, HTTPConnectionPool
 
 from pulsar_api.auth import audit, credentials
-from pulsar_api.auth.authenticator import Gate, Provider
-from pulsar_api.auth.credentials import Records
+from pulsar_api.auth.authenticator import Authenticator, Provider
+from pulsar_api.auth.credentials import CredentialStore
 from pulsar_api.auth.providers.github import DEADLINE, GitHub, Members, OAuth
 from pulsar_api.auth.providers.local import OwnTokens, Static
 from pulsar_api.auth.rights import Caller, Policy
@@ -31,7 +31,7 @@ class AccessParts:
     """What decides who may use the daemon, and what has to be closed with it."""
 
     access: Access
-    records: Records | None = None
+    store: CredentialStore | None = None
     """None: nobody has to authenticate."""
     github: GitHub | None = None
     pool: HTTPConnectionPool | None = None
@@ -58,8 +58,8 @@ def build_access(
     if not s.authenticated:
         return AccessParts(Access(service, log, origins, reactor))
     policy = Policy(s.rights)
-    records = Records(state / credentials.FILE, reactor.callFromThread)
-    providers: list[Provider] = [OwnTokens(records, time.time)]
+    store = CredentialStore(state / credentials.FILE, reactor.callFromThread)
+    providers: list[Provider] = [OwnTokens(store, time.time)]
     found: GitHub | None = None
     pool: HTTPConnectionPool | None = None
     if s.auth_provider == "static":
@@ -69,12 +69,12 @@ def build_access(
     if s.auth_provider == "github":
         pool = HTTPConnectionPool(reactor, persistent=True)
         pool._factory.noisy = False  # noqa: SLF001 - two lines for each connection
-        found = _github(s, policy, reactor, pool, records, log)
+        found = _github(s, policy, reactor, pool, store, log)
         providers.append(found)
-    gate = Gate(providers, reactor)
-    sessions = Sessions(records, clock.steady)
-    access = Access(service, log, origins, reactor, gate, sessions, policy)
-    return AccessParts(access, records, found, pool)
+    authenticator = Authenticator(providers, reactor)
+    sessions = Sessions(store, clock.steady)
+    access = Access(service, log, origins, reactor, authenticator, sessions, policy)
+    return AccessParts(access, store, found, pool)
 
 
 def _github(
@@ -82,7 +82,7 @@ def _github(
     policy: Policy,
     reactor: Any,
     pool: HTTPConnectionPool,
-    logins: Records,
+    logins: CredentialStore,
     log: audit.AuditLog,
 ) -> GitHub:
     def note(account: Principal) -> None:

@@ -121,8 +121,8 @@ class Running:
         """Close databases and connections, and let the next daemon in."""
         database = Deferred.fromCoroutine(self._store.close())
         await within(self._reactor, "the database", database)
-        if self._parts.records is not None:
-            tokens = Deferred.fromCoroutine(self._parts.records.close())
+        if self._parts.store is not None:
+            tokens = Deferred.fromCoroutine(self._parts.store.close())
             await within(self._reactor, "the database of tokens", tokens)
         if self._parts.pool is not None:
             pool = self._parts.pool.closeCachedConnections()

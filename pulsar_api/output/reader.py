@@ -18,7 +18,7 @@ from pulsar_api.shim.shim import CLOCK, RECORD, STDERR, STDOUT, incomplete
 
 PIECE = 1 << 16
 BLOCK = 4096
-"""Records that are read at once."""
+"""CredentialStore that are read at once."""
 _AHEAD = 4096  # bytes that are read with those that are wanted
 _FIELDS = Struct("<QQ")
 NAMES = {STDOUT: "stdout", STDERR: "stderr"}
@@ -308,7 +308,7 @@ class Output:
             while low < high:
                 middle = found = (low + high) // 2
                 record = Record.parse(os.pread(fd, RECORD, found * RECORD))
-                # Records that are cut meanwhile read as code 0, millions of them.
+                # CredentialStore that are cut meanwhile read as code 0, millions of them.
                 while record.code not in _PRINTED and found + 1 < min(
                     high, middle + _NOTES
                 ):

@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 from twisted.web.server import Request
 
 from pulsar_api.auth.audit import AuditLog
-from pulsar_api.auth.authenticator import Credentials, Gate
+from pulsar_api.auth.authenticator import Authenticator, Credentials
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Caller, Policy, Right
 from pulsar_api.auth.sessions import TOTAL, Sessions
@@ -92,7 +92,7 @@ class Access:
     audit: AuditLog
     origins: Origins
     clock: IReactorTime
-    gate: Gate | None = None
+    authenticator: Authenticator | None = None
     """None: nobody is asked who they are."""
     sessions: Sessions | None = None
     policy: Policy = field(factory=Policy)
@@ -100,8 +100,8 @@ class Access:
     _next: IDelayedCall | None = field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
-        if self.gate is not None:
-            self.gate.refused = self._refused
+        if self.authenticator is not None:
+            self.authenticator.refused = self._refused
 
     async def enter(self, request: Request, right: Right) -> Guard:
         """Return the tasks as whoever sends this may see them by this right.
@@ -112,7 +112,7 @@ class Access:
         shown = self.shown(request)
         try:
             self.origins.check(request, navigation=right is Right.READ)
-            by_session = self.gate is not None and isinstance(shown, str)
+            by_session = self.authenticator is not None and isinstance(shown, str)
             if right is not Right.READ and request.method != b"POST":
                 # A link may be from anywhere.
                 if right is Right.KILL and by_session:
@@ -156,7 +156,7 @@ class Access:
         self, shown: Credentials | str | None, address: str, *, used: bool = True
     ) -> Caller:
         """Return who shows this; raises as `enter`. ``used``: if a session is by that."""
-        if self.gate is None:
+        if self.authenticator is None:
             return Caller(None, address)
         if shown is None:
             raise NotAuthenticated
@@ -172,7 +172,7 @@ class Access:
             credentials = shown
         try:
             guess = not isinstance(shown, str)
-            identity = await self.gate.identify(credentials, address, guess=guess)
+            identity = await self.authenticator.identify(credentials, address, guess=guess)
         except NotAuthenticated:
             if isinstance(shown, str) and self.sessions is not None:
                 await self.sessions.end(shown)
@@ -198,7 +198,7 @@ class Access:
         self, shown: Credentials | str, caller: Caller, end: Callable[[], object]
     ) -> Callable[[], None]:
         """Call ``end`` when they may no more what they may now; return how to forget."""
-        if self.gate is None:
+        if self.authenticator is None:
             return lambda: None
         held = _Held(shown, caller, self.clock.seconds(), end)
         self._held[held] = None

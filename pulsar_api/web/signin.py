@@ -134,7 +134,7 @@ class SignIn:
             "user": None if caller.principal is None else caller.principal.name,
             "means": caller.means,
             "rights": rights,
-            "signedIn": self.access.gate is not None and isinstance(shown, str),
+            "signedIn": self.access.authenticator is not None and isinstance(shown, str),
             "confirm": list(map(str, self.confirm)),
             "secret": list(self.secret),
         }

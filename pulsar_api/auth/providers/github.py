@@ -31,7 +31,7 @@ from twisted.web.client import ResponseDone
 from twisted.web.http_headers import Headers
 
 from pulsar_api.auth.authenticator import Credentials
-from pulsar_api.auth.credentials import Login, Records
+from pulsar_api.auth.credentials import CredentialStore, Login
 from pulsar_api.auth.rights import Identity
 from pulsar_api.concurrency.background import shielded
 from pulsar_api.errors import LoginBound, ProviderUnavailable, PulsarError
@@ -102,7 +102,7 @@ class GitHub:
     _now: Callable[[], float]
     """The seconds since the epoch, as GitHub's limits have them."""
     api_url: str
-    _records: Records
+    _store: CredentialStore
     _bound: Callable[[Principal], object]
     """Is told of each listed login that is seen for the first time, and whose it is."""
     members: Members
@@ -171,7 +171,7 @@ class GitHub:
         if credentials.user.casefold() not in {"", login}:
             return None
         listed = self.groups | self.members.groups()
-        ids = await self._records.logins(login, account.id)
+        ids = await self._store.logins(login, account.id)
         named = {f"user:{name}" for name, id in ids.items() if id == account.id}
         named |= {f"user:{login}"}
         groups = await self._groups(account, auth, listed & named)
@@ -192,7 +192,7 @@ class GitHub:
 
     async def _bind(self, account: Principal) -> str:
         login = Login(account.name.casefold(), account.id, self._now())
-        id, new = await self._records.bind_new_login(login)
+        id, new = await self._store.bind_new_login(login)
         if new:
             self._bound(account)
         return id

@@ -10,7 +10,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from pulsar_api.auth.authenticator import Credentials
-from pulsar_api.auth.credentials import PREFIX, Records, Token
+from pulsar_api.auth.credentials import PREFIX, CredentialStore, Token
 from pulsar_api.auth.rights import Identity
 from pulsar_api.principal import Principal
 
@@ -28,7 +28,7 @@ class OwnTokens:
     the time says nothing about either.
     """
 
-    _records: Records
+    _store: CredentialStore
     _now: Callable[[], float]
     """The seconds since the epoch."""
     good: float = 5.0
@@ -41,7 +41,7 @@ class OwnTokens:
 
     async def identify(self, credentials: Credentials) -> Identity | None:
         """Return whose it is: the token's own name."""
-        token = await self._records.token(credentials.secret)
+        token = await self._store.token(credentials.secret)
         found = token or _NOBODY
         name = f"token:{found.name}"
         principal = Principal("token", found.name, name)
@@ -51,7 +51,7 @@ class OwnTokens:
         if good & (self._used.get(found.name, 0.0) <= now - _STEP):
             self._used[found.name] = now
             # Nobody has to wait for that, nor fail with it.
-            self._records.use_token(found.name, now).addErrback(_not_noted)
+            self._store.use_token(found.name, now).addErrback(_not_noted)
         return (None, identity)[good]
 
 

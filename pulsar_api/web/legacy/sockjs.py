@@ -223,7 +223,7 @@ class SockJS:
         if len(self._sessions) >= self.max_sessions and not self._make_room():
             return None
         session = self._sessions[name] = _Session(self.visit(request))
-        if self.access.gate is not None:
+        if self.access.authenticator is not None:
             secure = self.access.secure(request)
             path = urlsplit(self.access.origins.base(request)).path + _folder(request)
             flags = "; HttpOnly; SameSite=Lax" + ("; Secure" if secure else "")

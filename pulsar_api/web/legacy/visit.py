@@ -119,7 +119,7 @@ class Visit:
         access, shown = self._access, self.shown
         caller = None
         try:
-            if shown is not None or access.gate is None:
+            if shown is not None or access.authenticator is None:
                 with suppress(NotAuthenticated):  # it may yet say something better
                     caller = await access.caller(shown, self.address)
             if caller is None:
@@ -147,7 +147,7 @@ class Visit:
 
         Once the client is known, only if it shows the credentials that were accepted.
         """
-        if self.known and self._access.gate is not None:
+        if self.known and self._access.authenticator is not None:
             return _same(shown, self._proof)
         return self.shown is None or _same(shown, self.shown)
 

@@ -10,12 +10,12 @@ from twisted.logger import LogEvent
 from twisted.trial.unittest import SynchronousTestCase
 
 from pulsar_api.auth.authenticator import (
-    ASKED,
     FAILURES,
+    MAX_LOOKUPS,
     PATIENCE,
-    Brake,
+    Authenticator,
     Credentials,
-    Gate,
+    Throttle,
 )
 from pulsar_api.auth.rights import Identity
 from pulsar_api.errors import NotAuthenticated, ProviderUnavailable, TooManyFailures
@@ -56,19 +56,19 @@ class FakeProvider:
 
 @define(eq=False)
 class World:
-    """A gate before one provider; time stands still."""
+    """An authenticator before one provider; time stands still."""
 
     clock: Clock = field(factory=Clock)
     provider: FakeProvider = field(factory=FakeProvider)
-    gate: Gate = field(init=False)
+    authenticator: Authenticator = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.provider.known[ALICE.secret] = "alice"
-        self.gate = Gate([self.provider], self.clock)
+        self.authenticator = Authenticator([self.provider], self.clock)
 
     def begin(self, shown: Credentials, address: str = HERE) -> Deferred[Identity]:
         """Ask."""
-        return Deferred.fromCoroutine(self.gate.identify(shown, address))
+        return Deferred.fromCoroutine(self.authenticator.identify(shown, address))
 
     def ask(self, shown: Credentials, address: str = HERE) -> str:
         """Return who it is."""
@@ -87,7 +87,7 @@ class World:
     @property
     def idle(self) -> bool:
         """Whether nothing is kept of look-ups that are over."""
-        return not self.gate._lines and not self.gate._waiting
+        return not self.authenticator._queues and not self.authenticator._lookups
 
     def guess(self, number: int, address: str = HERE) -> BaseException:
         """Try one of many wrong tokens."""
@@ -182,9 +182,9 @@ def test_the_same_wrong_token_again_and_again_is_guessing_too(world: World) -> N
 def test_many_guesses_at_the_same_time_are_braked_as_well(world: World) -> None:
     """No more are tried than one by one; others are not held up."""
     world.provider.slow = True
-    guesses = [world.begin(Credentials("", f"guess {n}")) for n in range(5 * ASKED)]
+    guesses = [world.begin(Credentials("", f"guess {n}")) for n in range(5 * MAX_LOOKUPS)]
     elsewhere = world.begin(ALICE, THERE)
-    assert len(world.provider.asked) == ASKED + 1
+    assert len(world.provider.asked) == MAX_LOOKUPS + 1
     world.answer_all()
     assert CASE.successResultOf(elsewhere).principal.name == "alice"
     for guess in guesses[:FAILURES]:
@@ -198,15 +198,15 @@ def test_many_guesses_at_the_same_time_are_braked_as_well(world: World) -> None:
 def test_right_credentials_are_let_in_however_many_come_at_once(world: World) -> None:
     """They wait for each other; 429 is for wrong ones."""
     world.provider.slow = True
-    world.provider.known.update({f"token {n}": f"bot {n}" for n in range(6 * ASKED)})
-    asking = [world.begin(Credentials("", f"token {n}")) for n in range(6 * ASKED)]
+    world.provider.known.update({f"token {n}": f"bot {n}" for n in range(6 * MAX_LOOKUPS)})
+    asking = [world.begin(Credentials("", f"token {n}")) for n in range(6 * MAX_LOOKUPS)]
     most = 0
     while world.provider.waiting:
         most = max(most, len(world.provider.waiting))
         world.provider.waiting.pop(0).callback(None)
-    assert most == ASKED
+    assert most == MAX_LOOKUPS
     names = [CASE.successResultOf(one).principal.name for one in asking]
-    assert names == [f"bot {n}" for n in range(6 * ASKED)]
+    assert names == [f"bot {n}" for n in range(6 * MAX_LOOKUPS)]
     assert world.idle
 
 
@@ -229,7 +229,7 @@ def test_after_failures_as_many_are_looked_up_as_may_still_fail(world: World) ->
 def test_nobody_waits_for_ever_to_be_looked_up(world: World) -> None:
     """It is 503, not 429: nobody has shown anything wrong."""
     world.provider.slow = True
-    for number in range(ASKED):
+    for number in range(MAX_LOOKUPS):
         world.provider.known[f"slow {number}"] = f"bot {number}"
         world.begin(Credentials("", f"slow {number}"))
     late = world.begin(ALICE)
@@ -252,7 +252,7 @@ def test_what_was_proved_is_looked_up_without_waiting(world: World) -> None:
     assert world.ask(ALICE) == "alice"
     world.clock.advance(60)
     world.provider.slow = True
-    for number in range(2 * ASKED):
+    for number in range(2 * MAX_LOOKUPS):
         world.provider.known[f"slow {number}"] = f"bot {number}"
         world.begin(Credentials("", f"slow {number}"))
     again = world.begin(ALICE)
@@ -264,7 +264,7 @@ def test_what_was_proved_is_looked_up_without_waiting(world: World) -> None:
 def test_those_who_ask_the_same_share_one_answer(world: World) -> None:
     """Also when the first of them goes away."""
     world.provider.slow = True
-    asking = [world.begin(ALICE) for _ in range(3 * ASKED)]
+    asking = [world.begin(ALICE) for _ in range(3 * MAX_LOOKUPS)]
     first = asking.pop(0)
     first.cancel()
     CASE.failureResultOf(first)
@@ -277,7 +277,7 @@ def test_those_who_ask_the_same_share_one_answer(world: World) -> None:
 def test_a_brake_counts_each_minute(steps: list[tuple[float, int]]) -> None:
     """Whatever the order: heard if and only if fewer than ten failed in 60 seconds."""
     clock = Clock()
-    brake = Brake(clock)
+    throttle = Throttle(clock)
     times: dict[str, list[float]] = {}
     for seconds, number in steps:
         clock.advance(seconds)
@@ -285,24 +285,24 @@ def test_a_brake_counts_each_minute(steps: list[tuple[float, int]]) -> None:
         mine = times.setdefault(address, [])
         recent = [at for at in mine if at > clock.seconds() - 60]
         if len(recent) < FAILURES:
-            brake.check(address)
+            throttle.check(address)
         else:
             with pytest.raises(TooManyFailures):
-                brake.check(address)
-        brake.failed(address)
+                throttle.check(address)
+        throttle.failed(address)
         mine.append(clock.seconds())
 
 
 def test_a_network_of_ipv6_is_one_address() -> None:
     """Who has one has 2**64 of them."""
-    brake = Brake(Clock())
+    throttle = Throttle(Clock())
     for number in range(FAILURES):
-        brake.failed(f"2001:db8:0:1::{number:x}")
+        throttle.failed(f"2001:db8:0:1::{number:x}")
     with pytest.raises(TooManyFailures):
-        brake.check("2001:db8:0:1:ffff::1")
-    brake.check("2001:db8:0:2::1")
-    brake.check("::ffff:192.0.2.1")
-    brake.check("a local user")
+        throttle.check("2001:db8:0:1:ffff::1")
+    throttle.check("2001:db8:0:2::1")
+    throttle.check("::ffff:192.0.2.1")
+    throttle.check("a local user")
 
 
 def test_credentials_do_not_show_their_secret() -> None:
@@ -319,9 +319,11 @@ def test_no_two_credentials_are_remembered_as_one() -> None:
 
 
 def test_one_who_hangs_up_has_guessed_all_the_same(world: World) -> None:
-    """Else the brake, and the audit log, could be passed by not waiting."""
+    """Else the throttle, and the audit log, could be passed by not waiting."""
     heard: list[str] = []
-    world.gate.refused = lambda shown, address: heard.append(f"{shown.secret} {address}")
+    world.authenticator.refused = lambda shown, address: heard.append(
+        f"{shown.secret} {address}"
+    )
     world.provider.slow = True
     for number in range(FAILURES):
         asked = world.begin(Credentials("", f"guess {number}"))
@@ -337,6 +339,8 @@ def test_what_was_proved_once_is_no_guess(world: World) -> None:
     """An old session in an open tab locks nobody out."""
     for number in range(2 * FAILURES):
         shown = Credentials("", f"revoked {number}")
-        asked = Deferred.fromCoroutine(world.gate.identify(shown, HERE, guess=False))
+        asked = Deferred.fromCoroutine(
+            world.authenticator.identify(shown, HERE, guess=False)
+        )
         CASE.failureResultOf(asked, NotAuthenticated)
     assert world.ask(ALICE) == "alice"
