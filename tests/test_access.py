@@ -14,7 +14,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from pulsar_api.auth.audit import REFUSALS, AuditLog
 from pulsar_api.auth.authenticator import Authenticator, Credentials
 from pulsar_api.errors import NotAuthenticated
-from pulsar_api.web.authentication import Access, cookies, parse_authorization
+from pulsar_api.web import cookies
+from pulsar_api.web.authentication import Access, parse_authorization
 from pulsar_api.web.origin import Origins, _address
 from pulsar_api.web.signin import START, local
 
@@ -43,7 +44,7 @@ def test_whatever_is_sent_is_credentials_or_nothing(text: str) -> None:
     """Never an error."""
     found = parse_authorization(text)
     assert found is None or isinstance(found, Credentials)
-    assert all(isinstance(value, str) for value in cookies(text).values())
+    assert all(isinstance(value, str) for value in cookies.parse(text).values())
 
 
 @pytest.mark.parametrize(
@@ -64,8 +65,8 @@ def test_whatever_is_sent_is_credentials_or_nothing(text: str) -> None:
 )
 def test_no_cookie_hides_another(others: str) -> None:
     """On a host with many programs there are many, and some are odd."""
-    assert cookies(f"{others}pulsar=abc; z=1")["pulsar"] == "abc"
-    assert cookies(f"pulsar=abc; {others}")["pulsar"] == "abc"
+    assert cookies.parse(f"{others}pulsar=abc; z=1")["pulsar"] == "abc"
+    assert cookies.parse(f"pulsar=abc; {others}")["pulsar"] == "abc"
 
 
 @given(st.text(max_size=20).map(lambda text: f"/{text}") | st.text(max_size=20))
@@ -93,8 +94,8 @@ def test_a_flood_of_wrong_credentials_does_not_fill_the_audit_log(tmp_path: Path
 
     def guess(number: int) -> None:
         address = f"192.0.{number >> 8}.{number & 255}"
-        shown = Credentials("", f"guess {number}")
-        asked = Deferred.fromCoroutine(access.caller(shown, address))
+        wrong = Credentials("", f"guess {number}")
+        asked = Deferred.fromCoroutine(access.caller(wrong, address))
         CASE.failureResultOf(asked, NotAuthenticated)
 
     for number in range(3 * REFUSALS):

@@ -11,8 +11,8 @@ from twisted.internet import reactor
 
 from pulsar_api.auth import credentials
 from pulsar_api.auth.authenticator import Credentials
-from pulsar_api.auth.credentials import MOST_SESSIONS, CredentialStore, digest
-from pulsar_api.auth.sessions import IDLE, TOTAL, Sessions
+from pulsar_api.auth.credentials import MOST_SESSIONS, CredentialStore
+from pulsar_api.auth.sessions import IDLE, TOTAL, SessionId, Sessions
 from tests.fakes import person
 
 SHOWN = Credentials("joe", "hunter2")
@@ -37,11 +37,11 @@ class World:
         """Stop."""
         await self.store.close()
 
-    async def begin(self, user: str = "joe") -> str:
+    async def begin(self, user: str = "joe") -> SessionId:
         """Return a new id."""
         return await self.sessions.begin(person(user), SHOWN)
 
-    async def find(self, id: str) -> Credentials | None:
+    async def find(self, id: SessionId) -> Credentials | None:
         """Return whose it is."""
         return await self.sessions.find(id)
 
@@ -61,8 +61,8 @@ async def test_a_session_survives_a_restart(world: World) -> None:
     await world.close()
     world.open()
     assert await world.find(id) == SHOWN
-    assert await world.find(id + "x") is None
-    assert await world.find("") is None
+    assert await world.find(SessionId(id.value + "x")) is None
+    assert await world.find(SessionId("")) is None
 
 
 async def test_a_session_that_is_not_used_ends(world: World) -> None:
@@ -96,15 +96,15 @@ async def test_sessions_end_one_by_one_or_all_of_a_user(world: World) -> None:
 async def test_who_has_the_database_has_no_session_and_no_password(world: World) -> None:
     """What is kept can be opened by the id alone, which is not kept."""
     id = await world.begin()
-    record = await world.store.session(digest(id))
+    record = await world.store.session(id.digest)
     assert record is not None
     assert b"hunter2" not in record.sealed
     await world.close()
     data = b"".join(path.read_bytes() for path in world.folder.iterdir())
-    assert id.encode() not in data
+    assert id.value.encode() not in data
     assert b"hunter2" not in data
     world.open()
-    assert await world.find(digest(id)) is None
+    assert await world.find(SessionId(id.digest)) is None
 
 
 async def test_a_record_that_was_changed_is_no_session(world: World) -> None:
@@ -201,7 +201,7 @@ async def test_very_many_sessions_are_forgotten_little_by_little(tmp_path: Path)
         await world.find(id)
         if len(kept(tmp_path / "auth.db")) == MOST_SESSIONS + 3:
             break
-    assert kept(tmp_path / "auth.db") == {digest(id), "eve 0", "eve 1", "eve 2"} | {
+    assert kept(tmp_path / "auth.db") == {id.digest, "eve 0", "eve 1", "eve 2"} | {
         f"joe {n}" for n in range(5000 - MOST_SESSIONS + 1, 5000)
     }
     await world.close()

@@ -23,13 +23,8 @@ from wsproto.events import (
 )
 
 from pulsar_api.auth.audit import AuditLog
-<<<<<<< HEAD
-from pulsar_api.auth.authenticator import Gate
-from pulsar_api.concurrency.turns import TurnScheduler
-=======
 from pulsar_api.auth.authenticator import Authenticator
-from pulsar_api.concurrency.turns import Rota
->>>>>>> 1fbdfeb (Authenticator, CredentialStore, Throttle; one bounded dict and one single-flight)
+from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.shim import shim
 from pulsar_api.tasks.clock import SteadyClock
 from pulsar_api.tasks.commands import Commands
@@ -38,12 +33,13 @@ from pulsar_api.tasks.model import TaskSpec
 from pulsar_api.tasks.presets import Template
 from pulsar_api.tasks.queue import Limits
 from pulsar_api.tasks.service import TaskService
-from pulsar_api.web.authentication import RECHECK, Access
+from pulsar_api.web.authentication import Access
 from pulsar_api.web.legacy.feed import Feed
 from pulsar_api.web.legacy.message import PIECE_BYTES
 from pulsar_api.web.legacy.sockjs import SockJS
 from pulsar_api.web.legacy.visit import ANSWER, HEARTBEAT, MAX_UNIDENTIFIED
 from pulsar_api.web.origin import Origins
+from pulsar_api.web.revalidation import RECHECK
 from pulsar_api.web.server.channel import LINGER
 from pulsar_api.web.server.site import BoundedSite, Capacity
 from pulsar_api.web.server.websocket import (

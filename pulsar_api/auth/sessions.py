@@ -1,11 +1,11 @@
-"""Sessions of people who have signed in: an id that says nothing, and ends by itself."""
+"""Sessions of signed-in people: a random id that expires by itself."""
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
-from attrs import define, field
+from attrs import define, field, frozen
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from twisted.internet.defer import Deferred
@@ -20,6 +20,7 @@ from pulsar_api.auth.credentials import (
     digest,
     new_secret,
 )
+from pulsar_api.bounded import BoundedDict
 from pulsar_api.concurrency.background import run_in_background
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.principal import Principal
@@ -30,54 +31,80 @@ IDLE = 12 * 3600.0
 """Seconds without a request after which a session ends."""
 TOTAL = 7 * 86400.0
 """Seconds after which it ends however much it is used."""
-_STEP = 60.0  # seconds: how exactly is known when it was last used
-_REMEMBERED = 1000  # users
+_STEP = 60.0  # seconds: the precision of the time of last use on disk
+_MAX_USERS = 1000  # whose times of last use are in memory
 _NONCE = bytes(12)  # each key seals one message
 
 
-def _key(id: str) -> bytes:
-    # Not what is kept of the id: who reads the database cannot open what is in it.
-    return hashlib.sha256(b"sealed by " + id.encode()).digest()
+@frozen
+class SessionId:
+    """The secret that a browser presents to continue a session."""
+
+    value: str = field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        """What the session is stored under."""
+        return digest(self.value)
+
+    @property
+    def key(self) -> bytes:
+        """What the session's credentials are sealed with.
+
+        It is not stored, so that nobody who reads the database can open them.
+        """
+        return hashlib.sha256(b"sealed by " + self.value.encode()).digest()
+
+
+Presented = Credentials | SessionId
+"""What a request presents to say who its caller is."""
 
 
 @define(eq=False)
 class Sessions:
-    """Begins, finds and ends sessions; they outlive a restart of the daemon.
+    """Begins, finds and ends sessions; they survive a restart of the daemon.
 
-    What somebody signed in with is kept sealed by the id of the session, which only their
-    browser has. So each request is judged by what it was, and taking a token back ends the
+    The credentials of a sign-in are sealed with the id of the session, which only the
+    browser has. Each request is authenticated by them again, so revoking a token ends the
     sessions that began with it.
     """
 
     _store: CredentialStore
     _now: Callable[[], float]
-    """Seconds by a clock that does not jump, or a wrong one would sign everybody out."""
+    """Seconds by a clock that does not jump, as a wrong time would end all sessions."""
     _forgetting: set[Principal] = field(factory=set, init=False)
-    """The users of whom there are many sessions to forget."""
-    _used: OrderedDict[Principal, dict[str, float]] = field(factory=OrderedDict, init=False)
-    """For each user which sessions were used when; on disk that is a minute old."""
+    """The users whose many old sessions are being removed."""
+    _used: BoundedDict[Principal, BoundedDict[str, float]] = field(
+        factory=partial(BoundedDict, _MAX_USERS), init=False
+    )
+    """For each user, when each session was last used; on disk that is a minute old."""
 
-    async def begin(self, user: Principal, credentials: Credentials) -> str:
-        """Return the id of a new session."""
+    async def begin(self, user: Principal, credentials: Credentials) -> SessionId:
+        """Return the id of a new session.
+
+        Raises:
+            StoreUnavailable: The session cannot be stored now.
+        """
         now = self._now()
-        id = new_secret()
+        id = SessionId(new_secret())
         text = json.dumps([credentials.user, credentials.secret]).encode()
-        sealed = AESGCM(_key(id)).encrypt(_NONCE, text, None)
-        # What is used must not look older than what nobody has used since its begin.
-        for key, at in self._used.pop(user, {}).items():
+        sealed = AESGCM(id.key).encrypt(_NONCE, text, None)
+        # A used session must not look older on disk than one that was never used.
+        used = self._used.pop(user, None)
+        for key, at in {} if used is None else used.items():
             self._store.see_session(key, at).addErrback(_not_noted)
-        added = self._store.add_session(digest(id), SessionRecord(user, sealed, now, now))
-        run_in_background(self._forget_old(user, digest(id)))  # in the same transaction
+        added = self._store.add_session(id.digest, SessionRecord(user, sealed, now, now))
+        run_in_background(self._forget_old(user, id.digest))  # in the same transaction
         await added
         return id
 
     async def _forget_old(self, user: Principal, key: str) -> None:
-        """Forget sessions that are over, and those of a user that are too many."""
+        """Remove expired sessions, and those of a user beyond `MOST_SESSIONS`."""
         try:
             more = await self._forget_some(user, key)
             if not more or user in self._forgetting:
                 return
-            # Little by little: whoever shows a session meanwhile does not wait for all.
+            # In steps, so that a request with a session does not wait for all of them.
             self._forgetting.add(user)
             try:
                 while more:
@@ -85,59 +112,60 @@ class Sessions:
             finally:
                 self._forgetting.discard(user)
         except StoreUnavailable as e:
-            _log.error("Cannot forget old sessions: {e}", e=e)
+            _log.error("Cannot remove old sessions: {e}", e=e)
 
     def _forget_some(self, user: Principal, key: str) -> Deferred[bool]:
         now = self._now()
         return self._store.forget_sessions(now - TOTAL, now - IDLE, user, key)
 
-    async def find(self, id: str, *, used: bool = True) -> Credentials | None:
-        """Return what a session began with; None if there is no such session any more.
+    async def find(self, id: SessionId, *, used: bool = True) -> Credentials | None:
+        """Return the credentials that a session began with; None if it has ended.
 
-        ``used``: whether this is a sign that somebody is there.
+        ``used``: whether this counts as a use of the session.
+
+        Raises:
+            StoreUnavailable: The sessions cannot be read now.
         """
         now = self._now()
-        found = await self._store.session(digest(id))
+        found = await self._store.session(id.digest)
         if found is None:
             return None
-        # What was noted a moment ago may not be on disk yet.
-        noted = self._used.get(found.user, {}).get(digest(id), 0.0)
+        # A use of a moment ago may not be on disk yet.
+        used_at = self._used.get(found.user)
+        noted = 0.0 if used_at is None else used_at.get(id.digest, 0.0)
         seen = max(found.seen_at, noted)
         if found.created_at <= now - TOTAL or seen <= now - IDLE:
-            await self._store.end_session(digest(id))
+            await self._store.end_session(id.digest)
             return None
         if used:
-            self._note(found.user, digest(id), now)
+            self._note(found.user, id.digest, now)
             if found.seen_at <= now - _STEP:
-                # Nobody has to wait for that, nor fail with it.
-                self._store.see_session(digest(id), now).addErrback(_not_noted)
+                # The request neither waits for that nor fails with it.
+                self._store.see_session(id.digest, now).addErrback(_not_noted)
         try:
-            user, secret = json.loads(AESGCM(_key(id)).decrypt(_NONCE, found.sealed, None))
+            user, secret = json.loads(AESGCM(id.key).decrypt(_NONCE, found.sealed, None))
         except InvalidTag:
             return None
         return Credentials(user, secret)
 
     def _note(self, user: Principal, key: str, now: float) -> None:
-        used = self._used.setdefault(user, {})
-        self._used.move_to_end(user)
-        used.pop(key, None)
-        used[key] = now  # last in line
-        while len(used) > MOST_SESSIONS:
-            del used[next(iter(used))]
-        while len(self._used) > _REMEMBERED:
-            self._used.popitem(last=False)
+        used = self._used.get(user)
+        if used is None:
+            used = BoundedDict(MOST_SESSIONS)
+        used[key] = now
+        self._used[user] = used
 
-    async def end(self, id: str) -> None:
+    async def end(self, id: SessionId) -> None:
         """End a session."""
-        await self._store.end_session(digest(id))
+        await self._store.end_session(id.digest)
 
-    async def user(self, id: str) -> Principal | None:
-        """Return whose session it is, whatever that one may by now."""
-        found = await self._store.session(digest(id))
+    async def user(self, id: SessionId) -> Principal | None:
+        """Return whose session it is, even if its credentials have been revoked."""
+        found = await self._store.session(id.digest)
         return None if found is None else found.user
 
     async def end_all(self, user: Principal) -> None:
-        """End all sessions of somebody."""
+        """End all sessions of a user."""
         await self._store.end_sessions(user)
 
 

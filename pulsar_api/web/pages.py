@@ -91,7 +91,10 @@ class Pages:
     def index(self, request: Request, number: str = "") -> bytes:
         # Whether what is shown is still good the page finds out by /login/me: a provider
         # that is slow must not keep it from being drawn.
-        if self.access.authenticator is not None and self.access.shown(request) is None:
+        if (
+            self.access.authenticator is not None
+            and self.access.credentials(request) is None
+        ):
             target = quote(request.uri.decode("ascii", "replace"), safe="")
             request.setHeader("Location", f"/login?next={target}")
             return reply(request, b"", 303, _HTML)

@@ -1,10 +1,8 @@
 """Signing in and out with a browser: a form, or GitHub's OAuth flow."""
 
-import base64
 import hmac
 import json
 import re
-import secrets
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -12,8 +10,7 @@ from typing import ClassVar
 from urllib.parse import quote
 
 from attrs import define, field
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.fernet import Fernet, InvalidToken
 from klein import Klein
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.server import Request
@@ -22,6 +19,7 @@ from pulsar_api.auth.authenticator import Credentials
 from pulsar_api.auth.credentials import new_secret
 from pulsar_api.auth.providers.github import GitHub
 from pulsar_api.auth.rights import Caller
+from pulsar_api.auth.sessions import SessionId
 from pulsar_api.errors import (
     InvalidInput,
     LoginBound,
@@ -30,9 +28,9 @@ from pulsar_api.errors import (
     TooManyFailures,
 )
 from pulsar_api.tasks.targets import Target
-from pulsar_api.web import decoding, encoding
+from pulsar_api.web import cookies, decoding, encoding
 from pulsar_api.web.api.tasks import query_of
-from pulsar_api.web.authentication import IS_TOKEN, Access, cookies, set_session
+from pulsar_api.web.authentication import IS_TOKEN, Access, set_session
 from pulsar_api.web.responses import header, new_app, page, reply
 from pulsar_api.web.server.body import FORM, body_of
 
@@ -40,7 +38,6 @@ START = "/web/"
 """Where who has signed in is sent, unless they wanted to see something else."""
 PENDING = 600.0
 """Seconds for a sign-in at GitHub."""
-_NONCE = 12  # bytes
 _LOCAL = re.compile(r"/(?![/\\])[!-\[\]-~]{0,2000}")
 _HTML = "text/html; charset=utf-8"
 
@@ -59,8 +56,8 @@ class SignIn:
     """Where the page shall ask again before it does something."""
     secret: Sequence[str] = ()
     """Patterns of the names of variables that are secret."""
-    _key: AESGCM = field(factory=lambda: AESGCM(AESGCM.generate_key(256)), init=False)
-    """Seals what a browser keeps for us while it is at GitHub."""
+    _fernet: Fernet = field(factory=lambda: Fernet(Fernet.generate_key()), init=False)
+    """Seals what a browser keeps for us during a sign-in at GitHub."""
     _page: str = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -90,10 +87,9 @@ class SignIn:
         assert github.oauth is not None
         state, verifier = new_secret(), new_secret()
         target = local(query_of(request).get("next", ""))
-        begun = [state, verifier, target, self.clock.seconds() + PENDING]
-        nonce = secrets.token_bytes(_NONCE)
-        sealed = nonce + self._key.encrypt(nonce, json.dumps(begun).encode(), None)
-        self._remember(request, base64.urlsafe_b64encode(sealed).decode())
+        begun = json.dumps([state, verifier, target]).encode()
+        sealed = self._fernet.encrypt_at_time(begun, int(self.clock.seconds()))
+        self._remember(request, sealed.decode())
         callback = self._callback(request)
         url = github.oauth.authorize_url(state, verifier, callback, github.scope)
         return self._send_to(request, url)
@@ -124,8 +120,9 @@ class SignIn:
     @app.route("/login/me", methods=["GET"])
     async def me(self, request: Request) -> bytes:
         """Say who is signed in and what they may."""
-        shown = self.access.shown(request)
-        caller = await self.access.caller(shown, self.access.origins.address(request))
+        credentials = self.access.credentials(request)
+        address = self.access.origins.address(request)
+        caller = await self.access.caller(credentials, address)
         rights = [
             {"may": sorted(grant.rights), "on": list(map(str, grant.targets))}
             for grant in caller.grants
@@ -134,7 +131,8 @@ class SignIn:
             "user": None if caller.principal is None else caller.principal.name,
             "means": caller.means,
             "rights": rights,
-            "signedIn": self.access.authenticator is not None and isinstance(shown, str),
+            "signedIn": isinstance(credentials, SessionId)
+            and self.access.authenticator is not None,
             "confirm": list(map(str, self.confirm)),
             "secret": list(self.secret),
         }
@@ -156,23 +154,21 @@ class SignIn:
             await sessions.end(id)
             if everywhere:
                 await sessions.end_all(user)
-        set_session(request, "", secure=self.access.secure(request))
+        set_session(request, None, secure=self.access.secure(request))
         return self._send_to(request, "/login")
 
     # -- what they share
 
     def _begun(self, request: Request, state: str) -> tuple[str, str] | None:
         """Return the verifier and the target of the sign-in that this browser began."""
-        text = cookies(header(request, "cookie")).get(self._login_cookie(request), "")
+        text = cookies.parse(header(request, "cookie")).get(self._login_cookie(request), "")
+        now = int(self.clock.seconds())
         try:
-            sealed = base64.urlsafe_b64decode(text)
-            data = self._key.decrypt(sealed[:_NONCE], sealed[_NONCE:], None)
-        except (ValueError, InvalidTag):
+            data = self._fernet.decrypt_at_time(text.encode(), int(PENDING), now)
+        except InvalidToken:
             return None
-        expected, verifier, target, until = json.loads(data)
-        if until <= self.clock.seconds() or not hmac.compare_digest(
-            expected.encode(), state.encode("utf-8", "replace")
-        ):
+        expected, verifier, target = json.loads(data)
+        if not hmac.compare_digest(expected.encode(), state.encode("utf-8", "replace")):
             return None
         return verifier, target
 
@@ -230,12 +226,9 @@ class SignIn:
 
     def _remember(self, request: Request, value: str) -> None:
         age = int(PENDING) if value else 0
-        flags = "; Secure" if self.access.secure(request) else ""
-        text = (
-            f"{self._login_cookie(request)}={value}; Path=/; Max-Age={age}; HttpOnly; "
-            f"SameSite=Lax{flags}"
-        )
-        request.responseHeaders.addRawHeader("Set-Cookie", text)
+        secure = self.access.secure(request)
+        name = self._login_cookie(request)
+        cookies.set_cookie(request, name, value, secure=secure, age=age)
 
     def _send_to(self, request: Request, url: str) -> bytes:
         request.setHeader("Location", url)

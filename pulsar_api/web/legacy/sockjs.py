@@ -1,59 +1,34 @@
-"""SockJS 0.3 as far as the clients of release 0.6 speak it: WebSocket and two by HTTP."""
+"""SockJS 0.3, as far as the clients of release 0.6 use it."""
 
 import json
-import re
 import secrets
-from functools import partial
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
 
-from attrs import define, field, frozen
+from attrs import field, frozen
 from klein import Klein
-from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
-from twisted.logger import Logger
-from twisted.python.failure import Failure
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
 from twisted.web.resource import Resource
-from twisted.web.server import NOT_DONE_YET, Request
+from twisted.web.server import Request
 
-from pulsar_api.errors import PulsarError
 from pulsar_api.web.api.following import Outlet
-from pulsar_api.web.authentication import Access, cookies
+from pulsar_api.web.authentication import Access
 from pulsar_api.web.legacy.feed import Feed
-from pulsar_api.web.legacy.visit import BEAT, LAST, Frame, Unidentified, Visit
-from pulsar_api.web.responses import header, new_app, problem, reply
+from pulsar_api.web.legacy.frames import BEAT, BUSY, LAST, OPEN, Frame, parse_messages
+from pulsar_api.web.legacy.http_sessions import Session, Sessions
+from pulsar_api.web.legacy.sockets import Tree
+from pulsar_api.web.legacy.visit import Visits
+from pulsar_api.web.responses import new_app, problem, reply
 from pulsar_api.web.server.body import BodyRequest, body_of
-from pulsar_api.web.server.websocket import MAX_MESSAGE, WebSocket, handshake, limit_buffer
+from pulsar_api.web.server.websocket import MAX_MESSAGE, limit_buffer
 
-_log = Logger()
-
-AWAY = 5.0
-"""Seconds for which a session by HTTP waits for its client to come back."""
 STREAMED = 128 * 1024
 """Bytes after which a stream ends, and the client opens another."""
-MAX_NAME = 100
-"""Characters of the name of a session."""
-COOKIE = "pulsar-sockjs"
-"""Shows who has opened a session by HTTP, to a client that keeps cookies."""
-
-_OPEN = "o"
-_BUSY = 'c[2010,"Another connection still open"]'
+_JSON = "application/json"
 _PRELUDE = "h" * 2048
 _SCRIPT = "application/javascript; charset=UTF-8"
 _TEXT = "text/plain; charset=UTF-8"
-_PLAIN = re.compile(r"[\w./%~-]+", re.ASCII)
 _NO_CACHE = "no-store, no-cache, no-transform, must-revalidate, max-age=0"
-
-
-@define(eq=False)
-class _Session:
-    """A client by HTTP, between two of its requests as well."""
-
-    visit: Visit
-    key: str = field(factory=partial(secrets.token_urlsafe, 32), repr=False)
-    """The value of its cookie."""
-    busy: bool = False
-    gone: IDelayedCall | None = None
 
 
 @frozen(eq=False)
@@ -67,12 +42,20 @@ class SockJS:
     clock: IReactorTime
     max_sessions: int = 1000
     """How many sessions by HTTP there may be at a time."""
-    _sessions: dict[str, _Session] = field(factory=dict)
-    _unidentified: Unidentified = field(factory=Unidentified)
+    _visits: Visits = field(init=False)
+    _sessions: Sessions = field(init=False)
+
+    @_visits.default
+    def _new_visits(self) -> Visits:
+        return Visits(self.access, self.feed, self.clock)
+
+    @_sessions.default
+    def _new_sessions(self) -> Sessions:
+        return Sessions(self._visits, self.max_sessions)
 
     def resource(self) -> Resource:
         """Return what a site serves."""
-        return _Tree(self.app.resource(), self)
+        return Tree(self.app.resource(), self._visits)
 
     @app.route("/websocket", methods=["GET"])
     def welcome(self, request: Request) -> bytes:
@@ -95,14 +78,14 @@ class SockJS:
         self.access.origins.check(request)
         session = self._sessions.get(name)
         if session is None:
-            if self._open(request, name) is None:
+            if self._sessions.open(request, name) is None:
                 return self._too_many(request)
-            return _answer(request, _OPEN)
-        if not self._is_theirs(request, session):
+            return _answer(request, OPEN)
+        if not self._sessions.belongs_to(session, request):
             return _not_theirs(request)
         if session.busy:
-            return _answer(request, _BUSY)
-        self._take(session)
+            return _answer(request, BUSY)
+        self._sessions.take(session)
         _drop_body(request)
         try:
             frame = await self._frame(request, session)
@@ -114,7 +97,7 @@ class SockJS:
             await self._send(outlet, session, frame)
             return outlet.end()
         finally:
-            self._give_back(name, session)
+            self._sessions.give_back(name, session)
 
     @app.route("/websocket/<server>/<name>/xhr_streaming", methods=["POST"])
     async def stream(self, request: Request, server: str, name: str) -> bytes:
@@ -123,23 +106,23 @@ class SockJS:
         begin = [_PRELUDE]
         opens = session is None
         if session is None:
-            session = self._open(request, name)
+            session = self._sessions.open(request, name)
             if session is None:
                 return self._too_many(request)
-            begin.append(_OPEN)
-        elif not self._is_theirs(request, session):
+            begin.append(OPEN)
+        elif not self._sessions.belongs_to(session, request):
             return _not_theirs(request)
         busy = session.busy
         outlet = _begin(request, self.clock)
-        for line in [*begin, _BUSY] if busy else begin:
+        for line in [*begin, BUSY] if busy else begin:
             await outlet.write(f"{line}\n".encode())
         if busy:
             return outlet.end()
-        self._take(session)
+        self._sessions.take(session)
         try:
             while outlet.sent < STREAMED:
                 if opens:
-                    # This very request is the proof that the session is the client's.
+                    # This request has opened the session, so it belongs to its client.
                     frame: Frame | None = await session.visit.frame()
                     _note_known(request, session)
                 else:
@@ -150,17 +133,17 @@ class SockJS:
                 if frame in LAST:
                     break
         finally:
-            self._give_back(name, session)
+            self._sessions.give_back(name, session)
         return outlet.end()
 
     @app.route("/websocket/<server>/<name>/xhr_send", methods=["POST"])
     async def send(self, request: Request, server: str, name: str) -> bytes:
         self.access.origins.check(request)
         session = self._sessions.get(name)
-        if session is None or not self._is_theirs(request, session):
-            detail = "There is no such session; it may have ended."
+        if session is None or not self._sessions.belongs_to(session, request):
+            detail = "There is no session of this name; it may have ended."
             return problem(request, 404, "unknown-session", "Unknown session", detail)
-        messages = _messages(await body_of(request, None, MAX_MESSAGE))
+        messages = parse_messages(await body_of(request, None, MAX_MESSAGE))
         if messages is None:
             detail = "body: must be a JSON array of texts"
             return problem(request, 400, "invalid-input", "Invalid input", detail, "body")
@@ -169,68 +152,30 @@ class SockJS:
         request.setHeader("Content-Type", _TEXT)
         return b""
 
-    def visit(self, request: Request) -> Visit:
-        """Return a visit, whose visitor may not be known yet."""
-        address = self.access.origins.address(request)
-        shown = self.access.shown(request)
-        visit = Visit(
-            self.access, self.feed, self.clock, address, shown, self._unidentified
-        )
-        visit.begin()
-        return visit
-
-    async def _frame(self, request: Request, session: _Session) -> Frame | None:
-        """Return the next frame; None if the session turns out to be somebody else's."""
+    async def _frame(self, request: Request, session: Session) -> Frame | None:
+        """Return the next frame; None if the session turns out to be another client's."""
         visit = session.visit
         if not visit.decided:
             await visit.settle()
             if not visit.decided:
                 return BEAT
-            if visit.known and not self._is_theirs(request, session):
+            if visit.known and not self._sessions.belongs_to(session, request):
                 return None
         _note_known(request, session)
         return await visit.frame()
 
-    async def _send(self, outlet: "_Outlet", session: _Session, frame: Frame) -> None:
+    async def _send(self, outlet: "_Outlet", session: Session, frame: Frame) -> None:
         """Write a frame and a line end."""
 
         async def write(text: str, last: bool) -> None:  # noqa: FBT001
             if session.visit.over:
-                await outlet.abort()  # half a message cannot be ended well
+                await outlet.abort()  # half a message cannot be completed
             await outlet.write(f"{text}\n".encode() if last else text.encode())
 
         if isinstance(frame, str):
             await outlet.write(f"{frame}\n".encode())
         else:
             await frame.send(write)
-
-    def _is_theirs(self, request: Request, session: _Session) -> bool:
-        """Return whether a request comes from the client that opened the session.
-
-        The name of a session is no secret. The client shows the session's cookie, or the
-        credentials that it was let in by. Before it is let in its address is enough: it
-        may yet say who it is, and is told nothing.
-        """
-        visit = session.visit
-        if visit.address != self.access.origins.address(request):
-            return False
-        key = cookies(header(request, "cookie")).get(COOKIE, "")
-        if secrets.compare_digest(key.encode(), session.key.encode()):
-            return True
-        return visit.matches(self.access.shown(request))
-
-    def _open(self, request: Request, name: str) -> _Session | None:
-        if len(self._sessions) >= self.max_sessions and not self._make_room():
-            return None
-        session = self._sessions[name] = _Session(self.visit(request))
-        if self.access.authenticator is not None:
-            secure = self.access.secure(request)
-            path = urlsplit(self.access.origins.base(request)).path + _folder(request)
-            flags = "; HttpOnly; SameSite=Lax" + ("; Secure" if secure else "")
-            text = f"{COOKIE}={session.key}; Path={path}{flags}"
-            request.responseHeaders.addRawHeader("Set-Cookie", text)
-        self._give_back(name, session)
-        return session
 
     def _too_many(self, request: Request) -> bytes:
         request.setHeader("Retry-After", "5")
@@ -239,59 +184,10 @@ class SockJS:
         )
         return problem(request, 503, "too-many-sessions", "Too many sessions", detail)
 
-    def _make_room(self) -> bool:
-        """Forget who has opened a session and is not known by now; the oldest first."""
-        for name, session in self._sessions.items():
-            if not session.visit.known:
-                session.visit.deny()
-                if session.gone is not None:
-                    session.gone.cancel()
-                self._forget(name, session)
-                return True
-        return False
-
-    def _forget(self, name: str, session: _Session) -> None:
-        if self._sessions.get(name) is session:
-            del self._sessions[name]
-        session.gone = None
-        session.visit.close()
-
-    def _take(self, session: _Session) -> None:
-        session.busy = True
-        if session.gone is not None:
-            session.gone.cancel()
-            session.gone = None
-
-    def _give_back(self, name: str, session: _Session) -> None:
-        session.busy = False
-        if session.gone is None and self._sessions.get(name) is session:
-            session.gone = self.clock.callLater(AWAY, self._forget, name, session)
-
     def release(self) -> None:
-        """Say goodbye to all, and forget who is between two requests."""
+        """Tell all clients that the daemon stops."""
         self.feed.end()
-        for session in self._sessions.values():
-            session.visit.end()
-            if session.gone is not None:
-                session.gone.cancel()
-                session.gone = None
-                session.visit.close()
-
-
-_JSON = "application/json"
-
-
-def _messages(data: bytes | str) -> list[str] | None:
-    """Return what a client has sent: texts; None if it is something else."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and all(isinstance(text, str) for text in value):
-        return value
-    return None
+        self._sessions.release()
 
 
 class _Outlet(Outlet):
@@ -330,115 +226,19 @@ def _answer(request: Request, frame: str) -> bytes:
 
 
 def _not_theirs(request: Request) -> bytes:
-    """Answer somebody else: 404, with the frame that SockJS has for it."""
-    body = _answer(request, _BUSY)
+    """Answer another client: 404, with the frame that SockJS has for it."""
+    body = _answer(request, BUSY)
     request.setResponseCode(404)
     return body
 
 
-def _note_known(request: Request, session: _Session) -> None:
-    """Count what a connection holds as that of somebody known, once its visitor is."""
+def _note_known(request: Request, session: Session) -> None:
+    """Count the memory of a connection no longer as unidentified, once its client is."""
     if isinstance(request, BodyRequest) and session.visit.known:
         request.caller_known()
 
 
 def _drop_body(request: Request) -> None:
-    """Free the body of a request that is answered slowly: nobody reads it."""
+    """Free the body of a request that is answered slowly, as no route reads it."""
     if isinstance(request, BodyRequest) and request.body is not None:
         request.body.drop()
-
-
-def _folder(request: Request) -> str:
-    """Return the path of a session for its cookie, or a wider one if it is odd."""
-    path: str = request.path.decode("ascii", "replace")
-    return path.rpartition("/")[0] if _PLAIN.fullmatch(path) else "/websocket"
-
-
-class _Tree(Resource):
-    """Sends who asks for a WebSocket to Twisted's own, all others to the routes."""
-
-    isLeaf = True
-
-    def __init__(self, routes: Any, sockjs: SockJS) -> None:
-        super().__init__()
-        self._routes = routes
-        self._sockjs = sockjs
-
-    def render(self, request: Request) -> bytes | int:
-        """Answer a request."""
-        segments = request.path.split(b"/")[1:]
-        if len(segments) == 4 and segments[3] == b"websocket" and all(segments):
-            return self._open(request)
-        if len(segments) == 4 and len(segments[2]) > MAX_NAME:
-            detail = f"The name of a session has {MAX_NAME} characters at most."
-            return problem(request, 404, "not-found", "Not found", detail)
-        answer: bytes | int = self._routes.render(request)
-        return answer
-
-    def _open(self, request: Request) -> bytes | int:
-        if request.method != b"GET":
-            request.setHeader("Allow", "GET, OPTIONS")
-            detail = "Only GET is possible here."
-            return problem(request, 405, "method-not-allowed", "Not allowed", detail)
-        try:
-            self._sockjs.access.origins.check(request)
-        except PulsarError as e:
-            return problem(request, 403, "foreign-origin", "Another site", str(e))
-        answer = handshake(request)
-        if answer is None:
-            detail = "This is no handshake of a WebSocket (RFC 6455, 4.2.1)."
-            return problem(request, 400, "no-websocket", "No WebSocket", detail)
-        _Socket(request, self._sockjs).start(answer)
-        return NOT_DONE_YET
-
-
-class _Socket(WebSocket):
-    """Sends frames on a WebSocket, no faster than they are read."""
-
-    def __init__(self, request: Request, sockjs: SockJS) -> None:
-        super().__init__(request, sockjs.clock)
-        self._visit = sockjs.visit(request)
-        self._running: Deferred[None] | None = None
-
-    def start(self, answer: bytes) -> None:
-        """Answer the handshake and begin to tell."""
-        super().start(answer)
-        self._running = Deferred.fromCoroutine(self._run())
-        self._running.addErrback(self._failed)
-
-    def message_received(self, text: str) -> None:
-        """Take what the client says; what is no JSON ends the connection."""
-        messages = _messages(text)
-        if messages is None:
-            self.close()
-        else:
-            self._visit.hear(messages)
-
-    def connection_closed(self) -> None:
-        """Stop telling."""
-        if self._running is not None:
-            self._running.cancel()
-        self._visit.close()
-
-    async def _run(self) -> None:
-        await self.send(_OPEN)
-        while True:
-            frame = await self._visit.frame()
-            if isinstance(frame, str):
-                await self.send(frame)
-            else:
-                await frame.send(self._part)
-            if frame in LAST:
-                self.close()
-                return
-
-    async def _part(self, text: str, last: bool) -> None:  # noqa: FBT001
-        if self._visit.over:
-            self.abort()  # half a message cannot be ended well
-        await self.send(text, last=last)
-
-    def _failed(self, failure: Failure) -> None:
-        if not failure.check(CancelledError):
-            if not failure.check(PulsarError, OSError):
-                _log.failure("A WebSocket has failed", failure)
-            self.abort()
