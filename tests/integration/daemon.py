@@ -18,14 +18,14 @@ from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests.integration import zygote
+from tests.integration.zygote import PULSAR_API as PULSAR_API  # noqa: PLC0414 - for tests
+
 T = TypeVar("T")
 PATIENCE = 60.0
 """Seconds after which something that must happen has not happened; no test is that slow."""
 
 CERTIFICATE = Path(__file__).parents[2] / "ssl" / "pulsar.local.crt"
-
-PULSAR_API = (sys.executable, "-c", "from pulsar_api.cli.main import main; main()")
-"""The command ``pulsar-api``."""
 
 SHELL = "sh -c 'eval \"$PULSAR_VAR_run\"'"
 """A ``--command`` that runs what the variable ``run`` says; see `Daemon.sh`."""
@@ -94,7 +94,7 @@ class Daemon:
         folder: Path,
         *options: str,
         environ: Mapping[str, str] | None = None,
-        program: Sequence[str] = (sys.executable, "-m", "pulsar_api"),
+        program: Sequence[str] = zygote.DAEMON,
         trust: Path = CERTIFICATE,
         identity: Path | None = None,  # key and certificate of the clients, if any
         umask: int = -1,
@@ -126,7 +126,7 @@ class Daemon:
         """Start it (again) and wait until it serves."""
         begin = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
+            self.process = zygote.Popen(
                 self.arguments,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from tests.integration import zygote
 from tests.integration.daemon import wait_for
 
 TWISTD = str(Path(sys.executable).with_name("twistd"))
 WAYS: Mapping[str, Sequence[str]] = {
-    "python": (sys.executable, "-m", "pulsar_api"),
+    "python": zygote.DAEMON,
     "foreground": (TWISTD, "--nodaemon", "--pidfile=", "pulsar-api"),
     "background": (TWISTD, "--pidfile", "twistd.pid", "pulsar-api"),
 }
@@ -92,7 +93,7 @@ class _Start:
         if "--state-dir" not in options:
             given = ["--state-dir", self.state, *given]
         with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
-            self.process = subprocess.Popen(
+            self.process = zygote.Popen(
                 [*before, *WAYS[way], *given],
                 stdin=subprocess.DEVNULL,
                 stdout=out,

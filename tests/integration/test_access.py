@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pulsar_api.web.legacy.jobs import JobAPI
 from pulsar_api.web.legacy.sockjs import SockJS
 from pulsar_api.web.pages import Pages
 from pulsar_api.web.signin import SignIn
+from tests.integration import zygote
 from tests.integration.daemon import (
     PULSAR_API,
     Answer,
@@ -130,7 +130,7 @@ class World:
 
     def token(self, name: str, right: str, app: str) -> str:
         """Return a new token."""
-        made = subprocess.run(
+        made = zygote.run(
             [
                 *(*PULSAR_API, "token", "create", name),
                 *("--may", right, "--on", app, "--state-dir", str(self.daemon.state)),
@@ -139,7 +139,8 @@ class World:
             capture_output=True,
             text=True,
         )
-        return made.stdout.strip()
+        text: str = made.stdout.strip()
+        return text
 
     def bearer(self, role: str) -> dict[str, str]:
         """Return what shows a token."""

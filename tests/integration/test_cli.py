@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.integration import zygote
 from tests.integration.conftest import Start
 from tests.integration.daemon import (
     CERTIFICATE,
@@ -45,7 +46,7 @@ def call(
     daemon: Daemon, *arguments: str, environ: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
-    return subprocess.run(
+    return zygote.run(
         [*PULSAR_API, *arguments],
         capture_output=True,
         text=True,
@@ -194,7 +195,7 @@ def test_it_goes_on_over_restarts_of_the_daemon(daemon: Daemon, tmp_path: Path) 
     os.mkfifo(go)
     line = f"run=seq 100; read x < {go}; seq 101 200; exit 3"
     command = [*PULSAR_API, "run", "site", "production", "run", "-v", line]
-    with subprocess.Popen(
+    with zygote.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environ_of(daemon)
     ) as running:
         wait_for(lambda: daemon.get("/task/1").status == 200, "the task")
@@ -240,7 +241,7 @@ class Terminal:
 
     def __init__(self, daemon: Daemon, *arguments: str, **environ: str) -> None:
         self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
+        self.process = zygote.Popen(
             [*PULSAR_API, *arguments],
             stdin=slave,
             stdout=slave,
@@ -314,7 +315,7 @@ def test_ctrl_c_asks_what_is_meant(daemon: Daemon) -> None:
 def test_without_a_terminal_ctrl_c_leaves(daemon: Daemon) -> None:
     """Nobody is there to be asked, and nothing is killed unasked."""
     command = [*PULSAR_API, *RUN, "run=echo ready; exec sleep 60"]
-    with subprocess.Popen(
+    with zygote.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -342,7 +343,7 @@ def test_a_command_that_is_ended_does_not_look_like_a_success(
     wait_for(lambda: daemon.task(1)["output"], "the start")
     daemon.process.send_signal(signal.SIGSTOP)
     try:
-        with subprocess.Popen(
+        with zygote.Popen(
             [*PULSAR_API, *command], stdin=subprocess.DEVNULL, env=environ_of(daemon)
         ) as waiting:
             folder = Path(f"/proc/{waiting.pid}/fd")
@@ -404,10 +405,11 @@ def test_the_help_says_what_there_is() -> None:
     """Each command, its options, and what the exit codes mean."""
 
     def help_of(*words: str) -> str:
-        done = subprocess.run(
+        done = zygote.run(
             [*PULSAR_API, *words, "--help"], capture_output=True, text=True, check=True
         )
-        return done.stdout
+        text: str = done.stdout
+        return text
 
     text = help_of()
     for name in ("run", "tasks", "show", "log", "wait", "kill", "demo", "end-tasks"):

@@ -4,14 +4,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.integration import zygote
 from tests.integration.daemon import PATIENCE, wait_for
 
-DEMO = (sys.executable, "-c", "from pulsar_api.cli.main import main; main()", "demo")
+DEMO = (*zygote.PULSAR_API, "demo")
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def environ(environ: dict[str, str], tmp_path: Path) -> dict[str, str]:
 
 def once(environ: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the demonstration to the end of its task."""
-    return subprocess.run(
+    return zygote.run(
         [*DEMO, "--once", *arguments],
         env=environ,
         capture_output=True,
@@ -57,9 +57,7 @@ def test_a_task_that_fails_gives_its_exit_code(
 def test_it_serves_until_ctrl_c(environ: dict[str, str], tmp_path: Path) -> None:
     """The commands that it tells work; two demonstrations can run at once."""
     with (tmp_path / "out").open("w+b") as out:
-        demos = [
-            subprocess.Popen(DEMO, env=environ, stdout=out, stderr=out) for _ in range(2)
-        ]
+        demos = [zygote.Popen(DEMO, env=environ, stdout=out, stderr=out) for _ in range(2)]
         try:
             text = wait_for(
                 lambda: (t := (tmp_path / "out").read_text()).count("Ctrl-C") == 2 and t,

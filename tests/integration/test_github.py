@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 
 import pytest
 
+from tests.integration import zygote
 from tests.integration.conftest import Start
 from tests.integration.daemon import PATIENCE, PULSAR_API, Answer, Daemon, problem, wait_for
 from tests.integration.github import CLIENT_ID, CLIENT_SECRET, GitHubServer, github
@@ -182,10 +183,11 @@ def test_a_team_has_the_rights_that_its_rules_say(team: Team) -> None:
 def operator(daemon: Daemon, *command: str) -> str:
     """Return what a command for operators prints."""
     state = ("--state-dir", str(daemon.state))
-    done = subprocess.run(
+    done = zygote.run(
         [*PULSAR_API, *command, *state], check=True, capture_output=True, text=True
     )
-    return done.stdout
+    text: str = done.stdout
+    return text
 
 
 def restarted(daemon: Daemon) -> None:
@@ -595,7 +597,7 @@ def test_the_command_line_waits_for_github(team: Team, hub: GitHubServer) -> Non
     """It goes on when GitHub does, as over any other interruption."""
     daemon = team("user", "alice")
     hub.answer = (502, b"", {})
-    with subprocess.Popen(
+    with zygote.Popen(
         [*PULSAR_API, "tasks", "--json", "--url", daemon.base],
         env={**os.environ, "PULSAR_API_TOKEN": ALICE},
         stdout=subprocess.PIPE,

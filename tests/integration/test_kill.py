@@ -16,6 +16,7 @@ from pulsar_api.execution import proc, processes
 from pulsar_api.execution.sessions import read_sessions
 from pulsar_api.output.reader import Output
 from pulsar_api.shim import shim
+from tests.integration import zygote
 from tests.integration.conftest import Start
 from tests.integration.daemon import (
     PATIENCE,
@@ -478,7 +479,7 @@ def test_a_task_whose_shim_an_operator_has_stopped_is_ended_by_end_tasks(
     victim.daemon.kill()
     end = [*PULSAR_API, "end-tasks", "--state-dir", str(victim.daemon.state)]
     try:
-        subprocess.run(end, check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL)
+        zygote.run(end, check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL)
         wait_for(lambda: not victim.left(), "the end of the task")
     finally:
         with suppress(ProcessLookupError):

@@ -17,6 +17,7 @@ from twisted.internet.threads import deferToThread
 from twisted.python.failure import Failure
 
 from pulsar_api.client.client import Client, Refused, Unreachable
+from tests.integration import zygote
 from tests.integration.conftest import Start
 from tests.integration.daemon import PATIENCE, PULSAR_API, SHELL
 
@@ -263,7 +264,7 @@ async def test_every_command_says_that_nobody_answers(server: Server) -> None:
 
     def ask() -> list[tuple[int, str, str]]:
         calls = [
-            subprocess.Popen(
+            zygote.Popen(
                 [*PULSAR_API, *line.split(), "--url", f"http://127.0.0.1:{server.port}"],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -21,6 +21,7 @@ from selenium.webdriver import Chrome
 import pulsar_api
 from pulsar_api.execution.programs import COMPILED
 from pulsar_api.tasks.accounts import NEEDED, capabilities
+from tests.integration import zygote
 from tests.integration.daemon import PATIENCE, PULSAR_API, SHELL, Daemon, wait_for
 from tests.integration.refused import TWISTD
 
@@ -396,7 +397,7 @@ def free_by_http(daemon: Daemon) -> list[int]:
 def free_by_command(daemon: Daemon) -> list[int]:
     """Free shop/live by the command line; return the tasks that held it."""
     command = [*PULSAR_API, "free", "shop", "live", "--json", "--url", daemon.base]
-    done = subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
+    done = zygote.run(command, check=True, capture_output=True, timeout=PATIENCE)
     found = json.loads(done.stdout)
     assert (found["app"], found["env"]) == ("shop", "live")
     freed: list[int] = found["freed"]

@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import sqlite3
-import subprocess
 import threading
 from http.client import HTTPResponse, IncompleteRead
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from pulsar_api.tasks.secret_forms import PATTERNS
+from tests.integration import zygote
 from tests.integration.conftest import Script, Start
 from tests.integration.daemon import (
     PATIENCE,
@@ -41,14 +41,15 @@ def static(start: Start, tmp_path: Path) -> Daemon:
 
 def command(daemon: Daemon, *arguments: str) -> str:
     """Return what ``pulsar-api`` says about a daemon's state."""
-    done = subprocess.run(
+    done = zygote.run(
         [*PULSAR_API, *arguments, "--state-dir", str(daemon.state)],
         check=True,
         capture_output=True,
         text=True,
         timeout=PATIENCE,
     )
-    return done.stdout
+    text: str = done.stdout
+    return text
 
 
 def audit(daemon: Daemon, *options: str) -> list[dict[str, Any]]:
@@ -272,7 +273,7 @@ def test_what_is_wrong_with_a_token_is_said(
     tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
     """In one line, and nothing is made."""
-    done = subprocess.run(
+    done = zygote.run(
         [*PULSAR_API, "token", *arguments, "--state-dir", str(tmp_path)],
         capture_output=True,
         text=True,
@@ -287,7 +288,7 @@ def test_what_is_wrong_with_a_token_is_said(
 def test_a_token_is_for_the_owner_of_the_state_to_make(tmp_path: Path) -> None:
     """Else root would leave files that the daemon cannot write."""
     os.chown(tmp_path, 12345, 12345)
-    done = subprocess.run(
+    done = zygote.run(
         [*PULSAR_API, "token", "create", "x", "--state-dir", str(tmp_path)],
         capture_output=True,
         text=True,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration import zygote
 from tests.integration.conftest import Start
 from tests.integration.daemon import PATIENCE, PULSAR_API, SHELL, Daemon, wait_for
 from tests.integration.latency import Latency
@@ -49,7 +50,7 @@ def daemon(start: Start, request: pytest.FixtureRequest) -> Iterator[Daemon]:
     options = ("--command", SHELL, "--auth-provider", "tokens", *request.param)
     daemon = start(*options, environ=environ)
     state = ("--state-dir", str(daemon.state))
-    made = subprocess.run(
+    made = zygote.run(
         [*PULSAR_API, "token", "create", "ci", "--may", "admin", *state],
         capture_output=True,
         text=True,
@@ -115,7 +116,7 @@ def attackers(daemon: Daemon, kind: str, count: int, header: str = "") -> Iterat
     command = [sys.executable, "-m", "tests.integration.rude", str(daemon.port), kind]
     command += [str(count), "--header", header]
     command += ["--tls"] if daemon.scheme == "https" else []
-    with subprocess.Popen(
+    with zygote.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         try:
