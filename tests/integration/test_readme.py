@@ -1,67 +1,117 @@
 """What the README tells a newcomer to do works when pasted."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
-import textwrap
 from pathlib import Path
 
 from pulsar_api.cli.demo import EXAMPLE
-from pulsar_api.config.settings import options
 from tests.integration.conftest import Start
-from tests.integration.daemon import PATIENCE, PULSAR_API
+from tests.integration.daemon import PATIENCE, PULSAR_API, Daemon
 from tests.integration.github import github
+from tests.pages import DOCS, README, ROOT, Block, blocks
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.rst").read_text()
-
-
-def section(title: str) -> str:
-    """Return one section of the README."""
-    pattern = rf"^{title}\n-+\n(.*?)(?=^\S[^\n]*\n-+\n)"
-    found = re.search(pattern, README, re.MULTILINE | re.DOTALL)
-    assert found is not None
-    return found[1]
+DEMO = "https://localhost:8001"
+TEAM = "https://deploy.example.com:8443"
+PROGRAM = "/opt/pulsar-api/bin/pulsar-api"
+AS_DAEMON = "runuser -u pulsar-api -- "
+MAX_LINES = 150
 
 
-def test_every_curl_command_works(
-    start: Start, environ: dict[str, str], tmp_path: Path
-) -> None:
-    """In the order of the README, against a daemon like that of the demonstration."""
-    environ["DEMO_SITE"] = str(tmp_path / "site")
+def by_language(language: str) -> list[Block]:
+    """Return the blocks of one language."""
+    return blocks(README, language)
+
+
+def commands(program: str) -> list[str]:
+    """Return the commands of the README that mention a program."""
+    found = [c for block in by_language("console") for c in block.commands()]
+    return [command for command in found if program in command]
+
+
+def demonstration(start: Start, environ: dict[str, str], folder: Path) -> Daemon:
+    """Return a daemon like that of the demonstration, which has run its first task."""
+    environ["DEMO_SITE"] = str(folder / "site")
     given = ("--dev", "--port=0", "--command=scripts", f"--config-repo={EXAMPLE}")
     daemon = start(*given, environ=environ)
     daemon.ended(daemon.run("site", "production", "fail"))
-    commands = re.findall(r"^   \$ (curl .*)$", section("The API"), re.MULTILINE)
-    assert len(commands) >= 11
-    for command in commands:
-        words = shlex.split(command.replace("https://localhost:8001", daemon.base))
-        done = subprocess.run(
-            [*words, "--silent", "--show-error", "--fail-with-body"],
-            cwd=ROOT,
-            capture_output=True,
-            timeout=PATIENCE,
-            check=False,
-        )
-        assert done.returncode == 0, (command, done.stdout, done.stderr)
-        assert done.stdout, command
+    return daemon
 
 
-def test_a_team_on_github_deploys_as_the_walk_through_says(
-    start: Start, tmp_path: Path
+def run(words: list[str], **more: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command of the README in the project's folder."""
+    return subprocess.run(
+        words,
+        cwd=ROOT,
+        env={**os.environ, **more},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+def test_readme_is_short() -> None:
+    """A newcomer reads it to its end."""
+    assert len(README.read_text().splitlines()) <= MAX_LINES
+
+
+def test_readme_names_files_that_exist() -> None:
+    """Every path of the repository that it mentions."""
+    paths = re.findall(r"``((?:docs/|systemd/)[\w./-]*|[A-Z]+\.rst)``", README.read_text())
+    assert len(paths) > 10
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def test_commands_beside_the_demonstration_work(
+    start: Start, environ: dict[str, str], tmp_path: Path
 ) -> None:
-    """Its settings and commands, with a GitHub of ours and another address."""
+    """The one by curl prints what the README shows, the other one the output of the task."""
+    daemon = demonstration(start, environ, tmp_path)
+    curl, *_ = commands("curl --cacert")
+    done = run([*shlex.split(curl.replace(DEMO, daemon.base)), "--silent"])
+    shown = re.search(r"^ +(\{.*\})$", README.read_text(), re.MULTILINE)
+    assert shown is not None
+    assert done.stdout == shown[1].replace(DEMO, daemon.base) + "\n"
+    again, *_ = commands(".venv/bin/pulsar-api run")
+    words = shlex.split(again.replace(DEMO, daemon.base))
+    done = run([*PULSAR_API, *words[1:]])
+    assert done.returncode == 0, done.stderr
+    assert "Deploying site to staging" in done.stdout
+
+
+def test_every_request_of_the_api_page_works(
+    start: Start, environ: dict[str, str], tmp_path: Path
+) -> None:
+    """In the order of the page."""
+    daemon = demonstration(start, environ, tmp_path)
+    lines = [c for b in blocks(DOCS / "api.rst", "console") for c in b.commands()]
+    assert len(lines) >= 11
+    for line in lines:
+        words = shlex.split(line.replace(DEMO, daemon.base))
+        assert words[0] == "curl"
+        done = run([*words, "--silent", "--show-error", "--fail-with-body"])
+        assert done.returncode == 0, (line, done.stdout, done.stderr)
+        assert done.stdout, line
+
+
+def test_team_on_github_deploys_by_the_five_steps(start: Start, tmp_path: Path) -> None:
+    """With the settings and the commands as they are, but a GitHub of ours."""
     scripts = tmp_path / "apps" / "shop"
     scripts.mkdir(parents=True)
     (scripts / "deploy").write_text("#!/bin/sh\necho deployed\n")
     (scripts / "deploy").chmod(0o755)
-    walk = README[README.index("A team on GitHub") : README.index("What a task runs")]
-    toml = re.search(r"code-block:: toml\n\n(.*?)\n\n\d", walk, re.DOTALL)
-    assert toml is not None
-    text = textwrap.dedent(toml[1]).replace("/srv/deploy", str(tmp_path))
-    cut = ("interface", "port", "ssl-")
+    (toml,) = by_language("toml")
+    text = toml.text.replace("/srv/deploy", str(tmp_path))
+    cut = ("interface", "port", "public-url", "ssl-")
     lines = [line for line in text.splitlines() if not line.startswith(cut)]
+    unit = (ROOT / "systemd" / "pulsar-api.service").read_text()
+    assert "\nStateDirectory=pulsar-api\n" in unit
+    assert "\nUser=pulsar-api\n" in unit
+    assert "--config /etc/pulsar-api.toml\n" in unit
     with github() as hub:
         hub.users = {"ghp_alice0000000000": "alice", "ghp_bob000000000000": "bob"}
         hub.members = {("acme", "alice"), ("acme", "bob"), ("acme/deployers", "alice")}
@@ -69,39 +119,24 @@ def test_a_team_on_github_deploys_as_the_walk_through_says(
         config.write_text("\n".join([f'github-api-url = "{hub.url}"', *lines]))
         daemon = start("--config", str(config))
 
-        def run(token: str, command: str) -> str:
-            command = command.replace("https://deploy.example.com:8443", daemon.base)
-            words = shlex.split(
-                command.replace("$TOKEN", token).replace("$CI_TOKEN", token)
-            )
-            if words[0] == "pulsar-api":
-                words[:1] = PULSAR_API
-                if words[3] in {"token", "audit"}:
-                    words += ["--state-dir", str(daemon.state)]
-            done = subprocess.run(
-                [*words, *(["--silent"] if words[0] == "curl" else [])],
-                capture_output=True,
-                timeout=PATIENCE,
-                check=False,
-                text=True,
-            )
-            return done.stdout
+        def answer(command: str, token: str = "") -> str:
+            text = command.removeprefix(AS_DAEMON).replace(TEAM, daemon.base)
+            text = text.replace("$TOKEN", token).replace("$CI_TOKEN", token)
+            words = shlex.split(text.replace("/var/lib/pulsar-api", str(daemon.state)))
+            if words[0] == PROGRAM:
+                return run([*PULSAR_API, *words[1:]]).stdout
+            return run([*words, "--silent"]).stdout
 
-        commands = re.findall(r"^ {6}\$ ((?:curl|pulsar-api) .*)$", walk, re.MULTILINE)
-        deploy, follow, create, again, audit = commands
-        assert json.loads(run("ghp_alice0000000000", deploy))["id"] == 1
-        assert run("ghp_alice0000000000", follow) == "deployed\n"
-        assert json.loads(run("ghp_bob000000000000", deploy))["status"] == 403
-        assert run("ghp_bob000000000000", follow) == "deployed\n"
-        assert json.loads(run("ghp_eve000000000000", deploy))["status"] == 401
-        assert run(run("", create).strip(), again) == "deployed\n"
-        seen = run("", audit)
+        deploy, follow = commands("curl -u")
+        create, again, audit = commands(PROGRAM)[-3:]
+        assert create.startswith(AS_DAEMON)
+        assert audit.startswith(AS_DAEMON)
+        assert json.loads(answer(deploy, "ghp_alice0000000000"))["id"] == 1
+        assert answer(follow, "ghp_alice0000000000") == "deployed\n"
+        assert json.loads(answer(deploy, "ghp_bob000000000000"))["status"] == 403
+        assert answer(follow, "ghp_bob000000000000") == "deployed\n"
+        assert json.loads(answer(deploy, "ghp_eve000000000000"))["status"] == 401
+        assert answer(again, answer(create).strip()) == "deployed\n"
+        seen = answer(audit)
         for entry in ("alice (github, ", "NO   bob (github, ", "token:ci (token, "):
             assert entry in seen
-
-
-def test_every_option_is_in_the_table() -> None:
-    """With its name as it is written."""
-    table = section("Options")
-    for name, *_ in options():
-        assert f"--{name}" in table
