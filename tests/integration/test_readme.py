@@ -69,7 +69,7 @@ def test_readme_names_files_that_exist() -> None:
 def test_commands_beside_the_demonstration_work(
     start: Start, environ: dict[str, str], tmp_path: Path
 ) -> None:
-    """The one by curl prints what the README shows, the other one the output of the task."""
+    """What curl prints is what the README shows; the other one prints the output."""
     daemon = demonstration(start, environ, tmp_path)
     curl, *_ = commands("curl --cacert")
     done = run([*shlex.split(curl.replace(DEMO, daemon.base)), "--silent"])

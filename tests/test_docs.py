@@ -1,0 +1,143 @@
+"""The docs say what the code says, and what they show can be read by what it is for."""
+
+import configparser
+import json
+import re
+import shlex
+import tomllib
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+from docs import facts
+from pulsar_api.config.settings import Settings, load
+from tests.pages import DOCS, PAGES, ROOT, Block, blocks
+
+HELP = re.compile(r"^\.\. help:: (.+)$", re.MULTILINE)
+SETTING = re.compile(r"^\.\. setting:: (.+)$", re.MULTILINE)
+
+RUN = {
+    "README.rst": "test_readme.py",
+    "docs/api.rst": "test_readme.py",
+    "docs/tutorial.rst": "test_docs.py",
+    "docs/howto/backup.rst": "test_docs.py",
+}
+"""The pages whose console blocks are run, and which test does it."""
+
+NOT_RUN = {
+    "CONTRIBUTING.rst": "the suite itself, and the tools beside it",
+    "docs/howto/ci.rst": "makes a token as the README does",
+    "docs/howto/container.rst": "needs a container engine",
+    "docs/howto/github-team.rst": "revokes a token as test_cli.py does",
+    "docs/howto/systemd.rst": "needs systemd as process 1; tests/vm has the unit",
+    "docs/howto/upgrade.rst": "needs systemd as process 1; tests/vm has the unit",
+    "docs/troubleshooting.rst": "lists tokens as test_cli.py does",
+}
+"""The pages whose commands no test runs, and why. Their words are checked below."""
+
+
+def all_blocks(*languages: str) -> list[Block]:
+    """Return the blocks of these languages on every page."""
+    return [block for page in PAGES for block in blocks(page, *languages)]
+
+
+def place(block: Block) -> str:
+    """Return where a block is."""
+    return f"{block.page}:{block.line}"
+
+
+def test_reference_has_every_setting_once() -> None:
+    """A new setting needs its place there."""
+    named = SETTING.findall((DOCS / "settings.rst").read_text())
+    assert sorted(named) == sorted(facts.settings())
+
+
+def test_reference_has_the_help_of_every_command() -> None:
+    """Those that only have commands below them, as ``login``, are one of them."""
+    named = HELP.findall((DOCS / "command-line.rst").read_text())
+    assert sorted(named) == sorted(facts.help_texts())
+
+
+def test_help_texts_fit_and_name_no_place_of_this_machine() -> None:
+    """The site is the same wherever it is built."""
+    for text in facts.help_texts().values():
+        assert max(map(len, text.splitlines())) <= 84
+        assert str(Path.home() / ".local") not in text
+
+
+def test_every_problem_is_in_the_table_with_its_status() -> None:
+    """``facts.problems`` finds them in the code."""
+    rows = re.findall(
+        r"^   \* - ``([\w-]+)``\n     - ([\d, ]+)\n     - \S",
+        (DOCS / "errors.rst").read_text(),
+        re.MULTILINE,
+    )
+    found = {type_: set(map(int, statuses.split(", "))) for type_, statuses in rows}
+    assert len(found) == len(rows)
+    in_code = facts.problems()
+    in_code["store-unavailable"].add(507)  # a full disk; it is set at run time
+    assert found == in_code
+
+
+@pytest.mark.parametrize("block", all_blocks("toml"), ids=place)
+def test_settings_on_the_pages_are_settings(block: Block, tmp_path: Path) -> None:
+    """The daemon reads each as its file; what a block leaves out is put before it."""
+    found = tomllib.loads(block.text)
+    begin = {"auth-provider": "github", "auth-members": ["alice"]}
+    if found.get("auth-provider") == "tokens":
+        begin = {}
+    before = [f"{k} = {json.dumps(v)}" for k, v in begin.items() if k not in found]
+    (tmp_path / "secret").write_text("a secret\n")
+    text = re.sub(r'(-file = )".*"', rf'\1"{tmp_path}/secret"', block.text)
+    file = tmp_path / "settings.toml"
+    file.write_text("\n".join([*before, text]))
+    assert isinstance(load({"config": str(file)}, {}), Settings)
+
+
+@pytest.mark.parametrize("block", all_blocks("json"), ids=place)
+def test_json_on_the_pages_is_json(block: Block) -> None:
+    """The whole block."""
+    json.loads(block.text)
+
+
+@pytest.mark.parametrize("block", all_blocks("yaml"), ids=place)
+def test_yaml_on_the_pages_is_yaml(block: Block) -> None:
+    """With what GitHub and GitLab look for; `integration.test_docs` runs its commands."""
+    found = yaml.safe_load(block.text)
+    jobs = found.get("jobs", found)
+    assert all("steps" in job or "script" in job for job in jobs.values())
+
+
+@pytest.mark.parametrize("block", all_blocks("ini"), ids=place)
+def test_units_on_the_pages_are_units(block: Block) -> None:
+    """Sections with settings, none of them twice."""
+    parser = configparser.ConfigParser(
+        delimiters=("=",), interpolation=None, strict=False, comment_prefixes=("#",)
+    )
+    parser.read_string(block.text)
+    assert parser.sections()
+
+
+def test_commands_of_every_page_are_run_or_it_is_said_why_not() -> None:
+    """A page with commands is in one of the two tables."""
+    pages = {block.page for block in all_blocks("console")}
+    assert pages == {*RUN, *NOT_RUN}
+
+
+@pytest.mark.parametrize("block", all_blocks("console"), ids=place)
+def test_commands_of_ours_are_understood(block: Block) -> None:
+    """Every ``pulsar-api COMMAND``, wherever the program is."""
+    for command in block.commands():
+        words = shlex.split(command.partition(" > ")[0])
+        for before, word in pairwise(words):
+            if before.endswith("bin/pulsar-api") and word != "demo":
+                facts.parser().parse_args(words[words.index(before) + 1 :])
+
+
+def test_documents_that_pages_mention_exist() -> None:
+    """Pages of the site and files of the repository."""
+    for page in PAGES:
+        for path in re.findall(r"``((?:docs|systemd|tests)/[\w./-]+)``", page.read_text()):
+            assert (ROOT / path).exists(), (page, path)
