@@ -252,7 +252,7 @@ def program(name: str) -> str:
     """Return where a program is, or skip the test and name the Debian package."""
     found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
     if found is None:
-        pytest.skip(f"needs {name} (Debian: apt-get install {name})")
+        pytest.skip(f"needs the Debian package {name}")
     return found
 
 
