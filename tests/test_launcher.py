@@ -24,9 +24,10 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from pulsar_api.execution import launching, proc, runs
+from pulsar_api.execution import launcher, launcher_process, proc, runs
 from pulsar_api.execution.executor import ShimExecutor
-from pulsar_api.execution.launching import Launcher, StatusUnknown
+from pulsar_api.execution.launched_shim import StatusUnknown
+from pulsar_api.execution.launcher import Launcher
 from pulsar_api.execution.local_machine import LocalMachine
 from pulsar_api.execution.proc import Entry, Table
 from pulsar_api.execution.programs import Programs
@@ -68,8 +69,8 @@ class Residents(Runner):
     def pid(self) -> int:
         """The process number of the launcher that works."""
         assert self.resident is not None
-        assert self.resident._launch is not None
-        transport: Any = self.resident._launch.transport
+        assert self.resident._process is not None
+        transport: Any = self.resident._process.transport
         number: int = transport.pid
         return number
 
@@ -380,8 +381,8 @@ async def test_a_full_socket_holds_up_nobody(runner: Residents) -> None:
     for one in crowd:
         assert runner.resident.spawn(one, runner.tasks / "none")
     assert time.monotonic() < begin + 3
-    assert runner.resident._launch is not None
-    assert runner.resident._launch._unsent
+    assert runner.resident._process is not None
+    assert runner.resident._process._unsent
     os.kill(runner.pid, signal.SIGCONT)
     for one in crowd:
         assert (await one.end()).exitCode == 1
@@ -493,7 +494,7 @@ async def test_a_stopped_launcher_is_killed_and_holds_up_no_start_for_long(
     runner: Residents, monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
     """The start that it owes is made by somebody else."""
-    monkeypatch.setattr(launching, "TICK", 0.05)
+    monkeypatch.setattr(launcher_process, "TICK", 0.05)
     await runner.begin()
     os.kill(runner.pid, signal.SIGSTOP)
     exit = await runner.end(runner.count("exit 11"))
@@ -505,8 +506,8 @@ async def test_a_launcher_that_not_even_kill_ends_is_left(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it has forked, or forks later, finds the lock taken, or takes it."""
-    monkeypatch.setattr(launching, "TICK", 0.05)
-    monkeypatch.setattr(launching._Launch, "kill", lambda _: None)
+    monkeypatch.setattr(launcher_process, "TICK", 0.05)
+    monkeypatch.setattr(launcher_process.LauncherProcess, "kill", lambda _: None)
     await runner.begin()
     pid = runner.pid
     os.kill(pid, signal.SIGSTOP)
@@ -536,7 +537,7 @@ async def test_a_stopped_launcher_hides_no_death_of_a_shim(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pipes are closed and no status comes: it is asked, and found out."""
-    monkeypatch.setattr(launching, "TICK", 0.05)
+    monkeypatch.setattr(launcher_process, "TICK", 0.05)
     await runner.begin()
     started = runner.count("sleep 60")
     await until(lambda: started.story.pids, "the start")
@@ -551,7 +552,7 @@ async def test_a_launcher_that_owes_nothing_is_left_alone(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while a shim stays with what its task has left, without its pipes."""
-    monkeypatch.setattr(launching, "TICK", 0.02)
+    monkeypatch.setattr(launcher_process, "TICK", 0.02)
     await runner.begin()
     pid = runner.pid
     started = runner.count("(exec >/dev/null 2>&1; sleep 60) & exit 0")
@@ -559,17 +560,19 @@ async def test_a_launcher_that_owes_nothing_is_left_alone(
     await deferLater(reactor, 0.5)  # twenty-five ticks
     assert runner.pid == pid
     assert runner.resident is not None
-    assert runner.resident._launch is not None
-    again = runner.resident._launch._next
+    assert runner.resident._process is not None
+    again = runner.resident._process._next
     assert again is not None
-    assert again.getTime() - reactor.seconds() > launching.REST / 2  # nobody looks often
+    assert (
+        again.getTime() - reactor.seconds() > launcher_process.REST / 2
+    )  # nobody looks often
 
 
 async def test_a_launcher_that_never_starts_is_not_missed(
     runner: Residents, monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
     """Tasks start interpreters; that is said once; it is tried again, and works then."""
-    monkeypatch.setattr(launching, "PAUSE", 0.3)
+    monkeypatch.setattr(launcher, "PAUSE", 0.3)
     program = runner.tasks.parent / "python"
     command = (str(program), *Programs().launcher[1:])
     runner.resident = Launcher(reactor, command, runner.tasks.parent)
@@ -593,7 +596,7 @@ async def test_a_launcher_that_dies_again_and_again_is_given_up_for_a_while(
     await runner.begin()
     resident = runner.resident
     assert resident is not None
-    for number in range(1, launching.DEATHS + 1):
+    for number in range(1, launcher.DEATHS + 1):
         await runner.works()
         os.kill(runner.pid, signal.SIGKILL)
         deaths = range(number, number + 1)
@@ -673,8 +676,8 @@ async def test_a_shim_that_ends_unseen_is_asked_for(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its task holds its pipes open, and its launcher is stopped."""
-    monkeypatch.setattr(launching, "TICK", 0.05)
-    monkeypatch.setattr(launching, "REST", 0.2)
+    monkeypatch.setattr(launcher_process, "TICK", 0.05)
+    monkeypatch.setattr(launcher_process, "REST", 0.2)
     await runner.begin()
     started = runner.count("exec 9>/proc/$PPID/fd/1 8>/proc/$PPID/fd/2; sleep 60")
     await until(lambda: started.story.pids and runner.starts(), "the start")

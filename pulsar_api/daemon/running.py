@@ -25,7 +25,7 @@ from pulsar_api.daemon.state import DATABASE, LISTINGS, TASKS, narrow
 from pulsar_api.execution import cgroups, processes, programs
 from pulsar_api.execution.cgroups import Cgroups
 from pulsar_api.execution.executor import ShimExecutor
-from pulsar_api.execution.launching import Launcher
+from pulsar_api.execution.launcher import Launcher
 from pulsar_api.execution.listings import Listings
 from pulsar_api.execution.local_machine import LocalMachine
 from pulsar_api.execution.pulsar_version import Pulsar

@@ -20,7 +20,7 @@ from pulsar_api.errors import StoreUnavailable
 from pulsar_api.execution import proc, processes
 from pulsar_api.execution.cgroups import Cgroups
 from pulsar_api.execution.history import ProcessHistory
-from pulsar_api.execution.launching import Launcher
+from pulsar_api.execution.launcher import Launcher
 from pulsar_api.execution.machine import Identity, T
 from pulsar_api.execution.proc import Key
 from pulsar_api.execution.programs import SHIM_COMMAND

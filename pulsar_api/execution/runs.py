@@ -16,7 +16,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from pulsar_api.concurrency.background import run_in_background
-from pulsar_api.execution.launching import NotStarted, StatusUnknown
+from pulsar_api.execution.launched_shim import NotStarted, StatusUnknown
 from pulsar_api.execution.machine import Machine
 from pulsar_api.files import Damaged
 from pulsar_api.output.reader import LARGEST, NO_TIME, Record

@@ -23,8 +23,8 @@ NOTE = 'echo "$PULSAR_VAR_name" >> "$PULSAR_VAR_file"'
 PATIENT = (
     *(
         "import runpy, sys",
-        "from pulsar_api.execution import launching",
-        "launching.DEATHS = 1000",
+        "from pulsar_api.execution import launcher",
+        "launcher.DEATHS = 1000",
     ),
     *("sys.argv[0] = 'pulsar_api'", "runpy.run_module('pulsar_api', run_name='__main__')"),
 )
