@@ -15,7 +15,7 @@ from benchmarks.measure import Line, compare, in_turn
 from benchmarks.place import PYTHON, Place
 from pulsar_api.execution.executor import ShimExecutor
 from pulsar_api.execution.local_machine import LocalMachine
-from pulsar_api.execution.runs import read_exit
+from pulsar_api.execution.results import read_exit
 from pulsar_api.tasks.interfaces import Bounds
 from pulsar_api.tasks.model import Command, Exit
 

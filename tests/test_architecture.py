@@ -107,8 +107,6 @@ TOO_LONG = """
     pulsar_api/cli/main.py
     pulsar_api/client/client.py
     pulsar_api/config/settings.py
-    pulsar_api/execution/executor.py
-    pulsar_api/execution/runs.py
     pulsar_api/output/lines.py
     pulsar_api/output/reader.py
     pulsar_api/storage/tasks.py

@@ -21,7 +21,7 @@ from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.execution.executor import ShimExecutor
 from pulsar_api.execution.local_machine import LocalMachine
 from pulsar_api.execution.programs import SHIM_COMMAND
-from pulsar_api.execution.runs import read_exit
+from pulsar_api.execution.results import read_exit
 from pulsar_api.output.pieces import read_pieces
 from pulsar_api.output.reader import Chunk, Cut, Output, Reader, Record
 from pulsar_api.shim import shim

@@ -23,7 +23,8 @@ from pulsar_api.errors import StoreUnavailable
 from pulsar_api.execution import proc, processes, sessions
 from pulsar_api.execution.executor import ShimExecutor
 from pulsar_api.execution.local_machine import LocalMachine
-from pulsar_api.execution.runs import alive, read_exit
+from pulsar_api.execution.results import read_exit
+from pulsar_api.execution.task_files import alive
 from pulsar_api.output.lines import LineIndex
 from pulsar_api.output.reader import LARGEST, Output, Reader, Timed
 from pulsar_api.shim import shim

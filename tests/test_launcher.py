@@ -24,7 +24,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from pulsar_api.execution import launcher, launcher_process, proc, runs
+from pulsar_api.execution import followed_run, launcher, launcher_process, proc
 from pulsar_api.execution.executor import ShimExecutor
 from pulsar_api.execution.launched_shim import StatusUnknown
 from pulsar_api.execution.launcher import Launcher
@@ -665,7 +665,7 @@ posix.fork = fork
     started = runner.count()
     begin = time.monotonic()
     await until(lambda: flag.exists() and flag.stat().st_size > 3, "some tries")
-    assert flag.stat().st_size < 10 + (time.monotonic() - begin) / runs.LOOK
+    assert flag.stat().st_size < 10 + (time.monotonic() - begin) / followed_run.INTERVAL
     started.run.kill()
     exit = await runner.end(started)
     assert (exit.cause, exit.code, exit.lost) == (Cause.KILL, None, False)

@@ -32,7 +32,8 @@ from pulsar_api.execution import capture, orphans, programs
 from pulsar_api.execution.executor import ShimExecutor
 from pulsar_api.execution.local_machine import LocalMachine
 from pulsar_api.execution.programs import SHIM_COMMAND
-from pulsar_api.execution.runs import alive, read_exit
+from pulsar_api.execution.results import read_exit
+from pulsar_api.execution.task_files import alive
 from pulsar_api.output.reader import Output, Record
 from pulsar_api.shim import masker, shim
 from pulsar_api.tasks.clock import SteadyClock

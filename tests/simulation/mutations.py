@@ -9,6 +9,8 @@ from attrs import evolve
 from twisted.internet.defer import Deferred, succeed
 
 from pulsar_api.execution.executor import ShimExecutor
+from pulsar_api.execution.permits import Permits
+from pulsar_api.output.folders import folder_of
 from pulsar_api.principal import Principal
 from pulsar_api.tasks import service
 from pulsar_api.tasks.clock import SteadyClock
@@ -36,13 +38,13 @@ def _patched(owner: object, name: str, value: object) -> Iterator[None]:
 @contextmanager
 def no_boot() -> Iterator[None]:
     """A1: a permit counts after a boot, and a shim does not sync its lock."""
-    permitted = ShimExecutor._permitted
+    text = Permits._text
 
-    def without_boot(executor: ShimExecutor, folder: Path) -> bytes:
-        return permitted(executor, folder).partition(b"\n")[2]
+    def without_boot(permits: Permits, folder: Path) -> bytes:
+        return text(permits, folder).partition(b"\n")[2]
 
     with (
-        _patched(ShimExecutor, "_permitted", without_boot),
+        _patched(Permits, "_text", without_boot),
         _patched(Shim, "syncs", False),
     ):
         yield
@@ -52,13 +54,13 @@ def no_boot() -> Iterator[None]:
 def no_folders() -> Iterator[None]:
     """A2: a permit counts for any folder, and a folder that is gone was never begun."""
 
-    def is_valid(executor: ShimExecutor, folder: Path, permit: str | None) -> bool:
-        executor._machine.make_folder(folder.parent)
-        executor._machine.make_folder(folder)
-        boot = f"boot {executor._machine.boot_id()}\n"
+    def is_valid(permits: Permits, task_id: int, permit: str | None) -> bool:
+        permits._machine.make_folder(permits._tasks)
+        permits._machine.make_folder(folder_of(permits._tasks, task_id))
+        boot = f"boot {permits._machine.boot_id()}\n"
         return permit is not None and permit.startswith(boot)
 
-    with _patched(ShimExecutor, "_is_valid", is_valid):
+    with _patched(Permits, "is_valid", is_valid):
         yield
 
 

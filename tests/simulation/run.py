@@ -14,14 +14,29 @@ from twisted.internet import defer
 from twisted.python.failure import Failure
 
 from pulsar_api.concurrency import background
-from pulsar_api.execution import executor, runs
+from pulsar_api.execution import (
+    executor,
+    followed_run,
+    permits,
+    secret_files,
+    shim_protocol,
+)
 from pulsar_api.tasks import retention, service
 from tests.simulation.mutations import MUTATIONS
 from tests.simulation.plan import KINDS, Plan, make_plan
 from tests.simulation.scheduler import Died
 from tests.simulation.world import Violation, World
 
-LOGGERS = (background, executor, retention, runs, service)
+LOGGERS = (
+    background,
+    executor,
+    followed_run,
+    permits,
+    retention,
+    secret_files,
+    service,
+    shim_protocol,
+)
 """Modules of the core that log."""
 
 
