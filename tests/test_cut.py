@@ -22,8 +22,10 @@ from pulsar_api.execution.executor import ShimExecutor
 from pulsar_api.execution.local_machine import LocalMachine
 from pulsar_api.execution.programs import SHIM_COMMAND
 from pulsar_api.execution.results import read_exit
+from pulsar_api.output.files import Output
 from pulsar_api.output.pieces import read_pieces
-from pulsar_api.output.reader import Chunk, Cut, Output, Reader, Record
+from pulsar_api.output.reader import Chunk, Reader, stdout_text
+from pulsar_api.output.records import Cut, Record
 from pulsar_api.shim import shim
 from pulsar_api.tasks.interfaces import Bounds
 from pulsar_api.tasks.model import Command
@@ -497,7 +499,7 @@ def test_nobody_reads_through_a_hole(tmp_path: Path) -> None:
         assert chunks == [
             one for one in wanted if stream in {None, one[0]} or one[0] is None
         ]
-    assert "".join(output.stdout(size)) == f"begin\n{marker.decode()}end\n"
+    assert "".join(stdout_text(output, size)) == f"begin\n{marker.decode()}end\n"
     assert "".join(output.text(0, size)) == f"begin\n{marker.decode()}middle\nend\n"
     assert all(output.record_at(at) <= 3 for at in (0, 5, 6, 1 << 30))
     assert [output.record_at(size - at) - records for at in (11, 5, 4, 1)] == [0, 0, 1, 1]

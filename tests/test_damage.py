@@ -25,8 +25,11 @@ from pulsar_api.execution.executor import ShimExecutor
 from pulsar_api.execution.local_machine import LocalMachine
 from pulsar_api.execution.results import read_exit
 from pulsar_api.execution.task_files import alive
+from pulsar_api.output.files import Output
 from pulsar_api.output.lines import LineIndex
-from pulsar_api.output.reader import LARGEST, Output, Reader, Timed
+from pulsar_api.output.reader import Reader, stdout_text
+from pulsar_api.output.records import LARGEST
+from pulsar_api.output.timestamps import Timed
 from pulsar_api.shim import shim
 from pulsar_api.tasks.interfaces import Bounds
 from pulsar_api.tasks.model import Exit, Process
@@ -236,7 +239,7 @@ def read_all(folder: Path) -> None:
         lambda: output.record_at(size // 2),
         lambda: list(output.text(0, size)),
         lambda: list(output.news(0)),
-        lambda: list(output.stdout(size)),
+        lambda: list(stdout_text(output, size)),
         lambda: read_text(output, 0, size, 1000),
         lambda: [Timed(output).dress(chunk) for chunk in Reader(output).read(size)],
         lambda: list(Reader(output, 3, timed=True).read(size)),

@@ -12,7 +12,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from pulsar_api.concurrency.turns import TurnScheduler
-from pulsar_api.output.reader import BLOCK
+from pulsar_api.output.records import BLOCK
 from pulsar_api.shim import shim
 from pulsar_api.tasks.commands import Commands
 from pulsar_api.tasks.interfaces import Bounds

@@ -16,8 +16,9 @@ from twisted.internet.task import Clock
 
 from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.output import lines
+from pulsar_api.output.characters import begin_of_character
+from pulsar_api.output.files import Output
 from pulsar_api.output.lines import LEAST, MOST, LineIndex, LineIndexes, Segment
-from pulsar_api.output.reader import Output, begin_of_character
 from pulsar_api.output.search import Effort, search
 
 T = TypeVar("T")

@@ -8,7 +8,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pulsar_api.output.reader import BLOCK, PIECE, Chunk, Output, Reader, Record, Timed
+from pulsar_api.output.files import PIECE, Output
+from pulsar_api.output.reader import Chunk, Reader
+from pulsar_api.output.records import BLOCK, Record
+from pulsar_api.output.timestamps import Timed
 from pulsar_api.shim import shim
 
 Piece = tuple[int, bytes]

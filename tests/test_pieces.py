@@ -9,8 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pulsar_api.concurrency.turns import TurnScheduler
+from pulsar_api.output.characters import begin_of_character
+from pulsar_api.output.files import Output
 from pulsar_api.output.pieces import Pieces, Portion, read_pieces
-from pulsar_api.output.reader import Output, begin_of_character
 from pulsar_api.shim import shim
 from tests.test_lines import Turns, done
 from tests.test_output import STREAM, encoded

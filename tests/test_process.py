@@ -34,7 +34,8 @@ from pulsar_api.execution.local_machine import LocalMachine
 from pulsar_api.execution.programs import SHIM_COMMAND
 from pulsar_api.execution.results import read_exit
 from pulsar_api.execution.task_files import alive
-from pulsar_api.output.reader import Output, Record
+from pulsar_api.output.files import Output
+from pulsar_api.output.records import Record
 from pulsar_api.shim import masker, shim
 from pulsar_api.tasks.clock import SteadyClock
 from pulsar_api.tasks.interfaces import Bounds, Reading, Run, Secrets

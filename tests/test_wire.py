@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pulsar_api.errors import InvalidInput
-from pulsar_api.output.reader import Output
+from pulsar_api.output.files import Output
 from pulsar_api.tasks.model import Status, TaskQuery, TaskSnapshot, TaskSpec
 from pulsar_api.web import decoding, encoding, json_stream
 from tests.fakes import person

@@ -22,7 +22,7 @@ from pulsar_api.execution.secret_files import SecretFiles
 from pulsar_api.execution.shim_protocol import ShimProtocol
 from pulsar_api.execution.spec import encoded_spec
 from pulsar_api.execution.task_files import KILL, LOCK, NOTHING, SPEC, alive, unavailable
-from pulsar_api.output.folders import folder_of
+from pulsar_api.output.files import folder_of
 from pulsar_api.principal import Principal
 from pulsar_api.tasks.interfaces import Bounds, Run, Secrets, Sink
 from pulsar_api.tasks.model import Command, Limits, Process

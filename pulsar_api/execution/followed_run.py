@@ -12,7 +12,7 @@ from pulsar_api.execution.machine import Machine
 from pulsar_api.execution.results import read_exit
 from pulsar_api.execution.watchdog import Watchdog
 from pulsar_api.files import Damaged
-from pulsar_api.output.reader import LARGEST, Record
+from pulsar_api.output.records import LARGEST, Record
 from pulsar_api.shim import shim
 from pulsar_api.tasks.interfaces import Bounds, Sink
 from pulsar_api.tasks.model import Cause, Exit

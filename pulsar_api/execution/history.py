@@ -20,6 +20,7 @@ from pulsar_api.execution.sessions import (
     read_sessions,
     write_sessions,
 )
+from pulsar_api.output.files import folder_of
 
 MOST_PROCESSES = 4096
 """Processes that are remembered of one task."""
@@ -90,7 +91,7 @@ class ProcessHistory:
         the boot (`proc.now`); the time of its death, if somebody saw that. ``believe``:
         whether what is written in the folder counts; in a copy it is about others.
         """
-        folder = self._tasks / str(task_id)
+        folder = folder_of(self._tasks, task_id)
         with self._lock:
             traces = self._of(task_id)
             others = [t for n, t in self._known.items() if n != task_id]
@@ -120,7 +121,7 @@ class ProcessHistory:
         if not all(known):
             # What cannot be written now is at the next look.
             with suppress(OSError):
-                write_sessions(self._tasks / str(task_id), sessions.values())
+                write_sessions(folder_of(self._tasks, task_id), sessions.values())
                 self._written[task_id] = sessions
 
     def _is_left(self, entry: Entry, me: Entry) -> bool:

@@ -12,7 +12,7 @@ from pulsar_api.concurrency.background import run_in_background, shielded
 from pulsar_api.errors import Busy, StoreUnavailable
 from pulsar_api.execution import cgroups
 from pulsar_api.execution.machine import Machine
-from pulsar_api.output.reader import Output
+from pulsar_api.output.files import folder_of, output_of
 from pulsar_api.tasks.interfaces import Bounds, Executor, Run
 from pulsar_api.tasks.model import Account, Command, Exit
 
@@ -158,7 +158,7 @@ class Listings:
             if exit.code != 0:
                 why = exit.error or f"exit code {exit.code}, signal {exit.signal}"
                 _log.warn("Listing by {it}: {why}", it=command.arguments, why=why)
-            output = Output(self._folder / str(number))
+            output = output_of(self._folder, number)
             data = output.read(0, min(output.size(), MOST_OUTPUT))
             return data.decode("utf-8", "replace"), exit.code == 0
         except OSError as e:
@@ -170,7 +170,7 @@ class Listings:
 
     async def _remove(self, number: int, *, numbers: bool, cgroup: str = "") -> None:
         """Kill what is left of a run, and remove its folder."""
-        folder = self._folder / str(number)
+        folder = folder_of(self._folder, number)
         remains = await self._machine.end(folder, numbers=numbers, cgroup=cgroup)
         if remains:
             _log.warn(

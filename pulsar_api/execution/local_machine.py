@@ -24,7 +24,7 @@ from pulsar_api.execution.launcher import Launcher
 from pulsar_api.execution.machine import Identity, T
 from pulsar_api.execution.proc import Key
 from pulsar_api.execution.programs import SHIM_COMMAND
-from pulsar_api.output.reader import Output
+from pulsar_api.output.files import Output, folder_of
 from pulsar_api.tasks.model import Limits, Process
 
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
@@ -244,8 +244,8 @@ class LocalMachine:
         """Remember the processes of tasks; fires with the seconds that it took."""
 
         def sample() -> float:
-            found = {number: _holder(tasks / str(number)) for number in running}
-            shims = {n: key or _named(tasks / str(n)) for n, key in found.items()}
+            found = {number: _holder(folder_of(tasks, number)) for number in running}
+            shims = {n: key or _named(folder_of(tasks, n)) for n, key in found.items()}
             known = {n: key for n, key in shims.items() if key is not None}
             return self._history(tasks).sample(known)
 

@@ -12,7 +12,7 @@ from attrs import frozen
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ProcessProtocol
 
-from pulsar_api.output.reader import Record
+from pulsar_api.output.records import Record
 from pulsar_api.tasks.model import Limits, Process
 
 T = TypeVar("T")

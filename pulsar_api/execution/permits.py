@@ -24,7 +24,7 @@ from pulsar_api.execution.task_files import (
     unavailable,
 )
 from pulsar_api.files import Damaged
-from pulsar_api.output.folders import folder_of
+from pulsar_api.output.files import folder_of
 
 _log = Logger()
 

@@ -11,7 +11,7 @@ from attrs import evolve
 from pulsar_api.execution.machine import Machine
 from pulsar_api.execution.task_files import EXIT, NOTHING
 from pulsar_api.files import Damaged
-from pulsar_api.output.reader import LARGEST, NO_TIME
+from pulsar_api.output.records import LARGEST, NO_TIME
 from pulsar_api.shim import shim
 from pulsar_api.tasks.model import Cause, Exit, Process
 

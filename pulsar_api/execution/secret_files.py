@@ -13,7 +13,7 @@ from twisted.logger import Logger
 from pulsar_api.execution.machine import Machine
 from pulsar_api.execution.task_files import NOTHING, SECRETS, SPEC, unavailable
 from pulsar_api.files import Damaged
-from pulsar_api.output.folders import folder_of
+from pulsar_api.output.files import folder_of
 from pulsar_api.tasks import secret_forms
 from pulsar_api.tasks.interfaces import Secrets
 

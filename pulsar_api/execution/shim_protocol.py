@@ -15,7 +15,7 @@ from pulsar_api.execution.followed_run import INTERVAL, PRINTED, FollowedRun
 from pulsar_api.execution.launched_shim import NotStarted, StatusUnknown
 from pulsar_api.execution.results import LONGEST_MESSAGE, not_started, signal_name
 from pulsar_api.execution.task_files import LOCK, NOTHING, SHIM_FILES, SPEC, alive
-from pulsar_api.output.reader import Record
+from pulsar_api.output.records import Record
 from pulsar_api.shim import shim
 from pulsar_api.tasks.interfaces import Sink
 from pulsar_api.tasks.model import Cause, Exit

@@ -12,7 +12,8 @@ from twisted.python.failure import Failure
 
 from pulsar_api.concurrency.changes import Changes
 from pulsar_api.concurrency.turns import TurnScheduler
-from pulsar_api.output.reader import Output, begin_of_character
+from pulsar_api.output.characters import begin_of_character
+from pulsar_api.output.files import Output, output_of
 
 LEAST = 1 << 16
 """Bytes of a segment, if its lines are not very long, and a line more."""
@@ -335,7 +336,7 @@ class LineIndexes:
         """Return the index of a task, which may have to look at its output yet."""
         found = self._kept.pop(number, None)
         if found is None:
-            found = LineIndex(Output(self.folder / str(number)), self.turns)
+            found = LineIndex(output_of(self.folder, number), self.turns)
         self._forget_some(KEPT - 1, self.most - found.weight)
         self._kept[number] = found
         return found

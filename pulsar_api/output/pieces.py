@@ -3,7 +3,8 @@
 from attrs import frozen
 
 from pulsar_api.concurrency.turns import TurnScheduler
-from pulsar_api.output.reader import Output, Reader
+from pulsar_api.output.files import Output
+from pulsar_api.output.reader import Reader
 
 Piece = tuple[int | None, int, str]
 """A stream or None, milliseconds since the shim began, and text."""

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from attrs import evolve, frozen
 
-from pulsar_api.output.reader import Missing, Output
+from pulsar_api.output.files import Missing, Output, output_of
+from pulsar_api.output.reader import stdout_text
 from pulsar_api.tasks.model import Status, TaskSnapshot
 from pulsar_api.web import json_stream
 from pulsar_api.web.json_stream import Text
@@ -59,7 +60,7 @@ def with_output(snapshot: TaskSnapshot, folder: Path) -> tuple[TaskSnapshot, Out
 
     Raises: `OSError` if nobody can look now.
     """
-    output = Output(folder / str(snapshot.id))
+    output = output_of(folder, snapshot.id)
     if output.readable(snapshot.output_size):
         return snapshot, output
     noted = evolve(snapshot, notes=(*snapshot.notes, UNREADABLE))
@@ -200,6 +201,6 @@ def job_pieces(snapshot: TaskSnapshot, output: Output) -> Iterator[bytes]:
     size = snapshot.output_size
     yield from json_stream.pieces(
         job_fields(snapshot),
-        stdout=Text(output.stdout(size)),
+        stdout=Text(stdout_text(output, size)),
         output=Text(output.text(0, size)),
     )

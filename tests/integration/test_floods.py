@@ -20,7 +20,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from pulsar_api.auth.audit import AuditLog
-from pulsar_api.output.reader import Output
+from pulsar_api.output.files import Output
 from pulsar_api.shim import shim
 from pulsar_api.tasks.commands import Commands
 from pulsar_api.tasks.interfaces import Bounds

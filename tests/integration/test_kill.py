@@ -14,7 +14,7 @@ from attrs import define, field
 
 from pulsar_api.execution import proc, processes
 from pulsar_api.execution.sessions import read_sessions
-from pulsar_api.output.reader import Output
+from pulsar_api.output.files import Output
 from pulsar_api.shim import shim
 from tests.integration import zygote
 from tests.integration.conftest import Start

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 import pulsar_api
-from pulsar_api.output.reader import Output
+from pulsar_api.output.files import Output
 from pulsar_api.shim.shim import STDERR, STDOUT
 from tests.integration.conftest import Script, Start
 from tests.integration.daemon import SHELL, Daemon, Poll, wait_for

@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.execution.machine import Identity, Machine
-from pulsar_api.output.reader import Record
+from pulsar_api.output.records import Record
 from pulsar_api.shim.shim import RECORD
 from pulsar_api.tasks.model import Limits, Process
 from tests.simulation.disk import Inode

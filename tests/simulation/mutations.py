@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred, succeed
 
 from pulsar_api.execution.executor import ShimExecutor
 from pulsar_api.execution.permits import Permits
-from pulsar_api.output.folders import folder_of
+from pulsar_api.output.files import folder_of
 from pulsar_api.principal import Principal
 from pulsar_api.tasks import service
 from pulsar_api.tasks.clock import SteadyClock

@@ -18,7 +18,10 @@ from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
 from pulsar_api.concurrency.changes import Changes
 from pulsar_api.concurrency.turns import TurnScheduler
-from pulsar_api.output.reader import NAMES, PIECE, Chunk, Output, Reader, Timed
+from pulsar_api.output.files import PIECE, Output, output_of
+from pulsar_api.output.reader import Chunk, Reader
+from pulsar_api.output.records import NAMES
+from pulsar_api.output.timestamps import Timed
 from pulsar_api.tasks.live import COALESCE, Task
 from pulsar_api.tasks.model import TaskSnapshot
 from pulsar_api.tasks.service import MAX_ID
@@ -63,7 +66,7 @@ class FollowAPI:
             stream = _STREAMS[decoding.parse_choice(query, "stream", "", tuple(_STREAMS))]
         task = await find(tasks, number)
         task.refresh()
-        output = Output(self.folder / str(task.snapshot.id))
+        output = output_of(self.folder, task.snapshot.id)
         size = task.snapshot.output_size
         start = decoding.parse_number(query, "offset", 0, MAX_ID)
         if "tail" in query:
@@ -143,7 +146,7 @@ class FollowAPI:
         times = decoding.parse_flag(query, "times")
         task = await find(tasks, number)
         task.refresh()
-        output = Output(self.folder / str(task.snapshot.id))
+        output = output_of(self.folder, task.snapshot.id)
         cursor = _cursor(request, query)
         if cursor is not None:
             offset, record, revision = cursor

@@ -9,9 +9,10 @@ from twisted.web.server import Request
 
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
+from pulsar_api.output.files import output_of
 from pulsar_api.output.lines import LineIndex, LineIndexes
 from pulsar_api.output.pieces import read_pieces
-from pulsar_api.output.reader import NAMES, Output
+from pulsar_api.output.records import NAMES
 from pulsar_api.output.search import search
 from pulsar_api.tasks.model import TaskSnapshot
 from pulsar_api.tasks.service import MAX_ID
@@ -74,7 +75,7 @@ class PartsAPI:
         end = min(decoding.parse_number(query, "end", size, MAX_ID), size)
         if request.method == b"HEAD":
             return _head(request)
-        output = Output(self.indexes.folder / str(task.snapshot.id))
+        output = output_of(self.indexes.folder, task.snapshot.id)
         found = await read_pieces(output, self.indexes.turns, start, end)
         began = output.began()
         answer = {

@@ -18,7 +18,7 @@ from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
 from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.errors import UnknownTask
-from pulsar_api.output.reader import Output
+from pulsar_api.output.files import Output, output_of
 from pulsar_api.tasks.live import Task
 from pulsar_api.tasks.model import TaskSnapshot
 from pulsar_api.tasks.service import MAX_ID
@@ -217,7 +217,7 @@ class TaskAPI:
         return self.access.origins.base(request)
 
     def _output(self, snapshot: TaskSnapshot) -> Output:
-        return Output(self.folder / str(snapshot.id))
+        return output_of(self.folder, snapshot.id)
 
     def _pieces(self, snapshot: TaskSnapshot, base: str, part: Part) -> Iterator[bytes]:
         snapshot, output = self._with_output(snapshot, part)

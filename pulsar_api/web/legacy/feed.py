@@ -16,7 +16,7 @@ from twisted.web.server import Request
 from pulsar_api.concurrency.changes import Changes
 from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.errors import StoreUnavailable, UnknownTask
-from pulsar_api.output.reader import Output
+from pulsar_api.output.files import output_of
 from pulsar_api.tasks.live import Task
 from pulsar_api.tasks.model import Status, TaskQuery, TaskSnapshot
 from pulsar_api.tasks.service import TaskService
@@ -203,7 +203,7 @@ class Feed:
         return found
 
     async def _make(self, snapshot: TaskSnapshot, kind: str) -> Message:
-        output = Output(self._folder / str(snapshot.id))
+        output = output_of(self._folder, snapshot.id)
         size = snapshot.output_size
         limit = MAX_CHANGE_TEXT if kind == "change" else MAX_TEXT
         try:

@@ -12,7 +12,7 @@ from twisted.web.server import Request
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
 from pulsar_api.execution.listings import Listings
-from pulsar_api.output.reader import Output
+from pulsar_api.output.files import output_of
 from pulsar_api.tasks.model import TaskQuery, TaskSnapshot
 from pulsar_api.web import decoding, encoding
 from pulsar_api.web.api.lists import Entry, Lists
@@ -64,7 +64,7 @@ class JobAPI:
     @needs(Right.READ)
     async def job(self, request: Request, tasks: Guard, number: str) -> bytes:
         task = (await find(tasks, number)).snapshot
-        output = Output(self.folder / str(task.id))
+        output = output_of(self.folder, task.id)
         pieces = chain(encoding.job_pieces(task, output), [b"\n"])
         return await respond(request, pieces, 2 * output.weight())
 

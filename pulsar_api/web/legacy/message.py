@@ -8,7 +8,9 @@ from attrs import define, field, frozen
 from twisted.logger import Logger
 
 from pulsar_api.concurrency.turns import TurnScheduler
-from pulsar_api.output.reader import NAMES, Output, Reader
+from pulsar_api.output.files import Output
+from pulsar_api.output.reader import Reader
+from pulsar_api.output.records import NAMES
 from pulsar_api.tasks.model import TaskSnapshot
 from pulsar_api.web import encoding
 from pulsar_api.web.json_stream import escaped, opened
