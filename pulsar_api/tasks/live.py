@@ -133,7 +133,9 @@ class LiveTask:
     def started(self, pid: int) -> None:
         """Announce the process number of the command."""
         if self.newest.pid is None:
-            self.newest = evolve(self._next(), pid=pid)
+            self.newest = evolve(
+                self.newest, output_size=self._size, revision=self._next, pid=pid
+            )
             self.task.announce(self.newest)
 
     def printed(self, size: int) -> None:
@@ -148,12 +150,16 @@ class LiveTask:
 
     def waits_for(self, why: str | None) -> None:
         """Note what the task waits for; None: nothing any more."""
-        self.newest = evolve(self._next(), waiting_for=why)
+        self.newest = evolve(
+            self.newest, output_size=self._size, revision=self._next, waiting_for=why
+        )
 
     def starts(self, command: str, started_at: float, permit: str) -> None:
         """Note that the task is started under a permit."""
         self.newest = evolve(
-            self._next(),
+            self.newest,
+            output_size=self._size,
+            revision=self._next,
             status=Status.RUNNING,
             command=command,
             waiting_for=None,
@@ -164,7 +170,13 @@ class LiveTask:
     def killed_by(self, by: Principal, reason: str | None = None) -> None:
         """Note who asked for a kill."""
         why = self.newest.reason if reason is None else reason
-        self.newest = evolve(self._next(), killed_by=by, reason=why)
+        self.newest = evolve(
+            self.newest,
+            output_size=self._size,
+            revision=self._next,
+            killed_by=by,
+            reason=why,
+        )
 
     def ends(
         self,
@@ -176,13 +188,14 @@ class LiveTask:
         started: bool = True,
     ) -> None:
         """Note the end of a task, at these times; ``started``: whether it had begun."""
-        before = self._next()
         self.newest = evolve(
-            before,
+            self.newest,
+            output_size=self._size,
+            revision=self._next,
             status=status,
             reason=reason,
             waiting_for=None,
-            started_at=before.started_at if started else None,
+            started_at=self.newest.started_at if started else None,
             ended_at=wall,
             ended_steady=steady,
         )
@@ -207,13 +220,29 @@ class LiveTask:
     def has_left(self, processes: Sequence[Process]) -> None:
         """Note which processes still run, and hold the target as long as there are any."""
         left = tuple(processes)
-        self.newest = evolve(self._next(), still_running=left, held=bool(left))
+        self.newest = evolve(
+            self.newest,
+            output_size=self._size,
+            revision=self._next,
+            still_running=left,
+            held=bool(left),
+        )
 
     def gives_target_back(self, note: str) -> None:
         """Note that the target is free although processes still run."""
         notes = (*self.newest.notes, note)
-        self.newest = evolve(self._next(), held=False, notes=notes)
+        self.newest = evolve(
+            self.newest,
+            output_size=self._size,
+            revision=self._next,
+            held=False,
+            notes=notes,
+        )
 
-    def _next(self) -> TaskSnapshot:
-        size = max(self.newest.output_size, self.task.snapshot.output_size)
-        return evolve(self.newest, output_size=size, revision=self.newest.revision + 1)
+    @property
+    def _next(self) -> int:
+        return self.newest.revision + 1
+
+    @property
+    def _size(self) -> int:
+        return max(self.newest.output_size, self.task.snapshot.output_size)
