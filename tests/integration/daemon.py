@@ -119,6 +119,8 @@ class Daemon:
                 "0",
             )
         )
+        # What a test names itself starts as users start it.
+        self._popen = zygote.Popen if program == zygote.DAEMON else subprocess.Popen
         self.arguments = [*program, "--state-dir", str(self.state), *port, *options]
         self.start()
 
@@ -126,7 +128,7 @@ class Daemon:
         """Start it (again) and wait until it serves."""
         begin = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
-            self.process = zygote.Popen(
+            self.process = self._popen(
                 self.arguments,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

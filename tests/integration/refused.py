@@ -1,18 +1,29 @@
 """Starts that must not succeed, in each way in which the daemon can be started."""
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import (
+    ExitStack,
+    contextmanager,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
+from io import StringIO
 from pathlib import Path
 
+import pytest
+
+from pulsar_api.tap import Options
 from tests.integration import zygote
 from tests.integration.daemon import wait_for
 
-TWISTD = str(Path(sys.executable).with_name("twistd"))
+TWISTD = zygote.TWISTD[0]
 WAYS: Mapping[str, Sequence[str]] = {
     "python": zygote.DAEMON,
     "foreground": (TWISTD, "--nodaemon", "--pidfile=", "pulsar-api"),
@@ -27,6 +38,26 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 POWERLESS = (sys.executable, "-c", _POWERLESS)
 """Runs a program for which the permissions of files hold even if root starts it."""
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_CAPABILITIES = 0x20080522, 0
+"""Version 3 of their sets in the kernel, of this process (capset(2))."""
+
+
+@contextmanager
+def powerless() -> Iterator[None]:
+    """Let the permissions of files hold here as well, even if this is root."""
+    head = (ctypes.c_uint32 * 2)(*_CAPABILITIES)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, and their rest
+    assert _LIBC.capget(head, sets) == 0
+    had = sets[0]
+    sets[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert _LIBC.capset(head, sets) == 0
+    try:
+        yield
+    finally:
+        sets[0] = had
+        assert _LIBC.capset(head, sets) == 0
 
 
 @contextmanager
@@ -83,15 +114,9 @@ class _Start:
         self.folder = folder
         self.way = way
         self.port = port
-        self.state = str(folder / "state")
         self.pid_file = folder / "twistd.pid"
         folder.mkdir()
-        places = {"{port}": str(port), "{own}": str(folder)}
-        given = [_filled(option, places) for option in options]
-        if not any(o.startswith(("--port", "--listen")) for o in options):
-            given = ["--port", str(port), *given]
-        if "--state-dir" not in options:
-            given = ["--state-dir", self.state, *given]
+        given = _given(folder, options, port)
         with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
             self.process = zygote.Popen(
                 [*before, *WAYS[way], *given],
@@ -113,16 +138,10 @@ class _Start:
         out, err = ((self.folder / name).read_text() for name in ("stdout", "stderr"))
         everything = f"{self.way}: exit status {status}\n{out}\n{err}"
         assert status is not None, f"it serves: {everything}"
-        assert status == 1, everything
-        assert out == "", everything
-        assert err.startswith("pulsar-api: "), everything
-        assert err.endswith("\n"), everything
-        assert err.count("\n") == 1, everything
         assert not self.pid_file.exists(), everything
         assert not (self.folder / "twistd.log").exists(), everything
         assert busy or not answers(self.port), everything
-        line = err.removeprefix("pulsar-api: ").removesuffix("\n")
-        return line.replace(str(self.folder), "{own}").replace(str(self.port), "{port}")
+        return _line(status, out, err, self.folder, self.port)
 
     def clean_up(self) -> None:
         """End what should not have started."""
@@ -133,10 +152,48 @@ class _Start:
             end(int(self.pid_file.read_text()))
 
 
+def _given(folder: Path, options: Sequence[str], port: int) -> list[str]:
+    places = {"{port}": str(port), "{own}": str(folder)}
+    given = [_filled(option, places) for option in options]
+    if not any(o.startswith(("--port", "--listen")) for o in options):
+        given = ["--port", str(port), *given]
+    if "--state-dir" not in options:
+        given = ["--state-dir", str(folder / "state"), *given]
+    return given
+
+
+def _line(status: object, out: str, err: str, folder: Path, port: int) -> str:
+    everything = f"exit status {status}\n{out}\n{err}"
+    assert status == 1, everything
+    assert out == "", everything
+    assert err.startswith("pulsar-api: "), everything
+    assert err.endswith("\n"), everything
+    assert err.count("\n") == 1, everything
+    line = err.removeprefix("pulsar-api: ").removesuffix("\n")
+    return line.replace(str(folder), "{own}").replace(str(port), "{port}")
+
+
 def _filled(text: str, places: Mapping[str, str]) -> str:
     for place, value in places.items():
         text = text.replace(place, value)
     return text
+
+
+def told(folder: Path, *options: str) -> str:
+    """Return the one line that refuses the options, which this process parses itself.
+
+    It is what `refusal` returns, a thousand times sooner; nothing has been started then.
+    """
+    out, err = StringIO(), StringIO()
+    folder.mkdir(exist_ok=True)
+    with (
+        reserved() as port,
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        Options().parseOptions(_given(folder, options, port))
+    return _line(end.value.code, out.getvalue(), err.getvalue(), folder, port)
 
 
 def refusal(

@@ -22,7 +22,7 @@ import pulsar_api
 from tests.certificates import Authority, Issued, certificates_pem, key_pem, self_signed
 from tests.integration.conftest import Start
 from tests.integration.daemon import CERTIFICATE, PATIENCE, Daemon, next_answer
-from tests.integration.refused import refusal
+from tests.integration.refused import refusal, told
 
 PHRASE = b"open sesame"
 DEV_KEY = CERTIFICATE.with_suffix(".key")
@@ -459,7 +459,7 @@ class TestDevelopment:
         self, tmp_path: Path, place: Sequence[str], allowed: Sequence[str]
     ) -> None:
         """Its key protects nothing; nobody can allow what nobody can want."""
-        said = refusal(tmp_path, "--dev", *place, *allowed, ways=("python", "background"))
+        said = told(tmp_path / "own", "--dev", *place, *allowed)
         assert said.startswith("will not listen on ")
         assert said.endswith(NEVER)
 
@@ -481,6 +481,6 @@ class TestDevelopment:
             ),
         }
         given = (*names[form], place, "--allow-anonymous")
-        said = refusal(tmp_path, *given, ways=("python", "background"))
+        said = told(tmp_path / "own", *given)
         assert said.startswith("will not listen on ")
         assert said.endswith(NEVER)

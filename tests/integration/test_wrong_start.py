@@ -16,7 +16,15 @@ from cryptography.hazmat.primitives.serialization import NoEncryption, pkcs12
 from tests.certificates import Authority, key_pem, public_pem, self_signed
 from tests.integration.conftest import Script, Start
 from tests.integration.daemon import Daemon, wait_for
-from tests.integration.refused import POWERLESS, WAYS, answers, refusal, reserved
+from tests.integration.refused import (
+    POWERLESS,
+    WAYS,
+    answers,
+    powerless,
+    refusal,
+    reserved,
+    told,
+)
 
 PHRASE = b"open sesame"
 ANONYMOUS = "nobody would be asked who they are"
@@ -286,13 +294,28 @@ FOLDERS = [
 CASES = [*OPTIONS, *ENDPOINTS, *WIDE, *AUTH, *CONFIG, *COMMAND, *TLS, *FOLDERS]
 
 
+def filled(case: Wrong, files: Path) -> list[str]:
+    """Return the options of a case."""
+    return [option.replace("{files}", str(files)) for option in case.options]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case.options))
 def test_what_is_wrong_is_said_in_one_line(
     case: Wrong, files: Path, tmp_path: Path
 ) -> None:
-    """With exit status 1 and nothing on the port, in the foreground and as a daemon."""
-    options = [option.replace("{files}", str(files)) for option in case.options]
-    said = refusal(tmp_path, *options, ways=("python", "background"))
+    """With exit status 1, before anything has begun."""
+    said = told(tmp_path / "own", *filled(case, files))
+    assert case.says in said.replace(str(files), "{files}")
+
+
+@pytest.mark.parametrize(
+    "case", [OPTIONS[0], FOLDERS[-1]], ids=lambda case: " ".join(case.options)
+)
+def test_nothing_starts_when_an_option_is_wrong(
+    case: Wrong, files: Path, tmp_path: Path
+) -> None:
+    """The same, and nothing on the port, in the foreground and as a daemon."""
+    said = refusal(tmp_path, *filled(case, files))
     assert case.says in said.replace(str(files), "{files}")
 
 
@@ -328,7 +351,8 @@ def test_a_file_that_is_not_for_the_daemon_is_named(
     shutil.copytree(files, mine)
     (mine / locked).chmod(0)
     given = [option.replace("{files}", str(mine)) for option in options]
-    said = refusal(tmp_path, *given, before=POWERLESS)
+    with powerless():
+        said = told(tmp_path / "own", *given)
     assert says in said.replace(str(mine), "{files}")
 
 
@@ -337,8 +361,17 @@ def test_a_folder_that_cannot_be_written_is_named(option: str, tmp_path: Path) -
     """Before there is something to write to it."""
     folder = tmp_path / "read only"
     folder.mkdir(mode=0o555)
-    said = refusal(tmp_path, option, str(folder), before=POWERLESS)
+    with powerless():
+        said = told(tmp_path / "own", option, str(folder))
     assert said == f"{option}: {folder} is not writable"
+
+
+def test_nothing_starts_when_a_folder_cannot_be_written(tmp_path: Path) -> None:
+    """Neither in the foreground nor as a daemon."""
+    folder = tmp_path / "read only"
+    folder.mkdir(mode=0o555)
+    said = refusal(tmp_path, "--state-dir", str(folder), before=POWERLESS)
+    assert said == f"--state-dir: {folder} is not writable"
 
 
 @pytest.mark.parametrize("option", ["--state-dir", "--log-dir"])
@@ -346,7 +379,8 @@ def test_a_folder_that_cannot_be_made_is_named(option: str, tmp_path: Path) -> N
     """With the reason that the system gives."""
     folder = tmp_path / "read only"
     folder.mkdir(mode=0o555)
-    said = refusal(tmp_path, option, str(folder / "new"), before=POWERLESS)
+    with powerless():
+        said = told(tmp_path / "own", option, str(folder / "new"))
     assert said == f"{option}: cannot make {folder / 'new'}: Permission denied"
 
 
@@ -361,8 +395,8 @@ def test_a_state_that_belongs_to_another_user_is_refused(
     path = daemon.state / name
     path.chmod(path.stat().st_mode & ~0o222)
     os.chown(path, 1, 1)  # the daemon gives itself back what belongs to it
-    said = refusal(tmp_path, "--state-dir", str(daemon.state), before=POWERLESS)
-    assert str(path) in said
+    with powerless():
+        assert str(path) in told(tmp_path / "own", "--state-dir", str(daemon.state))
 
 
 def test_a_state_whose_tasks_are_no_folder_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ when it is asked to. What it forks is the child of the process of pytest, by
 ``CLONE_PARENT``, so that `Popen` waits for it and signals it as for any other.
 
 `Popen` and `run` are those of `subprocess`, and start the real program for everything but
-``python -m pulsar_api`` and the command ``pulsar-api`` in a usual environment. With
+``python -m pulsar_api``, ``twistd`` and ``pulsar-api`` in a usual environment. With
 ``PULSAR_ZYGOTE=0`` in the environment, or when coverage is measured, they always do.
 """
 
@@ -35,6 +35,16 @@ DAEMON = (sys.executable, "-m", "pulsar_api")
 
 PULSAR_API = (sys.executable, "-c", "from pulsar_api.cli.main import main; main()")
 """The command ``pulsar-api``."""
+
+TWISTD = (str(Path(sys.executable).with_name("twistd")),)
+"""Twisted's own program, with which the daemon can be started as well."""
+
+_PROGRAMS = {
+    DAEMON: "pulsar_api.__main__:main",
+    PULSAR_API: "pulsar_api.cli.main:main",
+    TWISTD: "twisted.scripts.twistd:run",
+}
+"""What can be started by a fork, and the function that it runs."""
 
 _ROOT = Path(__file__).parents[2]
 _LIMITS = [name for name in dir(resource) if name.startswith("RLIMIT_")]
@@ -122,8 +132,8 @@ class Popen(subprocess.Popen[Any]):
             start(*given)
             return
         request = {
-            "arguments": list(map(os.fspath, asked["args"])),
             "program": program,
+            "arguments": list(map(os.fspath, asked["args"]))[len(program) :],
             "environ": dict(environ),
             "cwd": os.fspath(asked["cwd"] or os.getcwd()),
             "umask": asked["umask"],
@@ -140,28 +150,27 @@ class Popen(subprocess.Popen[Any]):
         self._close_pipe_fds(*(asked[n] for n in names))  # type: ignore[attr-defined]
 
     @staticmethod
-    def _forkable(asked: Mapping[str, Any], environ: Mapping[str, str]) -> str | None:
-        """Return what the zygote calls this program, None if it has to be a real one."""
+    def _forkable(
+        asked: Mapping[str, Any], environ: Mapping[str, str]
+    ) -> tuple[str, ...] | None:
+        """Return how the command line begins, None if it has to be a real start."""
         if os.environ.get("PULSAR_ZYGOTE") == "0" or "COVERAGE_PROCESS_CONFIG" in environ:
             return None
         args = asked["args"]
         if isinstance(args, (str, bytes, os.PathLike)):
             return None
-        begin = tuple(args[:3])
+        program = next((p for p in _PROGRAMS if tuple(args[: len(p)]) == p), None)
         plain = (
-            begin in {DAEMON, PULSAR_API}
-            and asked["preexec_fn"] is None
+            asked["preexec_fn"] is None
             and not asked["pass_fds"]
             and not asked["shell"]
             and (asked["gid"], asked["gids"], asked["uid"]) == (None, None, None)
-            and asked.get("process_group", -1) in {-1, None}
-            and asked["executable"] in {None, args[0]}
+            and asked["process_group"] == -1
+            and asked["executable"] is None
             and _shape(environ) == _running().shape
             and (asked["close_fds"] or _inherited() <= _INHERITED)
         )
-        if not plain:
-            return None
-        return "daemon" if begin == DAEMON else "command"
+        return program if plain else None
 
 
 def run(
@@ -254,6 +263,7 @@ def _import_all() -> None:
         "pulsar_api.__main__",
         "pulsar_api.tap",
         "pulsar_api.cli.main",
+        "twisted.scripts.twistd",
         *("sqlite3", "encodings.idna", "html.parser", "zoneinfo", "multiprocessing"),
         *("twisted.plugin", "twisted.internet.endpoints", "twisted.python.threadpool"),
         *("twisted.internet.process", "twisted.web.static", "twisted.web.wsgi"),
@@ -299,10 +309,14 @@ def _become(request: Mapping[str, Any], fds: list[int], answer: int) -> None:
     os.environ.update(request["environ"])
     time.tzset()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    daemon = request["program"] == "daemon"
-    sys.path[0] = os.getcwd() if daemon else ""
-    main = sys.modules["pulsar_api.__main__"].__file__ if daemon else "-c"
-    sys.argv = [main or "", *request["arguments"][3:]]
+    program = tuple(request["program"])
+    at, name = {
+        DAEMON: (os.getcwd(), str(_ROOT / "pulsar_api" / "__main__.py")),
+        PULSAR_API: ("", "-c"),
+        TWISTD: (str(Path(TWISTD[0]).parent), TWISTD[0]),
+    }[program]
+    sys.path[0] = at
+    sys.argv = [name, *request["arguments"]]
     sys.dont_write_bytecode = "PYTHONDONTWRITEBYTECODE" in os.environ
     for stream in (sys.stdout, sys.stderr):
         assert isinstance(stream, io.TextIOWrapper)
@@ -340,11 +354,8 @@ def _main() -> None:
     gc.collect()
     gc.freeze()
     request = _serve(sock)
-    if request["program"] == "daemon":
-        from pulsar_api.__main__ import main
-    else:
-        from pulsar_api.cli.main import main
-    main()
+    module, _, function = _PROGRAMS[tuple(request["program"])].partition(":")
+    getattr(sys.modules[module], function)()
 
 
 if __name__ == "__main__":
