@@ -12,7 +12,7 @@ from attrs import define, field
 from twisted.internet.abstract import FileDescriptor
 from twisted.internet.interfaces import IDelayedCall
 
-from pulsar_api.client.client import Task
+from pulsar_api.client import Task
 
 LOST = 120
 KILLED = 121

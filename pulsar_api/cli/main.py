@@ -26,7 +26,7 @@ from pulsar_api.cli.console import (
     ending,
     exit_status,
 )
-from pulsar_api.client.client import Client, ClientError, Refused, Task, Unreachable
+from pulsar_api.client import Client, ClientError, Refused, Task, Unreachable
 
 URL = "http://localhost:8081"
 

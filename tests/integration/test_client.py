@@ -18,7 +18,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
-from pulsar_api.client.client import Client, Refused, Unreachable
+from pulsar_api.client import Client, Refused, Unreachable
 from tests.integration.conftest import Start
 from tests.integration.daemon import CERTIFICATE, PATIENCE, SHELL, Daemon, wait_for
 from tests.integration.test_follow import TALKER

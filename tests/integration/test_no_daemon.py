@@ -16,7 +16,7 @@ from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.python.failure import Failure
 
-from pulsar_api.client.client import Client, Refused, Unreachable
+from pulsar_api.client import Client, Refused, Unreachable
 from tests.integration import zygote
 from tests.integration.conftest import Start
 from tests.integration.daemon import PATIENCE, PULSAR_API, SHELL
