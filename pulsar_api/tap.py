@@ -12,7 +12,7 @@ from twisted.application.service import Service
 from twisted.python import usage
 
 from pulsar_api import __version__
-from pulsar_api.config import settings
+from pulsar_api.config import loading, settings
 from pulsar_api.config.settings import Settings
 from pulsar_api.daemon.preflight import (
     LOG,
@@ -34,7 +34,7 @@ def _parameters() -> tuple[list[list[Any]], list[list[Any]]]:
             flags.append([name, None, text])
         elif name != "listen":  # which may be repeated, see opt_listen
             parameters.append([name, None, None, text])
-    parameters.append(["config", None, None, "TOML file with these options"])
+    parameters.append(["config", None, None, "Read these options from a TOML file"])
     return parameters, flags
 
 
@@ -59,7 +59,7 @@ class Options(usage.Options):
         super().__init__()
 
     def opt_listen(self, endpoint: str) -> None:
-        """Twisted endpoint to listen on instead of --port; may be repeated"""  # noqa: D400,D415
+        """Listen on this Twisted endpoint instead of --port; may be repeated"""  # noqa: D400,D415
         self._listen.append(endpoint)
 
     def opt_version(self) -> NoReturn:
@@ -86,7 +86,7 @@ class Options(usage.Options):
             given["listen"] = self._listen
         twistd: Mapping[str, Any] = self.parent or {}
         try:
-            self.settings = settings.load(given, os.environ)
+            self.settings = loading.load(given, os.environ)
             check(self.settings, own_files=twistd.get("uid") is None)
         except (SettingsError, CannotListen, StoreUnavailable) as e:
             fail(str(e))

@@ -19,7 +19,7 @@ from twisted.logger import (
     globalLogPublisher,
 )
 
-from pulsar_api.config.settings import load
+from pulsar_api.config.loading import load
 from pulsar_api.errors import SettingsError
 from pulsar_api.network import certificates
 from pulsar_api.network.renewal import LOOK, SETTLE, Renewal

@@ -10,8 +10,9 @@ from attrs import asdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pulsar_api.config import settings
-from pulsar_api.config.settings import Settings, load
+from pulsar_api.config import settings, values
+from pulsar_api.config.loading import load
+from pulsar_api.config.settings import Settings
 from pulsar_api.errors import SettingsError
 from pulsar_api.tasks.targets import Target
 
@@ -319,7 +320,7 @@ class TestAddresses:
     @pytest.mark.parametrize("address", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
     def test_loopback_is_what_only_this_machine_reaches(self, address: str) -> None:
         """The whole of 127/8, its one relative, and the name that means them (RFC 6761)."""
-        assert settings.is_loopback(address)
+        assert values.is_loopback(address)
 
     @pytest.mark.parametrize(
         "address",
@@ -327,7 +328,7 @@ class TestAddresses:
     )
     def test_everything_else_is_not_loopback(self, address: str) -> None:
         """Also a name: what it means can change."""
-        assert not settings.is_loopback(address)
+        assert not values.is_loopback(address)
 
 
 class TestURLs:

@@ -10,7 +10,8 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, rsa, x25
 from cryptography.hazmat.primitives.serialization import NoEncryption, pkcs12
 from OpenSSL import SSL
 
-from pulsar_api.config.settings import Settings, load
+from pulsar_api.config.loading import load
+from pulsar_api.config.settings import Settings
 from pulsar_api.errors import SettingsError
 from pulsar_api.network import certificates
 from tests.certificates import (

@@ -27,7 +27,7 @@ from pulsar_api.auth.credentials import (
     remove_token,
 )
 from pulsar_api.auth.rights import Caller, Grant, Right
-from pulsar_api.config import settings
+from pulsar_api.config import loading
 from pulsar_api.errors import StoreUnavailable
 from pulsar_api.execution import executor
 from pulsar_api.principal import Principal
@@ -47,7 +47,7 @@ def add_to(commands: Any) -> None:
     state = argparse.ArgumentParser(add_help=False)
     state.add_argument(
         "--state-dir",
-        default=settings.default_state_dir(os.environ),
+        default=loading.default_state_dir(os.environ),
         metavar="DIR",
         help="what the daemon has as --state-dir [%(default)s]",
     )

@@ -19,7 +19,7 @@ from twisted.web.client import Agent, BrowserLikePolicyForHTTPS
 from twisted.web.http_headers import Headers
 
 from pulsar_api import tap
-from pulsar_api.config import settings
+from pulsar_api.config import loading
 from pulsar_api.daemon.preflight import check
 from pulsar_api.daemon.service import Daemon
 from pulsar_api.errors import CannotListen
@@ -107,7 +107,7 @@ def _listening(reactor: Any, folder: Path, **more: object) -> Daemon:
         "drain-timeout": 3,
     }
     environ: Mapping[str, str] = {**os.environ, "DEMO_SITE": str(folder / "site")}
-    wanted = settings.load(given, environ)
+    wanted = loading.load(given, environ)
     check(wanted, own_files=True)
     daemon = Daemon(reactor, wanted, environ)
     daemon.privilegedStartService()

@@ -140,3 +140,13 @@ def pattern(value: object) -> re.Pattern[str]:
         return re.compile(text(value))
     except (re.error, OverflowError) as e:
         raise ValueError(f"is no regular expression: {e}") from None
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether only this machine can reach an address."""
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False

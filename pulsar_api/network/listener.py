@@ -28,7 +28,8 @@ from twisted.internet.protocol import Factory
 from twisted.internet.tcp import Port
 from twisted.python.failure import Failure
 
-from pulsar_api.config.settings import Settings, is_loopback
+from pulsar_api.config.settings import Settings
+from pulsar_api.config.values import is_loopback
 from pulsar_api.errors import CannotListen
 
 BACKLOG = 4096

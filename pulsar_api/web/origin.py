@@ -9,7 +9,7 @@ from attrs import field, frozen
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.web.server import Request
 
-from pulsar_api.config.settings import is_loopback
+from pulsar_api.config.values import is_loopback
 from pulsar_api.errors import PulsarError
 
 _HOST = re.compile(r"(\[[0-9a-f:]+\]|[a-z0-9_.-]+)(:[0-9]{1,5})?")

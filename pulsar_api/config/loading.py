@@ -1,0 +1,103 @@
+"""Loads the settings from the command line, a file and the environment."""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import fields
+
+from pulsar_api.config.checks import check_together
+from pulsar_api.config.settings import Settings
+from pulsar_api.errors import SettingsError
+
+CLI = "the command line"
+
+
+def load(given: Mapping[str, object], environ: Mapping[str, str]) -> Settings:
+    """Make settings of what the command line gave (names with dashes; absent: not given).
+
+    Raises `SettingsError` with one line that names the option, or file and key.
+    """
+    known = {a.name.replace("_", "-"): a for a in fields(Settings)}
+    path = given.get("config")
+    in_file = {} if path is None else _read_file(str(path))
+    values: dict[str, Any] = {}
+    for source, found in ((str(path), in_file), (CLI, given)):
+        for name, value in found.items():
+            if source == CLI and name == "config":
+                continue
+            where = f"--{name}" if source == CLI else f"{source}: {name}"
+            if name not in known:
+                raise SettingsError(f"{where} is no option of pulsar-api")
+            attribute = known[name]
+            try:
+                values[attribute.name] = attribute.metadata["parse"](value)
+            except ValueError as e:
+                raise SettingsError(f"{where}: {e}") from None
+    _read_secrets(values, environ)
+    _fill_in(values, environ)
+    for name in ("ssl_key", "ssl_cert", "ssl_pfx", "ssl_passphrase", "ssl_client_ca"):
+        if name in values:
+            values[name] = _credential(values[name], environ)
+    for name in ("state_dir", "log_dir"):
+        if name in values:  # twistd may change to another folder before it is used
+            values[name] = str(Path(values[name]).absolute())
+    settings = Settings(**values)
+    check_together(settings, given)
+    return settings
+
+
+def _fill_in(values: dict[str, Any], environ: Mapping[str, str]) -> None:
+    """Add the defaults that depend on something."""
+    values.setdefault("port", 8001 if values.get("dev") else 8081)
+    values.setdefault("state_dir", default_state_dir(environ))
+    auth = ("auth_username", "auth_password", "auth_method", "auth_members")
+    if any(values.get(name) for name in auth):
+        values.setdefault("auth_provider", "github")
+
+
+def _read_secrets(values: dict[str, Any], environ: Mapping[str, str]) -> None:
+    """Take secrets out of the files that hold them."""
+    for name in ("auth_password", "github_client_secret"):
+        path = values.get(f"{name}_file")
+        if path is None:
+            continue
+        option = f"{name}_file".replace("_", "-")
+        if name in values:
+            raise SettingsError(f"{option} and {name.replace('_', '-')} exclude each other")
+        try:
+            text = Path(_credential(path, environ)).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            why = getattr(e, "strerror", None) or "it is no UTF-8"
+            raise SettingsError(f"{option}: cannot read {path}: {why}") from None
+        values[name] = text.strip("\r\n")
+        if not values[name]:
+            raise SettingsError(f"{option}: {path} is empty")
+
+
+def _read_file(path: str) -> dict[str, object]:
+    try:
+        with Path(path).open("rb") as file:
+            return tomllib.load(file)
+    except OSError as e:
+        raise SettingsError(f"--config: cannot read {path}: {e.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise SettingsError(f"--config: {path} is no TOML: {e}") from None
+
+
+def default_state_dir(environ: Mapping[str, str]) -> str:
+    """Return where the state is if nobody says where."""
+    if environ.get("STATE_DIRECTORY"):
+        return environ["STATE_DIRECTORY"].split(":")[0]
+    home = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return str(Path(home) / "pulsar-api")
+
+
+def _credential(name: str, environ: Mapping[str, str]) -> str:
+    """Return the path of a file; a bare name may be one of systemd's credentials."""
+    folder = environ.get("CREDENTIALS_DIRECTORY")
+    if folder and "/" not in name and not Path(name).exists():
+        return str(Path(folder) / name)
+    return name
