@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from docs import facts
-from pulsar_api.config.settings import Settings, load
+from pulsar_api.cli.main import parser
+from pulsar_api.config.loading import load
+from pulsar_api.config.settings import Settings
 from tests.pages import DOCS, PAGES, ROOT, Block, blocks
 
 HELP = re.compile(r"^\.\. help:: (.+)$", re.MULTILINE)
@@ -133,7 +135,7 @@ def test_commands_of_ours_are_understood(block: Block) -> None:
         words = shlex.split(command.partition(" > ")[0])
         for before, word in pairwise(words):
             if before.endswith("bin/pulsar-api") and word != "demo":
-                facts.parser().parse_args(words[words.index(before) + 1 :])
+                parser().parse_args(words[words.index(before) + 1 :])
 
 
 def test_documents_that_pages_mention_exist() -> None:
