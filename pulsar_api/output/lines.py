@@ -1,12 +1,11 @@
-"""Knows where the lines of an output are, so that one of any size is read by parts."""
+"""Indexes the lines of an output, so that an output of any size can be read in parts."""
 
-import re
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from pathlib import Path
 
-from attrs import define, field, frozen
+from attrs import define, field
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
@@ -14,186 +13,114 @@ from pulsar_api.concurrency.changes import Changes
 from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.output.characters import begin_of_character
 from pulsar_api.output.files import Output, output_of
+from pulsar_api.output.styles import PLAIN, Style
 
 LEAST = 1 << 16
-"""Bytes of a segment, if its lines are not very long, and a line more."""
+"""Bytes of a segment at least: it ends with the first line end after them."""
 MOST = 1 << 17
-"""Bytes of a segment, whatever its lines."""
+"""Bytes of a segment at most, however long its lines are."""
 STEP = 1 << 20
-"""Bytes that are looked at in one turn of the reactor."""
+"""Bytes that are read in one iteration of the reactor."""
 KEPT = 1000
-"""Tasks whose lines are remembered."""
+"""Tasks whose line indexes are kept in memory."""
 KEPT_SEGMENTS = 1 << 20
-"""Segments that are remembered of all of them, if it is not a single one that has more."""
+"""Segments of all these tasks that are kept, unless a single task has more."""
 STYLED = 32
-"""As how many of these a segment counts at whose begin some style is in force."""
+"""A segment that begins with a style counts as this many segments."""
 
 BREAKS = 2
-"""Newlines of the marker that readers get for what was cut (see `Output.text`)."""
-
-SEQUENCES = 20
-"""Sequences of a style that are remembered."""
-LONGEST = 200
-"""Characters of parameters that a sequence may have, and a style that is told."""
-
-_SEQUENCE = re.compile(rb"\x1b\[([0-9;:]{0,%d})m" % LONGEST)
-_TORN = re.compile(rb"\x1b(?:\[[0-9;:]{0,%d})?\Z" % LONGEST)
-_FAR = LONGEST + 2  # bytes of the longest begin of a sequence
+"""Newlines in the marker that readers get for what was cut (see `Output.text`)."""
 
 Hole = tuple[int, int]
 
 Segment = tuple[int, int, bool]
 """A part of the output that a reader gets as a whole.
 
-Its first byte, the number, from 1, of the line that this byte belongs to, and whether it
-begins the line, or writes over it as a terminal shows it.
+Its offset; the number of the line of its first byte, from 1; and whether that byte begins
+the line, or overwrites it from its begin as a terminal does after a carriage return.
 """
 
 
-@frozen
-class Style:
-    """How a terminal shows what follows a byte (ECMA-48, SGR)."""
-
-    kept: bytes = b""
-    """The parameters of the latest sequences since the last reset, each ended by ``m``.
-
-    As many as can be told: all of them together are small whatever is printed.
-    """
-    older: int = 0
-    """How many before these are in force as well, so that nothing is told."""
-    torn: bytes = b""
-    """The begin of a sequence, which may go on with that byte."""
-
-    def after(self, data: bytes, at: int, end: int) -> "Style":
-        """Return the style behind the bytes of ``data`` from ``at`` to ``end``."""
-        if self.torn:
-            data = self.torn + data[at:end]
-            at, end = 0, len(data)
-        elif data.find(b"\x1b", at, end) < 0:
-            return self
-        found = _TORN.search(data, max(at, end - _FAR), end)
-        torn = b"" if found is None else found.group()
-        if data.find(b"\x1b[", at, end) < 0:
-            return Style(self.kept, self.older, torn)
-        reset, latest = _latest(data, at, end)
-        before = [] if reset else self.kept.split(b"m")[:-1]
-        kept = (before + latest)[-SEQUENCES:]
-        older = 0 if reset else min(self.older, SEQUENCES - len(kept))
-        while len(b";".join(kept)) > LONGEST:
-            del kept[0]
-            older += 1
-        return Style(b"".join(part + b"m" for part in kept), older, torn)
-
-    @property
-    def whole(self) -> "Style":
-        """The same without the begin of a sequence."""
-        return Style(self.kept, self.older)
-
-    @property
-    def text(self) -> str:
-        """What is in force, as the parameters of one sequence; "" if that is too much."""
-        return "" if self.older else self.kept[:-1].replace(b"m", b";").decode()
-
-
-def _latest(data: bytes, at: int, end: int) -> tuple[bool, list[bytes]]:
-    """Return the parameters of the latest sequences, and whether a reset is before them."""
-    latest: list[bytes] = []
-    # From the end on, and mostly that is enough.
-    for size in (1 << 12, 1 << 15, end - at):
-        latest.clear()
-        for parameters in reversed(_SEQUENCE.findall(data, max(at, end - size), end)):
-            first, _, rest = parameters.partition(b";")
-            reset = not first.strip(b"0")
-            if not reset or rest:
-                latest.insert(0, rest if reset else parameters)
-            if reset or len(latest) == SEQUENCES:
-                return reset, latest
-        if size >= end - at:
-            break
-    return False, latest
-
-
-_PLAIN = Style()
-
-
 @define(eq=False)
-class _Looking:
-    """One going through an output, for all who wait for it."""
+class _Scan:
+    """One scan of an output, which all current callers share."""
 
     size: int
-    """Up to where."""
+    """The offset up to which it reads."""
     ended: Changes
     reached: int = 0
-    """How far it came."""
+    """The offset that it has reached."""
     failure: Failure | None = None
 
 
 @define(eq=False)
 class LineIndex:
-    """Where the lines of one output are; grows with it.
+    """The places of the lines of one output, which may grow.
 
-    The output is divided into segments, always in the same way, however it has grown: a
-    segment ends after the first newline that is `LEAST` bytes or more from its begin. If
-    there is none within `MOST` bytes it ends after the last carriage return that is as
-    far, or, if there is none, between two characters. What was cut out of the middle is a
-    segment by itself, and counts as the line that says so.
+    The output is divided into segments, in a way that does not depend on how it has grown.
+    A segment ends after the first newline that is at least `LEAST` bytes from its begin. If
+    there is none within `MOST` bytes, it ends after the last carriage return in that range,
+    or else between two characters. What was cut out of the middle is a segment of its own,
+    and counts as the line of its marker.
     """
 
     output: Output
     turns: TurnScheduler
     _starts: "array[int]" = field(factory=lambda: array("q", [0]), init=False)
-    """Where each segment begins; the last one is still open."""
+    """The offset of each segment; the last one is still open."""
     _lines: "array[int]" = field(factory=lambda: array("q", [3]), init=False)
-    """For each its line twice, and one more if it begins that line."""
+    """For each segment twice its line number, plus one if it begins that line."""
     _styles: dict[int, Style] = field(factory=dict, init=False)
-    """The style at the begin of each segment, if it is not plain."""
+    """By offset, the style at the begin of each segment where it is not plain."""
     _newlines: int = field(default=0, init=False)
-    """How many newlines the open segment has."""
+    """The number of newlines in the open segment."""
     size: int = field(default=0, init=False)
-    """How many bytes have been looked at."""
+    """The number of bytes that were read."""
     cut: Hole = field(default=(0, 0), init=False)
-    """What is known to be cut out of them."""
+    """The part of them that is known to be cut out."""
     _wanted: int = field(default=0, init=False)
-    """The largest size that was asked for."""
-    _looking: _Looking | None = field(default=None, init=False)
+    """The largest size that a caller has asked for."""
+    _scan: _Scan | None = field(default=None, init=False)
 
     def __len__(self) -> int:
         return len(self._starts)
 
     @property
     def weight(self) -> int:
-        """What it costs to remember, in segments without a style."""
+        """The memory that it takes, in segments without a style."""
         return len(self._starts) + STYLED * len(self._styles)
 
     @property
     def busy(self) -> bool:
-        """Whether it is being looked on."""
-        return self._looking is not None
+        """Whether a scan is under way."""
+        return self._scan is not None
 
     @property
     def lines(self) -> int:
-        """How many newlines there are."""
+        """The number of newlines."""
         return self._lines[-1] // 2 - 1 + self._newlines
 
     async def reach(self, size: int) -> None:
-        """Look at the output up to ``size``, or to where it ends if that is before.
+        """Read the output up to ``size``, or up to its end if that comes first.
 
-        Whoever asks meanwhile waits for the same looking, which goes on as long as anybody
-        waits. If the output cannot be read all of them get the OSError.
+        Callers that ask at the same time share one scan, which goes on as long as any of
+        them waits.
+
+        Raises `OSError` if the output cannot be read.
         """
         self._wanted = max(self._wanted, size)
         if size:
             self.output.check()
         while self._lacks(size):
-            looking = self._looking or self._begin()
-            await looking.ended.after(0)
-            if looking.failure is not None:
-                looking.failure.raiseException()
-            if size <= looking.size and self.size >= min(size, looking.reached):
+            scan = self._scan or self._begin()
+            await scan.ended.after(0)
+            if scan.failure is not None:
+                scan.failure.raiseException()
+            if size <= scan.size and self.size >= min(size, scan.reached):
                 return
 
     def segments(self, start: int, most: int | None = None) -> list[Segment]:
-        """Return the segments from the one on that holds the byte ``start``."""
+        """Return the segment of the byte ``start`` and those after it, at most ``most``."""
         first = self._at(start)
         known = len(self._starts) - (self._starts[-1] >= self.size)
         last = known if most is None else min(first + most, known)
@@ -205,45 +132,45 @@ class LineIndex:
         ]
 
     def style_at(self, offset: int) -> str:
-        """Return the style at the begin of a segment (ECMA-48, SGR parameters), or ""."""
-        return self._styles.get(offset, _PLAIN).text
+        """Return the style at the begin of a segment, as parameters of SGR (ECMA-48)."""
+        return self._styles.get(offset, PLAIN).text
 
     def line_at(self, offset: int) -> int:
-        """Return the number of the line that a byte belongs to."""
+        """Return the number of the line of the byte at an offset."""
         number = self._at(offset)
         start, line = self._starts[number], self._lines[number] >> 1
         if self._is_hole(start):
             return line
         return line + self.output.read(start, offset).count(b"\n")
 
-    # -- the looking
+    # -- scanning
 
-    def _begin(self) -> _Looking:
-        looking = self._looking = _Looking(self._wanted, Changes(self.turns.clock))
+    def _begin(self) -> _Scan:
+        scan = self._scan = _Scan(self._wanted, Changes(self.turns.clock))
 
         def ended(result: object) -> None:
-            self._looking = None
-            looking.reached = self.size
+            self._scan = None
+            scan.reached = self.size
             if isinstance(result, Failure):
-                looking.failure = result
-            looking.ended.advance(1)
+                scan.failure = result
+            scan.ended.advance(1)
 
-        Deferred.fromCoroutine(self._look(looking)).addBoth(ended)
-        return looking
+        Deferred.fromCoroutine(self._look(scan)).addBoth(ended)
+        return scan
 
-    async def _look(self, looking: _Looking) -> None:
+    async def _look(self, scan: _Scan) -> None:
         while True:
             await self.turns.wait()
-            if not looking.ended.waiting or not self._step(looking.size):
+            if not scan.ended.waiting or not self._step(scan.size):
                 return
 
     def _lacks(self, size: int) -> bool:
-        """Return whether there is something to look at, also again."""
+        """Return whether anything has to be read, perhaps again after a cut."""
         return self.size < size or self.output.cut() != self.cut
 
     def _step(self, size: int) -> bool:
-        """Look at the next bytes; return whether to go on."""
-        # Also after the last read: what was cut meanwhile has been read as zeros.
+        """Read the next bytes; return whether there may be more up to ``size``."""
+        # Also after the last read: what was cut meanwhile was read as zeros.
         cut = self.output.cut()
         if cut != self.cut:
             self._forget(cut)
@@ -252,7 +179,7 @@ class LineIndex:
         start = self._starts[-1]
         hole_start, hole_end = self.cut
         if self._is_hole(start):
-            style = self._styles.get(start, _PLAIN).whole
+            style = self._styles.get(start, PLAIN).whole
             self._open(hole_end, self._lines[-1] // 2 + BREAKS, style, begins=True)
             self.size = max(self.size, hole_end)
             return True
@@ -267,24 +194,24 @@ class LineIndex:
         self.size = start + len(data)
         if before and self.size == hole_start and at < len(data):
             self._close(data, at, len(data))
-        # For what a power cut has taken, though the index knows of it, nobody waits.
+        # Nobody waits for bytes that were lost in a power cut.
         return self.size == stop
 
     def _close(self, data: bytes, at: int, end: int) -> None:
         start = self._starts[-1]
         line = self._lines[-1] // 2 + data.count(b"\n", at, end)
-        style = self._styles.get(start, _PLAIN).after(data, at, end)
+        style = self._styles.get(start, PLAIN).after(data, at, end)
         self._open(start + end - at, line, style, begins=_begins(data, end))
 
     def _open(self, offset: int, line: int, style: Style, *, begins: bool) -> None:
         self._starts.append(offset)
         self._lines.append(2 * line + begins)
         self._newlines = 0
-        if style != _PLAIN:
+        if style != PLAIN:
             self._styles[offset] = style
 
     def _forget(self, cut: Hole) -> None:
-        """Know nothing any more of what is behind the begin of the new or old hole."""
+        """Forget everything after the begin of the old and of the new gap."""
         first = min(hole[0] for hole in (cut, self.cut) if hole != (0, 0))
         number = max(1, bisect_left(self._starts, first))
         for offset in self._starts[number:]:
@@ -302,7 +229,7 @@ class LineIndex:
 
 
 def _end(data: bytes, at: int) -> int | None:
-    """Return where the segment ends that begins at ``at``; None: not in these bytes."""
+    """Return where the segment that begins at ``at`` ends, or None if not in this data."""
     least, most = at + LEAST, at + MOST
     newline = data.find(b"\n", least, most)
     if newline >= 0:
@@ -316,7 +243,7 @@ def _end(data: bytes, at: int) -> int | None:
 
 
 def _begins(data: bytes, end: int) -> bool:
-    """Return whether what follows a segment that ends there begins a line, or again."""
+    """Return whether the next segment begins a line, or overwrites one from its begin."""
     if data[end - 1] == ord("\r"):
         return end < len(data) and data[end] != ord("\n")
     return data[end - 1] == ord("\n")
@@ -324,16 +251,16 @@ def _begins(data: bytes, end: int) -> bool:
 
 @define(eq=False)
 class LineIndexes:
-    """The line indexes of the tasks that were asked for last."""
+    """The line indexes of the tasks that were read last."""
 
     folder: Path
-    """Where the output of task 47 is in the folder ``47``."""
+    """The folder of all tasks."""
     turns: TurnScheduler
     most: int = KEPT_SEGMENTS
     _kept: OrderedDict[int, LineIndex] = field(factory=OrderedDict, init=False)
 
     def of(self, number: int) -> LineIndex:
-        """Return the index of a task, which may have to look at its output yet."""
+        """Return the line index of a task, which may not have read the output yet."""
         found = self._kept.pop(number, None)
         if found is None:
             found = LineIndex(output_of(self.folder, number), self.turns)
@@ -342,7 +269,7 @@ class LineIndexes:
         return found
 
     def _forget_some(self, most: int, most_segments: int) -> None:
-        """Forget the oldest until there is no more; never one that is being looked at."""
+        """Forget the least recently used indexes beyond these bounds, but none in use."""
         segments = sum(index.weight for index in self._kept.values())
         for number, index in list(self._kept.items()):
             if len(self._kept) <= most and segments <= most_segments:

@@ -1,4 +1,4 @@
-"""Reads a part of an output with the stream that printed it, and when."""
+"""Reads a part of an output in pieces, with their streams and times."""
 
 from attrs import frozen
 
@@ -9,37 +9,39 @@ from pulsar_api.output.reader import Reader
 Piece = tuple[int | None, int, str]
 """A stream or None, milliseconds since the shim began, and text."""
 
-_TURN = 256  # chunks that are read in one turn of the reactor
+_STEP = 256  # chunks that are read in one iteration of the reactor
 
 
 @frozen
 class Portion:
-    """How much is read at once."""
+    """How much is read for one answer."""
 
     size: int = 1 << 18
-    """Bytes at most, with a few for the last character."""
+    """Bytes at most, apart from those that complete the last character."""
     pieces: int = 4096
 
 
-_USUAL = Portion()
+_DEFAULT = Portion()
 
 
 @frozen
 class Pieces:
-    """What was printed between two bytes of an output."""
+    """The pieces in a part of an output."""
 
     start: int
     next: int
-    """Where to go on: behind the last piece, and behind what was cut out there."""
+    """The offset at which to go on: after the last piece, and after a gap there."""
     pieces: list[Piece]
 
 
 async def read_pieces(
-    output: Output, turns: TurnScheduler, start: int, end: int, portion: Portion = _USUAL
+    output: Output, turns: TurnScheduler, start: int, end: int, portion: Portion = _DEFAULT
 ) -> Pieces:
-    """Read from the character at ``start`` to ``end``, or less if that is too much.
+    """Return the pieces from the character at ``start`` up to ``end``, or fewer.
 
-    Neighbours of one stream and time are one piece.
+    Adjacent pieces of one stream and time are joined.
+
+    Raises `OSError` if the output cannot be read.
     """
     start = output.character_start(start)
     stop = _between_characters(output, start, min(end, start + portion.size))
@@ -47,7 +49,7 @@ async def read_pieces(
     reader = Reader(output, start, output.record_at(start) if start else 0, timed=True)
     found: list[Piece] = []
     for count, chunk in enumerate(reader.read(stop), 1):
-        if not chunk.data or count % _TURN == 0:
+        if not chunk.data or count % _STEP == 0:
             await turns.wait()
         if not chunk.data:
             continue
@@ -61,9 +63,9 @@ async def read_pieces(
 
 
 def _between_characters(output: Output, start: int, stop: int) -> int:
-    """Return where the character begins that ``stop`` is in; of the first one the end."""
+    """Return the begin of the character at ``stop``, or the end of the first character."""
     begin = output.character_start(stop)
     if begin > start:
         return begin
-    # Else nobody who asks for a part of a character would ever get further.
+    # Otherwise a caller that asks for a part of a character would never get further.
     return next(at for at in range(stop, stop + 4) if output.character_start(at) == at)

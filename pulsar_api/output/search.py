@@ -1,4 +1,4 @@
-"""Finds the lines of an output that have a text."""
+"""Searches an output for the lines that contain a text."""
 
 from collections.abc import Iterator
 
@@ -9,50 +9,54 @@ from pulsar_api.output.lines import BREAKS, STEP, LineIndex
 
 @frozen
 class Effort:
-    """How much is done at once, so that nobody waits for long."""
+    """How much one search does, so that it answers soon."""
 
     matches: int = 1000
-    """Lines that are found at most."""
+    """Lines that it finds at most."""
     size: int = 1 << 26
-    """Bytes that are looked at."""
+    """Bytes that it reads at most."""
     step: int = STEP
-    """How many of them in one turn of the reactor."""
+    """Bytes that it reads in one iteration of the reactor."""
 
 
-_USUAL = Effort()
+_DEFAULT = Effort()
 
 
 @frozen
 class Found:
-    """What a search has found, and how far it went."""
+    """The result of a search, and how far it went."""
 
     matches: list[tuple[int, int]]
-    """Of each line its number, and where the first match in it begins."""
+    """The number of each line, and the offset of the first match in it."""
     next: int | None
-    """Where to go on; None: all was looked at."""
+    """The offset at which to go on; None if everything was searched."""
     searched: int
-    """How many bytes were."""
+    """The number of bytes that were searched."""
 
 
-async def search(index: LineIndex, text: str, start: int, effort: Effort = _USUAL) -> Found:
-    """Look from a byte on for lines that have a text, whatever the case of ASCII letters.
+async def search(
+    index: LineIndex, text: str, start: int, effort: Effort = _DEFAULT
+) -> Found:
+    """Return the lines from an offset on that contain a text.
 
-    Ends early at its bounds, or when more of the output is cut meanwhile, as lines have
-    other numbers then.
+    The case of ASCII letters does not matter. The search ends early at its bounds, and
+    when more of the output is cut meanwhile, as that changes the numbers of lines.
+
+    Raises `OSError` if the output cannot be read.
     """
     needle = text.encode().lower()
     matches: list[tuple[int, int]] = []
     size, cut = index.size, index.cut
     at, searched = start, 0
     line = index.line_at(at) if at < size else 0
-    told = False  # whether the line that goes on at `at` is among the matches
+    told = False  # whether the line that `at` is in the middle of was found already
     while at < size and searched < effort.size and len(matches) < effort.matches:
         if cut[0] <= at < cut[1]:
             at, line, told = cut[1], index.line_at(cut[0]) + BREAKS, False
             continue
         stop = cut[0] if at < cut[0] else size
         length = min(effort.step, stop - at)
-        # A match may go on in what the next turn looks at.
+        # A match may extend into what the next step reads.
         await index.turns.wait()
         data = index.output.read(at, min(at + length + len(needle) - 1, stop)).lower()
         if index.output.cut() != cut:
@@ -73,9 +77,9 @@ async def search(index: LineIndex, text: str, start: int, effort: Effort = _USUA
 
 
 def _firsts(data: bytes, needle: bytes, end: int, *, told: bool) -> Iterator[int]:
-    """Yield where in each line the first match begins, of those that do before ``end``.
+    """Yield the position of the first match in each line, if it begins before ``end``.
 
-    ``told``: not in the line that the data begin with.
+    ``told``: skip the line that the data begins with.
     """
     at = data.find(b"\n", 0, end) + 1 or end if told else 0
     while at < end:
