@@ -13,7 +13,8 @@ from twisted.internet import reactor as global_reactor
 from twisted.internet.defer import CancelledError, gatherResults
 from twisted.trial.unittest import SynchronousTestCase
 
-from pulsar_api.storage.tasks import _WINDOW, PAGE, SQLiteStore
+from pulsar_api.storage.rows import PAGE
+from pulsar_api.storage.tasks import _WINDOW, SQLiteStore
 from pulsar_api.tasks.interfaces import NewTask, TaskStore
 from pulsar_api.tasks.model import Found, Status, TaskQuery, TaskSnapshot, TaskSpec
 from tests.fakes import MemoryStore, person

@@ -18,8 +18,9 @@ from twisted.internet.defer import gatherResults
 from twisted.internet.threads import deferToThread
 
 from pulsar_api.errors import StoreUnavailable, UnknownTask
+from pulsar_api.storage.schema import SCHEMA
 from pulsar_api.storage.sqlite import connect
-from pulsar_api.storage.tasks import _SCHEMA, SQLiteStore, prepare
+from pulsar_api.storage.tasks import SQLiteStore, prepare
 from pulsar_api.tasks.interfaces import RESTART, Keep, NewTask, Reading, TaskStore
 from pulsar_api.tasks.model import Process, Status, TaskQuery, TaskSpec, Within
 from tests.fakes import MemoryStore, person
@@ -537,7 +538,7 @@ async def test_a_database_of_an_older_version_is_brought_up(tmp_path: Path) -> N
     """What is in it stays, and the new columns are there."""
     path = tmp_path / "tasks.db"
     with sqlite3.connect(path) as db:
-        db.executescript(f"{_SCHEMA[0]}; PRAGMA user_version = 1")
+        db.executescript(f"{SCHEMA[0]}; PRAGMA user_version = 1")
         db.execute(
             "INSERT INTO task (revision, status, app, env, action, variables, command,"
             " created_at, output_size) VALUES (1, 'created', 'a', 'b', 'c', '{}', '', 5, 0)"

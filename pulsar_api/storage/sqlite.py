@@ -1,4 +1,4 @@
-"""SQLite files: opening them, bringing them up to date, and threads that use them."""
+"""Opens SQLite databases, upgrades their schema, and runs jobs on them in threads."""
 
 import os
 import sqlite3
@@ -20,20 +20,24 @@ _Job = Callable[[sqlite3.Connection], Any]
 
 
 def trouble(error: Exception) -> StoreUnavailable:
+    """Return the exception that callers get for an error of SQLite or of a job."""
     full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
     text = str(error) or type(error).__name__
     return StoreUnavailable(text, full=full)
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open a database, which is never made here."""
+    """Return a connection to an existing database.
+
+    Raises `sqlite3.Error` if it does not exist or cannot be opened.
+    """
     uri = f"{path.absolute().as_uri()}?mode=rw"
     db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
     try:
         db.execute("PRAGMA busy_timeout = 5000")
         db.execute("PRAGMA journal_mode = WAL")
-        # Whoever was told that a task exists must find it after a power cut.
+        # A client that knows of a task must find it after a power cut.
         db.execute("PRAGMA synchronous = FULL")
     except sqlite3.Error:
         db.close()
@@ -50,12 +54,12 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _reserve(path: Path) -> None:
-    """Make the file of a database, for this user alone; SQLite gives its others this mode.
+    """Create the file of a database, for this user only; SQLite copies this mode.
 
-    Raises: `StoreUnavailable` if there is something else.
+    Raises `StoreUnavailable` if the path is not a regular file.
     """
     try:
-        # One that is there is not opened: closing it would drop the locks of SQLite.
+        # An existing file is not opened, as closing it would drop the locks of SQLite.
         with suppress(FileExistsError):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         if not path.is_file():
@@ -65,9 +69,9 @@ def _reserve(path: Path) -> None:
 
 
 def prepare(path: Path, schema: Sequence[str]) -> None:
-    """Make a database, or bring it to this version's form; `StoreUnavailable` if not.
+    """Create a database, or upgrade it. ``schema`` has one script for each version.
 
-    ``schema`` has one script per version.
+    Raises `StoreUnavailable` if the database is newer than the schema, or cannot be used.
     """
     _reserve(path)
     try:
@@ -79,7 +83,7 @@ def prepare(path: Path, schema: Sequence[str]) -> None:
                 raise StoreUnavailable(text)
             for number, script in enumerate(schema[version:], version + 1):
                 db.executescript(f"BEGIN; {script}; PRAGMA user_version = {number}; COMMIT")
-            # Says if it cannot be written, which BEGIN IMMEDIATE does not.
+            # Fails if the database cannot be written, which BEGIN IMMEDIATE does not.
             db.execute(f"PRAGMA user_version = {len(schema)}")
         finally:
             db.close()
@@ -93,19 +97,19 @@ def _nothing(_: sqlite3.Connection) -> None:
 
 @define(eq=False)
 class DatabaseThread:
-    """A thread with a connection of its own, to which one gives jobs.
+    """A thread with a connection of its own that runs jobs.
 
-    What has queued up is done in one transaction, so that many records cost one sync.
-    Who only reads gains nothing by that and waits for the last of them: ``most`` is how
-    many jobs are done before their results are told.
+    All jobs that are queued run in one transaction, so many records cost one sync. Their
+    results are reported after it. ``most`` bounds the number of jobs in a transaction:
+    jobs that only read gain nothing from a large one.
     """
 
     _path: Path
     _from_thread: Callable[..., object]
     _connected: Callable[[sqlite3.Connection], None] = _nothing
-    """Called with each connection before it is used: another file may be there now."""
+    """Called with each new connection before use: the file may have been replaced."""
     _committed: Callable[[sqlite3.Connection], None] = _nothing
-    """Called when a transaction is on disk."""
+    """Called after each transaction, when it is on disk."""
     _most: int = 1 << 20
     _jobs: SimpleQueue[tuple[_Job, Deferred[Any]] | None] = field(factory=SimpleQueue)
     _closed: Deferred[None] = field(factory=Deferred, init=False)
@@ -114,13 +118,17 @@ class DatabaseThread:
         threading.Thread(target=self._run, name="database", daemon=True).start()
 
     def do(self, job: Callable[[sqlite3.Connection], T]) -> Deferred[T]:
-        """Fire with what the job returns, once its transaction is on disk."""
+        """Fire with what the job returns, once its transaction is on disk.
+
+        Fails with `StoreUnavailable` if the database cannot be used, and with
+        `UnknownTask` if the job raises that.
+        """
         done: Deferred[T] = Deferred()
         self._jobs.put((job, done))
         return done
 
     def close(self) -> Deferred[None]:
-        """Finish what was given and end; fire when the database is closed."""
+        """Finish all jobs, then end the thread; fires when the database is closed."""
         self._jobs.put(None)
         return self._closed
 
@@ -145,7 +153,7 @@ class DatabaseThread:
                     opened = there
                 results = self._transaction(db, [job for job, _ in jobs])
                 self._committed(db)
-            except Exception as e:  # noqa: BLE001 - whatever it is, who waits is told
+            except Exception as e:  # noqa: BLE001 - the callers get every error
                 results = [Failure(trouble(e)) for _ in jobs]
                 if db is not None:
                     db.close()  # this also rolls back
@@ -159,7 +167,7 @@ class DatabaseThread:
     def _there(self) -> tuple[int, int]:
         found = _identity(self._path)
         if found is None:
-            # What is written into a file without a name is lost with us.
+            # What is written to a deleted file is lost when the daemon ends.
             raise sqlite3.OperationalError(f"{self._path} is gone")
         return found
 
@@ -174,7 +182,7 @@ class DatabaseThread:
                 results.append(Failure())
             except sqlite3.Error:
                 raise
-            except Exception as e:  # noqa: BLE001 - a row that makes no sense, and the like
+            except Exception as e:  # noqa: BLE001 - such as a row that makes no sense
                 results.append(Failure(trouble(e)))
         db.execute("COMMIT")
         return results
@@ -182,6 +190,6 @@ class DatabaseThread:
     @staticmethod
     def _fire(waiting: list[Deferred[Any]], results: list[Any]) -> None:
         for done, result in zip(waiting, results, strict=True):
-            # A Failure makes it an errback. Who asked may have gone away meanwhile.
+            # A Failure becomes an errback. The caller may have cancelled meanwhile.
             if not done.called:
                 done.callback(result)
