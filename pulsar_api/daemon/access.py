@@ -15,6 +15,7 @@ from pulsar_api.auth import audit, credentials
 from pulsar_api.auth.authenticator import Authenticator, Provider
 from pulsar_api.auth.credentials import CredentialStore
 from pulsar_api.auth.providers.github import DEADLINE, GitHub, Members, OAuth
+from pulsar_api.auth.providers.github_api import GitHubAPI
 from pulsar_api.auth.providers.local import OwnTokens, Static
 from pulsar_api.auth.rights import Caller, Policy
 from pulsar_api.auth.sessions import Sessions
@@ -96,15 +97,15 @@ def _github(
     if s.auth_username is not None and s.auth_password is not None:
         own = s.auth_username, s.auth_password
     names = frozenset(name.casefold() for name in s.auth_members)
+    # No cookies: one user's must not go with the next one's token.
+    http = HTTPClient(
+        Agent(reactor, connectTimeout=DEADLINE, pool=pool),
+        cast("Any", CookieJar(DefaultCookiePolicy(allowed_domains=[]))),
+    )
     return GitHub(
-        # No cookies: one user's must not go with the next one's token.
-        HTTPClient(
-            Agent(reactor, connectTimeout=DEADLINE, pool=pool),
-            cast("Any", CookieJar(DefaultCookiePolicy(allowed_domains=[]))),
-        ),
+        GitHubAPI(http, time.time, s.api_url),
         reactor,
         time.time,
-        s.api_url,
         logins,
         note,
         Members(s.auth_method or "user", names),
