@@ -10,7 +10,7 @@ from typing import Any
 
 from attrs import fields, frozen
 
-from pulsar_api.cli.main import parser
+from pulsar_api.cli.parser import parser
 from pulsar_api.config import values
 from pulsar_api.config.settings import Settings
 

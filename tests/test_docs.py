@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from docs import facts
-from pulsar_api.cli.main import parser
+from pulsar_api.cli.parser import parser
 from pulsar_api.config.loading import load
 from pulsar_api.config.settings import Settings
 from tests.pages import DOCS, PAGES, ROOT, Block, blocks

@@ -118,7 +118,7 @@ async def test_what_cannot_be_reached_has_a_reason(
         with pytest.raises(Unreachable):
             await Client(reactor, url, patience=0).get(1)
     stranger = Client(reactor, f"http://127.0.0.1:{other_server}", patience=0)
-    with pytest.raises(Unreachable, match="no daemon"):
+    with pytest.raises(Unreachable, match="not pulsar-api"):
         await stranger.get(1)
     await stranger.close()
 

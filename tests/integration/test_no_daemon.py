@@ -183,8 +183,12 @@ SPACES = b" " * (1 << 18)
 @pytest.mark.parametrize(
     ("begin", "again", "why"),
     [
-        (b"HTTP/1.1 200 OK\r\n", b"a: b\r\n" * 5000, "the head of its answer does not end"),
-        (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000, "the head of its answer does not"),
+        (
+            b"HTTP/1.1 200 OK\r\n",
+            b"a: b\r\n" * 5000,
+            "the head of its response does not end",
+        ),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000, "the head of its response does not"),
         (b"HTTP/1.1 200 OK\r\n", LINE, ""),
         (b"", LINE, ""),
         (CHUNKED, b"40000\r\n" + SPACES + b"\r\n", "the answer has more than"),
@@ -215,7 +219,9 @@ async def test_another_answer_is_no_answer_of_a_daemon(
     """JSON or not: a sentence says so."""
     length = b"Content-Length: %d\r\n\r\n" % len(body)
     server.begin = b"HTTP/1.1 " + status + b"\r\n" + length + body
-    assert "what answers is no daemon (" in await given_up(patient(server), call)
+    assert "the server that answers is not pulsar-api (" in await given_up(
+        patient(server), call
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,7 +234,9 @@ async def test_another_stream_is_no_stream_of_a_daemon(
 ) -> None:
     """What is no event is an error with a sentence as well."""
     server.begin = OK + b"\r\n" + event
-    assert "what answers is no daemon (" in await given_up(patient(server), "follow")
+    assert "the server that answers is not pulsar-api (" in await given_up(
+        patient(server), "follow"
+    )
 
 
 async def test_a_long_poll_asks_for_no_more_than_the_settings_allow(start: Start) -> None:
