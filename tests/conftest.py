@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from twisted.internet import reactor
 from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
 from zope.interface import implementer
 
+from tests import needs
 from tests.shims import Trees
 
 ROOT = Path(__file__).parents[1]
@@ -26,10 +28,51 @@ settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--all``."""
+    parser.addoption(
+        "--all",
+        action="store_true",
+        help="run everything: what is missing is a failure, and trials are at full number",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Let what tests start hear SIGINT, which is ignored in a shell's background job."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    needs.everything = config.getoption("all")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose machine has not what it needs; with ``--all`` let it fail."""
+    if item.get_closest_marker("long") and not needs.everything:
+        pytest.skip("is long")
+    names = [name for mark in item.iter_markers("needs") for name in mark.args]
+    for fixture in getattr(item, "fixturenames", ()):
+        names += needs.FIXTURES.get(fixture, ())
+    why = needs.missing(names)
+    if why is not None and needs.everything:
+        pytest.fail(why)
+    if why is not None:
+        pytest.skip(why)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say in one line how everything is run, where something was skipped."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    if not skipped or needs.everything:
+        return
+    found = {
+        package
+        for report in skipped
+        for package in re.findall(r"Debian package ([\w.-]+)", str(report.longrepr))
+    }
+    install = f"apt-get install {' '.join(sorted(found))}; then, as root: " if found else ""
+    terminalreporter.write_line(
+        f"{len(skipped)} tests were skipped. To run everything: {install}"
+        f"{sys.executable} -m pytest --all"
+    )
 
 
 def pytest_collection_finish() -> None:

@@ -29,6 +29,7 @@ from pulsar_api.output.records import Cut, Record
 from pulsar_api.shim import shim
 from pulsar_api.tasks.interfaces import Bounds
 from pulsar_api.tasks.model import Command
+from tests import needs
 from tests.test_lines import Turns, done
 
 MACHINE = LocalMachine(None)
@@ -233,7 +234,7 @@ BURSTS = st.lists(
 )
 
 
-@settings(max_examples=20)
+@settings(max_examples=needs.trials(5, 20))
 @given(bursts=BURSTS, limit=st.sampled_from([1, 10_000, 64 * KIB, 100 * KIB, 256 * KIB]))
 @example(bursts=[((OUT, ERR), 1, 20_000)], limit=100 * KIB)
 @example(bursts=[((OUT, ERR), 1, 5000), ((ERR,), 300_000, 2)], limit=64 * KIB)

@@ -34,6 +34,7 @@ from pulsar_api.shim import shim
 from pulsar_api.tasks.interfaces import Bounds
 from pulsar_api.tasks.model import Exit, Process
 from pulsar_api.web.legacy.message import read_text, start_offset
+from tests import needs
 
 MACHINE = LocalMachine(reactor)
 NOBODY = 65534
@@ -463,7 +464,7 @@ DATA = st.one_of(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=needs.trials(50, 200))
 @given(
     st.dictionaries(st.sampled_from(NAMES), DATA, max_size=5),
     st.dictionaries(st.sampled_from(NAMES), st.sampled_from(list(DAMAGES)), max_size=2),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pulsar_api.shim.masker import Masker, masked
 from pulsar_api.tasks.secret_forms import PATTERNS, forms, is_secret, notes
+from tests import needs
 from tests.test_mask import in_pieces, simply, split
 
 
@@ -55,7 +56,7 @@ FILLER = st.binary(max_size=30)
     FILLER,
     st.lists(st.integers(0, 2000), max_size=6),
 )
-@settings(max_examples=1000)
+@settings(max_examples=needs.trials(100, 1000))
 def test_no_form_of_a_secret_is_seen_and_all_else_is_unchanged(
     values: list[str],
     said: list[tuple[bytes, int, str]],

@@ -132,6 +132,7 @@ def test_a_name_is_shown_in_one_line(tmp_path: Path) -> None:
         sleeper.kill()
 
 
+@pytest.mark.needs("loop mounts")
 def test_who_does_not_end_by_kill_is_named(tmp_path: Path) -> None:
     """A process that the kernel holds has been told, and is still there."""
     disk, folder = tmp_path / "disk", tmp_path / "folder"

@@ -41,6 +41,7 @@ from pulsar_api.tasks.queue import Limits
 from pulsar_api.tasks.recorder import RETRY
 from pulsar_api.tasks.retention import TIDY
 from pulsar_api.tasks.service import LEAVE, MAX_ID, TaskService
+from tests import needs
 from tests.fakes import FakeExecutor, MemoryStore, person
 
 CASE = SynchronousTestCase()
@@ -1071,7 +1072,7 @@ class Life(RuleBasedStateMachine):
 
 TestLife = Life.TestCase
 TestLife.settings = hypothesis_settings(
-    max_examples=60, stateful_step_count=30, deadline=None
+    max_examples=needs.trials(15, 60), stateful_step_count=30, deadline=None
 )
 
 

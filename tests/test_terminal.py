@@ -4,9 +4,12 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 PAGE = Path(__file__).with_name("page")
 
 
+@pytest.mark.needs("node")
 def test_what_the_page_makes_of_an_output_is_as_its_tests_say() -> None:
     """Each of them is a sentence in that file; Node runs them."""
     files = sorted(PAGE.glob("*.test.mjs"))

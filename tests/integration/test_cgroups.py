@@ -23,6 +23,8 @@ from pulsar_api.tasks.model import Command
 from tests.integration.daemon import SHELL, Daemon, wait_for
 from tests.integration.test_run_as import OWN, PYTHON, SHOP, TABLES, capable, refused
 
+pytestmark = pytest.mark.needs("cgroups", "setpriv")
+
 BOMB = """
 import os, signal, sys
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

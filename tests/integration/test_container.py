@@ -12,6 +12,8 @@ import pytest
 
 from tests.integration.daemon import PATIENCE, SHELL, Daemon, marked, wait_for
 
+pytestmark = pytest.mark.needs("a namespace of processes")
+
 UNSHARE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 STRANGERS = 3
 

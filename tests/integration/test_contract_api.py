@@ -1333,6 +1333,7 @@ def by_curl(base: str, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.needs("curl")
 def test_curl_sees_every_line_of_the_contract_kept(
     start: Start, tls: tuple[str, ...]
 ) -> None:
@@ -1346,6 +1347,7 @@ def test_curl_sees_every_line_of_the_contract_kept(
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+@pytest.mark.needs("curl")
 def test_the_script_by_curl_fails_where_something_is_wrong(start: Start) -> None:
     """Where nothing listens, and where a task does not do what it is told."""
     daemon = start("--command", "true")

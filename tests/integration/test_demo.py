@@ -54,6 +54,7 @@ def test_a_task_that_fails_gives_its_exit_code(
     assert f"The task ended: failed, exit code {code}." in done.stdout
 
 
+@pytest.mark.needs("curl")
 def test_it_serves_until_ctrl_c(environ: dict[str, str], tmp_path: Path) -> None:
     """The commands that it tells work; two demonstrations can run at once."""
     with (tmp_path / "out").open("w+b") as out:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import needs
 from tests.integration.conftest import Start
 from tests.integration.daemon import PATIENCE, SHELL, Daemon, wait_for
 from tests.integration.refused import answers, reserved
@@ -248,14 +248,6 @@ def test_backup_is_restored(start: Start, tmp_path: Path) -> None:
     daemon.ended(daemon.sh("echo new"))
 
 
-def program(name: str) -> str:
-    """Return where a program is, or skip the test and name the Debian package."""
-    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
-    if found is None:
-        pytest.skip(f"needs the Debian package {name}")
-    return found
-
-
 @contextmanager
 def running(words: list[str], folder: Path) -> Iterator[None]:
     """Run a program in the foreground for a while."""
@@ -310,11 +302,13 @@ def behind(start: Start) -> Daemon:
         ("/etc/nginx/snippets/pulsar-api", "/deploy"),
     ],
 )
+@pytest.mark.needs("nginx")
 def test_output_arrives_through_nginx(
     behind: Daemon, tmp_path: Path, caption: str, path: str
 ) -> None:
     """With the configuration of the page, but for its ports and its certificate."""
-    nginx = program("nginx")
+    nginx = needs.find("nginx")
+    assert nginx is not None
     with reserved() as port:
         pass
     text = captioned(caption).text.replace("127.0.0.1:8081", f"127.0.0.1:{behind.port}")
@@ -339,11 +333,13 @@ def test_output_arrives_through_nginx(
 @pytest.mark.parametrize(
     ("caption", "path"), [("Caddyfile", ""), ("Caddyfile with a path", "/deploy")]
 )
+@pytest.mark.needs("caddy")
 def test_output_arrives_through_caddy(
     behind: Daemon, tmp_path: Path, caption: str, path: str
 ) -> None:
     """With the configuration of the page, but for its name and ports."""
-    caddy = program("caddy")
+    caddy = needs.find("caddy")
+    assert caddy is not None
     with reserved() as port:
         pass
     text = captioned(caption).text.replace("127.0.0.1:8081", f"127.0.0.1:{behind.port}")

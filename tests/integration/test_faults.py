@@ -118,93 +118,88 @@ def fill(path: Path) -> None:
                     file.write(bytes(size))
 
 
-def may_mount() -> bool:
-    """Return whether this process may mount a small disk (CAP_SYS_ADMIN)."""
-    status = Path("/proc/self/status").read_text()
-    found = re.search(r"^CapEff:\s+(\w+)", status, re.MULTILINE)
-    assert found is not None
-    return bool(int(found[1], 16) >> 21 & 1)
-
-
-if may_mount():  # else these tests do not exist: nothing else is full so truly
-
-    def test_a_full_disk(start: Start, tmp_path: Path) -> None:
-        """New tasks are refused, what runs waits and loses nothing, all goes on after."""
-        disk = tmp_path / "daemon0" / "state"
-        disk.mkdir(parents=True)
-        with mounted(disk, "-t", "tmpfs", "-o", "size=8m", "tmpfs"):
-            daemon = start("--command", SHELL, "--max-running=2")
-            before = daemon.sh("seq 1000")
-            daemon.ended(before)
-            text = daemon.task(before)["output"]
-            lines = "seq 40000; seq 40000 >&2; exit 3"
-            number, go = waiter(daemon, tmp_path, lines)
-            other, let_go = waiter(daemon, tmp_path, "exit 4")
-            queued = daemon.sh("echo at last")
-            fill(disk / "filler")
-            assert "MiB is free" in refused(post(daemon), 507)
-            go()
-            # More than the pipes take, so the command stands; nothing is wrong with it.
-            output = daemon.output_file(number)
-            wait_for(lambda: output.stat().st_size > 6, "what has room")
-            assert daemon.task(number)["status"] == "running"
-            assert daemon.task(before)["output"] == text
-            let_go()
-            wait_for(lambda: not processes(daemon, other), "its end")
-            assert daemon.task(other)["status"] == "running"  # its result is not safe
-            refused(post(daemon), 507)
-            (disk / "filler").unlink()
-            assert daemon.ended(other)["exitCode"] == 4
-            assert daemon.ended(number)["exitCode"] == 3
-            whole = "".join(f"{n}\n" for n in range(1, 40001))
-            assert daemon.task(number)["output"] == f"ready\n{whole}{whole}"
-            assert daemon.ended(queued)["exitCode"] == 0
-            works(daemon)
-            assert daemon.task(before)["output"] == text
-            daemon.kill()
-            with closing(sqlite3.connect(disk / "pulsar-api.db")) as db:
-                assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-            daemon.start()
-            assert daemon.task(number)["exitCode"] == 3
-            assert daemon.stop() == 0
-
-    @pytest.mark.parametrize("free", range(5))
-    def test_without_inodes_a_task_that_was_accepted_waits(
-        start: Start, tmp_path: Path, free: int
-    ) -> None:
-        """The daemon starts nothing while there may be too few for all files of a task."""
-        disk = tmp_path / "daemon0" / "state"
-        disk.mkdir(parents=True)
-        with mounted(disk, "-t", "tmpfs", "-o", "size=64m,nr_inodes=64", "tmpfs"):
-            daemon = start("--command", SHELL, "--max-running=1")
-            first, go = waiter(daemon, tmp_path, "exit 4")
-            second = daemon.sh("echo well; exit 3")
-            fillers = [disk / f"filler{number}" for number in range(64)]
-            with suppress(OSError):
-                for filler in fillers:
-                    filler.touch()
-            for filler in fillers[: free + 1]:  # the result of the first takes one
-                filler.unlink()
-            go()
-            assert daemon.ended(first)["exitCode"] == 4
-            assert os.statvfs(disk).f_ffree == free
-            wait_for(lambda: "(inodes)" in str(daemon.task(second)["waitingFor"]), "it")
-            subprocess.run(["mount", "-o", "remount,nr_inodes=99", disk], check=True)
-            assert daemon.ended(second)["exitCode"] == 3
-            assert daemon.task(second)["output"] == "well\n"
-            assert daemon.stop() == 0
-
-    def test_a_state_folder_that_becomes_read_only(daemon: Daemon, tmp_path: Path) -> None:
-        """New tasks are refused; what runs keeps its output and its exit code."""
-        number, go = waiter(daemon, tmp_path, "echo more; exit 3")
-        tasks = daemon.state / "tasks"
-        with mounted(tasks, "--bind", str(tasks)):
-            subprocess.run(["mount", "-o", "remount,bind,ro", str(tasks)], check=True)
-            assert "not writable" in refused(post(daemon))
-            go()
-            assert daemon.ended(number)["exitCode"] == 3
-        assert daemon.task(number)["output"] == "ready\nmore\n"
+@pytest.mark.needs("mounts")
+def test_a_full_disk(start: Start, tmp_path: Path) -> None:
+    """New tasks are refused, what runs waits and loses nothing, all goes on after."""
+    disk = tmp_path / "daemon0" / "state"
+    disk.mkdir(parents=True)
+    with mounted(disk, "-t", "tmpfs", "-o", "size=8m", "tmpfs"):
+        daemon = start("--command", SHELL, "--max-running=2")
+        before = daemon.sh("seq 1000")
+        daemon.ended(before)
+        text = daemon.task(before)["output"]
+        lines = "seq 40000; seq 40000 >&2; exit 3"
+        number, go = waiter(daemon, tmp_path, lines)
+        other, let_go = waiter(daemon, tmp_path, "exit 4")
+        queued = daemon.sh("echo at last")
+        fill(disk / "filler")
+        assert "MiB is free" in refused(post(daemon), 507)
+        go()
+        # More than the pipes take, so the command stands; nothing is wrong with it.
+        output = daemon.output_file(number)
+        wait_for(lambda: output.stat().st_size > 6, "what has room")
+        assert daemon.task(number)["status"] == "running"
+        assert daemon.task(before)["output"] == text
+        let_go()
+        wait_for(lambda: not processes(daemon, other), "its end")
+        assert daemon.task(other)["status"] == "running"  # its result is not safe
+        refused(post(daemon), 507)
+        (disk / "filler").unlink()
+        assert daemon.ended(other)["exitCode"] == 4
+        assert daemon.ended(number)["exitCode"] == 3
+        whole = "".join(f"{n}\n" for n in range(1, 40001))
+        assert daemon.task(number)["output"] == f"ready\n{whole}{whole}"
+        assert daemon.ended(queued)["exitCode"] == 0
         works(daemon)
+        assert daemon.task(before)["output"] == text
+        daemon.kill()
+        with closing(sqlite3.connect(disk / "pulsar-api.db")) as db:
+            assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        daemon.start()
+        assert daemon.task(number)["exitCode"] == 3
+        assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("free", range(5))
+@pytest.mark.needs("mounts")
+def test_without_inodes_a_task_that_was_accepted_waits(
+    start: Start, tmp_path: Path, free: int
+) -> None:
+    """The daemon starts nothing while there may be too few for all files of a task."""
+    disk = tmp_path / "daemon0" / "state"
+    disk.mkdir(parents=True)
+    with mounted(disk, "-t", "tmpfs", "-o", "size=64m,nr_inodes=64", "tmpfs"):
+        daemon = start("--command", SHELL, "--max-running=1")
+        first, go = waiter(daemon, tmp_path, "exit 4")
+        second = daemon.sh("echo well; exit 3")
+        fillers = [disk / f"filler{number}" for number in range(64)]
+        with suppress(OSError):
+            for filler in fillers:
+                filler.touch()
+        for filler in fillers[: free + 1]:  # the result of the first takes one
+            filler.unlink()
+        go()
+        assert daemon.ended(first)["exitCode"] == 4
+        assert os.statvfs(disk).f_ffree == free
+        wait_for(lambda: "(inodes)" in str(daemon.task(second)["waitingFor"]), "it")
+        subprocess.run(["mount", "-o", "remount,nr_inodes=99", disk], check=True)
+        assert daemon.ended(second)["exitCode"] == 3
+        assert daemon.task(second)["output"] == "well\n"
+        assert daemon.stop() == 0
+
+
+@pytest.mark.needs("mounts")
+def test_a_state_folder_that_becomes_read_only(daemon: Daemon, tmp_path: Path) -> None:
+    """New tasks are refused; what runs keeps its output and its exit code."""
+    number, go = waiter(daemon, tmp_path, "echo more; exit 3")
+    tasks = daemon.state / "tasks"
+    with mounted(tasks, "--bind", str(tasks)):
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(tasks)], check=True)
+        assert "not writable" in refused(post(daemon))
+        go()
+        assert daemon.ended(number)["exitCode"] == 3
+    assert daemon.task(number)["output"] == "ready\nmore\n"
+    works(daemon)
 
 
 def test_a_state_folder_that_is_gone(daemon: Daemon, tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def test_one_stream_the_end_and_the_times(daemon: Daemon) -> None:
         problem(daemon.get(f"{path}?{query}"), 400, query.partition("=")[0])
 
 
+@pytest.mark.needs("curl")
 def test_following_goes_on_to_the_end(daemon: Daemon, tmp_path: Path) -> None:
     """By curl -N, from before the start, with times; the last byte is there."""
     go = tmp_path / "go"
@@ -166,6 +167,7 @@ def test_following_goes_on_to_the_end(daemon: Daemon, tmp_path: Path) -> None:
         assert (plain.returncode, timed.returncode, errors.returncode) == (0, 0, 0)
 
 
+@pytest.mark.needs("curl")
 def test_a_stop_of_the_daemon_does_not_look_like_the_end(daemon: Daemon) -> None:
     """Whoever follows is hung up on in the middle of the answer."""
     number = daemon.sh("echo one; exec sleep 60")
@@ -224,6 +226,7 @@ def test_events_tell_the_whole_story(daemon: Daemon) -> None:
         )
 
 
+@pytest.mark.needs("curl")
 def test_events_of_all_tasks_can_be_resumed(daemon: Daemon) -> None:
     """Each task is told as created, once, and its end; also over a restart."""
     client = subprocess.Popen(

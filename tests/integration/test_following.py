@@ -49,7 +49,18 @@ def play(
     return example.communicate(timeout=PATIENCE)
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(
+            number,
+            marks=pytest.mark.needs(
+                *{"javascript": ["node"]}.get(kind, []), *["curl"] * ("curl" in text)
+            ),
+        )
+        for number, (kind, text) in enumerate(EXAMPLES)
+    ],
+)
 def test_an_example_prints_what_the_task_prints(
     start: Start, tmp_path: Path, number: int
 ) -> None:

@@ -89,6 +89,7 @@ class Measured:
 
 
 @pytest.mark.usefixtures("descriptors")
+@pytest.mark.needs("slowhttptest")
 def test_slow_clients_disturb_nobody_and_leave_nothing(
     start: Start, tmp_path: Path
 ) -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from tests.integration.machine import command
 from tests.integration.power import KINDS, ON_DISK
-from tests.integration.test_faults import may_mount
 
 CUTS = int(os.environ.get("PULSAR_POWER_CUTS", "4"))
 LOST = int(os.environ.get("PULSAR_LOST_FILES", "1"))
@@ -26,14 +25,15 @@ def tried(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-if may_mount():  # else these tests do not exist: nothing else loses its power so truly
+@pytest.mark.needs("loop mounts")
+def test_a_power_cut_starts_no_task_twice() -> None:
+    """At any moment, busy and idle, whether or not the boot id is another one."""
+    half = CUTS // 2
+    tried(f"busy={half}", f"idle={CUTS - half}", f"--idle={IDLE}")
 
-    def test_a_power_cut_starts_no_task_twice() -> None:
-        """At any moment, busy and idle, whether or not the boot id is another one."""
-        half = CUTS // 2
-        tried(f"busy={half}", f"idle={CUTS - half}", f"--idle={IDLE}")
 
-    @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ON_DISK])
-    def test_a_state_in_doubt_starts_no_task_twice(kind: str) -> None:
-        """Files removed or damaged, another boot id, a copy: in doubt a task is lost."""
-        tried(f"{kind}={LOST}")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ON_DISK])
+@pytest.mark.needs("loop mounts")
+def test_a_state_in_doubt_starts_no_task_twice(kind: str) -> None:
+    """Files removed or damaged, another boot id, a copy: in doubt a task is lost."""
+    tried(f"{kind}={LOST}")

@@ -7,6 +7,8 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from pulsar_api.cli.demo import EXAMPLE
 from tests.integration.conftest import Start
 from tests.integration.daemon import PATIENCE, PULSAR_API, Daemon
@@ -66,6 +68,7 @@ def test_readme_names_files_that_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.needs("curl")
 def test_commands_beside_the_demonstration_work(
     start: Start, environ: dict[str, str], tmp_path: Path
 ) -> None:
@@ -83,6 +86,7 @@ def test_commands_beside_the_demonstration_work(
     assert "Deploying site to staging" in done.stdout
 
 
+@pytest.mark.needs("curl")
 def test_every_request_of_the_api_page_works(
     start: Start, environ: dict[str, str], tmp_path: Path
 ) -> None:
@@ -98,6 +102,7 @@ def test_every_request_of_the_api_page_works(
         assert done.stdout, line
 
 
+@pytest.mark.needs("curl")
 def test_team_on_github_deploys_by_the_five_steps(start: Start, tmp_path: Path) -> None:
     """With the settings and the commands as they are, but a GitHub of ours."""
     scripts = tmp_path / "apps" / "shop"

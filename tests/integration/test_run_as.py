@@ -25,6 +25,8 @@ from tests.integration import zygote
 from tests.integration.daemon import PATIENCE, PULSAR_API, SHELL, Daemon, wait_for
 from tests.integration.refused import TWISTD
 
+pytestmark = pytest.mark.needs("root", "setpriv")
+
 OWN, SHOP, TOYS = "backup", "games", "news"
 """Accounts of every Debian: the daemon's, if it is not root, and those of two apps."""
 

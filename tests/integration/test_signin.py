@@ -285,6 +285,7 @@ def test_what_is_wrong_with_a_token_is_said(
     assert done.stdout == ""
 
 
+@pytest.mark.needs("root")
 def test_a_token_is_for_the_owner_of_the_state_to_make(tmp_path: Path) -> None:
     """Else root would leave files that the daemon cannot write."""
     os.chown(tmp_path, 12345, 12345)

@@ -233,6 +233,7 @@ class TestVersions:
             assert sock.selected_alpn_protocol() == "http/1.1"
 
 
+@pytest.mark.needs("sslscan")
 class TestScan:
     """What `sslscan` finds, a program that knows nothing of ours."""
 
@@ -241,11 +242,6 @@ class TestScan:
         self, start: Start, tmp_path: Path, kind: str
     ) -> None:
         """Keys agreed on for each connection, AEAD, no compression, no renegotiation."""
-        program = shutil.which("sslscan")
-        assert program is not None, (
-            "sslscan is missing, which looks at TLS from outside; on Debian and Ubuntu: "
-            "apt-get install sslscan"
-        )
         key: Any = ec.generate_private_key(ec.SECP256R1())
         if kind == "rsa":
             key = rsa.generate_private_key(65537, 2048)
@@ -254,7 +250,7 @@ class TestScan:
         (tmp_path / "cert").write_bytes(one.cert_pem())
         daemon = start(f"--ssl-pfx={tmp_path / 'pfx'}", trust=tmp_path / "cert")
         text = subprocess.run(
-            [program, "--xml=-", f"{daemon.host}:{daemon.port}"],
+            ["sslscan", "--xml=-", f"{daemon.host}:{daemon.port}"],
             capture_output=True,
             check=True,
             timeout=PATIENCE,

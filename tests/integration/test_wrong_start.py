@@ -385,6 +385,7 @@ def test_a_folder_that_cannot_be_made_is_named(option: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["lock", "pulsar-api.db", "tasks"])
+@pytest.mark.needs("root")
 def test_a_state_that_belongs_to_another_user_is_refused(
     start: Start, tmp_path: Path, name: str
 ) -> None:
