@@ -9,16 +9,16 @@ from pulsar_api.tap import Options
 
 
 def run(options: ServerOptions) -> None:
-    """Run what the options name, to its end.
+    """Run the daemon until it ends.
 
-    As ``twistd`` does, which then kills itself by the signal that stopped it: who stopped
-    a daemon in the foreground wants to see that it ended well.
+    After that ``twistd`` itself would die by the signal that stopped it. In the foreground
+    a clean stop must exit with 0, so this does not.
     """
     UnixApplicationRunner(options).run()
 
 
 def main() -> None:
-    """Run the daemon until it is told to stop."""
+    """Run the daemon until a signal stops it."""
     if {"--help", "--version"} & set(sys.argv[1:]):
         options = Options()
         options.synopsis = "Usage: python -m pulsar_api [options]"

@@ -1,4 +1,4 @@
-"""The plugin of twistd: its options, and how it makes the daemon."""
+"""The plugin of twistd: its options, and the function that makes the daemon."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ def _parameters() -> tuple[list[list[Any]], list[list[Any]]]:
             text = f"{help} [{default:g}]" if is_number(default) else f"{help} [{default}]"
         if is_flag:
             flags.append([name, None, text])
-        elif name != "listen":  # which may be repeated, see opt_listen
+        elif name != "listen":  # it can be repeated, see opt_listen
             parameters.append([name, None, None, text])
     parameters.append(["config", None, None, "Read these options from a TOML file"])
     return parameters, flags
@@ -44,12 +44,12 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 class Options(usage.Options):
-    """The command line; ``settings`` is what it means."""
+    """The command line. ``settings`` is the result."""
 
     synopsis = "[options]"
     longdesc = (
-        "Runs deployment and operations tasks over HTTP. Every option can also stand in "
-        "the file of --config, without the dashes; the command line wins."
+        "Run deployment and operations tasks over HTTP. Every option can also be set in "
+        "the file of --config, without the dashes; the command line takes precedence."
     )
     optParameters, optFlags = _parameters()
     settings: Settings
@@ -68,19 +68,19 @@ class Options(usage.Options):
         sys.exit(0)
 
     def parseOptions(self, options: Sequence[str] | None = None) -> None:
-        """Parse and check everything; on a mistake say so in one line and exit with 1."""
+        """Parse and check everything. On a mistake, print one line and exit with 1."""
         try:
             super().parseOptions(options)
         except usage.UsageError as e:
             fail(str(e))
 
     def parseArgs(self, *unknown: str) -> None:
-        """Refuse what is no option."""
+        """Refuse arguments that are not options."""
         if unknown:
-            raise usage.UsageError(f"{unknown[0]!r} is no option")
+            raise usage.UsageError(f"{unknown[0]!r} is not an option")
 
     def postOptions(self) -> None:
-        """Make the settings, and try everything that can be tried without starting."""
+        """Make the settings, and check everything that can be checked without a start."""
         given = {k: v for k, v in self.items() if v not in (None, 0)}
         if self._listen:
             given["listen"] = self._listen
@@ -91,23 +91,23 @@ class Options(usage.Options):
         except (SettingsError, CannotListen, StoreUnavailable) as e:
             fail(str(e))
         if "auth-password" in given:
-            text = "everybody on this machine can see --auth-password; use a file"
+            text = "every user of this machine can see --auth-password. Use a file"
             print(f"pulsar-api: warning: {text}: --auth-password-file", file=sys.stderr)
         if self.settings.log_dir and self.parent is not None:
             self.parent["logfile"] = str(Path(self.settings.log_dir) / LOG)
 
 
 def fail(message: str) -> NoReturn:
-    """Say in one line why the daemon does not start, and exit with 1."""
+    """Print in one line why the daemon does not start, and exit with 1."""
     print("pulsar-api:", " ".join(message.split()), file=sys.stderr)
     sys.exit(1)
 
 
 def steady(reactor: Any) -> None:
-    """Let the reactor's clock be one that never jumps.
+    """Give the reactor a clock that never jumps.
 
-    Twisted measures by the time of day: a clock that is set back by an hour would hold
-    every long-poll and every piece of news for an hour.
+    Twisted measures by the time of day. If somebody set that back by an hour, every
+    long-poll and every event would be late by an hour.
     """
     assert not reactor.getDelayedCalls()
     reactor.seconds = time.monotonic
@@ -119,6 +119,6 @@ def makeService(options: Options) -> Service:
 
     steady(reactor)
     daemon = Daemon(reactor, options.settings, os.environ)
-    # A function and not SIG_IGN, which the tasks would inherit.
+    # A function rather than SIG_IGN, because tasks would inherit SIG_IGN.
     signal.signal(signal.SIGHUP, daemon.hang_up)
     return daemon

@@ -159,7 +159,7 @@ def test_the_record_of_the_start_is_on_disk_before_the_process_exists(
         ({"error": "gone", "lost": True}, "lost", "gone"),
         ({"code": 0, "cause": Cause.TIMEOUT}, "failed", "--task-timeout"),
         ({"code": 0, "cause": Cause.SILENCE, "forced": True}, "failed", "KILL was sent"),
-        ({"code": 0, "cause": Cause.KILL}, "killed", "a signal from outside"),
+        ({"code": 0, "cause": Cause.KILL}, "killed", "a signal that somebody sent"),
         ({"code": 0, "good": False}, "failed", "exit code is 0"),
     ],
 )

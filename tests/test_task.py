@@ -124,7 +124,7 @@ STAYS = "The command does not end, not even by KILL."
         (
             Exit(cause=Cause.TIMEOUT, forced=True, error=STAYS, left=(ROOT,)),
             "failed",
-            f"It took longer than a task may (--task-timeout); {RUN}.",
+            f"It ran for longer than allowed (--task-timeout); {RUN}.",
         ),
         (
             Exit(cause=Cause.SILENCE, code=0, forced=True),

@@ -1,4 +1,4 @@
-"""Builds what decides who may use the daemon: providers, sessions, rights, audit log."""
+"""Builds the parts that control access: providers, sessions, rights, audit log."""
 
 import socket
 import time
@@ -29,11 +29,11 @@ from pulsar_api.web.origin import Origins
 
 @frozen
 class AccessParts:
-    """What decides who may use the daemon, and what has to be closed with it."""
+    """The parts that control access, and the resources to close with them."""
 
     access: Access
     store: CredentialStore | None = None
-    """None: nobody has to authenticate."""
+    """None if callers do not authenticate."""
     github: GitHub | None = None
     pool: HTTPConnectionPool | None = None
     """The connections to GitHub."""
@@ -48,7 +48,7 @@ def build_access(
 ) -> AccessParts:
     """Return the parts that the settings describe.
 
-    ``certificate_names`` returns the host names in the certificate that is in use.
+    ``certificate_names`` returns the host names in the current certificate.
     """
     state = Path(s.state_dir)
     log = audit.AuditLog(state / audit.FILE, time.time)
@@ -97,7 +97,7 @@ def _github(
     if s.auth_username is not None and s.auth_password is not None:
         own = s.auth_username, s.auth_password
     names = frozenset(name.casefold() for name in s.auth_members)
-    # No cookies: one user's must not go with the next one's token.
+    # No cookies: a cookie of one user must not be sent with the token of another.
     http = HTTPClient(
         Agent(reactor, connectTimeout=DEADLINE, pool=pool),
         cast("Any", CookieJar(DefaultCookiePolicy(allowed_domains=[]))),

@@ -1,4 +1,4 @@
-"""Tries everything that can be tried before the daemon starts."""
+"""Checks, before the daemon starts, everything that can be checked by then."""
 
 import os
 from collections.abc import Container, Mapping
@@ -19,9 +19,14 @@ LOG = "pulsar-api.log"
 
 
 def check(settings: Settings, *, own_files: bool) -> None:
-    """Raise if the daemon could not start like this; nothing stays open.
+    """Raise if the daemon could not start with these settings. Nothing stays open.
 
-    ``own_files``: whether the process that tries is the one that will write.
+    ``own_files``: whether the daemon will write as the user of this process.
+
+    Raises:
+        SettingsError: A setting is wrong.
+        CannotListen: A port cannot be opened.
+        StoreUnavailable: A database cannot be used.
     """
     identity = certificates.load(settings)
     listener.try_out(settings, only_loopback(settings, identity))
@@ -32,7 +37,7 @@ def check(settings: Settings, *, own_files: bool) -> None:
         make_folder("--log-dir", Path(settings.log_dir))
         log = Path(settings.log_dir) / LOG
         if log.exists() and not (log.is_file() and os.access(log, os.W_OK)):
-            raise SettingsError(f"--log-dir: {log} is no file that can be written")
+            raise SettingsError(f"--log-dir: {log} is not a writable file")
     state = Path(settings.state_dir)
     make_folder("--state-dir", state)
     make_folder("--state-dir", state / TASKS)
@@ -42,11 +47,17 @@ def check(settings: Settings, *, own_files: bool) -> None:
 
 
 def only_loopback(settings: Settings, identity: certificates.Identity | None) -> str | None:
+    """Return why the daemon may listen on loopback addresses only, None if on any."""
     shared = identity is not None and certificates.is_development(identity)
     return listener.why_only_loopback(settings, development_key=shared)
 
 
 def make_commands(settings: Settings, environment: Mapping[str, str]) -> Commands:
+    """Return the commands that the settings describe.
+
+    Raises:
+        SettingsError: The settings are wrong, or name accounts that tasks cannot have.
+    """
     name = settings.command
     template = presets.parse_template("pulsar-0.3" if name == presets.DETECTED else name)
     repo = settings.config_repo
@@ -54,7 +65,7 @@ def make_commands(settings: Settings, environment: Mapping[str, str]) -> Command
         raise SettingsError(f"--command {name} needs --config-repo")
     if template.local_repo and repo is not None:
         if not Path(repo).is_dir():
-            raise SettingsError(f"--config-repo: {repo} is no folder; {name} needs one")
+            raise SettingsError(f"--config-repo: {repo} is not a folder; {name} needs one")
         repo = str(Path(repo).resolve())
     usual = Names()
     names = Names(
@@ -70,7 +81,11 @@ def make_commands(settings: Settings, environment: Mapping[str, str]) -> Command
 
 
 def find_accounts(settings: Settings, controllers: Container[str]) -> Accounts:
-    """Return the accounts of tasks; `SettingsError` if this process cannot give them."""
+    """Return the accounts of tasks.
+
+    Raises:
+        SettingsError: This process cannot give tasks these accounts or limits.
+    """
     accounts = Accounts.find(settings.run_as, os.geteuid())
     if settings.run_as:
         check_capabilities()

@@ -53,31 +53,31 @@ from pulsar_api.web.signin import SignIn
 _log = Logger()
 
 REAP = 1.0
-"""Seconds between two looks for children that nobody else waits for."""
+"""Seconds between two checks for ended children that no other code waits for."""
 
 CLOSE = 10.0
-"""Seconds that closing each part of the daemon may take at its end."""
+"""Seconds that each part of the daemon has to close at the end."""
 
 
 @frozen
 class Given:
-    """What is known before ``twistd`` has forked."""
+    """The values that are fixed before ``twistd`` forks."""
 
     commands: Commands
     umask: int
-    """For tasks."""
+    """The umask of tasks."""
     files: int
-    """The soft limit of open files, for tasks."""
+    """The soft limit of open files of tasks."""
     certificate_names: Callable[[], frozenset[str]]
 
 
 @frozen
 class Running:
-    """The parts of a daemon, all of them from its start to its end."""
+    """The parts of a daemon. All of them exist from its start to its end."""
 
     tasks: TaskService
     root: Root
-    """Serves the routes; the tasks must have been taken up."""
+    """Serves the routes, once `start` has taken up the tasks."""
     _reactor: Any
     _settings: Settings
     _lock: int
@@ -95,7 +95,7 @@ class Running:
     async def start(self, failed: Callable[[Failure], object]) -> None:
         """Take up the tasks of earlier daemons.
 
-        ``failed`` is called later if nobody can know which commands there are.
+        ``failed`` is called later if the installed version of pulsar cannot be found out.
         """
         self._reaper.start(REAP)
         await self._listings.start()
@@ -106,7 +106,7 @@ class Running:
         self._memory.start()
 
     async def stop(self) -> None:
-        """Take no new tasks and answer all waiters; running tasks go on."""
+        """Take no new tasks and answer all waiters. Running tasks go on."""
         self._memory.stop()
         await self.tasks.stop(self._settings.drain_timeout)
         self.tasks.release()
@@ -131,38 +131,41 @@ class Running:
 
 
 async def within(clock: IReactorTime, what: str, closing: Deferred[Any]) -> None:
-    """Wait until something is closed, for `CLOSE` seconds at most."""
+    """Wait at most `CLOSE` seconds until ``closing`` fires."""
 
     def late(*_: object) -> None:
-        _log.error("Closing {what} takes too long; it is left open", what=what)
+        _log.error("Closing {what} takes too long; going on without", what=what)
 
     await closing.addTimeout(CLOSE, clock, late)
 
 
 def build(reactor: Any, s: Settings, given: Given, lock: int) -> Running:
-    """Return the parts that the settings describe. The launcher has been started.
+    """Return the parts that the settings describe, with the launcher started.
 
-    ``lock`` is the descriptor that keeps other daemons out of the state folder. Raises
-    `SettingsError` if this process cannot give tasks their accounts, or `OSError`.
+    ``lock`` is the descriptor that keeps other daemons out of the state folder.
+
+    Raises:
+        SettingsError: This process cannot give tasks their accounts.
+        OSError: The state folder or the launcher cannot be set up.
     """
     state = Path(s.state_dir)
     tasks = state / TASKS
     tasks.mkdir(mode=0o700, exist_ok=True)
-    # Of very many files it takes long; nobody waits for it, and nothing at the end.
+    # With very many files this takes long. Nothing waits for it, not even the stop.
     threading.Thread(target=narrow, args=([tasks],), daemon=True).start()
-    # What a killed shim leaves becomes a child of this process, and is found as such.
+    # The processes of a killed shim then become children of this one, which finds them.
     processes.become_subreaper()
     own_children = reapProcessHandlers
     reaper = LoopingCall(_reap, processes.Reaper(own_children))
     reaper.clock = reactor
-    # A task that runs as the daemon could replace what the state folder holds.
+    # Without other accounts a task could replace the compiled programs in this folder.
     started = programs.compiled(state) if s.run_as else programs.Programs()
     if not s.run_as:
         programs.remove_compiled(state)
-    # Before the launcher starts: that inherits the cgroup of the daemon.
+    # Before the launcher starts, because it inherits the cgroup of the daemon.
     root = cgroups.delegated()
     groups = None if root is None else Cgroups.enter(root, time.time())
-    # Again: twistd may have changed the user since (--uid).
+    # Check again, because twistd may have changed the user since (--uid).
     find_accounts(s, () if groups is None else groups.enabled())
     launcher = Launcher(reactor, started.launcher, state)
     launcher.start()
@@ -174,7 +177,7 @@ def build(reactor: Any, s: Settings, given: Given, lock: int) -> Running:
             machine, reactor, folder, lambda: uuid4().hex, given.umask, given.files
         )
 
-    # With a permit for each, which are kept beside their folders.
+    # Permits are kept beside the folder of tasks, so listings need a folder of their own.
     listed = state / LISTINGS / TASKS
     listings = Listings(executor(listed), machine, reactor, listed)
     known = None if s.command == presets.DETECTED else given.commands
@@ -239,7 +242,7 @@ def _root(
 
 
 def _reap(reaper: processes.Reaper) -> None:
-    with suppress(OSError):  # for want of descriptors; the next one has more luck
+    with suppress(OSError):  # no descriptor is free; the next call tries again
         reaper.reap()
 
 

@@ -38,10 +38,10 @@ from pulsar_api.web.server.site import BoundedSite, Capacity
 _log = Logger()
 
 LAST = 30.0
-"""Seconds after all is closed in which the process must end, threads or not."""
+"""Seconds that the process has to end once all is closed, even if a thread hangs."""
 
 _RESERVE = 256
-"""Open files that are kept for tasks, the database and the log."""
+"""Descriptors that connections must leave for tasks, the databases and the log."""
 
 
 class _Starting(Resource):
@@ -54,10 +54,9 @@ class _Starting(Resource):
 
 
 class Daemon(MultiService):
-    """The ports, and what runs behind them from the start of the service to its end.
+    """The ports, and the parts that run behind them while the service runs.
 
-    Nothing but the ports is opened before ``twistd`` has forked and given up its
-    privileges.
+    Only the ports are opened before ``twistd`` has forked and dropped its privileges.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Daemon(MultiService):
         super().__init__()
         self._reactor = reactor
         self._settings = settings
-        # twistd sets its own umask when it becomes a daemon; tasks get the one of now.
+        # twistd changes the umask when it becomes a daemon; tasks get the present one.
         umask = os.umask(0o022)
         os.umask(umask)
         environ = {"HOME": os.path.expanduser("~"), "PATH": os.defpath, **environ}
@@ -92,7 +91,7 @@ class Daemon(MultiService):
         for service in self.listeners:
             self.addService(service)
         self._running: Running | None = None
-        """None: the service has not started."""
+        """None before the service has started."""
 
     @property
     def tasks(self) -> TaskService | None:
@@ -115,21 +114,21 @@ class Daemon(MultiService):
         if not self._settings.allow_sudo:
             processes.forbid_new_privileges()
         if not self._settings.run_as:
-            # Its tasks can replace the shim, or change what one is told: with such a
-            # capability they would become root.
+            # Tasks run as the daemon here, and can replace a shim or change its orders. A
+            # shim with such a capability would let them become root.
             processes.keep_capabilities()
         if os.geteuid() == 0 and not self._settings.run_as:
             _log.warn(
-                "TASKS RUN AS ROOT, as this daemon does: give it a user of its own, or its "
-                "tasks one by [[run-as]] in the settings"
+                "TASKS RUN AS ROOT, because this daemon does. Run it as a user of its own, "
+                "or give tasks other accounts with [[run-as]] in the settings"
             )
         if self._settings.run_as and not self._settings.authenticated:
             _log.warn(
-                "EVERY TASK CAN ASK THIS DAEMON FOR TASKS OF ALL ACCOUNTS, as nobody has "
-                "to say who they are: [[run-as]] protects nothing without --auth-provider"
+                "EVERY TASK CAN START TASKS UNDER ALL ACCOUNTS, because callers do not "
+                "authenticate: [[run-as]] protects nothing without --auth-provider"
             )
         if self._shared_key:
-            _log.warn("DEVELOPMENT CERTIFICATE: everybody has its key, it protects nothing")
+            _log.warn("DEVELOPMENT CERTIFICATE: its key is public, so it protects nothing")
         starting = Deferred.fromCoroutine(self._start(held))
         starting.addErrback(self._cannot_start)
 
@@ -139,21 +138,21 @@ class Daemon(MultiService):
         self.site.resource = self._running.root
 
     def _certificate_names(self) -> frozenset[str]:
-        """Return the host names in the certificate that is in use."""
+        """Return the host names in the current certificate."""
         found = self._renewal
         return frozenset() if found is None else found.identity.names()
 
     def _cannot_start(self, failure: Any) -> None:
         _log.failure("The daemon cannot start", failure)
-        # It may not run yet. And who started it must see that it failed: twistd would
-        # end with 0, so the last thing that is done is to end with 1.
+        # The reactor may not run yet. Also, twistd would exit with 0, so the last exit
+        # handler exits with 1 to report the failure.
         self._reactor.callWhenRunning(self._reactor.stop)
         atexit.register(os._exit, 1)
 
     async def _stop(self) -> None:
         if self._running is not None:
             await self._running.stop()
-        # What was answered has to leave before the connections are cut.
+        # Responses have to leave before the connections are cut.
         until = self._reactor.seconds() + 1
         while self.site.serving and self._reactor.seconds() < until:
             await deferLater(self._reactor, 0.01)
@@ -161,30 +160,31 @@ class Daemon(MultiService):
         await within(self._reactor, "the connections", connections)
         if self._running is not None:
             await self._running.close()
-        # What ends from now on is the next daemon's. The reactor now waits for its
-        # threads, deaf to signals; a traced thread of CPython 3.11 spins for as long as
-        # one is not taken.
+        # Children that end from now on are the next daemon's. The reactor now waits for its
+        # threads and handles no signals; a traced thread of CPython 3.11 spins as long as a
+        # signal is pending.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # A thread that waits for a dead disk must not keep it.
+        # A thread that waits for a dead disk must not keep the process alive.
         threading.Thread(target=_end, name="end", daemon=True).start()
-        # Nor is there anything left to read again; and SIG_DFL would end it by the signal.
+        # There are no certificates left to reload, and with SIG_DFL a SIGHUP would kill the
+        # process.
         if signal.getsignal(signal.SIGHUP) == self.hang_up:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def stopService(self) -> Deferred[None]:
-        """Take no new tasks, answer who waits, leave running commands running."""
+        """Take no new tasks, answer all waiters, leave running commands running."""
         return Deferred.fromCoroutine(self._stop())
 
     def hang_up(self, *_: object) -> None:
-        """Read the certificate files again, as soon as the reactor has time.
+        """Reload the certificate files as soon as the reactor has time.
 
-        A handler for SIGHUP, which may come at any moment.
+        This is the handler for SIGHUP, which can arrive at any moment.
         """
         self._reactor.callFromThread(self._renew)
 
     def _renew(self) -> None:
         if self._renewal is None:
-            _log.info("SIGHUP: there is no certificate that could be read again")
+            _log.info("SIGHUP: there is no certificate to reload")
         else:
             self._renewal.renew()
 

@@ -1,4 +1,4 @@
-"""The state folder: its lock, the names in it, and who may read them."""
+"""The state folder: its lock, the names in it, and the rights to them."""
 
 import fcntl
 import os
@@ -18,20 +18,30 @@ _log = Logger()
 DATABASE = "pulsar-api.db"
 TASKS = "tasks"
 LISTINGS = "listings"
-_NAMED = 20  # files that were open to other users and are named in the log
+_NAMED = 20  # the log names at most this many files that were open to other users
 
 
 def make_folder(option: str, path: Path) -> None:
+    """Create a folder unless it exists.
+
+    Raises:
+        SettingsError: The folder cannot be created or written; the message begins with the
+            ``option`` that names it.
+    """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as e:
-        raise SettingsError(f"{option}: cannot make {path}: {e.strerror}") from None
+        raise SettingsError(f"{option}: cannot create {path}: {e.strerror}") from None
     if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
         raise SettingsError(f"{option}: {path} is not writable")
 
 
 def lock(state: Path) -> int:
-    """Return a descriptor that keeps other daemons out as long as it is open."""
+    """Return a descriptor that keeps other daemons out as long as it is open.
+
+    Raises:
+        SettingsError: Another daemon has the lock, or the file cannot be opened.
+    """
     path = state / "lock"
     try:
         fd = files.open_regular(path, os.O_RDWR | os.O_CREAT)
@@ -41,7 +51,7 @@ def lock(state: Path) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
-        text = f"--state-dir: another pulsar-api uses {state}; give each its own"
+        text = f"--state-dir: another pulsar-api uses {state}. Give each its own folder"
         raise SettingsError(text) from None
     return fd
 
@@ -56,14 +66,14 @@ OWN = (
     ),
     *(f"{name}*" for name in (audit.FILE, audit.ACCESS_FILE)),
 )
-"""What is ours in the state folder, beside the folder of the tasks."""
+"""The daemon's own files in the state folder, without the folder of the tasks."""
 
 
 def narrow(paths: Iterable[Path]) -> None:
-    """Take all rights of others from files and folders of ours, and say which had some."""
+    """Take all rights of other users from these files and folders, and log the changes."""
     number = 0
     for number, path in enumerate(chain.from_iterable(map(files.narrow, paths)), 1):
         if number <= _NAMED:
-            _log.warn("{path} was open to other users; now it is not", path=path)
+            _log.warn("{path} was open to other users; this is now mended", path=path)
     if number > _NAMED:
-        _log.warn("So were {n} other files and folders", n=number - _NAMED)
+        _log.warn("{n} more files and folders were, too", n=number - _NAMED)

@@ -14,7 +14,7 @@ from pulsar_api.tasks.model import Account, Limits
 from pulsar_api.tasks.targets import Target
 
 CAP_KILL, CAP_SETGID, CAP_SETUID = 5, 6, 7
-"""Bits of what a process may do (capability.h)."""
+"""The numbers of three capabilities (capability.h)."""
 
 NEEDED = 1 << CAP_KILL | 1 << CAP_SETGID | 1 << CAP_SETUID
 
@@ -38,7 +38,11 @@ class RunAs:
 
     @classmethod
     def parse(cls, table: object) -> "RunAs":
-        """Read a table. Raises `ValueError` with a sentence about the mistake."""
+        """Return what a table says.
+
+        Raises:
+            ValueError: The table is wrong; the message is a sentence about the mistake.
+        """
         if not isinstance(table, dict):
             raise ValueError("is a list of tables: [[run-as]]")  # noqa: TRY004
         unknown = sorted(set(table) - _KEYS)
@@ -67,7 +71,7 @@ class RunAs:
 
 
 def _limits(table: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Yield the limits of a table as files of a cgroup (cgroups(7)) and their contents."""
+    """Yield each limit of a table as a file of a cgroup (cgroups(7)) and its content."""
     memory, quota, tasks = (table.get(name) for name in _LIMITS)
     if memory is not None:
         found = re.fullmatch("([1-9][0-9]{0,14})([KMGT]?)", str(memory))
@@ -97,59 +101,63 @@ def _text(table: Mapping[str, object], name: str) -> str | None:
 
 @frozen
 class Accounts:
-    """Finds the account of a target. Without tables it is the account of the daemon."""
+    """Finds the account of a target. Without tables, that is the daemon's own account."""
 
     tables: tuple[tuple[tuple[Target, ...], Account], ...] = ()
 
     @classmethod
     def find(cls, tables: Iterable[RunAs], own: int) -> "Accounts":
-        """Look up the names in the tables.
+        """Return the accounts that the tables name.
 
-        ``own`` is the user of the daemon. Raises `SettingsError` for an unknown account,
-        and for one that is too powerful: the daemon's own, or root.
+        ``own`` is the user id of the daemon.
+
+        Raises:
+            SettingsError: An account is unknown, or has too many rights: root and the
+                daemon's own account are refused.
         """
         return cls(tuple((table.on, _account(table, own)) for table in tables))
 
     def of(self, app: str, env: str, action: str | None) -> Account | None:
         """Return the account of the first table that matches, None for the daemon's own.
 
-        Raises `InvalidInput` if there are tables and none matches.
+        Raises:
+            InvalidInput: There are tables, but none matches.
         """
         for on, account in self.tables:
             if any(target.matches(app, env, action) for target in on):
                 return account
         if self.tables:
             detail = (
-                f"no [[run-as]] in the settings is for {app}/{env}, and none of the others "
-                "may be used; who runs this daemon can add one"
+                f"no [[run-as]] table in the settings matches {app}/{env}. Ask the "
+                "operator of this daemon to add one"
             )
             raise InvalidInput("app", detail)
         return None
 
 
 OWN_ACCOUNT = Accounts()
-"""All tasks run as the daemon."""
+"""All tasks run under the daemon's own account."""
 
 
 def _account(table: RunAs, own: int) -> Account:
     try:
         user = pwd.getpwnam(table.user)
     except KeyError:
-        raise SettingsError(f"run-as: there is no user {table.user}") from None
+        raise SettingsError(f"run-as: the user {table.user} does not exist") from None
     group = user.pw_gid
     if table.group is not None:
         try:
             group = grp.getgrnam(table.group).gr_gid
         except KeyError:
-            raise SettingsError(f"run-as: there is no group {table.group}") from None
+            raise SettingsError(f"run-as: the group {table.group} does not exist") from None
     if user.pw_uid == 0:
-        raise SettingsError("run-as: root can do everything; give tasks another user")
+        raise SettingsError("run-as: tasks must not run as root. Name another user")
     if user.pw_uid == own:
-        why = "the daemon itself runs as that user, and its tasks could change its state"
+        why = "the daemon runs as this user, so tasks could change the daemon's state"
         raise SettingsError(f"run-as: {table.user}: {why}")
     groups = os.getgrouplist(table.user, group)
     if 0 in groups or os.getegid() in groups:
-        why = "it is in the group of root, or of the daemon"
+        why = "the user is in the group of root or of the daemon"
         raise SettingsError(f"run-as: {table.user}: {why}")
     home = user.pw_dir if table.home is None else table.home
     return Account(
@@ -158,7 +166,7 @@ def _account(table: RunAs, own: int) -> Account:
 
 
 def check_limits(tables: Iterable[RunAs], controllers: Container[str]) -> None:
-    """Raise `SettingsError` for a limit whose controller is not available."""
+    """Raise `SettingsError` if a limit needs a controller that is not available."""
     for table in tables:
         for file, _ in table.limits:
             controller = file.partition(".")[0]
@@ -174,8 +182,8 @@ def check_limits(tables: Iterable[RunAs], controllers: Container[str]) -> None:
 def check_capabilities(status: Path = Path("/proc/self/status")) -> None:
     """Raise `SettingsError` if this process cannot give its tasks other accounts.
 
-    Each shim needs it as well: so what is not root needs it in its ambient set, which
-    outlives the start of a program (capabilities(7)).
+    Each shim needs the same capabilities. A process that is not root must therefore have
+    them in its ambient set, which an exec preserves (capabilities(7)).
     """
     found = capabilities(status)
     held = found["CapEff"] if os.geteuid() == 0 else found["CapEff"] & found["CapAmb"]
@@ -187,7 +195,7 @@ def check_capabilities(status: Path = Path("/proc/self/status")) -> None:
 
 
 def capabilities(status: Path) -> Mapping[str, int]:
-    """Return the sets of a process by their names in its ``status``."""
+    """Return the capability sets of a process, by their names in its ``status`` file."""
     lines = status.read_text().splitlines()
     return {
         name: int(value, 16)

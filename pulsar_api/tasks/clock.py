@@ -12,22 +12,22 @@ class SteadyClock:
     """Counts the seconds for which the machine ran.
 
     Within one boot it follows `CLOCK_BOOTTIME`, which nobody can set. Only the wall clock
-    knows how long the machine was off, and it may be wrong at boot, so that time does not
-    count. The clock starts near the wall clock and falls behind it by the time that the
-    machine is off: whatever expires by it expires late rather than too early.
+    knows how long the machine was off, and the wall clock can be wrong at boot. This clock
+    therefore does not count that time. It starts near the wall clock and falls behind it
+    while the machine is off, so everything expires late rather than early.
     """
 
     _wall: Callable[[], float]
     _uptime: Callable[[], float]
     _boot: str
     _ahead: float = field(default=0.0, init=False)
-    """What is added to the uptime."""
+    """The seconds that this clock adds to the uptime."""
 
     def resume(self, last: Reading | None, newest: float | None) -> None:
         """Continue from the last reading of an earlier daemon.
 
-        If there is none: from the newest time in the records, or from the wall clock if
-        that is earlier or there are no records.
+        Without such a reading, continue from the newest time in the records. If there are
+        no records, or the wall clock is earlier, continue from the wall clock.
         """
         uptime, wall = self._uptime(), self._wall()
         if last is None:

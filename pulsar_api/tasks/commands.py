@@ -1,4 +1,4 @@
-"""Turns a task into the list of arguments that runs, and refuses names that cannot be."""
+"""Turns a task into the list of arguments that runs, and refuses unsafe names."""
 
 import re
 import shlex
@@ -22,7 +22,7 @@ MAX_VARIABLES_BYTES = 64 * 1024
 
 _RUBY = Path(__file__).parents[1] / "ruby"
 
-# Variables of these names change what a program does before it does anything.
+# Programs and loaders read variables of these names before the program's own code runs.
 _DANGEROUS = re.compile(
     r"(LD_|DYLD_|GLIBC_|GCONV_|MALLOC_|RUBY|GEM_|BUNDLE|RAKE|PYTHON|PERL|NODE|GIT_|SSH_"
     r"|BASH|PULSAR_|XDG_|LC_).*"
@@ -30,7 +30,7 @@ _DANGEROUS = re.compile(
     r"|TMPDIR|LANG|LOCALDOMAIN|HOSTALIASES|RES_OPTIONS|USER|LOGNAME"
 )
 
-# What the daemon is told by systemd, or keeps to itself, is no task's business.
+# Variables from systemd to the daemon, and the daemon's own: tasks must not get them.
 _OURS = re.compile(
     r"CREDENTIALS_DIRECTORY|NOTIFY_SOCKET|WATCHDOG_\w+|LISTEN_\w+|JOURNAL_STREAM"
     r"|INVOCATION_ID|MEMORY_PRESSURE_\w+|PULSAR_API_\w+|PULSAR_(APP|ENV|ACTION|TASK_ID"
@@ -41,12 +41,12 @@ _PERSONAL = frozenset(
     "HOME USER LOGNAME SHELL MAIL SUDO_USER SUDO_UID SUDO_GID XDG_RUNTIME_DIR "
     "XDG_CONFIG_HOME XDG_CACHE_HOME XDG_DATA_HOME XDG_STATE_HOME".split()
 )
-"""Variables that say who somebody is; what runs as somebody else gets its own."""
+"""Variables that describe a user. A command under another account gets its own."""
 
 
 @frozen
 class Names:
-    """The names that are allowed. A pattern must match a whole name."""
+    """The allowed names. A pattern must match a whole name."""
 
     app: re.Pattern[str] = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
     env: re.Pattern[str] = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -54,7 +54,7 @@ class Names:
     variable: re.Pattern[str] = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
     forbidden_actions: frozenset[str] = frozenset()
     secret_variables: tuple[str, ...] = secret_forms.PATTERNS
-    """Patterns for the names of secret variables, as in `fnmatch`."""
+    """Patterns for the names of secret variables, as for `fnmatch`."""
 
 
 @frozen
@@ -71,7 +71,7 @@ class Commands:
     def split(self, asked: TaskSpec) -> tuple[TaskSpec, Mapping[str, str]]:
         """Return a task without the values of its secrets, and these values by name.
 
-        A variable is secret if its name says so, or if the request does.
+        A variable is secret if its name matches a pattern, or if the request lists it.
         """
         patterns = self.names.secret_variables
         secrets = {
@@ -91,7 +91,7 @@ class Commands:
         if self.template.action_arguments:
             action, bracket, rest = action.partition("[")
             if bracket and not re.fullmatch(r"[A-Za-z0-9_:.,/@+ -]*\]", rest):
-                detail = "arguments are written action[one,two], of A-Z a-z 0-9 _:./@+-"
+                detail = "write arguments as action[one,two], with A-Z a-z 0-9 _:./@+- only"
                 raise InvalidInput("action", detail)
         _check_name("action", action, self.names.action, MAX_ACTION)
         if len(spec.action) > MAX_ACTION:
@@ -119,7 +119,7 @@ class Commands:
                 raise InvalidInput(where, "for this command a key is only A-Z a-z 0-9 _")
             by_name = self.template.into_environment or self.template.word_keys
             if by_name and (_DANGEROUS.fullmatch(key) or key in self.environment):
-                detail = "this name would change how programs work; take another"
+                detail = "this name would change how programs work. Choose another name"
                 raise InvalidInput(where, detail)
             if "\0" in value:
                 raise InvalidInput(where, "NUL is not allowed")
@@ -134,9 +134,10 @@ class Commands:
     def command(
         self, spec: TaskSpec, task_id: int, secrets: Mapping[str, str] = NOTHING
     ) -> Command:
-        """Return the command of a task. Without ``secrets`` it is fit to be shown.
+        """Return the command of a task. Without ``secrets`` it is safe to display.
 
-        Raises `InvalidInput` for a value that the template does not accept.
+        Raises:
+            InvalidInput: The template does not accept a value.
         """
         spec = evolve(spec, variables={**spec.variables, **secrets})
         self.check(spec)
@@ -145,7 +146,9 @@ class Commands:
     def listing(self, app: str, env: str) -> Command:
         """Return the command that prints the actions of an app.
 
-        Raises `InvalidInput`, or `NoListing` if the template has none.
+        Raises:
+            InvalidInput: The template does not accept a value.
+            NoListing: The template has no such command.
         """
         if not self.template.listing:
             raise NoListing
@@ -154,10 +157,10 @@ class Commands:
         return self._made(self.template.listing, TaskSpec(app, env, ""), 0)
 
     def version(self) -> Command:
-        """Return the command that prints which pulsar is installed, for `preset_for`.
+        """Return the command that prints the version of pulsar, for `preset_for`.
 
-        It runs under the first account of ``[[run-as]]``, since accounts of tasks may own
-        programs in PATH.
+        It runs under the first account of ``[[run-as]]``, because an account of tasks may
+        own the programs in PATH, and the daemon must not run those as itself.
         """
         account = next((account for _, account in self.accounts.tables), None)
         arguments = DETECTED, "--version"
@@ -196,11 +199,11 @@ class Commands:
         action = spec.action
         if self.template.action_arguments:
             action = action.partition("[")[0]
-        # Without an action it is a listing, which is of all that an app has.
+        # A listing has no action: it shows all actions of the app.
         return self.accounts.of(spec.app, spec.env, action or None)
 
     def _variables(self, spec: TaskSpec) -> list[str]:
-        # Everybody on the machine can read the arguments of a process.
+        # Every user of the machine can read the arguments of a process.
         left_out = spec.secret_names if not self.template.secrets_in_arguments else ()
         return [
             part.format(key=key, value=value) if "{" in part else part
@@ -222,14 +225,14 @@ class Commands:
     ) -> dict[str, str]:
         result = self._inherited(account)
         if self.template.ruby:
-            # Ruby holds output back when it is no terminal, and reads options from here.
+            # Ruby buffers its output unless that is a terminal; RUBYOPT can change that.
             result.pop("RAKEOPT", None)
             result["RUBYOPT"] = f"{result.get('RUBYOPT', '')} -rpulsar_live".strip()
             folders = [str(_RUBY), result.get("RUBYLIB", "")]
             result["RUBYLIB"] = ":".join(filter(None, folders))
         if self.template.into_environment:
             result.update(spec.variables)
-        elif self.template.word_keys:  # Rake takes an argument key=value just so
+        elif self.template.word_keys:  # Rake itself accepts arguments of the form key=value
             result.update({key: spec.variables[key] for key in spec.secret_names})
         result.update({f"PULSAR_VAR_{k}": v for k, v in spec.variables.items()})
         result["PULSAR_APP"] = spec.app
@@ -245,9 +248,9 @@ def _name(spec: TaskSpec) -> str:
 
 
 def shown(command: Command) -> str:
-    """Return a command as one line of printable characters, as a shell would read it.
+    """Return a command as one line of printable characters, quoted as for a shell.
 
-    For people and logs; nobody runs it.
+    The line is for people and logs. Nothing runs it.
     """
     return " ".join(map(_quoted, command.shown or command.arguments))
 
@@ -266,16 +269,16 @@ def _escaped(character: str) -> str:
         return _ESCAPES[character]
     if character.isprintable():
         return character
-    # Three digits always: what follows must not become a part of the number.
+    # Always three digits, so that a digit that follows does not join the number.
     data = character.encode("utf-8", "surrogateescape")
     return "".join(f"\\{byte:03o}" for byte in data)
 
 
 def check_printable(field: str, text: str) -> None:
-    """Raise `InvalidInput` for a name that is never allowed, whatever the settings say.
+    """Raise `InvalidInput` for a name that no setting can allow.
 
     NUL would end an argument or a variable. A line end would begin another line in a log
-    or a record. A program would take a leading hyphen for an option.
+    or a record. A program would read a leading hyphen as an option.
     """
     if not text:
         raise InvalidInput(field, "must not be empty")

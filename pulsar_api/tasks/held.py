@@ -1,4 +1,4 @@
-"""Targets that stay taken although their task has ended, since its processes still run."""
+"""Targets that stay taken after their task has ended, since its processes still run."""
 
 from collections.abc import Callable
 
@@ -18,17 +18,17 @@ _log = Logger()
 
 @define(eq=False)
 class HeldTargets:
-    """Gives each target back when nothing of the ended task runs any more."""
+    """Gives each target back when no process of the ended task runs any more."""
 
     _queue: Queue
     _recorder: Recorder
     _executor: Executor
     _schedule: Callable[[], None]
-    """Is called when a target is free."""
+    """Called when a target becomes free."""
     stopped: bool = False
 
     def watch(self, live: LiveTask) -> None:
-        """Keep the target of a task that has ended from others, until nothing runs."""
+        """Keep the target of an ended task taken until none of its processes runs."""
         self._queue.move(live, Phase.HOLDING)
         run_in_background(self._watch(live))
 
@@ -38,7 +38,7 @@ class HeldTargets:
             try:
                 left = await self._executor.living(before)
             except OSError as e:
-                _log.error("Cannot look at what is left of task {id}: {e}", id=live.id, e=e)
+                _log.error("Cannot check the processes of task {id}: {e}", id=live.id, e=e)
                 left = before
             if not live.newest.held:
                 return
@@ -46,7 +46,7 @@ class HeldTargets:
                 live.has_left(left)
                 await self._recorder.record(live)
             if not left:
-                _log.info("Nothing of task {id} runs any more", id=live.id)
+                _log.info("No process of task {id} runs any more", id=live.id)
                 self._give_back(live)
                 return
             await self._recorder.pause(live)
@@ -54,7 +54,8 @@ class HeldTargets:
     async def free(self, live: LiveTask, by: Principal) -> None:
         """Give the target of an ended task back although processes still run.
 
-        Raises `ShuttingDown` if that is not on record before the daemon ends.
+        Raises:
+            ShuttingDown: The daemon ends before this is on record.
         """
         remains = listed(live.newest.still_running)
         note = f"{by} gave {live.target} back while these still ran: {remains}."

@@ -75,7 +75,7 @@ class Keep:
 
 
 class Sink(Protocol):
-    """Receives what a run tells. ``ended`` is called once, and last."""
+    """Receives the reports of a run. ``ended`` is called once, and last."""
 
     def started(self, pid: int) -> None:
         """The command runs under this process number."""
@@ -94,33 +94,32 @@ class Run(Protocol):
         """End the whole process tree: TERM, after the grace KILL. Harmless if repeated."""
 
     def detach(self) -> None:
-        """Stop following; the run goes on, and nobody is told any more."""
+        """Stop following. The run goes on, and the sink gets no more reports."""
 
 
 class Executor(Protocol):
     """Runs commands. It never starts the same task twice."""
 
     def check(self) -> None:
-        """Raise `StoreUnavailable` if what a new run prints could not be kept."""
+        """Raise `StoreUnavailable` if the output of a new run could not be kept."""
 
     def place(self) -> str:
-        """Return what tells the folders of this executor from copies of them."""
+        """Return a text that differs between these folders and any copy of them."""
 
     def permit(self, task_id: int) -> Deferred[str]:
-        """Allow the start of a task; fires with a name for this permit, safe on disk.
+        """Allow the start of a task; fire with the permit's name once it is on disk.
 
-        A permit is valid as long as the machine has not booted and the folders are the
-        same. Fails with `StoreUnavailable`, or with `FolderInUse` if a run has begun in
-        the task's folder.
+        A permit is valid until the machine boots or the folders are replaced. Fails with
+        `StoreUnavailable`, or with `FolderInUse` if a run has begun in the task's folder.
         """
 
     def permitted(self) -> Deferred[AbstractSet[int]]:
-        """Fire with the numbers of all tasks that were ever allowed to start."""
+        """Fire with the numbers of all tasks that ever got a permit."""
 
     def is_here(self, task_id: int) -> bool:
-        """Return whether the permit of a run, used or not, is of this boot and folder.
+        """Return whether the permit of a run, used or not, is from this boot and folder.
 
-        Only then do process numbers in its folder mean the same processes.
+        Only then do the process numbers in its folder still identify the same processes.
         """
 
     def start(
@@ -131,22 +130,23 @@ class Executor(Protocol):
         sink: Sink,
         permit: str | None = None,
     ) -> Run:
-        """Start a command. It raises nothing: the sink is told every error, as an end."""
+        """Start a command. It raises nothing: the sink gets each error as an end."""
 
     def adopt(self, task_id: int, permit: str | None, bounds: Bounds, sink: Sink) -> Run:
-        """Follow a run that another daemon started, or say how it ended.
+        """Follow a run that another daemon started, or report how it ended.
 
         The sink gets `Exit.unstarted` only if no shim has begun and the permit is valid.
-        In any other case of doubt the run is lost.
+        In every other doubtful case the run counts as lost.
         """
 
     def cgroup(self, task_id: int) -> str:
-        """Return the name of a run's cgroup, "" if the run's folder does not tell it."""
+        """Return the name of a run's cgroup, "" if the run's folder does not name one."""
 
     def prevent_start(self, task_id: int) -> bool:
-        """Make sure that no shim begins with this task; False: one has.
+        """Bar every shim from this task; return False if one has begun.
 
-        Raises `StoreUnavailable` if that cannot be done now.
+        Raises:
+            StoreUnavailable: The disk does not allow this at the moment.
         """
 
     def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:
@@ -155,9 +155,9 @@ class Executor(Protocol):
     def keep_secrets(
         self, secrets: Mapping[str, str], name: str | None = None
     ) -> Deferred[str]:
-        """Keep the secrets of a waiting task; fires with their name when they are on disk.
+        """Keep the secrets of a waiting task; fire with their name once they are on disk.
 
-        A given name replaces what it named before. Fails with `StoreUnavailable`.
+        With a name, replace the secrets of that name. Fails with `StoreUnavailable`.
         """
 
     def secrets(self, task_id: int, name: str | None) -> Deferred[Secrets | None]:
@@ -195,7 +195,7 @@ class Reading:
     boot: str
     """The kernel's id of this boot (``/proc/sys/kernel/random/boot_id``)."""
     uptime: float
-    """Time since the boot, including suspend (``CLOCK_BOOTTIME``)."""
+    """Time since boot, including suspend (``CLOCK_BOOTTIME``)."""
     wall: float
     """Seconds since the epoch by the clock of the host, which may be wrong."""
     steady: float
@@ -206,8 +206,8 @@ class Reading:
     def elsewhere(self, now: "Reading") -> bool:
         """Return whether a later reading comes from a copy of the state folder.
 
-        The number of a device may change with a boot; the others do not. The file of the
-        permits grows, and changes in no other way.
+        A boot can change the number of a device, but none of the other values. The file of
+        permits only ever grows.
         """
         before, after = self.place.split(), now.place.split()
         if self.boot != now.boot:
@@ -233,9 +233,9 @@ class TaskStore(Protocol):
     def by_key(
         self, key: str, user: Principal | None, since: float
     ) -> Deferred[TaskSnapshot | None]:
-        """Fire with the newest task with this key of a user.
+        """Fire with the newest task with this key of a user, None if there is none.
 
-        It must have been created since, by the `SteadyClock`.
+        Only tasks created after ``since``, by the `SteadyClock`, count.
         """
 
     def reserve(self, number: int) -> Deferred[int]:
@@ -250,11 +250,11 @@ class TaskStore(Protocol):
     def search(self, query: TaskQuery) -> Deferred[Found]:
         """Fire with the tasks that match, newest first: some tasks, and further numbers.
 
-        A long search delays no other request. Cancelling the Deferred ends it.
+        A long search delays no other request. Cancelling the Deferred ends the search.
         """
 
     def read(self, numbers: Sequence[int]) -> Deferred[Found]:
-        """Fire with the first of these tasks, without those that have been removed."""
+        """Fire with the first of these tasks, leaving out removed ones."""
 
     def select(self, query: TaskQuery) -> Deferred[list[TaskSnapshot]]:
         """Fire with all tasks that match, newest first, however large they are."""
@@ -269,40 +269,40 @@ class TaskStore(Protocol):
         """
 
     def news(self, since: int, known: int, limit: int) -> Deferred[News]:
-        """Fire with what has been recorded since a change and a task: see `News`.
+        """Fire with the records made since a change and a task; see `News`.
 
-        At most ``limit`` of each, fewer if they are large. Numbers of changes grow with
-        each record, also over restarts, and are never given again.
+        At most ``limit`` of each, fewer if they are large. The number of changes grows with
+        each record, also across restarts, and no number is ever used twice.
         """
 
     def take_up(self) -> Deferred[list[TaskSnapshot]]:
         """Fire with the tasks that have not ended or hold their target, oldest first.
 
-        Each revision is raised by `RESTART` on record. So it is beyond every revision
-        that an earlier daemon announced without a record.
+        Each recorded revision is raised by `RESTART`, and so exceeds every revision that an
+        earlier daemon announced without a record.
         """
 
     def reading(self) -> Deferred[Reading | None]:
-        """Fire with the reading of the clocks that was kept last, None if none was."""
+        """Fire with the last reading of the clocks that was kept, or None."""
 
     def keep_reading(self, reading: Reading) -> Deferred[None]:
-        """Keep a reading of the clocks, in place of the last."""
+        """Keep a reading of the clocks in place of the last one."""
 
     def newest_time(self) -> Deferred[float | None]:
         """Fire with the newest time, by the wall clock, in any record."""
 
     def expired(self, keep: Keep, steady: float, limit: int) -> Deferred[list[int]]:
-        """Fire with the numbers of ended tasks that need not be kept, oldest first.
+        """Fire with the numbers of ended tasks that retention does not keep, oldest first.
 
-        Ages are by the `SteadyClock`. A task with an idempotency key is kept as long as
-        the key counts, one that holds its target as long as it does.
+        Ages are measured by the `SteadyClock`. A task is kept as long as its idempotency
+        key is remembered and as long as it holds its target.
         """
 
     def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
         """Remove records of ended tasks; their numbers are not used again."""
 
     def forgotten(self) -> Deferred[set[int]]:
-        """Fire with the numbers of removed records, but for those that are `cleared`."""
+        """Fire with the numbers of removed records, except those that are `cleared`."""
 
     def cleared(self, task_ids: Sequence[int]) -> Deferred[None]:
-        """Note that nothing is left of tasks whose records were removed."""
+        """Note that tasks with removed records have no files left either."""

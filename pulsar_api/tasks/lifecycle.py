@@ -1,4 +1,4 @@
-"""What happens to a task between its record and its end: its start, its run, its kill."""
+"""Leads a task from its first record to its end: its start, its run, its kill."""
 
 from collections.abc import Awaitable, Callable
 
@@ -34,14 +34,14 @@ _log = Logger()
 MEMORY_RAN_OUT = "The kernel killed a process of this task because memory ran out."
 
 OUTPUT_STILL_OPEN = (
-    "A background process still held the output at the end; what it prints after that is "
-    "not kept."
+    "A background process still held the output open at the end. Anything that it prints "
+    "after that is not kept."
 )
 
 
 @define(eq=False)
 class Lifecycle:
-    """Moves tasks from phase to phase, and has each step recorded before it is told."""
+    """Moves tasks from phase to phase, and records each step before it is announced."""
 
     queue: Queue
     recorder: Recorder
@@ -52,7 +52,7 @@ class Lifecycle:
     _bounds: Bounds
     _retention: Retention
     stopping: bool = field(default=False, init=False)
-    """Whether no task starts any more; see `stop`."""
+    """Whether the daemon is stopping, so that no task starts; see `stop`."""
     moved: Changes = field(init=False)
     """Its version grows whenever a run has started or ended."""
     held: HeldTargets = field(init=False)
@@ -62,17 +62,17 @@ class Lifecycle:
         self.held = HeldTargets(self.queue, self.recorder, self._executor, self.schedule)
 
     def stop(self) -> None:
-        """Start no more tasks, and look no more after what ended ones have left."""
+        """Start no more tasks, and stop watching the processes of ended ones."""
         self.stopping = self.held.stopped = True
 
     def live(self, snapshot: TaskSnapshot) -> LiveTask:
-        """Return a task to look after, which has no place yet."""
+        """Return a live task for this record. It is not in the queue yet."""
         return LiveTask(Task(self._clock, snapshot), snapshot, self._ended)
 
     # -- the start
 
     def schedule(self) -> None:
-        """Start the tasks that may start now, and tell the others what they wait for."""
+        """Start the tasks that can start now, and announce what the others wait for."""
         if self.stopping:
             return
         choice = self.queue.choose()
@@ -82,12 +82,12 @@ class Lifecycle:
             run_in_background(self._guarded(live, self._start(live)))
 
     def _announce_wait(self, live: LiveTask, why: str) -> None:
-        # Without a record: a restart finds it out again.
+        # This needs no record, because a restarted daemon finds the reason again.
         live.waits_for(why)
         live.task.announce(live.newest)
 
     async def _guarded(self, live: LiveTask, start: Awaitable[None]) -> None:
-        """Await the start of a task; whatever goes wrong, an accepted task ends."""
+        """Await the start of a task. On any error the task ends: none is left hanging."""
         try:
             await start
         except (ShuttingDown, CancelledError):
@@ -96,13 +96,13 @@ class Lifecycle:
             if live.run is not None:
                 raise
             _log.failure("Task {id} cannot be started", id=live.id)
-            await self._fail(live, f"an error in pulsar-api, {e!r}; its log says more.")
+            await self._fail(live, f"an error in pulsar-api, {e!r}. See the daemon's log.")
 
     async def _fail(self, live: LiveTask, why: str) -> None:
         """End a task that cannot be started.
 
-        Unless a shim has begun with it that an earlier daemon started, and that had to
-        wait until now for room or for descriptors.
+        The exception: an earlier daemon started a shim, which had to wait for space or for
+        descriptors and has begun only now. Then follow its run.
         """
         if live.newest.status is Status.RUNNING and not await self._prevent_start(live):
             live.waits_for(None)
@@ -122,17 +122,18 @@ class Lifecycle:
             await self.end_killed(live)
             return
         if self.stopping or permit is None:
-            # Nothing is recorded of it: the next daemon finds it waiting.
+            # Its start is not on record, so the next daemon finds it waiting.
             self.queue.move(live, Phase.WAITING)
             self._moved()
             return
         command = await self._command(live, secrets)
         if command is None:
             return
-        # With it in one transaction: a database that is restored must not fit what is
-        # restored beside it.
+        # In the same transaction as the start: if somebody restores a backup, this reading
+        # shows that the database and the folders are from different moments.
         run_in_background(self._retention.keep_reading())
-        # The record that it starts is on disk before the process exists.
+        # The record of the start is on disk before the process exists, so that no task
+        # ever starts twice.
         live.starts(shown(command), self._time.wall(), permit)
         await self.recorder.save(live)
         if live.kill_requested:
@@ -149,7 +150,7 @@ class Lifecycle:
         self._moved()
 
     async def _command(self, live: LiveTask, secrets: Secrets | None) -> Command | None:
-        """Return what a task runs; None: it cannot run, and has ended."""
+        """Return the command of a task, or None if it cannot run and has ended."""
         why = "the values of its secret variables are gone."
         if secrets is not None:
             try:
@@ -158,7 +159,7 @@ class Lifecycle:
                 command = commands.command(spec, live.id, secrets.values)
                 if not secrets.values:
                     return command
-                # What is shown and recorded has no secret in it.
+                # The command that is shown and recorded must contain no secret.
                 return evolve(
                     command,
                     shown=commands.command(spec, live.id).arguments,
@@ -171,7 +172,7 @@ class Lifecycle:
         return None
 
     async def _secrets(self, live: LiveTask) -> Secrets | None:
-        """Return the secrets of a task; None: they are gone."""
+        """Return the secrets of a task, or None if they are gone."""
         name = live.newest.secret_file
         while live.newest.spec.secret_names and not self._called_off(live):
             try:
@@ -181,9 +182,9 @@ class Lifecycle:
         return Secrets()
 
     async def _permit(self, live: LiveTask) -> str | None:
-        """Return a permit as soon as what the task prints can be kept.
+        """Return a permit as soon as the disk can keep the task's output.
 
-        None: the task is not to start any more, or not by this daemon.
+        Return None if the task was killed, or if the next daemon has to start it.
         """
         while not self._called_off(live):
             try:
@@ -197,7 +198,7 @@ class Lifecycle:
         return live.kill_requested or self.stopping
 
     async def _wait_for_disk(self, live: LiveTask, error: StoreUnavailable) -> None:
-        """Wait for a while, and tell what for."""
+        """Wait until the next try, and announce the reason."""
         why = f"the disk: {error.detail}"
         if live.newest.waiting_for != why:
             _log.error("Task {id} has to wait: {e}", id=live.id, e=error)
@@ -216,15 +217,15 @@ class Lifecycle:
         _log.info("Task {id} goes on", id=live.id)
 
     async def _start_again(self, live: LiveTask, exit: Exit) -> None:
-        """Start a task whose start is on record, and with which no shim has begun."""
+        """Start a task whose start is on record but for which no shim has begun."""
         live.run = None
         self.queue.move(live, Phase.STARTING)
         if exit.passing:
-            self._announce_wait(live, f"another try: {exit.error}")
+            self._announce_wait(live, f"the next try: {exit.error}")
             await self.recorder.pause(live)
         secrets = await self._secrets(live)
         if live.kill_requested:
-            # A daemon that finds a start barred has to find on record why.
+            # A daemon that finds a barred start must find the reason on record.
             await self.recorder.kill_on_record(live)
             if await self._prevent_start(live):
                 await self.end_killed(live)
@@ -234,7 +235,7 @@ class Lifecycle:
             self.queue.move(live, Phase.LEFT)
             self._moved()
         else:
-            _log.info("Task {id} was not started yet; it starts now", id=live.id)
+            _log.info("Task {id} has not started yet; it starts now", id=live.id)
             command = await self._command(live, secrets)
             if command is not None:
                 if live.newest.waiting_for is not None:
@@ -242,7 +243,7 @@ class Lifecycle:
                 self._run(live, command)
 
     async def _prevent_start(self, live: LiveTask) -> bool:
-        """Make sure that no shim begins with a task; return False if one has."""
+        """Bar every shim from a task; return False if one has begun."""
         while not self.recorder.closed:
             try:
                 return self._executor.prevent_start(live.id)
@@ -253,7 +254,7 @@ class Lifecycle:
     # -- the end
 
     async def kill(self, live: LiveTask, by: Principal) -> None:
-        """End a task; it returns when that is recorded as asked for, or as done."""
+        """End a task. Return when the request, or the end, is on record."""
         live.kill_requested = True
         live.kill_revision = live.newest.revision + 1
         live.wake()
@@ -261,7 +262,7 @@ class Lifecycle:
         if live.run is not None:
             live.run.kill()
         if live.phase is Phase.WAITING:
-            # Found there until its end is on disk.
+            # Among the active tasks, callers find it until its end is on disk.
             self.queue.move(live, Phase.STARTING)
             live.killed_by(by)
             await self.end_killed(live)
@@ -275,14 +276,14 @@ class Lifecycle:
         await self.finish_without_run(live, Status.KILLED, reason)
 
     def _ended(self, live: LiveTask, exit: Exit) -> None:
-        """Take the result of a run."""
+        """Handle the result of a run."""
         if exit.unstarted:
             run_in_background(self._guarded(live, self._start_again(live, exit)))
         else:
             run_in_background(self._finish_run(live, exit))
 
     async def _finish_run(self, live: LiveTask, exit: Exit) -> None:
-        live.task.refresh()  # what was told of its output is on record with its end
+        live.task.refresh()  # its end then records all the output that was announced
         notes = [*live.newest.notes]
         if exit.open:
             notes.append(OUTPUT_STILL_OPEN)
@@ -297,13 +298,13 @@ class Lifecycle:
     async def finish_without_run(
         self, live: LiveTask, status: Status, reason: str, *, start_recorded: bool = False
     ) -> None:
-        """Record the end of a task of which nothing has run."""
+        """Record the end of a task that never ran."""
         wall, steady = self._time.wall(), self._time.steady()
         live.ends(status, reason, wall, steady, started=start_recorded)
         await self._finish(live)
 
     async def _finish(self, live: LiveTask) -> None:
-        """Put an end on record, and give the place of the task to another one."""
+        """Put an end on record, and give the task's place to another one."""
         await self.recorder.record(live)
         newest = live.newest
         if newest.spec.secret_names:
@@ -316,7 +317,7 @@ class Lifecycle:
         )
         if newest.still_running:
             remains = listed(newest.still_running)
-            _log.warn("Of task {id} these still run: {it}", id=live.id, it=remains)
+            _log.warn("Task {id} left processes running: {it}", id=live.id, it=remains)
         if newest.held:
             self.held.watch(live)
         else:
@@ -328,14 +329,14 @@ class Lifecycle:
         self.moved.advance(self.moved.version + 1)
 
     def let_go(self, live: LiveTask) -> None:
-        """Stop following a run, which goes on; the next daemon adopts it."""
+        """Stop following a run. It goes on, and the next daemon adopts it."""
         if live.run is not None:
             live.run.detach()
             _log.info("Task {id} is left running", id=live.id)
         else:
-            _log.error("Task {id} is left as it is on record", id=live.id)
+            _log.error("Task {id} is left to the next daemon, as recorded", id=live.id)
         by = live.newest.killed_by
         if live.kill_requested and by is not None and live.saved < live.newest.revision:
-            # The next daemon must know of it, even if the database is away for both.
+            # The next daemon must learn of the kill even if neither can use the database.
             self._executor.note_kill(live.id, by)
         live.task.settle()

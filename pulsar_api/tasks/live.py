@@ -1,4 +1,4 @@
-"""Tasks while they can change: where each is in its life, and who waits for news of it."""
+"""Tasks that can still change: the phase of each, and the waiters for its changes."""
 
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -13,12 +13,12 @@ from pulsar_api.tasks.interfaces import Run
 from pulsar_api.tasks.model import Exit, Process, Status, TaskSnapshot
 
 COALESCE = 0.05
-"""Seconds between two wake-ups by output; the first output wakes at once."""
+"""Seconds between two wake-ups by output. The first output wakes waiters at once."""
 
 
 @define(eq=False)
 class Task:
-    """The state of a task that others see, and those who wait for its changes."""
+    """The public state of a task, and the waiters for its changes."""
 
     _clock: IReactorTime
     snapshot: TaskSnapshot
@@ -34,9 +34,9 @@ class Task:
         self._printed = self.snapshot.output_size
 
     def announce(self, snapshot: TaskSnapshot) -> None:
-        """Make this the state of the task and wake all waiters, at once.
+        """Make this the state of the task, and wake all waiters at once.
 
-        The output never shrinks: what was printed since the snapshot was taken counts.
+        The output never shrinks: the task keeps a larger size that it has already shown.
         """
         if snapshot.output_size < self.snapshot.output_size:
             snapshot = evolve(snapshot, output_size=self.snapshot.output_size)
@@ -58,12 +58,12 @@ class Task:
             self._coalescing = self._clock.callLater(COALESCE, self._coalesced)
 
     def refresh(self) -> None:
-        """Announce output that is held back to wake waiters less often."""
+        """Announce output now that `printed` holds back to wake waiters less often."""
         if self._printed > self.snapshot.output_size and not self.snapshot.status.ended:
             self.announce(evolve(self.snapshot, output_size=self._printed))
 
     def settle(self) -> None:
-        """Cancel the announcement that is held back."""
+        """Cancel the announcement that `printed` holds back."""
         if self._coalescing is not None:
             self._coalescing.cancel()
             self._coalescing = None
@@ -76,18 +76,18 @@ class Task:
 
 
 class Phase(Enum):
-    """Where a task is that this daemon looks after."""
+    """The stage that a task in the care of this daemon has reached."""
 
     WAITING = "waiting"
     """In the queue."""
     STARTING = "starting"
-    """It has its place among the running tasks, and no run yet."""
+    """It has a place among the running tasks, but no run yet."""
     RUNNING = "running"
     """It has a run, or its end is about to be recorded."""
     LEFT = "left"
-    """Its start is on record, and the next daemon starts it."""
+    """Its start is on record, and the next daemon will start it."""
     HOLDING = "holding"
-    """It has ended, and processes that it left hold its target."""
+    """It has ended, but its remaining processes hold the target."""
     ENDED = "ended"
 
 
@@ -95,23 +95,23 @@ class Phase(Enum):
 class LiveTask:
     """A task in the care of this daemon, and its newest record; the `Sink` of its run.
 
-    Each method that changes ``newest`` makes the next revision, which may not be on disk
-    yet. ``task`` has what others may see.
+    Each method that changes ``newest`` makes the next revision, which is not on disk yet.
+    ``task`` has the state that callers see.
     """
 
     task: Task
     newest: TaskSnapshot
     on_end: Callable[["LiveTask", Exit], None]
-    """Is called once when the run has ended."""
+    """Called once, when the run has ended."""
     phase: Phase = Phase.WAITING
     run: Run | None = None
     kill_requested: bool = False
     saved: int = 0
     """The newest revision that is certainly on disk."""
     kill_revision: int = 0
-    """The first revision that tells that this daemon was asked for a kill."""
+    """The first revision that records this daemon's request for a kill."""
     pause: Deferred[None] | None = None
-    """What the task waits for before the next try; see `Recorder.pause`."""
+    """Fires before the next try; see `Recorder.pause`."""
 
     @property
     def id(self) -> int:
@@ -120,7 +120,7 @@ class LiveTask:
 
     @property
     def target(self) -> str:
-        """The app and the env that it works on."""
+        """The app and the env that the task works on."""
         return self.newest.spec.target
 
     def wake(self) -> None:
@@ -128,7 +128,7 @@ class LiveTask:
         if self.pause is not None and not self.pause.called:
             self.pause.callback(None)
 
-    # What a run tells, as a `Sink`.
+    # The reports of a run: the methods of `Sink`.
 
     def started(self, pid: int) -> None:
         """Announce the process number of the command."""
@@ -143,19 +143,19 @@ class LiveTask:
         self.task.printed(size)
 
     def ended(self, exit: Exit) -> None:
-        """Pass the result on."""
+        """Pass the result to ``on_end``."""
         self.on_end(self, exit)
 
-    # What becomes of the record.
+    # The changes of the record.
 
     def waits_for(self, why: str | None) -> None:
-        """Note what the task waits for; None: nothing any more."""
+        """Note what the task waits for, None if it no longer waits."""
         self.newest = evolve(
             self.newest, output_size=self._size, revision=self._next, waiting_for=why
         )
 
     def starts(self, command: str, started_at: float, permit: str) -> None:
-        """Note that the task is started under a permit."""
+        """Note the start of the task under a permit."""
         self.newest = evolve(
             self.newest,
             output_size=self._size,
@@ -168,7 +168,7 @@ class LiveTask:
         )
 
     def killed_by(self, by: Principal, reason: str | None = None) -> None:
-        """Note who asked for a kill."""
+        """Note the principal that asked for a kill."""
         why = self.newest.reason if reason is None else reason
         self.newest = evolve(
             self.newest,
@@ -187,7 +187,7 @@ class LiveTask:
         *,
         started: bool = True,
     ) -> None:
-        """Note the end of a task, at these times; ``started``: whether it had begun."""
+        """Note the end of the task at these times. ``started``: whether it had begun."""
         self.newest = evolve(
             self.newest,
             output_size=self._size,
@@ -201,7 +201,7 @@ class LiveTask:
         )
 
     def ran(self, exit: Exit, *, held: bool, notes: Sequence[str]) -> None:
-        """Add to the end of a task how its run ended, in the same revision."""
+        """Add the result of the run to the noted end, within the same revision."""
         shown = self.task.snapshot.output_size
         self.newest = evolve(
             self.newest,
@@ -218,7 +218,7 @@ class LiveTask:
         )
 
     def has_left(self, processes: Sequence[Process]) -> None:
-        """Note which processes still run, and hold the target as long as there are any."""
+        """Note the processes that still run. The target stays held while there are any."""
         left = tuple(processes)
         self.newest = evolve(
             self.newest,

@@ -1,4 +1,4 @@
-"""Values: what was asked for, how a task stands, how its run ended."""
+"""Values: the request for a task, the state of a task, the result of its run."""
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -8,7 +8,7 @@ from attrs import field, frozen
 from pulsar_api.principal import Principal
 
 MASK = "***"
-"""Stands in the place of a secret."""
+"""Replaces a secret."""
 
 KEY_LIFE = 24 * 3600.0
 """How long, in seconds, an idempotency key is remembered."""
@@ -34,17 +34,17 @@ class Status(StrEnum):
 
 @frozen
 class TaskSpec:
-    """What a caller asked for. Every name in it has been checked."""
+    """A caller's request for a task. Every name in it has been checked."""
 
     app: str
     env: str
     action: str
     variables: Mapping[str, str] = field(factory=dict)
-    """A secret one has the value `MASK` here; its real value is kept elsewhere."""
+    """A secret variable has the value `MASK` here. Its real value is kept elsewhere."""
     user: Principal | None = None
-    """The principal that asked for it, None if callers do not authenticate."""
+    """The principal that asked for the task, None if callers do not authenticate."""
     secret_names: frozenset[str] = frozenset()
-    """The names of the secret variables; in a request those that it lists as secret."""
+    """The names of the secret variables. A request has only those that it lists."""
 
     @property
     def target(self) -> str:
@@ -58,7 +58,7 @@ Limits = Sequence[tuple[str, str]]
 
 @frozen
 class Account:
-    """The account that a command runs under, by passwd(5)."""
+    """The account that a command runs under; see passwd(5)."""
 
     name: str
     uid: int
@@ -72,7 +72,7 @@ class Account:
 
 @frozen
 class Command:
-    """A list of arguments that runs without a shell, and what it runs with."""
+    """A list of arguments that runs without a shell, and the settings that it runs with."""
 
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(repr=False)
@@ -80,13 +80,13 @@ class Command:
     last_line: str | None = None
     """If set, exit code 0 means success only if this is the last line of stdout."""
     secrets: tuple[bytes, ...] = field(default=(), repr=False)
-    """The texts that must not be printed; see `secret_forms.forms`."""
+    """The texts to mask in the output; see `secret_forms.forms`."""
     secret_file: str | None = None
     """See `TaskSnapshot.secret_file`."""
     account: Account | None = None
     """None: the account of the daemon."""
     shown: tuple[str, ...] | None = None
-    """The arguments without secrets, if they have any."""
+    """The arguments with each secret masked, None if they contain no secret."""
 
 
 class Cause(StrEnum):
@@ -131,9 +131,9 @@ class Exit:
     """TERM was not enough: KILL was sent."""
     output_size: int = 0
     index_size: int = 0
-    """Bytes that are kept of the index of the output."""
+    """Size in bytes of the index of the output, as far as it is kept."""
     unstarted: bool = False
-    """No shim has begun, and the permit is still valid: it can be started now."""
+    """No shim has begun and the permit is still valid, so the task can start now."""
     passing: bool = False
     """With ``unstarted``: the cause may pass, such as a lack of descriptors."""
     good: bool = True
@@ -141,13 +141,13 @@ class Exit:
     open: bool = False
     """A process still held a pipe of the command. Its later output is not kept."""
     left: tuple[Process, ...] = ()
-    """Processes of the task that still ran, at most fifty."""
+    """Processes of the task that still ran at its end, at most fifty."""
     cpu_seconds: float | None = None
-    """Processor time of all its processes, None if it had no cgroup."""
+    """Processor time of all processes of the task, None if it had no cgroup."""
     memory_peak: int | None = None
     """Peak memory in bytes, None if it was not measured."""
     memory_kills: int = 0
-    """How many of its processes the kernel killed at the memory limit."""
+    """How many processes of the task the kernel killed at the memory limit."""
 
 
 NAMED = 10
@@ -155,21 +155,21 @@ NAMED = 10
 
 
 def listed(processes: Sequence[Process]) -> str:
-    """Return a text that names processes, the first `NAMED` of many."""
+    """Return a text that names the processes, at most the first `NAMED` of them."""
     names = ", ".join(map(str, processes[:NAMED]))
     more = len(processes) - NAMED
     return f"{names} and {more} more" if more > 0 else names
 
 
 def judge(exit: Exit, killed_by: Principal | None) -> tuple[Status, str | None]:
-    """Return the status that a result means, and a sentence that explains it if needed."""
+    """Return the status for a result, and a sentence that explains it where needed."""
     if exit.lost:
         return Status.LOST, exit.error
     if exit.cause is Cause.KILL:
-        by = killed_by or "a signal from outside to the process that watches the task"
+        by = killed_by or "a signal that somebody sent to the task's shim"
         return Status.KILLED, _ended(f"Killed by {by}", exit)
     if exit.cause is Cause.TIMEOUT:
-        what = "It took longer than a task may (--task-timeout)"
+        what = "It ran for longer than allowed (--task-timeout)"
         return Status.FAILED, _ended(what, exit)
     if exit.cause is Cause.SILENCE:
         what = "It printed nothing for too long (--silence-timeout)"
@@ -177,13 +177,13 @@ def judge(exit: Exit, killed_by: Principal | None) -> tuple[Status, str | None]:
     if exit.error is not None:
         return Status.FAILED, exit.error
     if exit.code == 0 and not exit.good:
-        reason = "The exit code is 0, but the line that says so is not the last one."
+        reason = "The exit code is 0, but the last line of stdout is not the expected one."
         return Status.FAILED, reason
     return (Status.FINISHED if exit.code == 0 else Status.FAILED), None
 
 
 def _ended(what: str, exit: Exit) -> str:
-    """Return why a task was ended, and what its processes did."""
+    """Return why the shim ended a task, and how its processes reacted."""
     if exit.left:
         sent = "TERM and KILL were sent" if exit.forced else "TERM was sent"
         return f"{what}; {sent}, but these processes still run: {listed(exit.left)}."
@@ -257,7 +257,7 @@ class News:
 
 
 Within = Sequence[tuple[str, str, str]] | None
-"""Globs for app, env and action, of which one row must match; None: all tasks."""
+"""Rows of globs for app, env and action. One row must match; None matches all tasks."""
 
 
 @frozen

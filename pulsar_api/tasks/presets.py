@@ -1,4 +1,4 @@
-"""How a command is made of a task: the presets, and the template of an own command."""
+"""How a task becomes a command: the presets, and templates from the settings."""
 
 import re
 import shlex
@@ -14,22 +14,22 @@ class Template:
     """How a task becomes a command.
 
     ``{app}``, ``{env}``, ``{action}``, ``{config_repo}``, ``{config_branch}``, ``{id}``
-    and ``{user}`` are replaced inside one argument; the argument ``{variables}`` becomes
-    ``variable`` once for each variable. What ``{config_repo}`` is part of is left out,
-    with its flag, if there is none.
+    and ``{user}`` are replaced inside one argument. The argument ``{variables}`` becomes
+    ``variable`` once for each variable. Without a configuration repository, the argument
+    with ``{config_repo}`` and its flag are left out.
     """
 
     arguments: tuple[str, ...]
     listing: tuple[str, ...] = ()
-    """The command that prints the actions, one a line: the name, ``#``, a description."""
+    """The command that prints one action per line: the name, ``#``, a description."""
     variable: tuple[str, ...] = ("{key}={value}",)
     directory: str | None = None
     action_arguments: bool = False
     """Whether ``action[one,two]`` is accepted."""
     into_environment: bool = False
-    """Whether variables are set in the environment under their own names."""
+    """Whether the environment has the variables under their own names."""
     secrets_in_arguments: bool = False
-    """Whether secrets are arguments as well, because there is no other way."""
+    """Whether secrets become arguments too, because the program accepts nothing else."""
     word_keys: bool = False
     """Whether a key must be a word, as Rake requires."""
     ruby: bool = False
@@ -63,7 +63,8 @@ PRESETS: Mapping[str, Template] = {
     "capistrano": Template(
         arguments=("cap", "-f", f"{_CAP}/Capfile", "{env}", "{action}", "{variables}"),
         listing=("cap", "-f", f"{_CAP}/Capfile", "{env}", "--tasks"),
-        # Stages and log/ are looked for where it is started, not where the Capfile is.
+        # Capistrano looks for stages and log/ in its working directory, not next to the
+        # Capfile.
         directory=_CAP,
         action_arguments=True,
         word_keys=True,
@@ -83,7 +84,7 @@ PRESETS: Mapping[str, Template] = {
     ),
 }
 DETECTED = "pulsar"
-"""The preset that stands for one of two; see `preset_for`."""
+"""The name of the preset that is chosen by the installed version; see `preset_for`."""
 
 _PLACES = re.compile(r"\{(\w+)\}")
 _PLACE_NAMES = frozenset(
@@ -92,9 +93,12 @@ _PLACE_NAMES = frozenset(
 
 
 def parse_template(text: str) -> Template:
-    """Return the preset of this name, or the template of a line split by shell rules.
+    """Return the preset of this name, or the template that a command line describes.
 
-    Raises `SettingsError` for a line that is not a template.
+    The line is split by the rules of a shell.
+
+    Raises:
+        SettingsError: The line is not a valid template.
     """
     if text in PRESETS:
         return PRESETS[text]
@@ -127,5 +131,5 @@ def preset_for(version: str) -> str:
 
 
 def fill(argument: str, places: Mapping[str, str | None]) -> str:
-    """Return an argument with its places filled in; an unknown place becomes empty."""
+    """Return an argument with its placeholders filled in. Unknown ones become empty."""
     return _PLACES.sub(lambda found: places[found[1]] or "", argument)

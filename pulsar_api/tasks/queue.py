@@ -1,4 +1,4 @@
-"""Which task may start next, and how many may wait. It is pure: nothing here waits."""
+"""Decides which task starts next and how many may wait. It is pure and does no I/O."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,29 +12,29 @@ from pulsar_api.tasks.model import TaskSpec, listed
 
 @frozen
 class Limits:
-    """How many tasks run and wait at the same time, and the bounds of each."""
+    """How many tasks run and wait at the same time, and the bounds of each run."""
 
     bounds: Bounds
     running: int = 16
     running_per_target: int = 0
-    """0: as many as run at all."""
+    """0 means no limit besides ``running``."""
     queued: int = 1000
     keep: Keep = Keep()
 
     @property
     def share(self) -> int:
-        """How many tasks of one principal may wait: half of the queue."""
+        """The number of tasks of one principal that may wait: half of the queue."""
         return (self.queued + 1) // 2
 
 
 @frozen
 class Choice:
-    """What became of the tasks that wait."""
+    """The outcome of `Queue.choose` for the tasks that wait."""
 
     start: Sequence[LiveTask]
-    """Tasks that have a place now, oldest first."""
+    """Tasks that start now, oldest first."""
     wait: Sequence[tuple[LiveTask, str]]
-    """Tasks that wait for something else than before, and for what."""
+    """Tasks whose reason to wait has changed, each with the new reason."""
 
 
 @define(eq=False)
@@ -44,21 +44,21 @@ class Queue:
     _limits: Limits
     waiting: dict[int, LiveTask] = field(factory=dict, init=False)
     active: dict[int, LiveTask] = field(factory=dict, init=False)
-    """Tasks that take a place: those that start, run, or are left to the next daemon."""
+    """Tasks that take a place: they start, run, or are left to the next daemon."""
     holding: dict[int, LiveTask] = field(factory=dict, init=False)
     """Tasks that have ended and hold their target."""
     creating: list[TaskSpec] = field(factory=list, init=False)
-    """What is about to be recorded."""
+    """The requests for tasks whose first record is being written."""
 
     def find(self, task_id: int) -> LiveTask | None:
-        """Return a task, None if it is not in the daemon's care."""
+        """Return a task, or None if it is not in the daemon's care."""
         for place in (self.waiting, self.active, self.holding):
             if task_id in place:
                 return place[task_id]
         return None
 
     def move(self, live: LiveTask, phase: Phase) -> None:
-        """Put a task where one in this phase belongs; an ended one nowhere."""
+        """Put a task into the collection for this phase. An ended task leaves them all."""
         before, after = self._place(live.phase), self._place(phase)
         if before is not None and before is not after:
             before.pop(live.id, None)
@@ -78,7 +78,7 @@ class Queue:
                 return None
 
     def check_room(self, spec: TaskSpec) -> None:
-        """Raise `QueueFull` unless a task can start, or there is room for it to wait."""
+        """Raise `QueueFull` unless a task can start or the queue has room for it."""
         queued = len(self.waiting) + len(self.creating)
         full = None
         if queued >= self._limits.queued:
@@ -97,9 +97,9 @@ class Queue:
             raise full
 
     def choose(self) -> Choice:
-        """Give places to waiting tasks, oldest first.
+        """Give places to waiting tasks, oldest first, and return the outcome.
 
-        A task that has to wait for its target holds up no other one.
+        A task that waits for its target does not hold up the tasks behind it.
         """
         start, wait = [], []
         per_target = self._limits.running_per_target
@@ -125,7 +125,7 @@ class Queue:
         yield from self.holding.values()
 
     def _holder(self, target: str) -> str | None:
-        """Return what holds a target although its task has ended."""
+        """Name the ended task and the processes that still hold a target, or None."""
         for live in self.holding.values():
             if live.target == target:
                 remains = listed(live.newest.still_running)

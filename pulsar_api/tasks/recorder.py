@@ -1,4 +1,4 @@
-"""Puts on record what happens to tasks, and tries again until that succeeds."""
+"""Records the changes of tasks, and tries again until that succeeds."""
 
 from attrs import define, field
 from twisted.internet.defer import Deferred
@@ -13,19 +13,19 @@ from pulsar_api.tasks.live import LiveTask
 _log = Logger()
 
 RETRY = 1.0
-"""Seconds until the next try when store or disk cannot be used."""
+"""Seconds until the next try when the store or the disk is unavailable."""
 
 
 @define(eq=False)
 class Recorder:
-    """Saves the newest revision of a task before anybody is told about it."""
+    """Saves the newest revision of a task before callers learn of it."""
 
     _store: TaskStore
     _clock: IReactorTime
     changed: Changes = field(init=False)
     """Its version grows with each record."""
     closed: bool = field(default=False, init=False)
-    """Whether what is not on record yet is left to the next daemon."""
+    """Whether unrecorded changes are now left to the next daemon."""
     _pauses: dict[Deferred[None], None] = field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -34,7 +34,8 @@ class Recorder:
     async def record(self, live: LiveTask) -> None:
         """Save the newest revision, then announce it.
 
-        Raises `ShuttingDown` when it is left to the next daemon.
+        Raises:
+            ShuttingDown: The daemon ends; the change is left to the next one.
         """
         snapshot = live.newest
         await self.save(live)
@@ -42,7 +43,7 @@ class Recorder:
             live.task.announce(snapshot)
 
     async def save(self, live: LiveTask) -> None:
-        """Save the newest revision, and announce nothing; as `record` for the rest."""
+        """Save the newest revision as `record` does, but announce nothing."""
         snapshot, trouble = live.newest, ""
         while not self.closed:
             try:
@@ -60,13 +61,14 @@ class Recorder:
             raise ShuttingDown
 
     def advance(self) -> None:
-        """Tell those who follow all tasks that there is a new record."""
+        """Wake the waiters that follow all tasks: there is a new record."""
         self.changed.advance(self.changed.version + 1)
 
     async def kill_on_record(self, live: LiveTask) -> None:
-        """Wait until every reader of the record learns that a kill was asked for.
+        """Wait until the request for a kill is on record.
 
-        Raises `ShuttingDown` when that is left to the next daemon.
+        Raises:
+            ShuttingDown: The daemon ends; the record is left to the next one.
         """
         while live.saved < live.kill_revision:
             if self.closed:
@@ -76,7 +78,7 @@ class Recorder:
     def pause(self, live: LiveTask | None = None) -> Deferred[None]:
         """Return a Deferred that fires after `RETRY`, or at once when the daemon stops.
 
-        The pause of a task also ends when that is killed.
+        The pause of a task also ends when somebody kills the task.
         """
         wait: Deferred[None] = Deferred()
         self._pauses[wait] = None
@@ -92,6 +94,6 @@ class Recorder:
         return wait.addCallback(done)
 
     def end_pauses(self) -> None:
-        """Let everything that pauses try again at once."""
+        """End all pauses, so that each try is repeated at once."""
         for pause in list(self._pauses):
             pause.callback(None)

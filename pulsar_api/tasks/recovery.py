@@ -17,7 +17,7 @@ _log = Logger()
 
 @frozen
 class Recovery:
-    """Queues what waits, adopts what runs, and says `LOST` of what nobody can know."""
+    """Queues waiting tasks, adopts running ones, and marks those in doubt as `LOST`."""
 
     _store: TaskStore
     _executor: Executor
@@ -28,9 +28,10 @@ class Recovery:
     """Its version is the number of the newest task."""
 
     async def take_up(self) -> None:
-        """Take up every task that has not ended, and start what may start.
+        """Take up every task that has not ended, and start those that can start.
 
-        Raises `StoreUnavailable`.
+        Raises:
+            StoreUnavailable: The records cannot be read or written.
         """
         last = await self._store.reading()
         newest_time = None if last is not None else await self._store.newest_time()
@@ -45,7 +46,7 @@ class Recovery:
         self._created.advance(highest)
         doubt = None
         if last is not None and last.elsewhere(now):
-            doubt = "the state folder was copied or its folder of tasks replaced"
+            doubt = "the state folder was copied, or its folder of tasks was replaced"
         elif given < last_used:
             doubt = "the database was older than the folders of the tasks"
         rebooted = last is not None and last.boot != now.boot
@@ -64,22 +65,22 @@ class Recovery:
                 await self._lose(snapshot, "its folder was removed after a permit to start")
             else:
                 self._take_up(snapshot)
-        # A database that somebody has set aside knows nothing of what is there: no new
-        # task may get the folder of an old one. And not before the doubt is on record,
-        # which this ends.
+        # A new database does not know the folders that are already there, and no new task
+        # may get the folder of an old one. This call also removes the reason for the doubt,
+        # so it must come after the lost tasks are on record.
         await self._store.reserve(last_used)
         self._lifecycle.schedule()
         unfinished = {one.id for one in found if not one.status.ended}
         self._retention.start(kept, unfinished)
         unknown = [number for number in kept if number > highest]
         if unknown:
-            _log.warn("Kept, but on no record: what is left of tasks {ids}", ids=unknown)
+            _log.warn("Tasks {ids} have folders but no records; kept", ids=unknown)
 
     async def _lose(self, found: TaskSnapshot, doubt: str) -> None:
-        """End a task that waits and that another daemon may have started."""
+        """End a waiting task as lost, because another daemon may have started it."""
         live = self._lifecycle.live(found)
         self._lifecycle.queue.move(live, Phase.STARTING)
-        reason = f"It waited, and {doubt}: another daemon may have started it."
+        reason = f"It was waiting, and {doubt}. Another daemon may have started it."
         await self._lifecycle.finish_without_run(live, Status.LOST, reason)
 
     def _take_up(self, found: TaskSnapshot) -> None:

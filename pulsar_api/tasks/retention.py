@@ -17,12 +17,12 @@ _log = Logger()
 TIDY = 30.0
 """Seconds between two searches for tasks to remove."""
 
-_STEP = 20  # tasks that are removed at a time, so that nobody is held up
+_STEP = 20  # tasks that are removed at a time, so that no other work has to wait long
 
 
 @define(eq=False)
 class Retention:
-    """Removes old tasks in the background, from ``start`` to ``stop``."""
+    """Removes old tasks in the background, from `start` to `stop`."""
 
     _store: TaskStore
     _executor: Executor
@@ -33,9 +33,9 @@ class Retention:
     _stopped: bool = field(default=False, init=False)
 
     def start(self, kept: Sequence[int], unfinished: AbstractSet[int]) -> None:
-        """Begin; ``kept`` are the numbers of all folders.
+        """Begin to remove old tasks. ``kept`` are the numbers of all folders.
 
-        The secrets of ``unfinished`` tasks are left alone.
+        The secrets of ``unfinished`` tasks stay.
         """
         self._look()
         run_in_background(self._remove_left(kept, unfinished))
@@ -56,7 +56,7 @@ class Retention:
             reading = self._time.reading(self._executor.place())
             await self._store.keep_reading(reading)
         except (OSError, StoreUnavailable) as e:
-            _log.error("Cannot keep what time it is: {e}", e=e)
+            _log.error("Cannot record the clocks: {e}", e=e)
             return False
         return True
 
@@ -71,7 +71,7 @@ class Retention:
             except StoreUnavailable as e:
                 _log.error("Cannot remove old tasks: {e}", e=e)
                 return
-            # In this order: a record without its output would be a lie.
+            # Records go first: one whose output is missing would be wrong.
             await self._executor.forget(old)
             if old:
                 _log.info("Tasks {first} to {last} removed", first=old[0], last=old[-1])
@@ -79,10 +79,10 @@ class Retention:
                 return
 
     async def _remove_left(self, kept: Sequence[int], unfinished: AbstractSet[int]) -> None:
-        """Remove what a daemon has left that died while it removed tasks or secrets.
+        """Finish the removals that an earlier daemon began or that a power cut undid.
 
-        Or that a power cut has brought back. Folders that are on no record, and of which
-        none says that it was removed, stay: the database may be the wrong one.
+        A folder without a record stays unless a removal is noted for it, because the
+        database may be the wrong one.
         """
         ended = [number for number in kept if number not in unfinished]
         await self._executor.forget_all_secrets(ended)
@@ -90,8 +90,8 @@ class Retention:
             removed = await self._store.forgotten()
             left = sorted(removed & {*kept})
             if left:
-                _log.info("Removing what was left of tasks {ids}", ids=left)
+                _log.info("Removing the remaining files of tasks {ids}", ids=left)
                 await self._executor.forget(left)
             await self._store.cleared(sorted(removed - {*kept}))
         except StoreUnavailable as e:
-            _log.error("Cannot look for what is left of old tasks: {e}", e=e)
+            _log.error("Cannot look for remaining files of old tasks: {e}", e=e)

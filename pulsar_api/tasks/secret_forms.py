@@ -1,4 +1,4 @@
-"""The forms in which a secret value must not be seen; `shim.masker` replaces them."""
+"""Finds every form in which a program may print a secret; `shim.masker` replaces them."""
 
 import fnmatch
 import json
@@ -10,33 +10,33 @@ from urllib.parse import quote, quote_plus
 from pulsar_api.tasks import shell_quoting
 
 PATTERNS = ("*password*", "*token*", "*secret*", "*key*")
-"""The default of ``secret-variables``: the names of variables that are secret."""
+"""The default of ``secret-variables``: patterns for the names of secret variables."""
 
 SHORTEST = 4
-"""Characters. A shorter value would be masked in the middle of other words."""
+"""The fewest characters that are masked. A shorter value often occurs in other words."""
 
 COMMON = frozenset("default disabled enabled false none null true undefined".split())
-"""Words that are too common to be masked, whatever their case."""
+"""Words that are too common to be masked, in upper or lower case."""
 
 LINES = 500
 """How many lines of a task's secrets are masked in every form.
 
-The lines of the longest values are beyond this limit, and are masked as they are.
+Values with few lines come first. Lines beyond this limit are masked only as they are.
 """
 
 _NUMBER = re.compile("[0-9]{4}")
-_PLAIN = re.compile(r"\w+", re.ASCII)  # what all programs write as it is
+_PLAIN = re.compile(r"\w+", re.ASCII)  # all programs write these characters unchanged
 
-# What programs leave as it is: most of them, Python's quote, encodeURIComponent, encodeURI,
-# Go in the user of a URL and in its path.
+# The characters that are not percent-encoded by most programs, by Python's quote, by
+# encodeURIComponent, by encodeURI, and by Go in the user and in the path of a URL.
 _SAFE = ("", "/", "!'()*", "!'()*;,/?:@&=+$#", "$&+,;=", "$&+=:@")
 
-# Where base64 is broken: Ruby, PEM, MIME.
+# The line lengths of base64 in Ruby, PEM and MIME.
 _WIDTHS = (60, 64, 76)
 
 
 def is_secret(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether a variable of this name is secret, whatever its case."""
+    """Return whether a variable of this name is secret. Case does not matter."""
     return any(fnmatch.fnmatchcase(name.lower(), text.lower()) for text in patterns)
 
 
@@ -45,13 +45,13 @@ def _is_common(text: str) -> bool:
 
 
 def _has_common(lines: Collection[str]) -> bool:
-    # By loops of C: the reactor's thread asks, about thousands of lines.
+    # Loops that run in C: the reactor's thread calls this for thousands of lines.
     numbers = map(_NUMBER.fullmatch, (line for line in lines if len(line) == 4))
     return not COMMON.isdisjoint(map(str.casefold, lines)) or any(numbers)
 
 
 def _in_full(values: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Yield each value, and whether its lines are looked for in every form."""
+    """Yield each value, and whether its lines are masked in every form."""
     room = LINES
     for value in sorted(set(values), key=lambda value: (value.count("\n"), value)):
         room -= value.count("\n")
@@ -59,7 +59,7 @@ def _in_full(values: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 
 def notes(values: Mapping[str, str]) -> list[str]:
-    """Return a sentence for each secret that is not masked, or not in every form."""
+    """Return a sentence for each secret that is masked only in part or not at all."""
     in_full = dict(_in_full(values.values()))
     found = []
     for name, value in sorted(values.items()):
@@ -84,16 +84,16 @@ def notes(values: Mapping[str, str]) -> list[str]:
 
 
 def forms(values: Collection[str]) -> tuple[bytes, ...]:
-    """Return the texts that must not be printed: the values, in every form.
+    """Return the texts to mask: the values, in every form.
 
     The forms are: as it is, each line by itself, base64 (also inside longer base64),
-    percent-encoded, as a string of JSON, and quoted by a shell. Values that are too short
-    or too common are left out, see `notes`. It may take half a second.
+    percent-encoded, as a JSON string, and quoted by a shell. Values that are too short or
+    too common are left out; see `notes`. This can take half a second.
     """
     found: set[bytes] = set()
     for value, in_full in _in_full(values):
-        # The white space around it is no secret, and many programs take it away. Masked
-        # with it, a line's end would be missing.
+        # White space around a value is not secret, and many programs strip it. Masking it
+        # too would swallow the end of the line.
         text = value.strip()
         lines = [*map(str.strip, text.split("\n"))] if "\n" in text else []
         for one in dict.fromkeys([text, *lines]):
@@ -114,11 +114,11 @@ def _forms(text: str) -> Iterator[bytes]:
 
 
 def _as_text(text: str) -> Iterator[bytes]:
-    """Yield a text as it is, as programs quote it for a shell, and as JSON writes it."""
+    """Yield a text as it is, as programs quote it for a shell, and as JSON."""
     yield text.encode()
     if not _PLAIN.fullmatch(text):
         yield from shell_quoting.quoted(text)
-        yield text.replace("'", "'\"'\"'").encode()  # shlex of Python
+        yield text.replace("'", "'\"'\"'").encode()  # Python's shlex
         yield re.sub(r"(\W)", r"\\\1", text).encode()
         yield from (form.encode() for form in _json(text))
 
@@ -128,9 +128,9 @@ def _json(text: str) -> Iterator[str]:
     for form in (plain, ascii_only):
         yield form
         yield form.replace("/", "\\/")
-        # As for a page: Ruby on Rails, Go.
+        # Ruby on Rails and Go escape these characters so that the text fits into HTML.
         yield re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", form)
-        # Gson, .NET, which write a quote in this way as well.
+        # Gson and .NET also escape quotes like this.
         bare = form.replace('\\"', '"')
         for signs in ("[<>&='\"]", "[<>&'\"+]"):
             more = re.sub(signs, lambda found: f"\\u{ord(found[0]):04x}", bare)
@@ -142,7 +142,7 @@ def _json(text: str) -> Iterator[str]:
 
 
 def _percent(text: str) -> Iterator[str]:
-    # URLSearchParams, and Java.
+    # The form that URLSearchParams and Java write.
     form_data = quote(text, "*").replace("%20", "+").replace("~", "%7E")
     written = (*(quote(text, safe) for safe in _SAFE), quote_plus(text), form_data)
     for form in written:
@@ -152,14 +152,14 @@ def _percent(text: str) -> Iterator[str]:
 
 def _base64(data: bytes) -> Iterator[bytes]:
     for before in range(3):
-        # What else is encoded with it: so many bytes before it, and any number behind.
+        # Other data encoded together with it: this many bytes before, any number after.
         coded = b64encode(bytes(before) + data).rstrip(b"=")
         begin = (0, 2, 3)[before]
         end = (before + len(data)) * 8 // 6
         for form in (coded[begin:end], coded[begin:]):
             yield form
             yield form.replace(b"+", b"-").replace(b"/", b"_")
-    # Without the last letter if that depends on what is behind, too.
+    # Leave out the last letter if it also depends on the data that follows.
     coded = b64encode(data)[: len(data) * 8 // 6]
     for width in _WIDTHS:
         lines = [coded[at : at + width] for at in range(0, len(coded), width)]

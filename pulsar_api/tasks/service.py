@@ -1,4 +1,4 @@
-"""What can be done with tasks: create, find, list, kill, and give targets back."""
+"""The operations on tasks: create, find, list, kill, and give targets back."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -43,7 +43,7 @@ from pulsar_api.tasks.retention import Retention
 _log = Logger()
 
 LEAVE = 5.0
-"""How long, in seconds, a stop waits for records. The next daemon does the rest."""
+"""Seconds that a stop waits for records. The next daemon finishes the rest."""
 
 MAX_ID = 2**63 - 1
 
@@ -52,13 +52,13 @@ MAX_ID = 2**63 - 1
 class TaskService:
     """The tasks of one daemon.
 
-    ``start`` before anything else; ``stop`` leaves running commands running.
+    Call `start` before anything else. `stop` leaves running commands running.
     """
 
     _store: TaskStore
     _executor: Executor
     _clock: IReactorTime
-    """For durations. Nothing but ``time`` knows the date, which may jump."""
+    """Measures durations. Only ``_time`` knows the date, which can jump."""
     _time: SteadyClock
     _commands: Callable[[], Awaitable[Commands]]
     _limits: Limits
@@ -69,7 +69,7 @@ class TaskService:
     _retention: Retention = field(init=False)
     _lifecycle: Lifecycle = field(init=False)
     _keys: set[tuple[Principal | None, str]] = field(factory=set, init=False)
-    """The idempotency keys of requests that are under way."""
+    """The idempotency keys of requests in progress."""
 
     def __attrs_post_init__(self) -> None:
         self.created = Changes(self._clock)
@@ -88,12 +88,13 @@ class TaskService:
         """Its version grows with each record; see `news`."""
         return self._recorder.changed
 
-    # -- from start to end of the daemon
+    # -- the start and the stop of the daemon
 
     async def start(self) -> None:
-        """Take up every task that has not ended: queue what waits, adopt what runs.
+        """Take up every task that has not ended: queue waiting tasks, adopt running ones.
 
-        Raises `StoreUnavailable`.
+        Raises:
+            StoreUnavailable: The records cannot be read or written.
         """
         recovery = Recovery(
             *(self._store, self._executor, self._time),
@@ -102,14 +103,14 @@ class TaskService:
         await recovery.take_up()
 
     async def stop(self, drain: float) -> None:
-        """Take no new tasks, wait for the running ones if told to, then let them go.
+        """Take no new tasks, give running ones ``drain`` seconds, then detach.
 
-        It waits `LEAVE` for records and ``drain`` seconds for tasks, not longer. The next
-        daemon does what is not on record then; it is logged.
+        It also waits `LEAVE` seconds for records. The log names the tasks whose records the
+        next daemon has to finish.
         """
         self._lifecycle.stop()
         self._retention.stop()
-        # A task that is between its record and its process is started.
+        # A task whose start is on record but whose process is not running yet still starts.
         leave = self._clock.seconds() + LEAVE
         self._recorder.end_pauses()
         active = self._queue.active
@@ -122,7 +123,7 @@ class TaskService:
             _log.info("Waiting for {n} tasks", n=len(active))
         until = self._clock.seconds() + drain
         await self._until(lambda: not active, until)
-        # What is restored from a copy that is made now is known by it, see `Reading`.
+        # This reading identifies a copy of the state made from now on; see `Reading`.
         reading = Deferred.fromCoroutine(self._retention.keep_reading())
         await reading.addTimeout(LEAVE, self._clock, lambda *_: False)
         self._recorder.closed = True
@@ -131,14 +132,14 @@ class TaskService:
         self._recorder.end_pauses()
 
     async def _until(self, done: Callable[[], bool], until: float) -> None:
-        """Wait until a condition holds that changes with a start or an end."""
+        """Wait until ``done`` or that time. A start or an end can change ``done``."""
         moved = self._lifecycle.moved
         while not done() and (left := until - self._clock.seconds()) > 0:
             waiter = moved.after(moved.version)
             await waiter.addTimeout(left, self._clock, lambda *_: 0)
 
     def release(self) -> None:
-        """Answer everybody who waits for a change, although there is none."""
+        """Wake all waiters for changes, although nothing has changed."""
         self.created.release()
         self.changed.release()
         for live in (*self._queue.waiting.values(), *self._queue.active.values()):
@@ -146,27 +147,34 @@ class TaskService:
             live.task.end.release()
 
     def running(self) -> Sequence[int]:
-        """Return the numbers of the tasks that run, or are about to."""
+        """Return the numbers of the tasks that run or are about to run."""
         return tuple(self._queue.active)
 
-    # -- what callers ask for
+    # -- the requests of callers
 
     async def create(self, spec: TaskSpec, key: str | None = None) -> Task:
         """Record a new task and start it as soon as there is room.
 
-        With a key that was used for the same task in the last 24 hours, return that one
-        and start nothing. Raises `InvalidInput`, `KeyReused`, `KeyInFlight`, `QueueFull`,
-        `ShuttingDown` or `StoreUnavailable`; then nothing was recorded. It goes on
-        when the caller stops waiting.
+        With a key that was used for the same task in the last 24 hours, return that task
+        and start nothing. The work goes on when the caller stops waiting.
+
+        Raises:
+            InvalidInput: A name or a value is not allowed.
+            KeyReused: The key was used for another task.
+            KeyInFlight: Another request with this key is in progress.
+            QueueFull: There is no room for the task to wait.
+            ShuttingDown: The daemon is stopping.
+            StoreUnavailable: The disk cannot keep the task or its output.
         """
         return await shielded(self._create_once(spec, key))
 
     async def _create_once(self, asked: TaskSpec, key: str | None) -> Task:
-        # From here on the secrets go a way of their own: no record and no answer has them.
+        # From here on the secrets travel apart from the task, so that no record and no
+        # response contains them.
         spec, secrets = (await self._commands()).split(asked)
         if key is None:
             return await self._create(spec, secrets, None)
-        # A key is its user's: nobody can use up another's.
+        # Each user has keys of their own, so nobody can use up the keys of another user.
         owned = (spec.user, key)
         if owned in self._keys:
             raise KeyInFlight(key)
@@ -176,7 +184,7 @@ class TaskService:
             known = await self._store.by_key(key, spec.user, since)
             if known is None:
                 return await self._create(spec, secrets, key)
-            # Of an older record only the name of its user is known.
+            # An older record has only the name of its user, not the stable id.
             if evolve(known.spec, user=spec.user) != spec:
                 raise KeyReused(key)
             await self._supply(known, secrets)
@@ -197,7 +205,7 @@ class TaskService:
         secret_file = None
         try:
             if secrets:
-                # Before anybody can find the task: a retry must find both or neither.
+                # Secrets come before the record: a retry must find both or neither.
                 secret_file = await self._executor.keep_secrets(secrets)
             wall, steady = self._time.wall(), self._time.steady()
             notes = tuple(secret_forms.notes(secrets))
@@ -211,7 +219,7 @@ class TaskService:
             self._queue.creating.remove(spec)
         snapshot = evolve(snapshot, command=shown(commands.command(spec, snapshot.id)))
         live = self._lifecycle.live(snapshot)
-        # Before anybody hears of it: everybody who looks for it finds this one.
+        # Before the task is announced, so that every look-up finds this object.
         self._queue.move(live, Phase.WAITING)
         self._recorder.advance()
         _log.info("Task {id} created: {it}", id=snapshot.id, it=snapshot.command)
@@ -220,19 +228,19 @@ class TaskService:
         return live.task
 
     async def _supply(self, known: TaskSnapshot, secrets: Mapping[str, str]) -> None:
-        """Give a task that waits the secrets of a retry, if its own are lost."""
+        """Give a waiting task the secrets of a retry if its own are lost."""
         if not secrets or known.status is not Status.CREATED:
             return
         name = known.secret_file
         if name is not None and await self._executor.secrets(known.id, name) is None:
-            _log.warn("Task {id} gets its secrets from a retry", id=known.id)
+            _log.warn("Task {id} takes its secrets from a retry", id=known.id)
             await self._executor.keep_secrets(secrets, name)
             live = self._queue.find(known.id)
-            if live is None or live.newest.status.ended:  # meanwhile
+            if live is None or live.newest.status.ended:  # it ended in the meantime
                 self._executor.forget_secrets(known.id, name)
 
     async def find(self, task_id: int) -> Task:
-        """Return a task, or raise `UnknownTask`."""
+        """Return a task. Raises `UnknownTask` if there is none, or `StoreUnavailable`."""
         live = self._queue.find(task_id)
         if live is not None:
             return live.task
@@ -240,7 +248,7 @@ class TaskService:
             raise UnknownTask(str(task_id))
         while True:
             snapshot = await self._store.load(task_id)
-            # It may have been recorded, or taken up, only while it was looked for.
+            # The task may have been recorded or taken up while `load` was reading.
             live = self._queue.find(task_id)
             if live is None and not snapshot.status.ended and self._queue.creating:
                 await self._created(task_id)
@@ -249,19 +257,19 @@ class TaskService:
                 return live.task
             if snapshot.status.ended or self._recorder.closed:
                 return Task(self._clock, snapshot)
-            # It has ended while it was looked for: what was read is of before.
+            # The task ended while `load` was reading, so the snapshot is out of date.
 
     async def _created(self, task_id: int) -> None:
-        """Wait until a task whose record is on disk is one of ours as well."""
+        """Wait until a task whose record is on disk is in the queue as well."""
         while self._queue.creating and self.created.version < task_id:
             await self.created.after(self.created.version)
 
     async def search(self, query: TaskQuery) -> Found:
-        """Return the tasks that match, newest first; more of them by `read`."""
+        """Return the tasks that match, newest first. `read` returns further ones."""
         return await self._as_now(await self._store.search(query))
 
     async def read(self, numbers: Sequence[int]) -> Found:
-        """Return the first of these tasks; those that are no more are left out."""
+        """Return the first of these tasks, leaving out removed ones."""
         return await self._as_now(await self._store.read(numbers))
 
     async def _as_now(self, found: Found) -> Found:
@@ -275,14 +283,17 @@ class TaskService:
         return [one for one in current if one is not None]
 
     async def next_after(self, task_id: int, within: Within = None) -> TaskSnapshot | None:
-        """Return the oldest task that counts and whose number is higher, or None."""
+        """Return the oldest task within the globs that has a higher number, or None."""
         if task_id >= self.created.version:
             return None
         found = await self._store.after(task_id, within)
         return None if found is None else await self._current(found) or found
 
     async def listing(self, app: str, env: str) -> Command:
-        """Return what lists the actions of an app, or raise `InvalidInput`, `NoListing`."""
+        """Return the command that lists the actions of an app.
+
+        Raises `InvalidInput` for a bad name, `NoListing` if there is no such command.
+        """
         return (await self._commands()).listing(app, env)
 
     async def last_change(self) -> tuple[int, int]:
@@ -290,14 +301,17 @@ class TaskService:
         return await self._store.last_change()
 
     async def news(self, since: int, known: int, limit: int) -> News:
-        """Return what has been recorded since a change and a task."""
+        """Return the records made since a change and a task."""
         return await self._store.news(since, known, limit)
 
     async def kill(self, task_id: int, by: Principal) -> Task:
         """End a task: its whole process tree, or its wait. An ended task stays as it is.
 
-        It goes on when the caller stops waiting. Raises `UnknownTask`, or `ShuttingDown`
-        if the next daemon has to do it.
+        The kill goes on when the caller stops waiting.
+
+        Raises:
+            UnknownTask: No task has this number.
+            ShuttingDown: The daemon is stopping; the next one has to end the task.
         """
         return await shielded(self._kill(task_id, by))
 
@@ -307,14 +321,14 @@ class TaskService:
             return await self.find(task_id)
         if not live.kill_requested and not live.newest.status.ended:
             await self._lifecycle.kill(live, by)
-        # Nor is the kill of somebody else forgotten that was answered.
+        # Wait also for the kill of another caller, so that the response is true on disk.
         await self._recorder.kill_on_record(live)
         return live.task
 
     async def free(self, target: str, by: Principal) -> Sequence[int]:
-        """Give back a target that ended tasks hold; return the numbers of those tasks.
+        """Give back a target that ended tasks hold, and return the numbers of those tasks.
 
-        What still runs of them goes on running, and is listed in them.
+        Their processes go on running, and the tasks go on listing them.
         """
         return await shielded(self._free(target, by))
 
@@ -325,7 +339,7 @@ class TaskService:
         return [live.id for live in found]
 
     async def _current(self, snapshot: TaskSnapshot) -> TaskSnapshot | None:
-        """Return how a task stands that was read a moment ago; None: it is removed."""
+        """Return the present state of a task that was read earlier, None if it is gone."""
         live = self._queue.find(snapshot.id)
         if live is not None:
             return live.task.snapshot

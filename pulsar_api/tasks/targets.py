@@ -11,7 +11,7 @@ _PATTERN = re.compile(r"[^/\s\0\[\]]+(/[^/\s\0\[\]]+(/[^\s\0\[\]]+)?)?")
 
 @frozen
 class Target:
-    """Which apps, envs and actions are meant: three texts in which * and ? are wild."""
+    """A pattern of apps, envs and actions: three texts with the wildcards * and ?."""
 
     app: str = "*"
     env: str = "*"
@@ -19,7 +19,11 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> "Target":
-        """Read ``app``, ``app/env`` or ``app/env/action``; `ValueError` if it is none."""
+        """Return the pattern ``app``, ``app/env`` or ``app/env/action``.
+
+        Raises:
+            ValueError: The text has another form.
+        """
         if not _PATTERN.fullmatch(text):
             raise ValueError(
                 f"{text!r} must be like shop, shop/production or shop/*/deploy"
@@ -27,7 +31,7 @@ class Target:
         return cls(*text.split("/", 2))
 
     def matches(self, app: str, env: str, action: str | None) -> bool:
-        """Return whether something is meant. No action: whether any there is."""
+        """Return whether the pattern matches. Without an action, whether any action can."""
         pairs = [(self.app, app), (self.env, env)]
         if action is not None:
             pairs.append((self.action, action))

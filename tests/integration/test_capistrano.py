@@ -405,7 +405,7 @@ def test_pulsar_1_is_believed_only_by_its_last_line(
     assert ended["status"] == status
     if status == "failed" and ended["exitCode"] == 0:
         assert ended["reason"] == (
-            "The exit code is 0, but the line that says so is not the last one."
+            "The exit code is 0, but the last line of stdout is not the expected one."
         )
     else:
         assert ended["reason"] is None

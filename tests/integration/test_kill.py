@@ -295,7 +295,7 @@ def test_a_kill_from_the_shell_is_a_kill_too(victims: Victims) -> None:
     os.kill(shim_of(victim.daemon.output_file(victim.number).parent), 15)
     ended = victim.daemon.ended(victim.number)
     assert ended["status"] == "killed"
-    assert "a signal from outside" in str(ended["reason"])
+    assert "a signal that somebody sent" in str(ended["reason"])
     assert victim.left() == []
 
 

@@ -52,4 +52,4 @@ def test_state_is_closed_to_other_users(start: Start, tmp_path: Path) -> None:
     assert outside.stat().st_mode & 0o777 == 0o644
     log = daemon.log.read_text()
     for name in ("pulsar-api.db", "tasks/1/output"):
-        assert f"{state / name} was open to other users; now it is not" in log
+        assert f"{state / name} was open to other users; this is now mended" in log

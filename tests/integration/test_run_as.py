@@ -257,13 +257,13 @@ def test_the_version_of_pulsar_is_asked_for_under_an_account(
 
 def test_accounts_without_authentication_are_warned_of(start: Start) -> None:
     """Each task can ask the daemon for tasks of all other accounts."""
-    assert "EVERY TASK CAN ASK" in start().log.read_text()
+    assert "EVERY TASK CAN START" in start().log.read_text()
 
 
 def test_accounts_with_authentication_are_not_warned_of(start: Start) -> None:
     """Tasks are nobody to the daemon then."""
     daemon = start("--auth-provider", "tokens")
-    assert "EVERY TASK CAN ASK" not in daemon.log.read_text()
+    assert "EVERY TASK CAN START" not in daemon.log.read_text()
 
 
 def test_a_target_without_account_is_refused(start: Start) -> None:
@@ -448,9 +448,9 @@ def test_admin_frees_a_target_that_a_process_of_root_holds(
 @pytest.mark.parametrize(
     ("table", "why"),
     [
-        ('user = "root"', "root may do everything"),
-        ('user = "nobody-has-this-name"', "there is no user nobody-has-this-name"),
-        ('user = "games"\ngroup = "none-has-this"', "there is no group none-has-this"),
+        ('user = "root"', "tasks must not run as root"),
+        ('user = "nobody-has-this-name"', "the user nobody-has-this-name does not exist"),
+        ('user = "games"\ngroup = "nobodys"', "the group nobodys does not exist"),
         ('user = "games"\ngroup = "root"', "group of root"),
         ('user = "games"\numask = "9"', "umask"),
         ('user = "games"\nnice = 3', "'nice' is unknown"),
@@ -486,11 +486,11 @@ def test_state_folder_holds_no_program_that_a_task_could_replace(place: Path) ->
 def test_the_daemons_own_account_is_no_other(place: Path) -> None:
     """Its tasks could change its state."""
     table = f'[[run-as]]\non = ["*"]\nuser = "{OWN}"\n'
-    refused(place, table, "the daemon itself runs as that user", capable(OWN))
+    refused(place, table, "the daemon runs as this user", capable(OWN))
 
 
 @pytest.mark.parametrize(
-    ("user", "why"), [(OWN, "CAP_SETUID"), (SHOP, "the daemon itself runs as that user")]
+    ("user", "why"), [(OWN, "CAP_SETUID"), (SHOP, "the daemon runs as this user")]
 )
 def test_accounts_are_checked_after_twistd_has_changed_the_user(
     place: Path, user: str, why: str

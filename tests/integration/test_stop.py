@@ -46,7 +46,8 @@ def test_a_daemon_whose_database_is_locked_ends_and_the_next_does_its_kills(
         text = f"Task {waiting}: kill asked for"
         wait_for(lambda: text in daemon.log.read_text(), "the kill")
         ends(daemon, LEAVE + 3 * CLOSE)
-        assert f"Task {waiting} is left as it is on record" in daemon.log.read_text()
+        left = f"Task {waiting} is left to the next daemon, as recorded"
+        assert left in daemon.log.read_text()
         for connection in asked:
             connection.close()
     daemon.start()
@@ -72,7 +73,8 @@ def test_a_daemon_whose_database_is_moved_away_ends_and_the_next_does_its_kill(
         text = f"Task {waiting}: kill asked for"
         wait_for(lambda: text in daemon.log.read_text(), "the kill")
         ends(daemon, LEAVE + 3 * CLOSE)
-    assert f"Task {waiting} is left as it is on record" in daemon.log.read_text()
+    left = f"Task {waiting} is left to the next daemon, as recorded"
+    assert left in daemon.log.read_text()
     assert not database.exists()
     away.rename(database)
     daemon.start()

@@ -103,7 +103,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 OPTIONS = [
     wrong("--colour red", "option --colour not recognized"),
     wrong("-x", "option -x not recognized"),
-    wrong("start", "'start' is no option"),
+    wrong("start", "'start' is not an option"),
     wrong("--config-repo", "option --config-repo requires argument"),
     wrong("--dev=1", "option --dev must not have an argument"),
     wrong("--config-repo=", "--config-repo: needs a text that is not empty"),
@@ -205,7 +205,7 @@ COMMAND = [
     wrong("--command capistrano", "--command capistrano needs --config-repo"),
     wrong(
         "--command scripts --config-repo git@example.com:x",
-        "--config-repo: git@example.com:x is no folder; scripts needs one",
+        "--config-repo: git@example.com:x is not a folder; scripts needs one",
     ),
     wrong("--command", "--command cannot be split into arguments", "deploy 'it"),
     wrong("--command", "--command: {colour} is unknown; there are", "deploy {colour}"),
@@ -280,15 +280,17 @@ TLS = [
     ),
 ]
 FOLDERS = [
-    wrong("--state-dir {files}/text", "--state-dir: cannot make {files}/text: File exists"),
     wrong(
-        "--state-dir {files}/text/s", "--state-dir: cannot make {files}/text/s: Not a dir"
+        "--state-dir {files}/text", "--state-dir: cannot create {files}/text: File exists"
+    ),
+    wrong(
+        "--state-dir {files}/text/s", "--state-dir: cannot create {files}/text/s: Not a dir"
     ),
     wrong("--state-dir /proc", "--state-dir: "),
     wrong("--state-dir=", "--state-dir: needs a text that is not empty"),
     wrong("--state-dir {files}/no-database", "file is not a database"),
-    wrong("--log-dir {files}/text", "--log-dir: cannot make {files}/text: File exists"),
-    wrong("--log-dir {files}/text/l", "--log-dir: cannot make {files}/text/l: Not a dir"),
+    wrong("--log-dir {files}/text", "--log-dir: cannot create {files}/text: File exists"),
+    wrong("--log-dir {files}/text/l", "--log-dir: cannot create {files}/text/l: Not a dir"),
     wrong("--log-dir {files}/logs", "--log-dir: "),
 ]
 CASES = [*OPTIONS, *ENDPOINTS, *WIDE, *AUTH, *CONFIG, *COMMAND, *TLS, *FOLDERS]
@@ -381,7 +383,7 @@ def test_a_folder_that_cannot_be_made_is_named(option: str, tmp_path: Path) -> N
     folder.mkdir(mode=0o555)
     with powerless():
         said = told(tmp_path / "own", option, str(folder / "new"))
-    assert said == f"{option}: cannot make {folder / 'new'}: Permission denied"
+    assert said == f"{option}: cannot create {folder / 'new'}: Permission denied"
 
 
 @pytest.mark.parametrize("name", ["lock", "pulsar-api.db", "tasks"])
@@ -482,7 +484,7 @@ def test_a_state_dir_that_another_daemon_uses_is_refused(
 ) -> None:
     """Two daemons would start the same tasks; the first goes on as if nothing were."""
     said = refusal(tmp_path, "--state-dir", str(daemon.state))
-    expected = f"another pulsar-api uses {daemon.state}; give each its own"
+    expected = f"another pulsar-api uses {daemon.state}. Give each its own folder"
     assert said == f"--state-dir: {expected}"
     script("deploy", "#!/bin/sh\nexit 0\n")
     number = daemon.run("site", "production", "deploy")
