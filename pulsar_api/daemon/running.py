@@ -39,15 +39,18 @@ from pulsar_api.tasks.commands import Commands
 from pulsar_api.tasks.interfaces import Bounds, Keep
 from pulsar_api.tasks.queue import Limits
 from pulsar_api.tasks.service import TaskService
+from pulsar_api.web.api.creating import CreateAPI
 from pulsar_api.web.api.following import FollowAPI
 from pulsar_api.web.api.lists import Lists
 from pulsar_api.web.api.output import PartsAPI
 from pulsar_api.web.api.targets import TargetAPI
 from pulsar_api.web.api.tasks import TaskAPI
 from pulsar_api.web.legacy.feed import Feed
-from pulsar_api.web.legacy.jobs import JobAPI
+from pulsar_api.web.legacy.jobs import RESERVED, JobAPI
 from pulsar_api.web.legacy.sockjs import SockJS
-from pulsar_api.web.pages import Pages, Root
+from pulsar_api.web.pages import Pages
+from pulsar_api.web.root import Root
+from pulsar_api.web.routing import mount
 from pulsar_api.web.signin import SignIn
 
 _log = Logger()
@@ -228,17 +231,19 @@ def _root(
 ) -> Root:
     access = parts.access
     lists = Lists(reactor, turns)
-    return Root(
-        TaskAPI(access, tasks, reactor, s.poll_timeout, feed, lists).app.resource(),
-        FollowAPI(access, tasks, reactor, turns).app.resource(),
-        PartsAPI(access, LineIndexes(tasks, turns)).app.resource(),
-        JobAPI(access, tasks, feed, listings, lists).app.resource(),
-        sockjs.resource(),
-        Pages(access).app.resource(),
-        SignIn(access, reactor, parts.github, s.confirm, s.secret_variables).app.resource(),
-        TargetAPI(access).app.resource(),
-        access.origins,
-    )
+    github, confirm, secret = parts.github, s.confirm, s.secret_variables
+    mounts = [
+        mount(TaskAPI(access, tasks, reactor, s.poll_timeout, lists)),
+        mount(CreateAPI(access, tasks, feed)),
+        mount(FollowAPI(access, tasks, reactor, turns)),
+        mount(PartsAPI(access, LineIndexes(tasks, turns))),
+        mount(TargetAPI(access)),
+        mount(JobAPI(access, tasks, feed, listings, lists), RESERVED),
+        sockjs.mount(),
+        mount(Pages(access)),
+        mount(SignIn(access, reactor, github, confirm, secret)),
+    ]
+    return Root(mounts, access.origins)
 
 
 def _reap(reaper: processes.Reaper) -> None:

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import pytest
 
 from pulsar_api.auth.rights import Right
+from pulsar_api.web.api.creating import CreateAPI
 from pulsar_api.web.api.following import FollowAPI
 from pulsar_api.web.api.output import PartsAPI
 from pulsar_api.web.api.targets import TargetAPI
@@ -50,10 +51,16 @@ HAS = {
 }
 
 
+APIS = (
+    *(TaskAPI, CreateAPI, FollowAPI, PartsAPI, TargetAPI),
+    *(JobAPI, SockJS, Pages, SignIn),
+)
+
+
 def routes() -> dict[str, str]:
     """Return what the code has: each method and path, and the right that it needs."""
     found = {}
-    for api in (*(TaskAPI, FollowAPI, PartsAPI, JobAPI, SockJS, Pages, SignIn, TargetAPI),):
+    for api in APIS:
         for rule in api.app.url_map.iter_rules():
             handler = api.app.endpoints[rule.endpoint]
             path = re.sub(r"<(?:\w+:)?(\w+)>", r":\1", rule.rule)

@@ -290,7 +290,7 @@ def test_ctrl_c_asks_what_is_meant(daemon: Daemon) -> None:
     terminal.interrupt()
     terminal.sees("kill task 1, or leave it running?")
     terminal.types("what\n")
-    terminal.sees("it goes on")
+    terminal.sees("the task goes on")
     terminal.interrupt()
     terminal.types("k\n")
     terminal.sees("task 1 killed")

@@ -1,6 +1,6 @@
 """Parts of an output, for who does not want all of it: lines, streams and times, search."""
 
-from collections import OrderedDict
+from functools import partial
 from typing import ClassVar
 
 from attrs import field, frozen
@@ -9,6 +9,7 @@ from twisted.web.server import Request
 
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
+from pulsar_api.bounded import BoundedDict
 from pulsar_api.output.files import output_of
 from pulsar_api.output.lines import LineIndex, LineIndexes
 from pulsar_api.output.pieces import read_pieces
@@ -33,7 +34,9 @@ class PartsAPI:
 
     access: Access
     indexes: LineIndexes
-    _shared: OrderedDict[tuple[object, ...], bytes] = field(factory=OrderedDict)
+    _shared: BoundedDict[tuple[object, ...], bytes] = field(
+        factory=partial(BoundedDict, _SHARED)
+    )
 
     @app.route("/task/<number>/lines", methods=["GET"])
     @needs(Right.READ)
@@ -60,8 +63,6 @@ class PartsAPI:
         body = self._shared.get(key)
         if body is None:
             body = self._shared[key] = encoding.encode(_lines(index, snapshot, start))
-            while len(self._shared) > _SHARED:
-                self._shared.popitem(last=False)
         return body
 
     @app.route("/task/<number>/pieces", methods=["GET"])

@@ -1,7 +1,7 @@
 """The API of the document: tasks over HTTP."""
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar
@@ -12,10 +12,10 @@ from klein import Klein
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.server import Request
-from werkzeug.routing import BaseConverter
 
 from pulsar_api.auth.guard import Guard
 from pulsar_api.auth.rights import Right
+from pulsar_api.bounded import BoundedDict
 from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.errors import UnknownTask
 from pulsar_api.output.files import Output, output_of
@@ -26,14 +26,7 @@ from pulsar_api.web import decoding, encoding, json_stream
 from pulsar_api.web.api.lists import Entry, Lists
 from pulsar_api.web.authentication import Access, needs
 from pulsar_api.web.encoding import Part
-from pulsar_api.web.legacy.feed import Feed
-from pulsar_api.web.responses import header, new_app, not_modified, reply, stream
-from pulsar_api.web.server.body import body_of
-
-RESERVED = (
-    "task tasks job jobs pulsar web websocket event events api static login logout"
-).split()
-"""First segments of a path that are no app's name."""
+from pulsar_api.web.responses import new_app, not_modified, reply, stream
 
 _SMALL = 1 << 18  # bytes of output up to which an answer is built at once, and shared
 _SHARED = 16  # how many such answers are kept for the next who asks
@@ -41,32 +34,21 @@ _OUTPUTS = ("full", "tail", "none")
 _UNCHANGED = encoding.encode({"changed": False})
 
 
-class _AppConverter(BaseConverter):
-    regex = rf"(?!(?:{'|'.join(RESERVED)})\Z)[^/]+"
-    part_isolating = True
-
-
-def _new_app() -> Klein:
-    app = new_app()
-    app.url_map.converters["app"] = _AppConverter
-    return app
-
-
 @frozen(eq=False)
 class TaskAPI:
     """The routes of the API. ``app.resource()`` is what a site serves."""
 
-    app: ClassVar[Klein] = _new_app()
+    app: ClassVar[Klein] = new_app()
 
     access: Access
     folder: Path
     """Where the output of task 47 is in the folder ``47``."""
     clock: IReactorTime
     poll_timeout: float = 30.0
-    feed: Feed | None = None
-    """Who is told which task's POST is being answered."""
     lists: Lists = field()
-    _shared: OrderedDict[tuple[object, ...], bytes] = field(factory=OrderedDict)
+    _shared: BoundedDict[tuple[object, ...], bytes] = field(
+        factory=partial(BoundedDict, _SHARED)
+    )
 
     @lists.default
     def _lists(self) -> Lists:
@@ -117,35 +99,6 @@ class TaskAPI:
         task, output = encoding.with_output(task, self.folder)
         part = Part.chosen(how, task, output)
         return await self._changed(request, task, part, output=output)
-
-    @app.route("/<app:app>/<env>", methods=["POST"])
-    @needs(Right.RUN)
-    async def create(self, request: Request, tasks: Guard, app: str, env: str) -> bytes:
-        asked = decoding.parse_new_task(
-            header(request, "content-type"),
-            await body_of(request, tasks.caller.by.key),
-            query_of(request),
-        )
-        variables, secret = asked.variables, asked.secret
-        key = decoding.parse_key(request.requestHeaders.getRawHeaders("idempotency-key"))
-        task = await tasks.create(app, env, asked.action, variables, secret, key)
-        number = task.snapshot.id
-        if self.feed is not None:
-            self.feed.hold(number, request)
-        request.setHeader("Location", f"/task/{number}")
-        url = encoding.task_url(self._base(request), number)
-        fields: dict[str, object] = {"taskId": number, "id": number, "url": url}
-        if task.snapshot.notes:
-            fields["notes"] = list(task.snapshot.notes)
-        if not asked.wait:
-            return reply(request, encoding.encode(fields))
-        if not task.snapshot.status.ended:
-            # Who goes away meanwhile stops the waiting, not the task.
-            await task.end.after(0)
-        output = self._output(task.snapshot)
-        job = encoding.job_pieces(task.snapshot, output)
-        pieces = chain(json_stream.pieces(fields, data=job), [b"\n"])
-        return await respond(request, pieces, 2 * output.weight())
 
     # -- one task
 
@@ -262,8 +215,6 @@ class TaskAPI:
         body = self._shared.get(key)
         if body is None:
             body = self._shared[key] = b"".join(pieces)
-            while len(self._shared) > _SHARED:
-                self._shared.popitem(last=False)
         return reply(request, body)
 
 

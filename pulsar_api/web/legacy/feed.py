@@ -13,6 +13,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.web.server import Request
 
+from pulsar_api.bounded import BoundedDict
 from pulsar_api.concurrency.changes import Changes
 from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.errors import StoreUnavailable, UnknownTask
@@ -124,12 +125,14 @@ class Feed:
     _watched: dict[int, Deferred[None]] = field(factory=dict, init=False)
     _held: dict[int, Changes] = field(factory=dict, init=False)
     _running: Deferred[None] | None = field(default=None, init=False)
-    _messages: OrderedDict[tuple[object, ...], Message] = field(
-        factory=OrderedDict, init=False
+    _messages: BoundedDict[tuple[object, ...], Message] = field(
+        factory=partial(BoundedDict, _SHARED), init=False
     )
     pieces: PieceCache = field(factory=PieceCache, init=False)
     """Shared by subscribers that are sent the same at the same time."""
-    _ended: OrderedDict[int, Task] = field(factory=OrderedDict, init=False)
+    _ended: BoundedDict[int, Task] = field(
+        factory=partial(BoundedDict, _SHARED), init=False
+    )
     """Tasks whose end is being told."""
     _made: dict[tuple[object, ...], Changes] = field(factory=dict, init=False)
     """The messages that are being made, and who waits for them."""
@@ -197,8 +200,6 @@ class Feed:
             finally:
                 del self._made[key]
                 made.advance(1)
-            while len(self._messages) > _SHARED:
-                self._messages.popitem(last=False)
             break
         return found
 
@@ -256,8 +257,6 @@ class Feed:
                 await end.addTimeout(EVERY, self._clock, lambda *_: 0)
             if task.snapshot.status.ended:
                 self._ended[number] = task
-                while len(self._ended) > _SHARED:
-                    self._ended.popitem(last=False)
                 self._tell(number, "close")
                 break
             if await task.changes.after(seen) == seen:

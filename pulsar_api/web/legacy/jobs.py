@@ -22,7 +22,10 @@ from pulsar_api.web.legacy.feed import Feed
 from pulsar_api.web.responses import new_app, reply
 
 _LISTED = re.compile(r"^(?:cap |pulsar )?(\S+) +# ?(.*?) *$", re.MULTILINE)
-_MOST_PAGES = 1_000_000
+_MAX_PAGE = 1_000_000
+
+RESERVED = frozenset({b"event", b"api", b"static"})
+"""Names that no app could have in release 0.6, beside those of its routes."""
 
 
 @frozen(eq=False)
@@ -50,7 +53,7 @@ class JobAPI:
     @needs(Right.READ)
     async def jobs(self, request: Request, tasks: Guard) -> bytes:
         given = query_of(request)
-        page = decoding.parse_number(given, "currentPage", 0, _MOST_PAGES)
+        page = decoding.parse_number(given, "currentPage", 0, _MAX_PAGE)
         size = decoding.parse_number(given, "pageSize", 10, decoding.MAX_LIST)
         query = TaskQuery(limit=size, offset=page * size)
 

@@ -12,10 +12,13 @@ from pulsar_api.errors import PulsarError
 from pulsar_api.web.legacy.frames import LAST, OPEN, parse_messages
 from pulsar_api.web.legacy.visit import Visits
 from pulsar_api.web.responses import problem
+from pulsar_api.web.routing import Pattern
 from pulsar_api.web.server.websocket import WebSocket, handshake
 
 _log = Logger()
 
+SOCKET: Pattern = (b"websocket", None, None, b"websocket")
+"""The path of a WebSocket, after the names of a server and a session."""
 MAX_NAME = 100
 """Characters of the name of a session."""
 

@@ -16,9 +16,10 @@ from pulsar_api.web.authentication import Access
 from pulsar_api.web.legacy.feed import Feed
 from pulsar_api.web.legacy.frames import BEAT, BUSY, LAST, OPEN, Frame, parse_messages
 from pulsar_api.web.legacy.http_sessions import Session, Sessions
-from pulsar_api.web.legacy.sockets import Tree
+from pulsar_api.web.legacy.sockets import SOCKET, Tree
 from pulsar_api.web.legacy.visit import Visits
 from pulsar_api.web.responses import new_app, problem, reply
+from pulsar_api.web.routing import Mount, patterns
 from pulsar_api.web.server.body import BodyRequest, body_of
 from pulsar_api.web.server.websocket import MAX_MESSAGE, limit_buffer
 
@@ -52,6 +53,11 @@ class SockJS:
     @_sessions.default
     def _new_sessions(self) -> Sessions:
         return Sessions(self._visits, self.max_sessions)
+
+    def mount(self) -> Mount:
+        """Return what the API contributes; the WebSocket is no route of Klein's."""
+        routes = patterns(self.app) | {SOCKET}
+        return Mount(self.resource(), routes, identifies_later=True)
 
     def resource(self) -> Resource:
         """Return what a site serves."""

@@ -1,12 +1,13 @@
 """Limits for one address, one caller, and all together: connections, requests, memory."""
 
 import ipaddress
-from collections import OrderedDict
 from typing import Protocol
 
 from attrs import define, field
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.interfaces import IAddress, IReactorTime
+
+from pulsar_api.bounded import BoundedDict
 
 OWN = frozenset({"127.0.0.1", "::1"})
 """This machine: a proxy that connects for everybody, or scripts of its owner."""
@@ -72,8 +73,12 @@ class Rate:
     """How often a source may do it at once after a silence."""
     sources: int = 10_000
     """Buckets that are kept."""
-    # For each source its tokens, and when there were so many; last seen, last in line.
-    buckets: OrderedDict[str, tuple[float, float]] = field(factory=OrderedDict, init=False)
+    buckets: BoundedDict[str, tuple[float, float]] = field(init=False)
+    """For each source its tokens, and when there were so many."""
+
+    @buckets.default
+    def _new_buckets(self) -> BoundedDict[str, tuple[float, float]]:
+        return BoundedDict(self.sources)
 
     def wait(self, source: str | None) -> float:
         """Count one use and return 0; or return the seconds to wait, and count nothing.
@@ -83,12 +88,10 @@ class Rate:
         if source is None:
             return 0.0
         now = self.clock.seconds()
-        tokens, at = self.buckets.pop(source, (float(self.burst), now))
+        tokens, at = self.buckets.get(source, (float(self.burst), now))
         tokens = min(self.burst, tokens + (now - at) * self.per_second)
         allowed = tokens >= 1
         self.buckets[source] = (tokens - allowed, now)
-        if len(self.buckets) > self.sources:
-            self.buckets.popitem(last=False)
         return 0.0 if allowed else (1 - tokens) / self.per_second
 
 
