@@ -2,6 +2,7 @@
 
 import resource
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from twisted.python.failure import Failure
 from pulsar_api.client import Client, Refused, Unreachable
 from tests.integration import zygote
 from tests.integration.conftest import Start
-from tests.integration.daemon import PATIENCE, PULSAR_API, SHELL
+from tests.integration.daemon import PATIENCE, SHELL
 
 Call = Callable[[Client], Coroutine[Deferred[Any], Any, object]]
 
@@ -266,14 +267,26 @@ async def test_what_is_followed_is_not_kept(start: Start) -> None:
     await client.close()
 
 
+IMPATIENT = """
+from functools import partial
+from pulsar_api.cli import main
+main.Client = partial(main.Client, patience=1, deadline=1, silence=2, poll=1)
+main.main()
+"""
+"""The command ``pulsar-api`` with bounds of its client that a test can wait for."""
+
+
 async def test_every_command_says_that_nobody_answers(server: Server) -> None:
-    """Within the usual deadline, with the status of a daemon that cannot be reached."""
+    """Within the deadline, with the status of a daemon that cannot be reached."""
     lines = ("show 1", "tasks", "kill 1", "log 1", "run a b c", "wait 1", "free a b")
 
     def ask() -> list[tuple[int, str, str]]:
         calls = [
             zygote.Popen(
-                [*PULSAR_API, *line.split(), "--url", f"http://127.0.0.1:{server.port}"],
+                [
+                    *(sys.executable, "-c", IMPATIENT, *line.split()),
+                    *("--url", f"http://127.0.0.1:{server.port}"),
+                ],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 stdin=subprocess.DEVNULL,

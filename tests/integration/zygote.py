@@ -6,7 +6,7 @@ when it is asked to. What it forks is the child of the process of pytest, by
 ``CLONE_PARENT``, so that `Popen` waits for it and signals it as for any other.
 
 `Popen` and `run` are those of `subprocess`, and start the real program for everything but
-``python -m pulsar_api``, ``twistd`` and ``pulsar-api`` in a usual environment. With
+``python -m pulsar_api``, ``twistd`` and ``python -c`` in a usual environment. With
 ``PULSAR_ZYGOTE=0`` in the environment, or when coverage is measured, they always do.
 """
 
@@ -39,12 +39,9 @@ PULSAR_API = (sys.executable, "-c", "from pulsar_api.cli.main import main; main(
 TWISTD = (str(Path(sys.executable).with_name("twistd")),)
 """Twisted's own program, with which the daemon can be started as well."""
 
-_PROGRAMS = {
-    DAEMON: "pulsar_api.__main__:main",
-    PULSAR_API: "pulsar_api.cli.main:main",
-    TWISTD: "twisted.scripts.twistd:run",
-}
-"""What can be started by a fork, and the function that it runs."""
+_SCRIPT = PULSAR_API[:2]
+_PROGRAMS = (DAEMON, TWISTD, _SCRIPT)
+"""What can be started by a fork: two programs, and any script after ``-c``."""
 
 _ROOT = Path(__file__).parents[2]
 _LIMITS = [name for name in dir(resource) if name.startswith("RLIMIT_")]
@@ -310,13 +307,15 @@ def _become(request: Mapping[str, Any], fds: list[int], answer: int) -> None:
     time.tzset()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     program = tuple(request["program"])
-    at, name = {
-        DAEMON: (os.getcwd(), str(_ROOT / "pulsar_api" / "__main__.py")),
-        PULSAR_API: ("", "-c"),
-        TWISTD: (str(Path(TWISTD[0]).parent), TWISTD[0]),
-    }[program]
-    sys.path[0] = at
-    sys.argv = [name, *request["arguments"]]
+    if program == DAEMON:
+        sys.path[0] = os.getcwd()
+        sys.argv = [str(_ROOT / "pulsar_api" / "__main__.py"), *request["arguments"]]
+    elif program == TWISTD:
+        sys.path[0] = str(Path(TWISTD[0]).parent)
+        sys.argv = [TWISTD[0], *request["arguments"]]
+    else:
+        sys.path[0] = ""
+        sys.argv = ["-c", *request["arguments"][1:]]
     sys.dont_write_bytecode = "PYTHONDONTWRITEBYTECODE" in os.environ
     for stream in (sys.stdout, sys.stderr):
         assert isinstance(stream, io.TextIOWrapper)
@@ -354,8 +353,13 @@ def _main() -> None:
     gc.collect()
     gc.freeze()
     request = _serve(sock)
-    module, _, function = _PROGRAMS[tuple(request["program"])].partition(":")
-    getattr(sys.modules[module], function)()
+    program = tuple(request["program"])
+    if program == DAEMON:
+        sys.modules["pulsar_api.__main__"].main()
+    elif program == TWISTD:
+        sys.modules["twisted.scripts.twistd"].run()
+    else:
+        exec(request["arguments"][0], {"__name__": "__main__"})
 
 
 if __name__ == "__main__":
