@@ -14,7 +14,8 @@ release = version = __version__
 extensions = ["docs.directives"]
 html_theme = "furo"
 html_title = f"pulsar-api {__version__}"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 exclude_patterns = ["_build"]
 nitpicky = True
 highlight_language = "text"

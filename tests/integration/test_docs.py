@@ -131,6 +131,7 @@ def newcomer(tmp_path: Path) -> Iterator[Newcomer]:
     somebody.stop()
 
 
+@pytest.mark.needs("curl")
 def test_tutorial_leads_to_deployments(newcomer: Newcomer) -> None:
     """Every file of it is written and every command is pasted, in the order of the page."""
     for block in blocks(TUTORIAL):
@@ -189,6 +190,7 @@ def shop(start: Start, tmp_path: Path) -> Daemon:
     return start("--command", "scripts", "--config-repo", str(folder.parents[1]))
 
 
+@pytest.mark.needs("curl")
 @pytest.mark.parametrize("name", ci_scripts())
 def test_ci_snippets_deploy_and_fail_with_the_task(
     shop: Daemon, programs: Mapping[str, str], tmp_path: Path, name: str
@@ -348,6 +350,36 @@ def test_output_arrives_through_caddy(
     words = [caddy, "run", "--config", "Caddyfile", "--adapter", "caddyfile"]
     with running(words, tmp_path):
         through(port, path, behind, tmp_path)
+
+
+def unit_of(name: str) -> str:
+    """Return the unit of the page about systemd that has this name."""
+    caption = f"/etc/systemd/system/{name}"
+    (found,) = [b for b in blocks(HOWTO / "systemd.rst", "ini") if b.caption == caption]
+    return found.text
+
+
+@pytest.mark.needs("systemd-analyze")
+def test_units_of_the_page_are_units(tmp_path: Path) -> None:
+    """Nothing is wrong with the unit that is shipped, its drop-ins and the socket."""
+    drop_in = "pulsar-api.service.d"
+    unit = (ROOT / "systemd" / "pulsar-api.service").read_text()
+    unit = unit.replace("/opt/pulsar-api/bin/twistd", str(BIN / "twistd"))
+    (tmp_path / drop_in).mkdir()
+    (tmp_path / "pulsar-api.service").write_text(unit)
+    (tmp_path / drop_in / "run-as.conf").write_text(
+        (ROOT / "systemd" / "run-as.conf").read_text()
+    )
+    for name in ("pulsar-api.socket", f"{drop_in}/override.conf"):
+        (tmp_path / name).write_text(unit_of(name))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "./pulsar-api.socket", "./pulsar-api.service"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_container_runs_programs_that_there_are() -> None:
