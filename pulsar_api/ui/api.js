@@ -1,13 +1,13 @@
-// Talks with the daemon: questions, and streams that come back by themselves.
+// Talks with the daemon: requests, and streams that reconnect by themselves.
 
 export class Problem extends Error {
   constructor(status, detail, after = 0) {
     super(detail);
     this.status = status; // 0: the daemon cannot be reached
-    this.after = after; // seconds after which one may try again, if it says so
+    this.after = after; // seconds until the next try, from Retry-After
   }
 
-  // Whether it may be another time when one asks again.
+  // Whether another try may succeed.
   get passes() { return ![400, 401, 403, 404].includes(this.status); }
 }
 
@@ -33,10 +33,10 @@ async function answered(path, options) {
 
 const broken = () => { throw new Problem(0, AWAY); };
 
-// Ask, and return the answer's JSON; a `Problem` says what went wrong.
+// Send a request and return the JSON of the response. Throws a `Problem`.
 export const ask = async (path, options = {}) => (await answered(path, options)).json().catch(broken);
 
-// The same, and what time it is by the daemon's clock, in milliseconds.
+// The same, and the time by the daemon's clock, in milliseconds.
 export async function askDated(path) {
   const answer = await answered(path, {});
   return [await answer.json().catch(broken), Date.parse(answer.headers.get('date') ?? '')];
@@ -51,13 +51,13 @@ export const post = (path, value, headers = {}) => ask(path, {
 });
 
 const PATIENCE = [1, 1, 2, 4, 8]; // seconds until the next try
-const HIDDEN = 15; // seconds after which a page that nobody sees gives its connection back
+const HIDDEN = 15; // seconds after which a hidden page closes its connection
 
-// Server-sent events with a cursor: after a fault of the network or a restart of the daemon
-// it goes on where it was, without a gap. `hears` maps names of events to functions of
-// (value, cursor); `tells(problem)` is called with why it is away, or null when it is there.
-// `probe` is a question that is answered if the stream would be. `missed` is called if it
-// comes back and cannot know what happened meanwhile.
+// Server-sent events with a cursor: after a network fault or a restart of the daemon the
+// stream continues where it stopped, without a gap. `hears` maps names of events to
+// functions of (value, cursor). `tells(problem)` gets the reason when the stream is down,
+// null when it is up. `probe` is a path that the daemon answers if it would answer the
+// stream. `missed` is called after a reconnection that may have missed events.
 export class Stream {
   constructor(url, probe, hears, tells) {
     this.url = url;
@@ -93,15 +93,15 @@ export class Stream {
     this.source = source;
     source.onopen = () => {
       this.tries = 0;
-      // Before the first event there is no place to go on from.
+      // Before the first event there is no cursor to continue from.
       if (this.opened && !this.cursor) this.missed?.();
       this.opened = true;
       this.tells(null);
     };
     source.onerror = () => {
       if (this.source !== source) return;
-      // An EventSource does not always come back by itself, and never after an answer that
-      // it does not like; ours always does, and asks why first.
+      // An EventSource does not always reconnect, and never after a response other than
+      // 200. This stream always reconnects, after asking for the reason.
       this.#stop();
       this.#later();
     };
@@ -125,7 +125,7 @@ export class Stream {
       } catch (problem) {
         error = problem;
       }
-      if (this.timer !== timer) return; // it was closed, or opened anew, meanwhile
+      if (this.timer !== timer) return; // the stream was closed or reopened in the meantime
       if (!error) this.#open();
       else if (error.passes) this.#later(error);
       else this.tells(error);
@@ -133,7 +133,7 @@ export class Stream {
     this.timer = timer;
   }
 
-  // A browser has six connections to one daemon: hidden tabs must not hold them.
+  // A browser opens at most six connections to one daemon: hidden tabs must not hold them.
   #seen(visible) {
     clearTimeout(this.hiding);
     if (!visible) {

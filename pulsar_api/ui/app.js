@@ -1,4 +1,4 @@
-// The page: which view the address means, who looks at it, and whether the daemon is there.
+// The page: it chooses the view for the address, knows the user, and watches the daemon.
 
 import { askDated } from './api.js';
 import { covers, el, say } from './format.js';
@@ -6,7 +6,7 @@ import { List } from './list.js';
 import { RunDialog } from './run.js';
 import { TaskView } from './task.js';
 
-const PATIENCE = 1000; // milliseconds until it is said: a restart is often quicker
+const PATIENCE = 1000; // milliseconds before the banner appears: a restart is often quicker
 
 const page = {
   view: document.querySelector('main'),
@@ -14,7 +14,7 @@ const page = {
   me: { user: null, rights: [], confirm: [], secret: [] },
   skew: 0,
 
-  // The time by the daemon's clock, in milliseconds: that of a phone may be wrong.
+  // The time by the daemon's clock, in milliseconds: the clock of a phone can be wrong.
   now: () => Date.now() + page.skew,
 
   title(text) { document.title = `${text} – pulsar-api`; },
@@ -23,7 +23,7 @@ const page = {
     return page.me.rights.some(({ may, on }) => may.includes(right) && covers(on, app, env, action));
   },
 
-  // Say why the daemon does not answer, or with null that it does.
+  // Show why the daemon does not answer. Null: it answers.
   away(problem) {
     if (problem !== null) {
       say(page.banner, problem.message);
@@ -32,7 +32,7 @@ const page = {
     }
     if (!page.leaving) return;
     page.back();
-    page.meet(); // it may be another one, with other settings
+    page.meet(); // after a restart the daemon may have other settings
   },
 
   back() {
@@ -49,19 +49,19 @@ const page = {
     show(true);
   },
 
-  // The address is another one, of the same view.
+  // Change the address without changing the view.
   moved(path) {
     history.replaceState(history.state, '', path);
     shown = location.pathname + location.search;
   },
 
-  // Find out who looks at the page, and what they may.
+  // Ask the daemon who the user is and which rights the user has.
   async meet() {
     const asked = Date.now();
     try {
       const [me, date] = await askDated('/login/me');
       const skew = date - (asked + Date.now()) / 2;
-      // The header has whole seconds, and how long it was on the way is not known.
+      // The header has whole seconds, and the delay of the network is not known.
       if (Math.abs(skew) > 1500 + (Date.now() - asked) / 2) page.skew = skew;
       page.me = me;
     } catch (error) {
@@ -81,7 +81,7 @@ let shown = '';
 function show(focus) {
   view?.close();
   document.querySelectorAll('dialog').forEach((dialog) => dialog.close());
-  // Published clients are told addresses like /web#job/47.
+  // Published clients use addresses like /web#job/47.
   const old = /^#job\/(\d+)$/.exec(location.hash);
   if (old) history.replaceState(null, '', `/web/job/${old[1]}`);
   const task = /^\/web\/job\/([^/]+)\/?$/.exec(location.pathname);
@@ -93,7 +93,7 @@ function show(focus) {
   }
 }
 
-// Where one was in a list is remembered by the view itself.
+// The list remembers its own scroll position.
 history.scrollRestoration = 'manual';
 addEventListener('popstate', () => {
   if (/^#job\//.test(location.hash) || location.pathname + location.search !== shown) show(true);
@@ -106,7 +106,7 @@ document.addEventListener('click', (event) => {
   page.go(link.getAttribute('href'));
 });
 
-// Single keys, but not for who is writing.
+// Keyboard shortcuts, except while the user types into a field.
 document.addEventListener('keydown', (event) => {
   if (event.metaKey || event.ctrlKey || event.altKey || event.target.closest('input, select, textarea') || document.querySelector('dialog[open]')) return;
   if (event.key === '/') {
@@ -133,6 +133,6 @@ function greet() {
 }
 
 document.querySelector('#run').addEventListener('click', () => page.run());
-// Who one is and what there is are asked for at the same time.
+// Ask for the user and for the tasks at the same time.
 show(false);
 page.meet();

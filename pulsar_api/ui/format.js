@@ -1,4 +1,4 @@
-// Words for what the daemon knows: states, times, spans of time; and small helpers for DOM.
+// Texts for states, times, durations and sizes, and small helpers for the DOM.
 
 export const STATUS = {
   created: { word: 'waiting', sign: '○' },
@@ -11,8 +11,8 @@ export const STATUS = {
 
 export const ended = (task) => !['created', 'running'].includes(task.status);
 
-// An element; properties that begin with "on" are listeners, others attributes. Children
-// are elements or text: nothing that comes from outside is ever read as markup.
+// Make an element. Properties that begin with "on" are listeners, others are attributes.
+// Children are elements or text, so no text from outside is ever parsed as markup.
 export function el(name, properties = {}, ...children) {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(properties)) {
@@ -25,7 +25,7 @@ export function el(name, properties = {}, ...children) {
   return made;
 }
 
-// Change a text only if it is another: no work, and nothing said twice by a screen reader.
+// Change a text only if it differs: this saves work, and a screen reader repeats nothing.
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
@@ -48,7 +48,7 @@ const EXACT = new Intl.DateTimeFormat(undefined, { dateStyle: 'full', timeStyle:
 
 export const exact = (moment) => EXACT.format(moment);
 
-// A moment as people say it: the clock of today, else the day with it.
+// A moment for people: only the time if it is today, else the date as well.
 export function when(text) {
   if (!text) return el('span', {}, '–');
   const moment = new Date(text);
@@ -69,25 +69,25 @@ export function span(seconds) {
   return parts.map(([count, unit]) => `${count} ${unit}`).join(' ');
 }
 
-// What it waits for, or why it did not end well: "" if there is nothing to say.
+// Why a task waits or did not succeed, "" if there is no reason to show.
 export function whyNot(task) {
   if (task.status !== 'created' && !task.waitingFor) return task.reason ?? '';
   return `waits for ${task.waitingFor ?? 'its turn'}`;
 }
 
-// What is unusual with a task, a sentence each: which of its processes still run, and notes.
+// Sentences about anything unusual: processes that still run, and notes.
 export function remarks(task) {
   const list = (processes) => processes.map(({ pid, command, user }) => `${pid} ${command} (${user})`).join(', ');
   const found = [...(task.notes ?? [])];
   if (task.heldBy?.length) {
-    found.unshift(`These processes could not be ended and hold ${task.app} ${task.env}: ${list(task.heldBy)}. `
-      + `An admin frees it with: pulsar-api free ${task.app} ${task.env}`);
+    found.unshift(`These processes did not end and still hold ${task.app} ${task.env}: ${list(task.heldBy)}. `
+      + `An admin can free it with: pulsar-api free ${task.app} ${task.env}`);
   }
   if (task.stillRunning?.length) found.unshift(`Left running by the task: ${list(task.stillRunning)}.`);
   return found;
 }
 
-// How long it ran, or has run by now: null if it never began.
+// How long a task ran, or has run so far. Null if it never started.
 export function duration(task, now) {
   if (!task.startedAt) return null;
   const end = task.endedAt ? Date.parse(task.endedAt) : now;
@@ -102,17 +102,17 @@ export function bytes(count) {
   return `${step && count < 10 ? count.toFixed(1) : Math.round(count)} ${units[step]}`;
 }
 
-// The patterns of the settings: * and ? are wild, all else is as it is.
+// Match a pattern of the settings: * and ? are wildcards, all other characters are literal.
 function fits(pattern, text) {
   const source = pattern.replace(/[\\^$.*+?()[\]{}|]/g, (c) =>
     ({ '*': '.*', '?': '.' }[c] ?? `\\${c}`));
   return new RegExp(`^${source}$`, 's').test(text);
 }
 
-// Whether one of the patterns means a name, in capitals or not.
+// Whether a pattern matches a name. Case does not matter.
 export const named = (patterns, name) => patterns.some((pattern) => fits(pattern.toLowerCase(), name.toLowerCase()));
 
-// Whether "app/env/action" patterns mean a target; without an action: any of it.
+// Whether "app/env/action" patterns match. Without an action: whether any action can match.
 export function covers(patterns, app, env, action = null) {
   return patterns.some((pattern) => {
     const [a, e = '*', ...rest] = pattern.split('/');

@@ -1,10 +1,10 @@
-// The list of tasks: live, newest first, filtered by what the address says.
+// The list of tasks: live, newest first, filtered by the query of the address.
 
 import { Stream, ask } from './api.js';
 import { STATUS, duration, el, ended, say, setBadge, when, whyNot } from './format.js';
 
 const PAGE = 100;
-const MOST = 1000; // tasks that stay when more come
+const MOST = 1000; // tasks that the list keeps when new ones arrive
 const FILTERS = ['status', 'app', 'env', 'user', 'text'];
 
 export class List {
@@ -25,10 +25,10 @@ export class List {
     }, { rootMargin: '400px' });
     this.observer.observe(this.more);
     this.ticks = setInterval(() => this.#tick(), 1000);
-    this.place = history.state?.list; // where one was when one went elsewhere
+    this.place = history.state?.list; // where the user left the list
     page.title('Tasks');
     this.#load();
-    // Its first event may come before the list is there: the newer of both counts.
+    // The first event can arrive before the list does; the newer version of a task counts.
     this.stream = new Stream('/events', '/login/me', {
       created: (task) => this.#hear(task),
       state: (task) => this.#hear(task),
@@ -93,7 +93,7 @@ export class List {
   #anew() {
     this.last = null;
     this.loaded = false;
-    this.query = new URLSearchParams(this.query); // what is on the way is for another
+    this.query = new URLSearchParams(this.query); // a new object: older responses are dropped
     this.tasks.clear();
     this.items.clear();
     this.list.replaceChildren();
@@ -102,7 +102,7 @@ export class List {
     this.#load();
   }
 
-  // Ask for those before one, or with null for the newest: then what is gone is taken away.
+  // Load the tasks older than `before`. Null: load the newest, and drop removed tasks.
   async #load(before = null) {
     clearTimeout(this.retry);
     const asked = this.query;
@@ -152,7 +152,7 @@ export class List {
   #count() {
     const count = this.items.size;
     const filtered = this.query.size ? ` that match${count === 1 ? 'es' : ''}` : '';
-    const none = this.query.size ? 'No task matches.' : 'There is no task yet.';
+    const none = this.query.size ? 'No tasks match.' : 'There are no tasks yet.';
     const shown = `${count}${this.more.hidden ? '' : ' newest'} task${count === 1 ? '' : 's'}${filtered}`;
     say(this.note, count ? shown : none);
   }
@@ -177,7 +177,7 @@ export class List {
     if (this.loaded) this.#count();
   }
 
-  // A page that is open for weeks does not keep all that has come.
+  // Drop old tasks, so that a page that stays open for weeks does not grow without bound.
   #shorten() {
     if (this.items.size <= MOST || scrollY > innerHeight) return;
     const ids = [...this.items.keys()].sort((a, b) => b - a);
@@ -207,7 +207,7 @@ export class List {
     say(parts.why, whyNot(task));
   }
 
-  // The item before which a task belongs; null: it is the oldest.
+  // The item that a task belongs before, null if the task is the oldest.
   #before(id) {
     const { children } = this.list;
     let [low, high] = [0, children.length];

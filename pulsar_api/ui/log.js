@@ -1,17 +1,17 @@
-// Shows the output of a task: only the rows around what is seen are elements.
+// Shows the output of a task. Only the rows near the visible part are elements.
 
 import { el, exact } from './format.js';
 import { Output } from './output.js';
 import { MAX_PIECES } from './terminal.js';
 
-const BEFORE = 120; // rows that are elements above what is seen
-const AFTER = 240; // and from there on
-const SPANS = 20000; // elements with a style or a match, of all rows; the farthest are left out
-const TALLEST = 6e6; // pixels; browsers cannot show much more than twice that
-const IDLE = 250; // milliseconds after which scrolling is over
+const BEFORE = 120; // rows above the first visible row that are elements
+const AFTER = 240; // rows from there on that are elements
+const SPANS = 20000; // elements for styles and matches; the nearest rows get them
+const TALLEST = 6e6; // pixels; browsers cannot show much more than twice as many
+const IDLE = 250; // milliseconds without a scroll event, after which scrolling is over
 
-// A place is {s, r, y}: the row r of the segment s, and how far below the top of what is
-// seen it is, in pixels; with `end` the last row, at the bottom.
+// A place is {s, r, y}: the row r of the segment s, y pixels below the top of the visible
+// part. With `end` it is the last row, at the bottom.
 export class Log {
   // `tells` has: follow(following), grown(lines), state(task), end(task), away(problem).
   constructor(id, scroller, tells) {
@@ -30,15 +30,15 @@ export class Log {
     scroller.replaceChildren(this.above, this.body, this.below);
     this.following = true;
     this.nodes = new Map();
-    this.short = false; // not all of these have their styles
+    this.short = false; // whether some elements lack their styles
     this.range = null; // the rows that are elements: {first: [segment, row], last: …}
-    this.marked = null; // [first, last] of the lines that the address names
+    this.marked = null; // the first and the last line in the address
     this.query = '';
     this.times = false;
-    this.turn = 0; // grows whenever one goes somewhere: what was on the way there gives up
-    this.went = -1e9; // when one went somewhere last, other than by scrolling
-    this.showing = 0; // how many lines are on the way to be shown
-    this.known = 0; // where the last scroll event, or we, have left the scroller
+    this.turn = 0; // grows with each jump, so that earlier jumps in progress give up
+    this.went = -1e9; // the time of the last jump
+    this.showing = 0; // the number of jumps in progress
+    this.known = 0; // the scroll position after the last event, or as set by this class
     this.rowHeight = 20;
     this.stops = [];
     this.#listen();
@@ -54,7 +54,7 @@ export class Log {
     listen(scroller, 'wheel', (event) => { if (event.deltaY < 0) this.#leave(); });
     listen(scroller, 'keydown', (event) => {
       if (['ArrowUp', 'PageUp'].includes(event.key)) this.#leave();
-      // The browser would roll there, and end where the rows on the way are made.
+      // The browser would scroll smoothly, and stop where rows on the way become elements.
       const go = { Home: () => this.top(), End: () => this.resume() }[event.key];
       if (!go || event.target !== scroller) return;
       event.preventDefault();
@@ -67,7 +67,7 @@ export class Log {
     this.stops.push(() => observer.disconnect());
   }
 
-  // Begin, at the end or at a line. `task` is the task as it is now.
+  // Show the output, at the end or at a line. `task` is the present state of the task.
   async open(task, line = null) {
     await this.output.open(task.outputSize);
     if (this.closed) return;
@@ -90,7 +90,7 @@ export class Log {
 
   text(lines, most) { return this.output.text(lines, most); }
 
-  // -- what comes
+  // -- output that arrives
 
   #grown() {
     this.tells.grown(this.lines);
@@ -109,19 +109,19 @@ export class Log {
     else this.#schedule();
   }
 
-  // The number of the first line on the screen; 0 if there is none.
+  // The number of the first line on the screen, 0 if there is none.
   seen() { return this.#seen()?.line ?? 0; }
 
-  // Where a search begins: that line, or the first one if the end is followed.
+  // The line where a search begins: the first visible one, or the top when following.
   line() { return this.following ? 0 : this.seen(); }
 
-  // The byte from which on the segment of that line goes.
+  // The first byte of the segment that holds this line.
   offset() {
     const { output } = this;
     return output.segments[output.holds(this.line())]?.start ?? 0;
   }
 
-  // The first line on the screen, and where it is.
+  // The first line on the screen, and its position.
   #seen() {
     const top = this.scroller.getBoundingClientRect().top;
     let line = 0;
@@ -133,7 +133,7 @@ export class Log {
     return null;
   }
 
-  // One goes somewhere else: what was waited for is no longer wanted.
+  // Begin a jump, and give up an earlier one that is still in progress.
   #go() {
     this.turn += 1;
     this.went = performance.now();
@@ -143,7 +143,7 @@ export class Log {
     this.scroller.classList.remove('loading');
   }
 
-  // -- what is shown
+  // -- rendering
 
   #schedule() {
     this.frame ??= requestAnimationFrame(() => {
@@ -153,7 +153,7 @@ export class Log {
     });
   }
 
-  // The row at the top of what is seen.
+  // The first visible row.
   #place() {
     const top = this.scroller.scrollTop;
     const nodes = this.body.children;
@@ -178,7 +178,7 @@ export class Log {
     return { s, r: Math.max(0, this.output.count(s) - 1), y: 0, end: true };
   }
 
-  // Pixels for a row that is no element.
+  // The height in pixels of a row that is not an element.
   #scale() { return Math.min(this.rowHeight, TALLEST / Math.max(1, this.output.total)); }
 
   #at(number) {
@@ -197,14 +197,14 @@ export class Log {
     return r;
   }
 
-  // Some rows on from a place, over the borders of segments.
+  // The place some rows further on, also in another segment.
   #step([s, r], rows) {
     r += rows;
     while (r >= this.output.count(s) && s < this.output.segments.length - 1) { r -= this.output.count(s); s += 1; }
     return [s, r];
   }
 
-  // Make elements of the rows around a place, which stays where it is on the screen.
+  // Make elements of the rows around a place, without moving it on the screen.
   #render(place) {
     const { scroller } = this;
     const { segments, total } = this.output;
@@ -213,7 +213,7 @@ export class Log {
       this.#await(place);
       return;
     }
-    // What was waited for is no longer where one is.
+    // The rows that were being loaded are for an earlier place.
     this.pending = null;
     scroller.classList.remove('loading');
     const r = Math.min(place.r, Math.max(0, segments[s].rows.length - 1));
@@ -228,7 +228,7 @@ export class Log {
     this.range = { first, last: this.#step(first, Math.max(0, rows.length - 1)) };
     const node = this.body.children[index];
     const scale = this.#scale();
-    const over = node ? node.offsetTop : 0; // heights of the elements above the place
+    const over = node ? node.offsetTop : 0; // the height of the elements above the place
     const number = this.#number(first);
     const room = before + place.y - over;
     const fits = number === 0 ? room === 0 : room > 0;
@@ -241,7 +241,8 @@ export class Log {
     this.#want();
   }
 
-  // The rows around a place as far as they are loaded; which of them it is; where they begin.
+  // The loaded rows around a place, the index of the place among them, and where they
+  // begin.
   #around(s, r, before) {
     const { segments } = this.output;
     const rows = [];
@@ -269,12 +270,12 @@ export class Log {
     return [rows, index, first];
   }
 
-  // Make these rows the elements. One of them is where the reader is: the rows that are
-  // nearest to it, and those below it first, get their styles while there are some left.
+  // Make these rows the elements. Styles are limited in number, so the rows nearest to the
+  // reader's row get them first, and rows below it before rows above it.
   #fill(rows, index = 0) {
     const wanted = new Set(rows);
     for (const [row, node] of this.nodes) {
-      // Rows that may have changed are made again.
+      // Make rows that can have changed again.
       if (!wanted.has(row) || node.open) {
         node.remove();
         this.nodes.delete(row);
@@ -304,7 +305,7 @@ export class Log {
     }
   }
 
-  // A row with so many elements at most that have a style or a match.
+  // The element of a row, with at most `most` elements for styles and matches.
   #element(row, most) {
     const text = el('span', { class: 't' });
     let error = false;
@@ -342,7 +343,7 @@ export class Log {
     return node;
   }
 
-  // The text, cut where what is searched for begins and ends, so often at most.
+  // The text, cut where matches of the search begin and end, at most `most` times.
   #split(text, most) {
     if (!this.query) return [[text, false]];
     const parts = [];
@@ -359,7 +360,7 @@ export class Log {
     return parts;
   }
 
-  // A place whose rows are not here yet: leave room for it, and show it when they come.
+  // Leave space for a place whose rows are not loaded yet, and show it once they are.
   #await(place) {
     const { output, scroller } = this;
     this.pending = place;
@@ -378,21 +379,21 @@ export class Log {
       const s = output.segments.indexOf(one);
       if (s < 0) return;
       scroller.classList.remove('loading');
-      // The end may be elsewhere by now.
+      // The end can have moved in the meantime.
       this.#render(place.end ? this.#endPlace() : { ...place, s, jump: true });
     }, () => setTimeout(() => {
       if (this.pending === place && !this.closed) this.#await(place);
     }, 1000));
   }
 
-  // Load the neighbours of what is shown before they are needed.
+  // Load the neighbours of the shown segments before they are needed.
   #want() {
     const { output } = this;
     const { first, last } = this.range;
     for (const [step, from, near] of [[-1, first[0], first[1] < BEFORE],
       [1, last[0], last[1] + AFTER > output.count(last[0])]]) {
       let s = from + step;
-      // Of a line that is written over again and again most segments show nothing.
+      // If a program overwrites one line again and again, most segments have no rows.
       while (output.segments[s]?.rows?.length === 0) s += step;
       const one = output.segments[s];
       if (near && one && !one.rows && !one.loading) output.load(s).then(() => this.#schedule(), () => {});
@@ -411,19 +412,19 @@ export class Log {
   #scrolled() {
     const { scroller } = this;
     const top = scroller.scrollTop;
-    // It was us.
+    // This class has set the position itself.
     if (Math.abs(top - this.known) < 1 || !this.output.tail?.rows) return;
     const bottom = scroller.scrollHeight - scroller.clientHeight;
     const atEnd = bottom - top < 4;
-    // The browser may still roll to where one wanted to go before.
+    // The browser may still be scrolling because of an earlier input.
     const rolls = performance.now() - this.went < IDLE;
     if (rolls && this.showing) return;
     if (this.following && (atEnd || rolls)) {
-      // At the end nobody did: the box has become larger, and nothing is below.
+      // At the end, the user did not scroll: the box has grown, so nothing is below.
       this.#schedule();
       return;
     }
-    // Nobody did: the box has become larger, and where we were is behind the end now.
+    // The user did not scroll: the box has grown, and the old position is beyond the end.
     if (atEnd && this.known > bottom) {
       this.known = top;
       return;
@@ -449,13 +450,13 @@ export class Log {
       if (more || this.short) this.#render(this.#place());
       return;
     }
-    // Far away, as by dragging the bar: the place says which row.
+    // The user has scrolled far, as with the scroll bar: the position gives the row.
     const [s, r] = this.#at(top / this.#scale());
     this.range = null;
     this.#render({ s, r, y: 0, jump: true });
   }
 
-  // Scrolling is over: let the bar say where we are.
+  // Correct the scroll bar once scrolling is over.
   #settle() {
     if (this.closed || this.following || !this.range) return;
     if (performance.now() - (this.touched ?? -1e9) < 2 * IDLE) {
@@ -470,7 +471,7 @@ export class Log {
     this.known = this.scroller.scrollTop;
   }
 
-  // -- what one can do with it
+  // -- actions
 
   // Follow the end again.
   resume() {
@@ -487,8 +488,8 @@ export class Log {
     this.#render({ s: 0, r: 0, y: 0, jump: true });
   }
 
-  // Show a line in the upper third; of a long one the part that has what is searched for,
-  // if it is known at which byte that is.
+  // Show a line in the upper third. `offset` is the byte of a match, so that of a long line
+  // the part with the match is shown.
   async goTo(line, offset = null) {
     this.#stay();
     await this.#show(line, this.scroller.clientHeight / 3, this.turn, offset);
@@ -514,7 +515,7 @@ export class Log {
     if (turn !== this.turn || this.closed || !rows) return;
     let r = rows.findIndex((row) => row.number === line);
     if (r < 0 && !begins && output.segments[s].line === line) r = 0;
-    // It may still come.
+    // The line may not have been printed yet.
     if (r < 0 && output.segments[s] === output.tail) this.wanted = { line, y };
     if (r < 0) r = Math.max(0, rows.length - 1);
     if (offset !== null && this.query) {
@@ -546,7 +547,7 @@ export class Log {
     this.#again();
   }
 
-  // Make all elements anew.
+  // Make all elements again.
   #again() {
     const place = this.range && !this.following ? this.#place() : null;
     this.nodes.forEach((node) => node.remove());
@@ -554,16 +555,16 @@ export class Log {
     if (place) this.#render(place); else this.#schedule();
   }
 
-  // -- what is selected
+  // -- the selection
 
-  // Remember where a selection begins: the row may be no element any more when it ends.
+  // Remember where a selection begins: its row may no longer be an element at the end.
   #selected() {
     const { anchorNode, anchorOffset, isCollapsed } = getSelection();
     if (!this.body.contains(anchorNode)) {
       if (isCollapsed) this.anchor = null;
       return;
     }
-    // The browser moves it up to the body when the row goes.
+    // When the row is removed, the browser moves the start of the selection to the body.
     if (anchorNode === this.body && this.anchor) return;
     this.anchor = this.#spot(anchorNode, anchorOffset) ?? this.anchor;
   }
@@ -582,7 +583,7 @@ export class Log {
     let s = segments.findIndex((one) => one.rows?.includes(element.row));
     if (s < 0) return null;
     let r = segments[s].rows.indexOf(element.row);
-    // A long line goes on in the next row.
+    // A long line continues in the next row.
     while (!segments[s].rows[r].number) {
       if (r > 0) r -= 1;
       else if (s > 0 && segments[s - 1].rows?.length) { s -= 1; r = segments[s].rows.length - 1; } else break;
@@ -591,7 +592,7 @@ export class Log {
     return [segments[s].rows[r].number || segments[s].line, column];
   }
 
-  // The text that is selected, up to a bound of characters; null: nothing is.
+  // The selected text, at most `most` characters, null if nothing is selected.
   async selection(most) {
     const { focusNode, focusOffset, isCollapsed } = getSelection();
     const focus = !isCollapsed && this.anchor && this.body.contains(focusNode) && this.#spot(focusNode, focusOffset);
@@ -603,7 +604,7 @@ export class Log {
   }
 }
 
-// As the daemon searches: letters of ASCII are the same in both cases.
+// The daemon searches in the same way: only ASCII letters match in either case.
 const fold = (text) => text.replace(/[A-Z]+/g, (found) => found.toLowerCase());
 
 function clock(moment) {

@@ -1,5 +1,5 @@
-// What comes after # in an address is never sent to a daemon, so it has to be taken along:
-// links to tasks in chats are like /web#job/47.
+// Browsers never send the part after # to a server, so this page must carry it along: links
+// to tasks in chats look like /web#job/47.
 const { hash } = location;
 const next = document.querySelector('[name=next]');
 if (hash && next) {

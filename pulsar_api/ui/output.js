@@ -1,29 +1,29 @@
-// What is known of a task's output, whatever its size: where its segments of about 64 KiB
-// begin, the rows of some of them, and the last one, the tail, as it grows.
+// The page's knowledge of a task's output, whatever its size: where its segments of about
+// 64 KiB begin, the rows of some of them, and the last segment, the tail, as it grows.
 
 import { Stream, ask } from './api.js';
 import { MAX_ROW, Terminal, joined } from './terminal.js';
 
-const SMALL = 1 << 16; // bytes of output up to which all of it is the tail
-const TAIL = 1 << 17; // bytes from which on the tail is cut, and a new one begun
-const KEPT = 1.6e7; // bytes, about, of the rows that are kept beside those that are seen
-const LEAST = 3; // segments that are kept, whatever they take
-const BEHIND = 4e6; // bytes that the stream may be behind; more is skipped
-const LOOK = 2000; // milliseconds between two looks at whether it is
+const SMALL = 1 << 16; // bytes; a smaller output is all tail
+const TAIL = 1 << 17; // bytes; a longer tail is cut, and a new one begins
+const KEPT = 1.6e7; // approximate bytes of rows to keep besides the visible ones
+const LEAST = 3; // segments to keep, however large they are
+const BEHIND = 4e6; // bytes; if the stream is further behind, it skips ahead
+const LOOK = 2000; // milliseconds between two checks of that
 
 const encoder = new TextEncoder();
 
 export class Output {
-  // `tells` has: grown(), there is more; shown(), the first and the last segment that are
-  // seen; seen(), the line that is, or null; anew(seen), the segments are others now;
-  // state(task), end(task), away(problem).
+  // `tells` has: grown(), called for new output; shown(), which returns the first and the
+  // last visible segment; seen(), which returns the first visible line, or null; anew(seen),
+  // called when all segments have changed; state(task), end(task), away(problem).
   constructor(id, tells) {
     this.id = id;
     this.tells = tells;
     this.segments = [];
-    this.size = 0; // bytes, as far as we have heard
-    this.cut = null; // what was cut out of its middle
-    this.settled = 0; // index of the segment up to which the daemon has said where they are
+    this.size = 0; // bytes, by the last message of the daemon
+    this.cut = null; // the range that was cut out of the middle
+    this.settled = 0; // index of the last segment whose position comes from the daemon
     this.uses = 0;
     this.looks = setInterval(() => this.#look(), LOOK);
   }
@@ -51,7 +51,7 @@ export class Output {
     return tail.terminal.line - (tail.terminal.fresh ? 1 : 0);
   }
 
-  // How many rows a segment has; about, if it was never loaded.
+  // How many rows a segment has. An estimate, if it was never loaded.
   count(index) {
     const one = this.segments[index];
     if (one.rows) return one.rows.length;
@@ -74,14 +74,14 @@ export class Output {
     return index;
   }
 
-  // Have the rows of a segment.
+  // Load the rows of a segment, unless they are there.
   async load(index) {
     const one = this.segments[index];
     one.used = this.uses += 1;
     if (!one.rows) await (one.loading ??= this.#fetch(one, this.segments[index + 1]?.start ?? this.size));
   }
 
-  // The text of some lines, up to a bound of characters.
+  // The text of some lines, at most `most` characters.
   async text([from, to], most) {
     const found = [];
     let size = 0;
@@ -99,7 +99,7 @@ export class Output {
     return joined(found);
   }
 
-  // Ask where the segments are, from the one on that holds a byte.
+  // Ask the daemon where segments begin, starting with the one that holds a byte.
   async #index(from) {
     let { segments, size } = this;
     let [next, cut] = [from, null];
@@ -124,7 +124,7 @@ export class Output {
     this.size = Math.max(this.size, size);
   }
 
-  // Read the tail as it grows: from its begin to the end of the task.
+  // Follow the tail from its beginning to the end of the task.
   #follow() {
     const { tail } = this;
     tail.terminal = new Terminal(tail.line, tail.begins, tail.style);
@@ -148,7 +148,7 @@ export class Output {
     const { tail } = this;
     if (offset - tail.start + text.length > TAIL) {
       const before = text.slice(0, lastBreak(text));
-      // What is not UTF-8 has another length here than there: cut at the begin of the piece.
+      // Invalid UTF-8 has another length here than in the file, so cut only between pieces.
       if (before && !before.includes('\ufffd')) {
         tail.terminal.feed(before, stream, at);
         this.#begin(offset + encoder.encode(before).length);
@@ -175,8 +175,8 @@ export class Output {
     this.#evict();
   }
 
-  // Now and then: whether more comes than a browser can read, or the network can bring; and
-  // whether something was cut out of the middle, behind which lines have other numbers now.
+  // Check now and then whether output arrives faster than the browser or the network can
+  // take it, and whether the middle was cut, which changes the numbers of later lines.
   async #look() {
     const { tail, size } = this;
     if (this.skipping || !tail?.terminal || size <= SMALL || size === this.looked) return;
@@ -185,14 +185,14 @@ export class Output {
     try {
       answer = await ask(`/task/${this.id}/lines?from=${tail.start}`);
     } catch {
-      return; // it is away, which the stream will find out
+      return; // the daemon does not answer, and the stream will report that
     }
     if (this.closed || this.skipping) return;
     if (String(answer.cut) !== String(this.cut)) await this.#skip(0);
     else if (answer.size - size > BEHIND) await this.#skip(this.segments[this.settled].start);
   }
 
-  // Ask where the lines are from a byte on, and follow from the end of it.
+  // Load the positions of lines from a byte on, and follow from the last one.
   async #skip(from) {
     this.skipping = true;
     this.stream.close();
@@ -203,7 +203,7 @@ export class Output {
       if (seen && String(found.cut) !== String(this.cut)) seen.line += await this.#shift(had, found);
       if (!this.closed) this.#take(found);
     } catch {
-      // The stream goes on where the segments end, and comes back by itself.
+      // The stream continues where the segments end, and reconnects by itself.
     }
     this.skipping = false;
     if (this.closed) return;
@@ -211,7 +211,7 @@ export class Output {
     this.tells.anew(seen);
   }
 
-  // By how much the numbers of the lines are others from the begin of what was a segment on.
+  // The difference between new and old line numbers, from the start of an old segment on.
   async #shift(had, { segments, cut }) {
     if (!cut || had.start < cut[0]) return 0;
     const has = segments.findLast((one) => one.start <= had.start);
@@ -246,7 +246,7 @@ export class Output {
     }
   }
 
-  // Forget the rows that were not looked at for longest.
+  // Drop the rows that have not been visible for the longest time.
   #evict() {
     const [first, last] = this.tells.shown();
     const spare = this.segments.slice(0, -1).filter((one, index) => one.rows && !(index >= first && index <= last));
@@ -265,13 +265,13 @@ function segment(start, line, begins, style = '') {
   return { start, line, begins, style, rows: null, counted: null, weight: 0, loading: null, used: 0, terminal: null };
 }
 
-// Where a text can be cut so that no row goes over the cut; 0: nowhere. A carriage return at
-// its end may be half of the end of a line.
+// The last position where a text can be cut without splitting a row, 0 if there is none. A
+// carriage return at the end may be the first half of a line's end.
 function lastBreak(text) {
   return text.lastIndexOf('\n') + 1 || text.slice(0, -1).lastIndexOf('\r') + 1;
 }
 
-// About how many bytes some rows take.
+// The approximate memory of some rows, in bytes.
 function weight(rows) {
   return rows.reduce((sum, row) => sum + 100 + (row.simple === null
     ? row.pieces().reduce((size, [text, look]) => size + 100 + 2 * text.length + (look.fg || look.bg ? 400 : 0), 0)

@@ -1,20 +1,20 @@
-// The dialog that starts a task: what, where, with which variables, and a second look.
+// The dialog that starts a task: action, target and variables, and a confirmation.
 
 import { Problem, ask, post } from './api.js';
 import { covers, el, named, say } from './format.js';
 import { harmless } from './terminal.js';
 
 const NAME = '[A-Za-z0-9_][A-Za-z0-9_.\\-]*';
-const RECENT = 200; // tasks whose names are offered
+const RECENT = 200; // newest tasks, whose names the dialog suggests
 
 let count = 0;
 
 export class RunDialog {
-  // `like`: a task whose app, env, action and variables are filled in.
+  // `like`: a task that provides the app, env, action and variables.
   constructor(page, like = null) {
     this.page = page;
-    this.met = page.meet(); // what is dangerous may be other than it was
-    this.keys = new Map(); // for each content that was sent its key
+    this.met = page.meet(); // the settings may now ask to confirm other actions
+    this.keys = new Map(); // the idempotency key of each request that was sent
     count += 1;
     this.fields = {};
     for (const [name, value] of [['app', like?.app], ['env', like?.env], ['action', like?.action]]) {
@@ -52,12 +52,12 @@ export class RunDialog {
 
   #variable(name = '', value = '') {
     const secret = el('input', { type: 'checkbox', class: 'secret' });
-    // The value of a secret is not kept: it has to be given again.
+    // The daemon does not keep the value of a secret, so the user must enter it again.
     secret.checked = value === '***';
-    const field = el('input', { 'aria-label': 'Name', placeholder: 'name', class: 'key', value: name, autocomplete: 'off', autocapitalize: 'none', spellcheck: 'false', pattern: '[A-Za-z_][A-Za-z0-9_.\\-]*', title: 'Letters, digits, _ . and -; not a digit first' });
-    const lines = /[\r\n]/.test(value); // which an <input> would swallow
+    const field = el('input', { 'aria-label': 'Name', placeholder: 'name', class: 'key', value: name, autocomplete: 'off', autocapitalize: 'none', spellcheck: 'false', pattern: '[A-Za-z_][A-Za-z0-9_.\\-]*', title: 'Letters, digits, _ . and -; the first must not be a digit' });
+    const lines = /[\r\n]/.test(value); // an <input> would drop them
     const text = el(lines ? 'textarea' : 'input', {
-      'aria-label': 'Value', placeholder: secret.checked ? 'secret: give it again' : 'value',
+      'aria-label': 'Value', placeholder: secret.checked ? 'secret: enter it again' : 'value',
       class: 'value', value: secret.checked ? '' : value, autocomplete: 'off', required: secret.checked,
     });
     const veil = () => {
@@ -81,10 +81,10 @@ export class RunDialog {
     this.#changed();
   }
 
-  // Whether the daemon takes a variable of this name for a secret whatever one says.
+  // Whether the daemon treats every variable of this name as secret.
   #secret(name) { return named(this.page.me.secret, name.trim()); }
 
-  // What was run before is offered.
+  // Suggest the names from recent tasks.
   async #offer() {
     let answer;
     try {
@@ -96,7 +96,7 @@ export class RunDialog {
     this.#actions();
   }
 
-  // The actions that the command itself knows, if it can say, and those that were run before.
+  // Suggest the actions that the command lists, if it can, and those of recent tasks.
   async #actions() {
     const [app, env] = [this.fields.app.value.trim(), this.fields.env.value.trim()];
     const before = (this.recent ?? []).filter((task) => !app || task.app === app).map((task) => task.action);
@@ -110,14 +110,14 @@ export class RunDialog {
       if (this.listed !== `${app}/${env}`) return;
       this.known = Object.keys(found);
       this.#fill('action', [...this.known, ...before]);
-    } catch { /* it has no list, or may not be asked: what is free is free */ }
+    } catch { /* no list, or no right to see it: any action can still be typed */ }
   }
 
   #fill(name, values) {
     this.lists[name].replaceChildren(...[...new Set(values)].map((value) => el('option', { value })));
   }
 
-  // What was looked at is no longer what would be run.
+  // Take back the confirmation if the user has changed the task since.
   #changed() {
     if (!this.sure.hidden && this.reviewed !== JSON.stringify(this.#asked())) {
       this.sure.hidden = true;
@@ -149,7 +149,7 @@ export class RunDialog {
     this.sure.replaceChildren(
       el('p', {}, 'This will run ', el('b', {}, action), ' for ', el('b', {}, app), ' on ', el('b', {}, env),
         shown.length ? ` with ${shown.join(', ')}.` : '.'),
-      el('label', {}, `Type ${env} to go on`, this.typed));
+      el('label', {}, `Type ${env} to confirm`, this.typed));
     this.sure.hidden = false;
     say(this.button, `Run on ${env}`);
     this.typed.focus();
@@ -162,7 +162,7 @@ export class RunDialog {
     const names = [...this.rows.querySelectorAll('.key')].map((field) => field.value.trim());
     const twice = names.find((name, i) => name && names.indexOf(name) !== i);
     if (twice) {
-      say(this.error, `${twice} is there twice.`);
+      say(this.error, `The variable ${twice} appears twice.`);
       return;
     }
     this.button.disabled = true;
@@ -171,19 +171,19 @@ export class RunDialog {
     if (covers(this.page.me.confirm, app, env, action)) {
       if (this.sure.hidden) { this.#review(asked); return; }
       if (this.typed.value !== env) {
-        say(this.error, `That is not ${env}.`);
+        say(this.error, `Type ${env} to confirm.`);
         this.typed.focus();
         return;
       }
     }
-    // If the answer is lost and one tries again, the task is started once all the same.
+    // With the same key, a retry after a lost response does not start the task twice.
     const content = JSON.stringify(asked);
     if (!this.keys.has(content)) this.keys.set(content, newKey());
     this.button.disabled = true;
     try {
       const body = { action, variables, ...(secret.length ? { secret } : {}) };
       const answer = await post(`/${encodeURIComponent(app)}/${encodeURIComponent(env)}`, body, { 'Idempotency-Key': this.keys.get(content) });
-      // Who has closed it meanwhile is busy with something else.
+      // If the user has closed the dialog in the meantime, stay on the present view.
       if (this.dialog.open) this.page.go(`/web/job/${answer.taskId}`);
       this.dialog.close();
     } catch (error) {

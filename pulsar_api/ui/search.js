@@ -1,29 +1,29 @@
-// Walks from match to match through the output of a task, on either side of where one is.
+// Walks from match to match through the output of a task, forwards and backwards.
 //
-// The daemon gives the matches a page at a time, from a byte on; a log can have millions.
+// The daemon returns the matches in pages, from a given byte on: a log can have millions.
 
 import { ask } from './api.js';
 
-const KEPT = 2000; // matches that are kept when one goes back over more; a page has half of it
+const KEPT = 2000; // matches to keep when walking backwards; a page has half as many
 
 export class Search {
-  // `size()` is how many bytes of output there are by now.
+  // `size()` returns the present size of the output in bytes.
   constructor(id, text, size) {
     this.id = id;
     this.text = text;
     this.size = size;
-    this.matches = []; // [line, offset] in order, of a part of the output
-    this.from = 0; // the byte that this part begins with
-    this.next = 0; // and the one from which on nothing is known; null: all is
-    this.upTo = 0; // how far has been looked
+    this.matches = []; // [line, offset] in order, for a part of the output
+    this.from = 0; // the first byte of this part
+    this.next = 0; // the first byte that has not been searched; null: all have been
+    this.upTo = 0; // the byte up to which the output has been searched
     this.at = -1;
   }
 
-  // All that there is.
+  // Whether the matches cover the whole output.
   get whole() { return this.from === 0 && this.next === null; }
 
-  // Go to the next match, or the one before; `line` and `offset` say where one is at the
-  // beginning. Return it, or null if there is none.
+  // Return the next match, or the previous one, null if there is none. The first step
+  // begins at `line` and `offset`.
   async step(step, line, offset) {
     if (this.at < 0) {
       await this.#more();
@@ -42,7 +42,7 @@ export class Search {
     return this.matches[this.at] ?? null;
   }
 
-  // Behind the last one that is known: the next page, what was printed since, or from the top.
+  // After the last known match: load the next page, search new output, or begin at the top.
   async #onward() {
     const place = this.matches.length;
     while (this.matches.length === place && (this.next !== null || this.size() > this.upTo)) await this.#more();
@@ -54,13 +54,13 @@ export class Search {
     this.at = 0;
   }
 
-  // Before the first one that is known: what is before it, or else the end.
+  // Before the first known match: load earlier matches, or go to the end.
   async #back() {
     if (this.from > 0) await this.#last(this.from);
     if (this.at < 0) await this.#last(Infinity);
   }
 
-  // Have the last matches before a byte.
+  // Load the last matches before a byte.
   async #last(end) {
     if (this.from > 0) await this.#jump(0);
     while (this.next !== null && (this.matches.at(-1)?.[1] ?? 0) < end) {
@@ -77,18 +77,18 @@ export class Search {
     this.from = this.matches[0][1];
   }
 
-  // Begin anew at a byte.
+  // Start again at a byte.
   async #jump(offset) {
     this.matches = [];
     this.from = this.next = this.upTo = offset;
     await this.#more();
   }
 
-  // Ask for the next page that has something; `from` where to begin it.
+  // Load the next page with a match.
   async #more() {
     const before = this.matches.length;
     do {
-      // The line that was the last may have become longer.
+      // The last line may have grown, so search its end again.
       const from = this.next ?? Math.max(this.from, this.upTo - 4 * this.text.length);
       const answer = await ask(`/task/${this.id}/search?${new URLSearchParams({ text: this.text, from })}`);
       for (const match of answer.matches) {

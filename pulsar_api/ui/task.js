@@ -1,4 +1,4 @@
-// One task: what it is, what it prints, and what one may do with it.
+// The view of one task: its facts, its output, and the actions on it.
 
 import { ask, askText, post } from './api.js';
 import { STATUS, badge, bytes, duration, el, ended, remarks, say, setBadge, when, whyNot } from './format.js';
@@ -6,14 +6,14 @@ import { Log } from './log.js';
 import { Search } from './search.js';
 import { Terminal, harmless, joined } from './terminal.js';
 
-const COPIED = 1 << 20; // characters at most
+const COPIED = 1 << 20; // the most characters that Copy takes
 const SAID = 5000; // milliseconds between two announcements of new lines
 
 export class TaskView {
   constructor(page, id) {
     this.page = page;
     this.id = id;
-    this.said = null; // how many lines were announced last, and when
+    this.said = null; // the number of lines at the last announcement, and its time
     this.#build();
     this.ticks = setInterval(() => this.#tick(), 1000);
     this.onhash = () => this.#hash(true);
@@ -53,7 +53,7 @@ export class TaskView {
       class: 'find', role: 'search',
       onsubmit: (event) => { event.preventDefault(); this.#find(1); },
       oninput: () => { if (!this.search.value) this.#find(0); },
-    }, this.search, button('↑', () => this.#find(-1), { 'aria-label': 'Match before', title: 'Match before' }),
+    }, this.search, button('↑', () => this.#find(-1), { 'aria-label': 'Previous match', title: 'Previous match' }),
     button('↓', () => this.#find(1), { 'aria-label': 'Next match', title: 'Next match' }), this.found);
     this.times = button('Times', () => this.#toggle(), { 'aria-pressed': 'false' });
     this.copied = el('span', { role: 'status', class: 'copied' });
@@ -87,7 +87,7 @@ export class TaskView {
       if (event.key !== 'l' || event.ctrlKey || event.metaKey || event.altKey) return;
       const line = this.log.seen();
       if (line) this.#mark([line, line]);
-      if (line) this.#announce(`The address leads to line ${line}.`);
+      if (line) this.#announce(`The address now points to line ${line}.`);
     });
     this.log = new Log(this.id, this.scroller, {
       follow: (following) => { this.resume.hidden = following; },
@@ -98,7 +98,7 @@ export class TaskView {
     });
   }
 
-  // It is known by now who looks at it.
+  // The page now knows the user and the user's rights.
   met() { if (this.task) this.#show(this.task); }
 
   #bytes() { return Math.max(this.task.outputSize, this.log.size); }
@@ -119,7 +119,8 @@ export class TaskView {
     }
   }
 
-  // It does not answer; what is gone or not for us is told in its place.
+  // Show why the daemon does not answer. An error that will not pass, such as a missing
+  // task or right, appears in place of the output.
   #away(problem) {
     if (problem === null || problem.passes) {
       this.page.away(problem);
@@ -150,7 +151,7 @@ export class TaskView {
     const may = (right) => this.page.may(right, task.app, task.env, task.action);
     const held = document.activeElement === this.kill;
     this.kill.hidden = ended(task) || !may('kill');
-    if (held && this.kill.hidden) this.name.focus(); // the keys must not begin anew
+    if (held && this.kill.hidden) this.name.focus(); // so that Tab does not start at the top
     this.again.hidden = !ended(task) || !may('run');
     const why = whyNot(task);
     say(this.reason, why);
@@ -189,7 +190,7 @@ export class TaskView {
     this.facts.replaceChildren(...facts);
   }
 
-  // The facts that count, where there is room for one line only.
+  // The most important facts, in one line.
   #sum() {
     const { task } = this;
     const long = duration(task, this.page.now());
@@ -212,7 +213,7 @@ export class TaskView {
     if (this.printed) say(this.printed, bytes(this.#bytes()));
     if (!this.task) return;
     const now = performance.now();
-    // What was there when one came is no news.
+    // Output from before the page was opened is not announced.
     if (!this.said || this.log.size <= this.task.outputSize) this.said = { lines, at: now };
     if (now - this.said.at < SAID) {
       this.saying ??= setTimeout(() => { this.saying = null; if (!this.closed) this.#grown(this.log.lines); }, SAID);
@@ -226,23 +227,23 @@ export class TaskView {
   #emptiness() {
     const nothing = this.log.empty;
     this.empty.hidden = !nothing || (this.task?.outputSize ?? 1) > 0;
-    if (nothing && this.task) say(this.empty, ended(this.task) ? 'It printed nothing.' : 'Nothing is printed yet.');
+    if (nothing && this.task) say(this.empty, ended(this.task) ? 'The task printed nothing.' : 'No output yet.');
   }
 
-  // For a screen reader; what is said too often helps nobody.
+  // For screen readers. Callers limit how often this speaks.
   #announce(text) { this.live.textContent = text; }
 
-  // A tab that nobody looks at has given its connection back, and still shows the state.
+  // A hidden tab has closed its stream, so poll for the state that its title shows.
   #hidden() {
     clearInterval(this.polls);
     if (!document.hidden) return;
     this.polls = setInterval(async () => {
       if (this.task && ended(this.task)) { clearInterval(this.polls); return; }
-      try { this.#show(await ask(`/task/${this.id}?output=none`)); } catch { /* it is away */ }
+      try { this.#show(await ask(`/task/${this.id}?output=none`)); } catch { /* the daemon does not answer; the next poll tries again */ }
     }, 10000);
   }
 
-  // -- lines that the address names: #L120 or #L120-L130
+  // -- lines in the address: #L120 or #L120-L130
 
   #hash(go) {
     const found = /^#L(\d{1,15})(?:-L?(\d{1,15}))?$/.exec(location.hash);
@@ -257,7 +258,7 @@ export class TaskView {
     const line = Number(event.target.closest?.('a.n')?.dataset.n);
     if (!line) return;
     event.preventDefault();
-    // Once more: no longer.
+    // A second click on the same line removes the mark.
     if (this.picked?.[0] === line && this.picked[1] === line) { this.#mark(null); return; }
     const from = event.shiftKey && this.picked ? this.picked[0] : line;
     this.#mark([Math.min(from, line), Math.max(from, line)]);
@@ -305,12 +306,12 @@ export class TaskView {
     this.log.showTimes(times);
   }
 
-  // What is selected; else the lines that the address names; else all, or the end of it.
+  // Copy the selection, else the lines in the address, else the whole output or its end.
   async #copy() {
     try {
       const [text, what] = await this.#toCopy();
       const done = await copy(text);
-      say(this.copied, done ? what : 'The browser did not allow it');
+      say(this.copied, done ? what : 'The browser did not allow copying');
     } catch (error) {
       say(this.copied, error.message);
     }
@@ -321,19 +322,19 @@ export class TaskView {
     const selected = await this.log.selection(COPIED);
     const text = selected ?? (this.picked && await this.log.text(this.picked, COPIED));
     if (text !== null) {
-      const what = selected === null ? 'the marked lines' : 'what is selected';
+      const what = selected === null ? 'the marked lines' : 'the selection';
       return [text, text.length < COPIED ? `Copied ${what}` : `Copied the first 1 MB of ${what}`];
     }
     const terminal = new Terminal(1, true);
     terminal.feed(await askText(`/task/${this.id}/log?tail=${COPIED}`), 'stdout', 0);
     terminal.flush();
     const whole = this.#bytes() <= COPIED;
-    // The first line is half of one, if it is not the first.
+    // Unless the text is whole, its first line is incomplete.
     const rows = whole ? terminal.rows : terminal.rows.filter((row) => terminal.rows[0] !== row);
-    // A program can move the cursor where few bytes are many characters.
+    // By moving the cursor, a program can make many characters out of few bytes.
     const copied = joined(rows, 8 * COPIED);
     const all = whole && copied.length < 8 * COPIED;
-    return [copied, all ? 'Copied all' : 'Copied the last 1 MB; Download has all'];
+    return [copied, all ? 'Copied all' : 'Copied the last 1 MB. Use Download for all of it'];
   }
 
   // -- kill
@@ -358,10 +359,10 @@ export class TaskView {
         },
       },
       el('h2', { id: 'kill-title' }, `Kill ${task.app} on ${task.env}?`),
-      el('p', {}, badge(task), ` #${task.id} ${task.action}: every process of it is told to end, and is ended if it does not.`),
+      el('p', {}, badge(task), ` #${task.id} ${task.action}: all its processes get a request to end. Those that do not end are killed.`),
       error,
       el('div', { class: 'buttons' },
-        el('button', { type: 'button', onclick: () => dialog.close(), autofocus: true }, 'Let it run'),
+        el('button', { type: 'button', onclick: () => dialog.close(), autofocus: true }, 'Keep it running'),
         el('button', { class: 'danger' }, `Kill ${task.app} on ${task.env}`))));
     dialog.addEventListener('close', () => {
       dialog.remove();
@@ -377,7 +378,7 @@ async function copy(text) {
     await navigator.clipboard.writeText(text);
     return true;
   } catch {
-    // Without TLS a browser has no clipboard for us but the old one.
+    // Without TLS, browsers offer only the old way to use the clipboard.
     const focus = document.activeElement;
     const area = el('textarea', { value: text, class: 'unseen', 'aria-hidden': 'true' });
     document.body.append(area);

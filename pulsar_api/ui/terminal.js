@@ -1,16 +1,17 @@
-// Reads what a program prints as a terminal would, line by line: colours, carriage returns,
-// backspaces, erasing in the line (ECMA-48). All other control sequences are shown as text.
+// Interprets output as a terminal would, line by line: colours, carriage returns,
+// backspaces and erasing within the line (ECMA-48). All other control sequences appear as
+// text.
 
 export const MAX_ROW = 2000; // characters of one row; a longer line goes on in the next
-export const MAX_PIECES = 400; // of a row; what follows is one more, without a style
-export const MAX_STYLED = 10000; // pieces of all rows of one terminal; then rows have one each
+export const MAX_PIECES = 400; // pieces of a row; the rest of the row is one more, unstyled
+export const MAX_STYLED = 10000; // pieces of all rows; beyond this each row has one piece
 const MAX_SEQUENCE = 200;
 
 const PLAIN = { classes: '', fg: '', bg: '' };
 const kept = new Map([['', PLAIN]]);
 
-// Styles are compared by identity, so each is made once. A colour of the palette is a class,
-// any other one is a text; then the class says what it stands on.
+// Styles are compared by identity, so each is made once. A palette colour is a class of
+// CSS. Any other colour is a text in `fg` or `bg`, next to the class that uses it.
 function style(marks, fg, bg) {
   const fore = typeof fg === 'string' ? fg : '';
   const back = typeof bg === 'string' ? bg : '';
@@ -51,7 +52,8 @@ function rendition(from, parameters) {
   let marks = new Set(from.marks);
   let fg = from.rawFg ?? '';
   let bg = from.rawBg ?? '';
-  // A colon begins what belongs to a number (ISO 8613-6): 4:3 is one thing, 4;3 are two.
+  // A colon adds a detail to the number before it (ISO 8613-6): 4:3 is one rendition, 4;3
+  // two.
   const groups = parameters.split(';').map((group) => group.split(':').map((text) => Number(text) || 0));
   const numbers = groups.map(([first]) => first);
   for (let i = 0; i < numbers.length; i += 1) {
@@ -86,13 +88,13 @@ function rendition(from, parameters) {
   return style(marks, fg, bg);
 }
 
-// What changes nothing in a log: character sets, the keypad, whether the cursor is seen.
+// Sequences without effect in a log: character sets, the keypad, showing the cursor.
 const NOTHING = /^\x1b(?:[()][A-Z0-9]|[=>]|\[\?(?:1|7|12|25|2004)[hl])/;
 const SEQUENCE = /^\x1b\[([0-9;:]*)([A-Za-z])/;
-// Controls, and what turns the direction of writing, with which a line can look like another.
+// Controls and direction marks, with which a line can pretend to be another one.
 const SPECIAL = /[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/;
 const SPECIALS = new RegExp(SPECIAL, 'g');
-// What may still become a sequence when more comes.
+// The beginning of a sequence, whose rest may follow in the next piece.
 const BEGUN = /\x1b(?:[()]|\[\??[0-9;:]*)?$/;
 
 function shown(character) {
@@ -102,20 +104,20 @@ function shown(character) {
   return `\u2039${code.toString(16).toUpperCase().padStart(4, '0')}\u203a`;
 }
 
-// A text of others, with what could make it look like another one shown as such.
+// A text from outside, with deceptive characters made visible.
 export const harmless = (text) => text.replace(SPECIALS, (found) => (found === '\n' ? found : shown(found)));
 
 const spaces = [];
-const space = (length) => spaces[length] ??= ' '.repeat(length); // each is made once
+const space = (length) => spaces[length] ??= ' '.repeat(length); // rows share these texts
 
-const SHORT = 32; // columns up to which a blank is a part of the text beside it
+const SHORT = 32; // columns; a longer blank becomes a piece of its own
 
-// What was written into a row, by columns; those without a cell are blank.
+// The characters of a row by column. Columns without an entry are blank.
 class Cells {
   constructor() {
     this.found = new Map(); // [character, style, of stderr] of a column
     this.length = 0; // columns
-    this.low = 0; // none is before this column
+    this.low = 0; // no column before this one has an entry
   }
 
   put(column, cell) {
@@ -124,7 +126,8 @@ class Cells {
     this.length = Math.max(this.length, column + 1);
   }
 
-  // Forget some; it takes as long as there are such, so that nobody can have it take long.
+  // Erase columns. The time grows with the entries, not with the columns, which a program
+  // can make arbitrarily many.
   erase(from, to) {
     from = Math.max(from, this.low);
     to = Math.min(to, this.length);
@@ -137,27 +140,27 @@ class Cells {
   }
 }
 
-// One row of the log: pieces of text, each with a style; a number if a line begins here.
+// One row of the log: pieces of text with a style each, and a number if a line begins here.
 export class Row {
   constructor(number, at) {
-    this.number = number; // 0: the line before goes on
+    this.number = number; // 0: this row continues the line above
     this.at = at; // milliseconds since 1970
-    this.cells = null; // while they may be written over
-    this.simple = null; // all of it, if it has one style and nothing else
+    this.cells = null; // the row as single characters, while a program can overwrite them
+    this.simple = null; // the whole text, if the row has one style only
     this.simpleStyle = PLAIN;
     this.error = false;
     this.done = null;
   }
 
-  // It does not change any more: kept as pieces, which take less than single characters.
+  // Store the row as pieces once it cannot change: they take less memory than characters.
   close(most = MAX_PIECES) {
     if (this.simple !== null) return;
     this.done = this.pieces(most);
     this.cells = null;
   }
 
-  // The text, piece by piece: [text, style, of stderr]. Elements cost more than what was
-  // printed to have them, so of more pieces than that the last ones are one, without a style.
+  // The text in pieces: [text, style, of stderr]. An element takes more memory than the
+  // output that causes it, so pieces beyond the limit become one piece without a style.
   pieces(most = MAX_PIECES) {
     if (this.simple !== null) return [[this.simple, this.simpleStyle, this.error]];
     if (this.done) return this.done;
@@ -181,7 +184,7 @@ export class Row {
       if (to - next <= SHORT) {
         if (to > next) add(space(to - next), PLAIN, false);
       } else {
-        // A piece by itself, whose text all others of that length have, too.
+        // A long blank is a piece of its own, and blanks of one length share their text.
         runs.push([[space(to - next)], PLAIN, false]);
         last = null;
       }
@@ -199,8 +202,7 @@ export class Row {
   plain() { return this.pieces().map(([text]) => text).join(''); }
 }
 
-// The text of rows, without the breaks that only rows have; of more characters than that
-// the end.
+// The text of rows, without the breaks inside long lines. Beyond the limit only its end.
 export function joined(rows, most = Infinity) {
   const found = [];
   let size = 0;
@@ -213,21 +215,21 @@ export function joined(rows, most = Infinity) {
   return size > most ? text.slice(-most) : text;
 }
 
-// Makes rows of text that comes in pieces. `rows` grows; its last may still change.
+// Turns text that arrives in pieces into rows. `rows` grows, and its last row can change.
 export class Terminal {
-  // `renditions`: the parameters of SGR that are in force, as "1;31".
+  // `renditions`: the active parameters of SGR, such as "1;31".
   constructor(line, begins, renditions = '') {
-    this.line = line; // the number of the line that is being written
+    this.line = line; // the number of the current line
     this.rows = [];
     this.row = null;
     this.fresh = begins; // whether the next character begins a line
     this.column = 0;
-    this.styled = MAX_STYLED; // how many pieces the rows may still have
+    this.styled = MAX_STYLED; // how many more pieces the rows may have
     this.style = renditions ? rendition(PLAIN, renditions) : PLAIN;
     this.held = '';
   }
 
-  // Go on where another one stopped. What that one has to write over is this one's.
+  // Continue where another terminal stopped, and take over its unfinished row.
   follow(other) {
     this.line = other.line;
     this.fresh = other.fresh;
@@ -236,7 +238,7 @@ export class Terminal {
     return this;
   }
 
-  // What comes next is not for this one: a row that it would write over is not to be seen.
+  // Another terminal continues here, so drop the unfinished row that it takes over.
   leave() {
     if (!this.row || this.column > 0) return;
     this.fresh = this.row.number > 0;
@@ -264,7 +266,7 @@ export class Terminal {
     }
   }
 
-  // Nothing comes any more: what was held back was no sequence.
+  // The output has ended, so an incomplete sequence is text after all.
   flush() {
     const { held } = this;
     this.held = '';
@@ -297,7 +299,7 @@ export class Terminal {
   #write(text, error, at) {
     let from = 0;
     let end = text.length;
-    // The end of a line as DOS has it; if it is not, the next piece writes over it.
+    // This is "\r\n" cut in two, or else the next piece overwrites the row.
     while (end > 0 && text[end - 1] === '\r') end -= 1;
     const returned = end < text.length;
     if (returned) text = text.slice(0, end);
@@ -350,7 +352,7 @@ export class Terminal {
     }
   }
 
-  // Follow a sequence, if it is one that stays in the line.
+  // Carry out a sequence, if its effect stays within the line.
   #obey(letter, parameters) {
     const count = Math.min(MAX_ROW, Math.max(1, Number(parameters) || 1));
     switch (letter) {
@@ -375,7 +377,7 @@ export class Terminal {
     for (const character of text) this.#put(character, error, at);
   }
 
-  // The row as single characters, which can be written over.
+  // The row as single characters, which a program can overwrite.
   #cells() {
     const { row } = this;
     if (row.cells === null) {

@@ -108,7 +108,7 @@ def test_a_task_is_started_followed_and_killed_by_keys(person: Person) -> None:
     press, until = person.press, person.until
     # The skip link is the first thing, and leads to what the view has.
     press(Keys.TAB)
-    assert person.focus() == "To the content"
+    assert person.focus() == "Skip to the content"
     press(Keys.ENTER)
     until("document.activeElement.matches('main')")
     press(Keys.TAB)
@@ -188,7 +188,7 @@ def _kill(person: Person) -> None:
     for leave in (Keys.ESCAPE, Keys.ENTER):  # by the key, by the button that lets it run
         person.press(Keys.ENTER)
         person.until("document.querySelector('dialog[open]')")
-        assert person.focus() == "Let it run"
+        assert person.focus() == "Keep it running"
         for _ in range(5):
             person.press(Keys.TAB)
             # Chromium goes by its own bar between the last thing and the first.
@@ -197,7 +197,7 @@ def _kill(person: Person) -> None:
                 "dialog",
                 "body",
             }
-        while person.driver.execute_script(FOCUS)[0] != "Let it run":
+        while person.driver.execute_script(FOCUS)[0] != "Keep it running":
             person.press(Keys.TAB)
         person.press(leave)
         person.until("!document.querySelector('dialog')")

@@ -40,7 +40,7 @@ def test_a_task_is_started_seen_live_and_killed(
         "done\necho through the gate\necho careful >&2\nexec sleep 600",
     )
     browser.get(f"{daemon.base}/web/")
-    find(browser, ".note", "There is no task yet.")
+    find(browser, ".note", "There are no tasks yet.")
     click(browser, "#run")
     fill(browser, "app", "site")
     fill(browser, "env", "production")
@@ -182,7 +182,7 @@ def test_what_is_dangerous_is_looked_at_twice(
     click(browser, "dialog button.primary")
     assert "deploy for site on production" in find(browser, "dialog .sure").text
     find(browser, "dialog [name=sure]").send_keys("staging", Keys.ENTER)
-    find(browser, "dialog [role=alert]", "That is not production.")
+    find(browser, "dialog [role=alert]", "Type production to confirm.")
     assert daemon.get("/tasks").json()["tasks"] == {}
     find(browser, "dialog [name=app]").send_keys("2")
     until(
@@ -397,7 +397,7 @@ def test_filters_are_in_the_address(browser: Chrome, many: Daemon) -> None:
     odd = [n for n in range(120, 0, -1) if n % 2]
     until(browser, lambda: listed(browser) == odd, "a text in any of the names")
     fill(browser, "text", "no such")
-    find(browser, ".note", "No task matches.")
+    find(browser, ".note", "No tasks match.")
 
 
 def test_the_list_is_live(
@@ -407,7 +407,7 @@ def test_the_list_is_live(
     gate = tmp_path / "gate"
     script("wait", f"#!/bin/sh\nwhile [ ! -e {gate} ]; do sleep 0.02; done")
     browser.get(f"{daemon.base}/web/?env=production&status=running")
-    find(browser, ".note", "No task matches.")
+    find(browser, ".note", "No tasks match.")
     daemon.run("site", "staging", "wait")
     number = daemon.run("site", "production", "wait")
     until(browser, lambda: listed(browser) == [number], "the one that matches")
@@ -445,7 +445,7 @@ def test_old_addresses_lead_to_the_task(browser: Chrome, many: Daemon) -> None:
     browser.get(url)
     until(browser, lambda: path(browser) == "/web/job/7", "the task's own address")
     status(browser, "finished")
-    find(browser, ".empty", "It printed nothing.")
+    find(browser, ".empty", "The task printed nothing.")
     browser.get(f"{many.base}/web/job/9999")
     find(browser, ".empty", "9999")
 
@@ -504,7 +504,7 @@ def test_who_is_signed_out_elsewhere_comes_to_the_sign_in(
     browser.get(f"{daemon.base}/web/")
     find(browser, "[name=user]").send_keys("joe")
     find(browser, "[name=password]").send_keys("correct horse", Keys.ENTER)
-    find(browser, ".note", "There is no task yet.")
+    find(browser, ".note", "There are no tasks yet.")
     browser.execute_cdp_cmd("Network.clearBrowserCookies", {})
     click(browser, "#run")
     until(browser, lambda: path(browser) == "/login", "the sign-in")

@@ -447,13 +447,13 @@ def test_a_search_begins_where_one_is(
     first = int(find(browser, ".found").text.split()[-1])
     assert 3900 < first <= 4000
     found(first)
-    click(browser, ".find [aria-label='Match before']")
+    click(browser, ".find [aria-label='Previous match']")
     found(first - 1)
     click(browser, ".find [aria-label='Next match']")
     found(first)
     field = find(browser, ".find input")
     for text, step, line in (
-        ("error 4", "Match before", 4999),
+        ("error 4", "Previous match", 4999),
         ("error 50", "Next match", 50),
     ):
         field.clear()
@@ -496,7 +496,7 @@ def test_what_is_selected_is_copied_though_it_is_scrolled_away(
         "getSelection().extend(last.firstChild, 2); return last.textContent"
     )
     click(browser, ".bar button", "Copy")
-    find(browser, ".copied", "what is selected")
+    find(browser, ".copied", "the selection")
     lines = ["ne", "", "", f"two {long}", "red", *map(str, range(6, int(last))), last[:2]]
     assert clipboard(browser) == "\n".join(lines)
 

@@ -433,7 +433,7 @@ def test_admin_frees_a_target_that_a_process_of_root_holds(
         # In one step: the page replaces its elements when the task changes.
         first = "return document.querySelector('.remarks li')?.innerText"
         text = wait_for(lambda: browser.execute_script(first), "the remark")
-        said = f"These processes could not be ended and hold shop live: {named}."
+        said = f"These processes did not end and still hold shop live: {named}."
         assert text.startswith(said)
         assert free(mortal) == [number]
         assert mortal.ended(second)["status"] == "finished"
