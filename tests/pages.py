@@ -2,7 +2,6 @@
 
 import re
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 from attrs import frozen
@@ -60,14 +59,3 @@ def section(page: Path, title: str) -> str:
     found = re.search(pattern, page.read_text(), re.MULTILINE | re.DOTALL)
     assert found is not None, title
     return found[2]
-
-
-def replaced(text: str, places: Sequence[tuple[str, str]]) -> str:
-    """Return a text with the addresses and folders of a test in place of those of a page.
-
-    Each that is to be replaced has to be there.
-    """
-    for before, after in places:
-        assert before in text, before
-        text = text.replace(before, after)
-    return text

@@ -16,6 +16,7 @@ from pulsar_api.cli.parser import parser
 from pulsar_api.config.loading import load
 from pulsar_api.config.settings import Settings
 from tests.pages import DOCS, PAGES, ROOT, Block, blocks
+from tests.test_routing import ROUTER
 
 HELP = re.compile(r"^\.\. help:: (.+)$", re.MULTILINE)
 SETTING = re.compile(r"^\.\. setting:: (.+)$", re.MULTILINE)
@@ -136,6 +137,14 @@ def test_commands_of_ours_are_understood(block: Block) -> None:
         for before, word in pairwise(words):
             if before.endswith("bin/pulsar-api") and word != "demo":
                 parser().parse_args(words[words.index(before) + 1 :])
+
+
+def test_api_page_has_the_names_that_no_app_can_have() -> None:
+    """They are derived from the routes."""
+    page = (DOCS / "api.rst").read_text()
+    found = re.search(r"^An app cannot be called ``([\w ]+)``", page, re.MULTILINE)
+    assert found is not None
+    assert sorted(found[1].split()) == sorted(name.decode() for name in ROUTER.reserved)
 
 
 def test_documents_that_pages_mention_exist() -> None:

@@ -13,7 +13,7 @@ from pulsar_api.cli.demo import EXAMPLE
 from tests.integration.conftest import Start
 from tests.integration.daemon import PATIENCE, PULSAR_API, Daemon
 from tests.integration.github import github
-from tests.pages import DOCS, README, ROOT, Block, blocks
+from tests.pages import DOCS, README, ROOT, Block, blocks, section
 
 DEMO = "https://localhost:8001"
 TEAM = "https://deploy.example.com:8443"
@@ -103,6 +103,17 @@ def test_every_request_of_the_api_page_works(
 
 
 @pytest.mark.needs("curl")
+def test_api_page_has_every_field_of_a_task(start: Start) -> None:
+    """Of one with output; fields that are only sometimes there are no more than these."""
+    daemon = start("--command", "echo")
+    number = daemon.run("site", "production", "deploy")
+    table = section(DOCS / "api.rst", "The task object")
+    cells = re.findall(r"^   \* - (.*)$", table, re.MULTILINE)
+    documented = {name for cell in cells for name in re.findall(r"``(\w+)``", cell)}
+    assert set(daemon.ended(number)) <= documented
+    assert documented - set(daemon.task(number)) <= {"outputOffset", "outputCut"}
+
+
 def test_team_on_github_deploys_by_the_five_steps(start: Start, tmp_path: Path) -> None:
     """With the settings and the commands as they are, but a GitHub of ours."""
     scripts = tmp_path / "apps" / "shop"
