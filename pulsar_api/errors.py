@@ -1,4 +1,4 @@
-"""What can go wrong. No module here knows HTTP; ``web`` maps each to a status."""
+"""The errors that users can be told about. ``web`` maps each to an HTTP status."""
 
 from attrs import field, frozen
 
@@ -6,15 +6,14 @@ from pulsar_api.principal import Principal
 
 
 class PulsarError(Exception):
-    """The base of every error that a user can be told about."""
+    """The base of all these errors; the text is a sentence for users."""
 
 
 @frozen(str=False)
 class InvalidInput(PulsarError):
-    """Something from outside is not allowed.
+    """A value from outside is not allowed.
 
-    ``field`` is its name as the sender knows it; ``detail`` is a sentence that says what
-    is allowed instead.
+    ``field`` is its name as the sender knows it; ``detail`` says what is allowed instead.
     """
 
     field: str
@@ -26,7 +25,7 @@ class InvalidInput(PulsarError):
 
 @frozen
 class UnknownTask(PulsarError):
-    """There is no task of this number."""
+    """There is no task with this number."""
 
     task_id: str
 
@@ -36,34 +35,34 @@ class UnknownTask(PulsarError):
 
 @frozen
 class FolderInUse(PulsarError):
-    """The folder of a task that is about to start holds what another run has left."""
+    """The folder of a new task has files of another run."""
 
     task_id: int
 
     def __str__(self) -> str:
         return (
-            f"The folder of task {self.task_id} holds what another run has left: the "
-            "database is older than it, or another daemon has used the state."
+            f"The folder of task {self.task_id} has files of another run: the database is "
+            "older than the folder, or another daemon has used the state folder."
         )
 
 
 @frozen
 class Busy(PulsarError):
-    """As many apps are asked for their actions as may be at a time."""
+    """The actions of too many apps are being listed at the same time."""
 
     limit: int
 
     def __str__(self) -> str:
-        return f"The actions of {self.limit} apps are being listed; try again soon."
+        return f"The actions of {self.limit} apps are being listed already; try again soon."
 
 
 @frozen
 class QueueFull(PulsarError):
-    """More tasks wait than may wait, of all callers or of this one."""
+    """Too many tasks wait, of all callers or of this one."""
 
     limit: int
     whose: str = field(default="")
-    """Whose share of the queue is full; "": all of it is."""
+    """The user whose share of the queue is full; "" if the whole queue is."""
 
     def __str__(self) -> str:
         share = f" of {self.whose}" if self.whose else ""
@@ -76,63 +75,66 @@ class QueueFull(PulsarError):
 
 @frozen
 class KeyReused(PulsarError):
-    """An idempotency key came again with another request."""
+    """An idempotency key has been used for another request."""
 
     key: str
 
     def __str__(self) -> str:
         return (
-            f"The Idempotency-Key {self.key!r} was used for another request; take a new "
-            "one for each task that is meant."
+            f"The Idempotency-Key {self.key!r} has been used for another request; use a "
+            "new key for each new task."
         )
 
 
 @frozen
 class KeyInFlight(PulsarError):
-    """The first request with this idempotency key is not done yet."""
+    """The first request with this idempotency key is still being answered."""
 
     key: str
 
     def __str__(self) -> str:
-        return f"The first request with the Idempotency-Key {self.key!r} is under way."
+        return (
+            f"The first request with the Idempotency-Key {self.key!r} is still being "
+            "answered."
+        )
 
 
 @frozen
 class NotRestartable(PulsarError):
-    """A task that has not failed is not started again."""
+    """Only a task that has failed, was killed or is lost can be restarted."""
 
     task_id: int
     status: str
 
     def __str__(self) -> str:
         return (
-            f"Task {self.task_id} is {self.status}; only one that has failed, was killed "
-            "or is lost is started again. Create a new one."
+            f"Task {self.task_id} is {self.status}; only a failed, killed or lost task can "
+            "be restarted. Create a new task instead."
         )
 
 
 @frozen
 class SecretsGone(PulsarError):
-    """A task is not started again: its secret values were not kept."""
+    """A task cannot be restarted because its secret values are not kept."""
 
     task_id: int
 
     def __str__(self) -> str:
         return (
             f"Task {self.task_id} had secret variables, whose values are not kept after "
-            "its start; create a new one and give them again."
+            "its start. Create a new task with these variables."
         )
 
 
 class NoListing(PulsarError):
-    """The command of this daemon cannot say which actions there are."""
+    """The command of this daemon cannot list its actions."""
 
     def __str__(self) -> str:
         return "The command of this daemon (--command) cannot list its actions."
 
 
 class ShuttingDown(PulsarError):
-    """The daemon is about to end and takes no new tasks."""
+    """The daemon is stopping and takes no new tasks."""
 
     def __str__(self) -> str:
         return "The daemon is stopping and takes no new tasks; try again in a moment."
@@ -140,7 +142,7 @@ class ShuttingDown(PulsarError):
 
 @frozen
 class StoreUnavailable(PulsarError):
-    """Tasks cannot be read or recorded now; nothing was."""
+    """The database cannot be read or written now; nothing has been written."""
 
     detail: str
     full: bool = field(default=False)
@@ -150,18 +152,19 @@ class StoreUnavailable(PulsarError):
 
 
 class NotAuthenticated(PulsarError):
-    """Nobody knows who is calling, or what they showed is wrong."""
+    """The request has no credentials, or wrong ones."""
 
     def __str__(self) -> str:
         return (
-            "Say who you are: a token as 'Authorization: Bearer TOKEN' or as the user name "
-            "of Basic authentication, a user and a password, or sign in at /login."
+            "Authentication is required: send a token as 'Authorization: Bearer TOKEN' or "
+            "as the user name of Basic authentication, send a user name and a password, or "
+            "sign in at /login."
         )
 
 
 @frozen
 class NotAllowed(PulsarError):
-    """It is known who is calling, and they may not do this."""
+    """The caller does not have the right that this needs."""
 
     who: str
     right: str
@@ -169,17 +172,17 @@ class NotAllowed(PulsarError):
 
     def __str__(self) -> str:
         return (
-            f"{self.who} may not {self.right} {self.where}; who runs this daemon can give "
-            "that right in its settings."
+            f"{self.who} does not have the right to {self.right} {self.where}. An operator "
+            "of this daemon can grant it in the settings."
         )
 
 
 @frozen
 class LoginBound(PulsarError):
-    """Another account has the login of somebody who is listed."""
+    """A listed login is bound to another account than the caller's."""
 
     principal: Principal
-    """The account that has the login now."""
+    """The account that has the login at GitHub now."""
 
     def __str__(self) -> str:
         login, id = self.principal.name, self.principal.id
@@ -192,10 +195,10 @@ class LoginBound(PulsarError):
 
 @frozen
 class TooManyFailures(PulsarError):
-    """One address has shown too many wrong credentials."""
+    """One address has sent too many wrong credentials."""
 
     retry_after: int
-    """Seconds until it is heard again."""
+    """Seconds until it may try again."""
 
     def __str__(self) -> str:
         return (
@@ -206,20 +209,20 @@ class TooManyFailures(PulsarError):
 
 @frozen
 class ProviderUnavailable(PulsarError):
-    """Whoever knows the users cannot be asked now."""
+    """The provider that knows the users cannot be asked now."""
 
     provider: str
     detail: str
     retry_after: int = field(default=10)
-    """Seconds until another try makes sense."""
+    """Seconds after which another try may succeed."""
 
     def __str__(self) -> str:
-        return f"{self.provider} cannot say now who you are: {self.detail}"
+        return f"{self.provider} cannot check your credentials now: {self.detail}."
 
 
 class SettingsError(PulsarError):
-    """The daemon cannot start as it was told to; the message is one line for its user."""
+    """The daemon cannot start with its settings; the text is one line for the operator."""
 
 
 class CannotListen(PulsarError):
-    """A port cannot be opened, or not so."""
+    """A port cannot be opened, or must not be."""

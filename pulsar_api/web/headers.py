@@ -1,22 +1,22 @@
-"""What every answer tells a browser not to do with it."""
+"""The security headers of all responses."""
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
-"""For our pages: nothing inline, nothing from elsewhere, inside nobody's frame."""
+"""For the pages: nothing inline, nothing from other sites, never in a frame."""
 
 ALWAYS: tuple[tuple[str, str], ...] = (
-    # Only pages show anything; an answer that is taken for one runs and loads nothing.
+    # A response that is not a page but is taken for one runs and loads nothing.
     (
         "Content-Security-Policy",
         "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     ),
     ("X-Content-Type-Options", "nosniff"),
     ("X-Frame-Options", "DENY"),
-    # Not "no-referrer": then a browser sends our own forms as from nowhere (Origin: null).
+    # With "no-referrer" browsers would send the forms of the pages with Origin: null.
     ("Referrer-Policy", "same-origin"),
     ("Cross-Origin-Opener-Policy", "same-origin"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
 )
-"""On whatever the daemon sends, unless the answer has its own; `web.site` sees to it."""
+"""On every response that does not set them itself; the channel adds them."""

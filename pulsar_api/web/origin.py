@@ -1,4 +1,4 @@
-"""Where a request comes from and where our links point; the Host header is not believed."""
+"""Where a request comes from and where links point, without trust in the Host header."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -20,39 +20,39 @@ _BROWSER = re.compile(r"(mozilla|opera)/", re.IGNORECASE)
 
 
 class UnknownHost(PulsarError):
-    """The request was meant for a host that is not this one, as far as is known."""
+    """The Host header of a request names an unknown host."""
 
     def __str__(self) -> str:
         return (
-            "This daemon does not know the host name that you called it by. If it is its "
-            "own, name it in the settings: --public-url, or hosts in the file."
+            "This daemon does not know the host name of this request. If the name is its "
+            "own, set it with --public-url or with hosts in the settings file."
         )
 
 
 class ForeignOrigin(PulsarError):
-    """A browser says that another site made it send this request."""
+    """A browser sends a request on behalf of another site."""
 
     def __str__(self) -> str:
         return (
-            "A browser sent this request for another site. If this is your daemon under a "
-            "name of its own, tell it that name by --public-url."
+            "A browser sent this request on behalf of another site. If the daemon has "
+            "another name than the one it knows, set that with --public-url."
         )
 
 
 @frozen
 class Origins:
-    """Knows under which addresses this daemon may be called."""
+    """The URLs and host names under which this daemon is reached."""
 
     public_url: str | None = None
     names: frozenset[str] = field(default=frozenset())
-    """Host names that are ours beside the loopback ones; ``*.example`` for all below."""
+    """Host names of the daemon beside the loopback ones; ``*.example`` for subdomains."""
     proxies: frozenset[str] = field(default=frozenset())
-    """Addresses whose ``X-Forwarded-For`` is believed; ``unix`` for such sockets."""
+    """Addresses whose ``X-Forwarded-For`` is trusted; ``unix`` for Unix sockets."""
     more_names: Callable[[], frozenset[str]] = frozenset
-    """Names that may change: those of the certificate."""
+    """Returns names that can change: those of the certificate."""
 
     def base(self, request: Request) -> str:
-        """Return the URL that links begin with, without a slash at the end."""
+        """Return the URL that links begin with, without a trailing slash."""
         if self.public_url is not None:
             return self.public_url
         scheme = "https" if request.isSecure() else "http"
@@ -71,7 +71,7 @@ class Origins:
         peer = "unix" if host is None else _address(host) or host
         if peer in self.proxies:
             said = ",".join(request.requestHeaders.getRawHeaders("x-forwarded-for", []))
-            # From the right: what stands further left, anybody can have written.
+            # From the right, as a client can have written what is further left.
             for hop in reversed(said.split(",")):
                 address = _address(hop.strip())
                 if address is None:
@@ -82,10 +82,10 @@ class Origins:
         return "a local user" if peer == "unix" else peer
 
     def check_host(self, request: Request) -> None:
-        """Raise `UnknownHost` if the Host header names a host that is not known to be ours.
+        """Raise `UnknownHost` if the Host header names an unknown host.
 
-        So no page can reach the daemon under a name of its own (DNS rebinding). An address
-        cannot be rebound, and what is no browser may leave the header out.
+        So no page can reach the daemon under a name of its own (DNS rebinding). Addresses
+        cannot be rebound, and clients other than browsers may omit the header.
         """
         host = request.requestHeaders.getRawHeaders("host", [""])[0].lower()
         if not host or self._is_ours(host):
@@ -99,10 +99,10 @@ class Origins:
                 raise UnknownHost from None
 
     def check(self, request: Request, *, navigation: bool = False) -> None:
-        """Raise `ForeignOrigin` if a browser sends this for another site.
+        """Raise `ForeignOrigin` if a browser sends this request on behalf of another site.
 
-        What is no browser sends none of the headers and is not meant. ``navigation``: it
-        only reads, and somebody who follows a link on another site may.
+        Other clients send none of these headers and pass. ``navigation``: whether a link on
+        another site may lead here, as the request only reads.
         """
         headers = request.requestHeaders
         ours = "/".join(self.base(request).split("/")[:3]).lower()
@@ -119,16 +119,16 @@ class Origins:
             raise ForeignOrigin
 
     def check_link(self, request: Request, *, referer: bool) -> None:
-        """Raise `ForeignOrigin` if a browser may send this GET for another site.
+        """Raise `ForeignOrigin` if another site may have made a browser send this GET.
 
-        Over plain HTTP it does not say so, and an image on any page can be such a request.
-        ``referer``: whether the address of a page of ours is enough. What is no browser is
-        not meant.
+        Over plain HTTP browsers do not say so, and an image on any page can be such a
+        request. ``referer``: whether a Referer of this daemon is enough. Clients other than
+        browsers pass.
         """
         headers = request.requestHeaders
         said = "sec-fetch-site", *(("referer",) if referer else ())
         if any(headers.hasHeader(name) for name in said):
-            return  # and `check` has looked at it
+            return  # `check` has checked it
         if _BROWSER.match(headers.getRawHeaders("user-agent", [""])[0]):
             raise ForeignOrigin
 
@@ -150,7 +150,7 @@ def _all_from(ours: str, addresses: Sequence[str]) -> bool:
 
 
 def _address(text: str) -> str | None:
-    """Return an IP address as one text, without a port; None if it is none."""
+    """Return an IP address in its usual form, without a port; None if it is not one."""
     found = _PORT.fullmatch(text)
     if found is not None:
         text = found[1] or found[2]

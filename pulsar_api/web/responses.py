@@ -1,4 +1,4 @@
-"""Ways to answer: a value, a problem, a stream; and which error is which problem."""
+"""Ways to answer a request: by a value, a stream, or the problem of an error."""
 
 import re
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ _PROBLEMS: dict[type[errors.PulsarError], tuple[int, str, str, int | None]] = {
 
 
 def reply(request: Request, body: bytes, code: int = 200, kind: str = JSON) -> bytes:
-    """Set the head of an answer and return its body."""
+    """Set the head of a response and return its body."""
     request.setResponseCode(code)
     request.setHeader("Content-Type", kind)
     request.setHeader("Cache-Control", "no-store")
@@ -70,13 +70,13 @@ def problem(
     detail: str,
     field: str | None = None,
 ) -> bytes:
-    """Answer with an error."""
+    """Set the head of an error response (RFC 9457) and return its body."""
     body = encoding.problem(status, type_, title, detail, field)
     return reply(request, body, status, encoding.PROBLEM)
 
 
 async def stream(request: Request, pieces: Iterator[bytes]) -> bytes:
-    """Answer piece by piece, as fast as the client reads; nothing is held."""
+    """Send pieces as fast as the client reads, holding none of them."""
     request.setResponseCode(200)
     request.setHeader("Content-Type", JSON)
     request.setHeader("Cache-Control", "no-store")
@@ -87,7 +87,7 @@ async def stream(request: Request, pieces: Iterator[bytes]) -> bytes:
 
 @implementer(IPullProducer)
 class _Pump:
-    """Writes one piece whenever the client has room for it."""
+    """Writes one piece each time the client has room."""
 
     def __init__(self, request: Request, pieces: Iterator[bytes]) -> None:
         self._request = request
@@ -95,7 +95,7 @@ class _Pump:
         self._done: Deferred[None] = Deferred(lambda _: self.stopProducing())
 
     def run(self) -> Deferred[None]:
-        """Fire when the last piece is written. Cancelled when the client goes away."""
+        """Fire when the last piece is written; cancelled when the client goes away."""
         self._request.registerProducer(self, False)
         return self._done
 
@@ -103,7 +103,7 @@ class _Pump:
         try:
             piece = next(self._pieces, None)
         except OSError:
-            # Half an answer must not look whole.
+            # A partial response must not look complete.
             _log.failure("Cannot read output")
             transport: Any = self._request.transport
             transport.abortConnection()
@@ -120,24 +120,24 @@ class _Pump:
 
 @implementer(IPushProducer)
 class Valve:
-    """Knows whether a client reads as fast as we write, and waits for it if not."""
+    """Lets a writer wait for a client that reads more slowly than is written."""
 
     _paused = False
     _room: Deferred[None] | None = None
 
     def pauseProducing(self) -> None:
-        """The client reads more slowly than we write."""
+        """Close the valve: the client's buffer is full."""
         self._paused = True
 
     def resumeProducing(self) -> None:
-        """It has read what there was."""
+        """Open the valve: the client has read."""
         self._paused = False
         room, self._room = self._room, None
         if room is not None:
             room.callback(None)
 
     def stopProducing(self) -> None:
-        """The client is gone; whoever writes is cancelled."""
+        """Do nothing: the writer is cancelled when the client goes away."""
 
     async def open(self) -> None:
         """Wait until there is room for more."""
@@ -147,7 +147,7 @@ class Valve:
 
 
 def new_app() -> Klein:
-    """Return an application that takes paths as they are and answers problems."""
+    """Return an application that matches paths as they are and answers with problems."""
     app = Klein()
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
@@ -156,7 +156,7 @@ def new_app() -> Klein:
 
 
 def _handle_errors(app: Klein) -> None:
-    """Make a Klein application answer every error as a problem (RFC 9457)."""
+    """Make a Klein application answer each error with a problem (RFC 9457)."""
 
     @app.handle_errors(errors.PulsarError)
     def known(self: Any, request: Any, failure: Failure) -> bytes:
@@ -193,23 +193,23 @@ def _handle_errors(app: Klein) -> None:
                 request.setResponseCode(204)
                 return b""
             method = request.method.decode("ascii", "replace")
-            detail = f"{method} is not possible here; possible: {', '.join(allowed)}."
+            detail = f"This path does not allow {method}; it allows {', '.join(allowed)}."
             title = "Method not allowed"
             return problem(request, 405, "method-not-allowed", title, detail)
-        detail = "Nothing is here; /pulsar/index.html lists what there is."
+        detail = "There is nothing at this path; /pulsar/index.html lists the API."
         return problem(request, 404, "not-found", "Not found", detail)
 
     @app.handle_errors(Exception)
     def unexpected(self: Any, request: Any, failure: Failure) -> bytes:
         _log.failure("Cannot answer {uri}", failure, uri=request.uri)
-        detail = "This is a fault of the daemon; its log says more."
+        detail = "This is a bug in the daemon; the daemon's log has the details."
         return problem(request, 500, "internal-error", "Internal error", detail)
 
 
 def challenge(request: Request) -> None:
-    """Say how to authenticate (RFC 9110, 11.6.1).
+    """Say how to authenticate (RFC 9110, section 11.6.1).
 
-    Not Basic to a browser: it would ask in a window of its own, over the page.
+    Browsers are not offered Basic, as they would show a dialog of their own over the page.
     """
     add = request.responseHeaders.addRawHeader
     if not request.requestHeaders.hasHeader("sec-fetch-mode"):
@@ -218,14 +218,18 @@ def challenge(request: Request) -> None:
 
 
 def page(request: Request, text: str, places: dict[str, str], status: int = 200) -> bytes:
-    """Answer with a page in which ``{name}`` is replaced; values have to be escaped."""
+    """Answer with a page in which each ``{name}`` is replaced by an escaped value."""
     request.setHeader("Content-Security-Policy", PAGE_POLICY)
     text = re.sub(r"\{(\w+)\}", lambda found: places[found[1]], text)
     return reply(request, text.encode(), status, _HTML)
 
 
 def not_modified(request: Request, etag: str) -> bool:
-    """Set the ETag; return whether the client has this version already (RFC 9110)."""
+    """Set the ETag; return whether the client has this version already (RFC 9110).
+
+    Not by werkzeug's `parse_etags`: the regular expression of its older versions takes
+    half a second for 15 KB of spaces.
+    """
     request.setHeader("ETag", etag)
     given = request.requestHeaders.getRawHeaders("if-none-match", [])
     tags = [tag.strip().removeprefix("W/") for line in given for tag in line.split(",")]
@@ -236,6 +240,6 @@ def not_modified(request: Request, etag: str) -> bool:
 
 
 def header(request: Request, name: str) -> str:
-    """Return a header of the request, "" if it is not there."""
+    """Return a header of the request, or "" if it is missing."""
     value: Any = request.getHeader(name)
     return value or ""

@@ -35,9 +35,9 @@ from pulsar_api.web.responses import header, new_app, page, reply
 from pulsar_api.web.server.body import FORM, body_of
 
 START = "/web/"
-"""Where who has signed in is sent, unless they wanted to see something else."""
+"""The path that a browser is sent to after a sign-in, unless it asked for another."""
 PENDING = 600.0
-"""Seconds for a sign-in at GitHub."""
+"""Seconds that a sign-in at GitHub may take."""
 _LOCAL = re.compile(r"/(?![/\\])[!-\[\]-~]{0,2000}")
 _HTML = "text/html; charset=utf-8"
 
@@ -51,11 +51,11 @@ class SignIn:
     access: Access
     clock: IReactorTime
     github: GitHub | None = None
-    """With an OAuth app, or None."""
+    """The provider for sign-ins at GitHub, if it has an OAuth app; or None."""
     confirm: Sequence[Target] = ()
-    """Where the page shall ask again before it does something."""
+    """Targets and actions for which the page asks for confirmation."""
     secret: Sequence[str] = ()
-    """Patterns of the names of variables that are secret."""
+    """Name patterns of secret variables."""
     _fernet: Fernet = field(factory=lambda: Fernet(Fernet.generate_key()), init=False)
     """Seals what a browser keeps for us during a sign-in at GitHub."""
     _page: str = field(init=False)
@@ -69,7 +69,7 @@ class SignIn:
 
     @app.route("/login", methods=["POST"])
     async def login(self, request: Request) -> bytes:
-        """Begin a session for a user and password, or for a token."""
+        """Begin a session with a user name and password, or with a token."""
         self.access.origins.check(request)
         body = await body_of(request, None, FORM)
         fields = decoding.parse_form(header(request, "content-type"), body)
@@ -77,12 +77,12 @@ class SignIn:
         target = local(fields.get("next", ""))
         if secret == IS_TOKEN:
             user, secret = "", user
-        refusal = "That is not right, or not let in."
+        refusal = "Wrong user name or password, or this account has no access."
         return await self._enter(request, Credentials(user, secret), target, refusal)
 
     @app.route("/login/github", methods=["GET"])
     def ask_github(self, request: Request) -> bytes:
-        """Send the browser to GitHub."""
+        """Send the browser to GitHub to sign in."""
         github = self._github()
         assert github.oauth is not None
         state, verifier = new_secret(), new_secret()
@@ -96,13 +96,13 @@ class SignIn:
 
     @app.route("/login/callback", methods=["GET"])
     async def from_github(self, request: Request) -> bytes:
-        """Take a browser back from GitHub, with a code that is good for a token."""
+        """Begin a session for a browser that GitHub has sent back with a code."""
         github = self._github()
         query = query_of(request)
         begun = self._begun(request, query.get("state", ""))
         self._remember(request, "")
         if begun is None:
-            detail = "This sign-in was not begun here, or too long ago. Try again."
+            detail = "This sign-in was begun in another browser or too long ago. Try again."
             return self._form(request, START, detail, 403)
         verifier, target = begun
         code = query.get("code", "")
@@ -113,13 +113,13 @@ class SignIn:
                 token = await github.token_for(code, verifier, callback)
         except ProviderUnavailable as e:
             return self._later(request, target, e, 503)
-        # Without a token it is somebody whom no provider takes.
-        refusal = "GitHub did not confirm it, or you are not let in here."
+        # Without a token the credentials are rejected.
+        refusal = "GitHub did not confirm the sign-in, or this account has no access."
         return await self._enter(request, Credentials("", token or ""), target, refusal)
 
     @app.route("/login/me", methods=["GET"])
     async def me(self, request: Request) -> bytes:
-        """Say who is signed in and what they may."""
+        """Return who is signed in, and with which rights."""
         credentials = self.access.credentials(request)
         address = self.access.origins.address(request)
         caller = await self.access.caller(credentials, address)
@@ -140,7 +140,7 @@ class SignIn:
 
     @app.route("/logout", methods=["POST"])
     async def logout(self, request: Request) -> bytes:
-        """End this session; with ``everywhere=1`` all of the same user."""
+        """End this session, or with ``everywhere=1`` all sessions of the same user."""
         self.access.origins.check(request)
         everywhere = decoding.parse_flag(query_of(request), "everywhere")
         id = self.access.session(request)
@@ -160,7 +160,7 @@ class SignIn:
     # -- what they share
 
     def _begun(self, request: Request, state: str) -> tuple[str, str] | None:
-        """Return the verifier and the target of the sign-in that this browser began."""
+        """Return the verifier and the target of the sign-in that this browser has begun."""
         text = cookies.parse(header(request, "cookie")).get(self._login_cookie(request), "")
         now = int(self.clock.seconds())
         try:
@@ -178,7 +178,7 @@ class SignIn:
     async def _enter(
         self, request: Request, credentials: Credentials, target: str, refusal: str
     ) -> bytes:
-        """Begin a session and send the browser on; or show the form, which says why not."""
+        """Begin a session and send the browser on, or show the form with the reason."""
         try:
             await self._begin(request, credentials)
         except NotAuthenticated:
@@ -202,10 +202,13 @@ class SignIn:
         return self._form(request, target, str(why), status)
 
     async def _begin(self, request: Request, credentials: Credentials) -> None:
-        """Begin a session, always a new one, for who these credentials are good for."""
+        """Begin a new session for the caller with these credentials."""
         sessions = self.access.sessions
         if sessions is None:
-            raise InvalidInput("login", "this daemon asks nobody who they are")
+            raise InvalidInput(
+                "login",
+                "this daemon does not authenticate callers; there is no need to sign in",
+            )
         address = self.access.origins.address(request)
         caller = await self.access.caller(credentials, address)
         assert caller.principal is not None
@@ -218,7 +221,7 @@ class SignIn:
 
     def _github(self) -> GitHub:
         if self.github is None or self.github.oauth is None:
-            raise InvalidInput("login", "signing in at GitHub is not set up here")
+            raise InvalidInput("login", "this daemon is not set up for sign-ins at GitHub")
         return self.github
 
     def _callback(self, request: Request) -> str:
@@ -246,5 +249,5 @@ class SignIn:
 
 
 def local(text: str) -> str:
-    """Return where to go next: a path here, never another host's address."""
+    """Return a path of the daemon: the given one, or `START` if that leads elsewhere."""
     return text if _LOCAL.fullmatch(text) else START

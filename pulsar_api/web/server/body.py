@@ -1,4 +1,4 @@
-"""Bodies of requests: read when somebody wants them, and no more than there is room for."""
+"""Request bodies: read when a route wants them, within limits of memory and time."""
 
 from collections.abc import Callable
 
@@ -11,19 +11,19 @@ from pulsar_api.web.server.limits import Budget
 
 MAX_BODY = 1 << 20
 FORM = 1 << 14
-"""Bytes of a body of somebody who is not known; it says who they are."""
+"""Bytes of the body of a sign-in, whose caller is not identified yet."""
 EAGER = 1 << 14
-"""Bytes that are taken before anybody wants them: most bodies are smaller."""
+"""Bytes that are read before a route wants the body; most bodies are smaller."""
 
 
 @frozen
 class BodyTooLarge(PulsarError):
-    """A body has more bytes than are read."""
+    """A body is too large."""
 
     most: int
 
     def __str__(self) -> str:
-        return f"The body may have {self.most} bytes at most."
+        return f"The body may have at most {self.most} bytes."
 
 
 @frozen
@@ -37,27 +37,26 @@ class BodyTooSlow(PulsarError):
 
 
 class BodiesFull(PulsarError):
-    """There is no room for this body now."""
+    """There is no memory for this body now."""
 
     def __str__(self) -> str:
-        return "The bodies of other requests take all the room; try again in a moment."
+        return "Other requests take all the memory for bodies; try again in a moment."
 
 
 @define(eq=False)
 class Body:
     """The body of one request, most of which may not have been sent yet.
 
-    Who answers the request decides whether it is read at all. What nobody wants is thrown
-    away as it comes.
+    The route decides whether it is read. An unwanted body is discarded as it comes.
     """
 
     length: int | None
-    """As it was announced; None if nobody knows."""
+    """The announced length in bytes; None if there is none."""
     _budget: Budget
     _wanted: Callable[[], object]
-    """Called when somebody wants it."""
+    """Is called when a route wants the body."""
     _enough: Callable[[], object]
-    """Called when more has come than is taken before that."""
+    """Is called when more has come than is read before that."""
     received: int = field(default=0, init=False)
     complete: bool = field(default=False, init=False)
     _pieces: list[bytes] = field(factory=list, init=False)
@@ -69,17 +68,17 @@ class Body:
     _dropped: bool = field(default=False, init=False)
 
     def read(self, most: int, who: str | None) -> Deferred[bytes]:
-        """Fire with all of it; fail with `BodyTooLarge`, `BodyTooSlow` or `BodiesFull`.
+        """Fire with the body; fail with `BodyTooLarge`, `BodyTooSlow` or `BodiesFull`.
 
-        ``who`` is the caller for whom there must be room. None: nobody knows them, and
-        what they hold is counted with their connection.
+        ``most``: bytes that it may have. ``who``: the caller in whose share of memory it is
+        counted; None for a caller who is not identified, whose connection is counted.
         """
         self._most, self._who = most, who
         if self.length is not None and self.length > most:
             self.fail(BodyTooLarge(most))
         self._check(self.received)
         if self._error is not None:
-            # Not kept: it will know who wanted the body, and so the body.
+            # Not kept, as its traceback would refer to the reader, and so to the body.
             error, self._error = self._error, None
             return fail(error)
         if self.complete:
@@ -89,11 +88,11 @@ class Body:
         return self._waiter
 
     def receive(self, data: bytes) -> None:
-        """Take a piece."""
+        """Receive a piece."""
         self.received += len(data)
         if self._dropped:
             if self.length is None and self.received > EAGER:
-                self._enough()  # it may be without an end
+                self._enough()  # it may be endless
             return
         self._pieces.append(data)
         if self._waiter is not None or self.received > self._most:
@@ -102,7 +101,7 @@ class Body:
             self._enough()
 
     def end(self) -> None:
-        """There is no more."""
+        """End the body."""
         self.complete = True
         if self._waiter is not None:
             waiter, self._waiter = self._waiter, None
@@ -112,7 +111,7 @@ class Body:
             self.drop()
 
     def fail(self, error: PulsarError) -> None:
-        """Whoever wants it, or will want it, gets this error."""
+        """Fail with an error for the route that wants the body, now or later."""
         if self._dropped:
             return
         waiter = self._waiter
@@ -123,7 +122,7 @@ class Body:
             waiter.errback(error)
 
     def drop(self) -> None:
-        """Hold nothing of it any more."""
+        """Free the body; what still comes is discarded."""
         self._dropped = True
         self._waiter = None
         self._pieces = []
@@ -147,17 +146,17 @@ class Body:
 
 
 class BodyRequest(Request):
-    """A request that is answered from its head on, whenever its body comes."""
+    """A request that is answered as soon as its head is there."""
 
     body: Body | None = None
-    """None: it has none."""
+    """None if the request has no body."""
 
     def caller_known(self) -> None:
-        """Be told that somebody knows who sends this."""
+        """Note that the caller has been identified."""
 
 
 async def body_of(request: Request, who: str | None, most: int = MAX_BODY) -> bytes:
-    """Return the body of a request, as `Body.read`."""
+    """Return the body of a request; raises as `Body.read` fails."""
     if not isinstance(request, BodyRequest):
         return b"" if request.content is None else request.content.read()
     return b"" if request.body is None else await request.body.read(most, who)

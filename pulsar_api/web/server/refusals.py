@@ -1,4 +1,4 @@
-"""What is answered before anybody routes: to who is too large, too slow, or too many."""
+"""Responses for requests that are rejected before routing."""
 
 import math
 
@@ -12,14 +12,14 @@ from pulsar_api.web.responses import problem
 from pulsar_api.web.server.body import MAX_BODY
 
 HEAD_DEADLINE = 10.0
-"""Seconds from a request's first byte to the end of its head, however it trickles."""
+"""Seconds from the first byte of a request to the end of its head."""
 BODY_DEADLINE = 30.0
 """Seconds for the whole body."""
 MAX_HEADERS = 100
 MAX_NAME = 128
-"""Bytes of the name of a header."""
+"""Bytes of a header name."""
 PENALTY = 1.0
-"""Seconds after which who asks too often is told so."""
+"""Seconds for which the response to an address with too many requests is delayed."""
 
 
 def _raw_problem(
@@ -38,7 +38,7 @@ TOO_LARGE = _raw_problem(
     413,
     "Content Too Large",
     "body-too-large",
-    f"A body may have {MAX_BODY} bytes at most.",
+    f"A body may have at most {MAX_BODY} bytes.",
 )
 TOO_SLOW = _raw_problem(
     408,
@@ -51,31 +51,30 @@ MALFORMED = _raw_problem(
     400,
     "Bad Request",
     "malformed",
-    "This is no HTTP/1.1 request whose head has 16 KiB at most, in "
-    f"{MAX_HEADERS} headers with names of {MAX_NAME} bytes at most.",
+    "This is not an HTTP/1.1 request whose head has at most 16 KiB and "
+    f"{MAX_HEADERS} headers, with names of at most {MAX_NAME} bytes.",
 )
 TOO_MANY = _raw_problem(
     503,
     "Service Unavailable",
     "too-many-connections",
-    "The daemon has as many connections as it can serve; try again in a moment.",
+    "The daemon has too many connections; try again in a moment.",
     "Retry-After: 5\r\n",
 )
 TOO_MANY_FROM_ADDRESS = _raw_problem(
     429,
     "Too Many Requests",
     "too-many-from-address",
-    "Your address has as many connections open as one may have; close some, or try again "
-    "in a moment.",
+    "Your address has too many open connections; close some, or try again in a moment.",
     "Retry-After: 5\r\n",
 )
 
 
 class TooManyRequests(Resource):
-    """Says when an address may ask again, and takes its time to say so.
+    """Answers, after a delay, when the address may send the next request.
 
-    At once it would cost others: one address got 17,000 such answers in a second, and a
-    processor with them. Nothing is read from the connection meanwhile.
+    Without the delay one address got 17,000 such responses a second, which takes a whole
+    processor. Nothing is read from the connection meanwhile.
     """
 
     isLeaf = True
@@ -92,7 +91,7 @@ class TooManyRequests(Resource):
 
     def _answer(self, request: Request) -> None:
         request.setHeader("Retry-After", str(self._wait))
-        detail = f"Your address asks too often; wait {self._wait} s, then ask again."
+        detail = f"Your address sends too many requests; try again in {self._wait} seconds."
         title = "Too many requests"
         body = problem(request, 429, "too-many-requests", title, detail)
         request.write(b"" if request.method == b"HEAD" else body)

@@ -1,4 +1,4 @@
-"""WebSockets (RFC 6455) that cost little, whatever a client sends or leaves unread."""
+"""WebSockets (RFC 6455) with bounded cost, whatever a client sends or leaves unread."""
 
 import socket
 from typing import Any
@@ -25,26 +25,26 @@ from pulsar_api.web.server.body import BodyRequest
 from pulsar_api.web.server.channel import LINGER
 
 MAX_MESSAGE = 8192
-"""Bytes of a client's message, over all its fragments; it only says who the client is."""
+"""Bytes of a client's message with all its fragments; it only authenticates the client."""
 BURST = 10_000
 """Bytes that a client may send at once after a silence."""
 BYTES_PER_SECOND = 400.0
-"""How fast a client may send more than that. Nothing that it sends gives it more room."""
+"""How fast a client may send beyond that."""
 FRAME_COST = 64
-"""Bytes that each frame counts for beside its own: an empty frame takes time, too."""
+"""Bytes that each frame counts beside its own, as an empty frame takes time too."""
 BUFFER = 16 * 1024
 """Bytes that a client may leave unread before the daemon neither writes nor reads more."""
 KERNEL_BUFFER = 64 * 1024
-"""Bytes that the kernel may hold for a client; Linux doubles it for its own needs."""
+"""Bytes that the kernel may hold for a client; Linux doubles it for bookkeeping."""
 STALL = 60.0
-"""Seconds in which a client must take them; it is a program, not a person who pages."""
+"""How long, in seconds, a client may leave its send buffer unread."""
 
 
 def limit_buffer(channel: Any) -> None:
-    """Let the connection of a `BoundedChannel` hold back less, and not for as long.
+    """Bound what a connection buffers for its client, and for how long.
 
-    Twisted stops a producer at 64 KiB only, and the kernel takes megabytes for each client
-    that does not read; who reads would wait until all of them are full.
+    Twisted pauses a producer only at 64 KiB, and the kernel takes megabytes for each client
+    that does not read.
     """
     channel.stall = STALL
     below = hooks.tcp_below(channel.transport)
@@ -56,7 +56,7 @@ def limit_buffer(channel: Any) -> None:
 
 @define(eq=False)
 class TokenBucket:
-    """Counts what a client sends. Only time gives it new tokens."""
+    """Limits how much a client sends; only time adds tokens."""
 
     _clock: IReactorTime
     _tokens: float = field(default=BURST, init=False)
@@ -66,7 +66,7 @@ class TokenBucket:
         self._at = self._clock.seconds()
 
     def take(self, number: int) -> bool:
-        """Take some tokens; return whether there were as many."""
+        """Take tokens; return whether there were enough."""
         now = self._clock.seconds()
         self._tokens = min(BURST, self._tokens + (now - self._at) * BYTES_PER_SECOND)
         self._at = now
@@ -75,10 +75,10 @@ class TokenBucket:
 
 
 def handshake(request: Request) -> bytes | None:
-    """Return the answer that makes a request a WebSocket; None if it is no handshake.
+    """Return the response to a WebSocket handshake; None if the request is not one.
 
-    A handshake has no body: a request is answered from its head on, so the bytes of a body
-    would be taken for frames.
+    A handshake has no body: the request is answered before its body is read, so that would
+    be taken for frames.
     """
     headers = request.requestHeaders
 
@@ -103,10 +103,10 @@ def handshake(request: Request) -> bytes | None:
 
 
 class WebSocket(Valve):
-    """The daemon's side of a WebSocket, on the channel of the request that asked for it.
+    """The daemon's side of a WebSocket, on the channel of its handshake.
 
     While the client does not read, the daemon does not read from it either, and the
-    channel's stall clock runs. A client that is refused is cut off, whatever is unread.
+    channel's stall deadline runs. A refused client is cut off, whatever is unread.
     """
 
     def __init__(self, request: Request, clock: IReactorTime) -> None:
@@ -134,17 +134,17 @@ class WebSocket(Valve):
     # -- what a subclass does
 
     def message_received(self, text: str) -> None:
-        """Take a text message."""
+        """Handle a text message."""
 
     def connection_closed(self) -> None:
-        """Stop whatever still wants to send."""
+        """Stop sending."""
 
     # -- sending
 
     async def send(self, text: str, *, last: bool = True) -> None:
         """Send a text, or a part of one as a frame of its own; wait until there is room.
 
-        If the connection has ended this never returns; `connection_closed` cancels it.
+        This never returns after the connection has ended; `connection_closed` cancels it.
         """
         if self._closed:
             await Deferred()
@@ -152,11 +152,11 @@ class WebSocket(Valve):
         await self.open()
 
     def close(self, code: int = CloseReason.NORMAL_CLOSURE) -> None:
-        """Say goodbye, and cut the connection if the client does not end it soon."""
+        """Send a close frame; cut the connection if the client does not end it soon."""
         self._end(CloseConnection(code))
 
     def abort(self) -> None:
-        """Cut the connection and drop what is unread."""
+        """Cut the connection and drop unsent data."""
         self._closed = True
         self._parts.clear()
         self._channel.transport.abortConnection()
@@ -179,10 +179,10 @@ class WebSocket(Valve):
     # -- what Twisted calls
 
     def makeConnection(self, transport: object) -> None:
-        """Do nothing: the channel has the transport already."""
+        """Do nothing, as the channel has the transport."""
 
     def dataReceived(self, data: bytes) -> None:
-        """Take bytes; cut a client that sends too many."""
+        """Receive bytes; cut a client that sends too many."""
         if self._closed:
             return
         if not self._bucket.take(len(data)):
@@ -204,7 +204,7 @@ class WebSocket(Valve):
         match event:
             case TextMessage():
                 self._parts.append(event.data)
-                self._size += max(1, len(event.data))  # an empty part takes a place, too
+                self._size += max(1, len(event.data))  # an empty part takes memory too
                 if self._size > MAX_MESSAGE:
                     self.abort()
                 elif event.message_finished:
@@ -219,17 +219,17 @@ class WebSocket(Valve):
                 self.close(CloseReason.UNSUPPORTED_DATA)
 
     def pauseProducing(self) -> None:
-        """The client does not read: write nothing more, and read nothing either."""
+        """Stop writing and reading, as the client does not read."""
         super().pauseProducing()
         self._channel.transport.pauseProducing()
 
     def resumeProducing(self) -> None:
-        """The client has read."""
+        """Write and read again, as the client has read."""
         self._channel.transport.resumeProducing()
         super().resumeProducing()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Stop, and let the channel do what it does at its end."""
+        """Stop, and let the channel end."""
         self._closed = True
         if self._cut is not None and self._cut.active():
             self._cut.cancel()
