@@ -58,5 +58,6 @@ class Memory:
 
     def _look(self) -> None:
         self._next = self._clock.callLater(EVERY, self._look)
-        if self._resident() > self._usual + GROWN:
-            self._trim()
+        with suppress(OSError):  # no descriptor is free now
+            if self._resident() > self._usual + GROWN:
+                self._trim()

@@ -399,6 +399,7 @@ async def test_folder_of_an_ended_task_is_removed(task: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("mine", [True, False])
+@pytest.mark.needs("root")
 def test_file_that_its_owner_may_not_read_is_read(tmp_path: Path, *, mine: bool) -> None:
     """The daemon owns it, so it gives itself the right again; what is root's is damaged."""
     folder = tmp_path / "1"

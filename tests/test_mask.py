@@ -182,7 +182,14 @@ FLOODS = {
 }
 
 
-@pytest.mark.parametrize("name", FLOODS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("one letter", "long"),
+        pytest.param("one letter, of many lengths", marks=pytest.mark.long),
+        pytest.param("long, and short", marks=pytest.mark.long),
+    ],
+)
 def test_a_flood_of_what_repeats_itself_takes_little_memory(name: str) -> None:
     """However many texts begin at each of its bytes."""
     masker = Masker(FLOODS[name])
@@ -190,6 +197,7 @@ def test_a_flood_of_what_repeats_itself_takes_little_memory(name: str) -> None:
     assert masker.feed(b"b") + masker.close() in {MASK + b"b", b"b"}
 
 
+@pytest.mark.long
 def test_a_line_of_one_letter_takes_little_memory_as_well() -> None:
     """Nearly the longest text, again and again."""
     data = (b"a" * 361 + b"b") * 1400

@@ -112,6 +112,7 @@ class Console:
         if self._shown:
             self._shown = False
             self.err.write(_CLEAR.encode())
+            self.err.flush()  # before anything on the other stream
 
     # -- tables
 
