@@ -4,7 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from twisted.internet.error import ConnectionDone
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
 from twisted.web.resource import Resource
+from twisted.web.server import Site
 
 from pulsar_api.web.api.creating import CreateAPI
 from pulsar_api.web.api.following import FollowAPI
@@ -14,7 +18,9 @@ from pulsar_api.web.api.tasks import TaskAPI
 from pulsar_api.web.legacy.jobs import RESERVED, JobAPI
 from pulsar_api.web.legacy.sockets import SOCKET
 from pulsar_api.web.legacy.sockjs import SockJS
+from pulsar_api.web.origin import Origins
 from pulsar_api.web.pages import Pages
+from pulsar_api.web.root import Root
 from pulsar_api.web.routing import Mount, Router, patterns
 from pulsar_api.web.signin import SignIn
 
@@ -103,3 +109,16 @@ def test_reserved_names_are_those_that_collide() -> None:
     """A longer route, as those of targets, takes no name from users."""
     names = "api event events job jobs login logout pulsar static task tasks web websocket"
     assert sorted(ROUTER.reserved) == names.encode().split()
+
+
+def test_path_without_an_api_is_404() -> None:
+    """By a problem, as that of an API."""
+    site: Any = Site(Root([], Origins()))
+    channel = site.buildProtocol(None)
+    transport = StringTransport()
+    channel.makeConnection(transport)
+    channel.dataReceived(b"POST /task/production HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    answer = transport.value()
+    assert answer.startswith(b"HTTP/1.1 404 ")
+    assert b"application/problem+json" in answer
+    channel.connectionLost(Failure(ConnectionDone()))

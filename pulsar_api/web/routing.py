@@ -1,6 +1,7 @@
 """Which API answers a path, and which names no app can have: derived from the routes."""
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 from urllib.parse import unquote_to_bytes
 
 from attrs import field, frozen
@@ -42,8 +43,15 @@ def mount(api: object, reserved: frozenset[bytes] = frozenset()) -> Mount:
     return Mount(app.resource(), patterns(type(api).app), reserved)  # type: ignore[attr-defined]
 
 
+@frozen(eq=False)
+class _Nothing:
+    """An API without routes; the error handlers of `new_app` need an instance."""
+
+    app: ClassVar[Klein] = new_app()
+
+
 def _nothing() -> Mount:
-    return Mount(new_app().resource(), frozenset())
+    return mount(_Nothing())
 
 
 @frozen(eq=False)
