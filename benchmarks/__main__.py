@@ -27,20 +27,22 @@ BENCHMARKS: Mapping[str, Callable[[Place, int], list[Line]]] = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the parser of the command line."""
     names = ", ".join(BENCHMARKS)
     found = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     found.add_argument("names", nargs="*", metavar="NAME", help=f"which [all]: {names}")
-    found.add_argument("--rounds", type=int, default=5, help="of each pair [5]")
-    found.add_argument("--json", type=Path, metavar="FILE", help="all rounds as JSON")
+    found.add_argument("--rounds", type=int, default=5, help="rounds of each pair [5]")
     found.add_argument(
-        "--folder", type=Path, help="where the state is kept meanwhile [$TMPDIR or /tmp]"
+        "--json", type=Path, metavar="FILE", help="write all rounds to this file as JSON"
+    )
+    found.add_argument(
+        "--folder", type=Path, help="folder for the temporary state [$TMPDIR or /tmp]"
     )
     return found
 
 
 def machine() -> dict[str, object]:
-    """Return what the figures depend on, as it is before the first of them."""
+    """Return the facts that the figures depend on, as they are before the first one."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpus": os.cpu_count(),
@@ -55,7 +57,7 @@ def main() -> None:
     options = parser().parse_args()
     for name in options.names:
         if name not in BENCHMARKS:
-            sys.exit(f"{name!r} is none of {', '.join(BENCHMARKS)}")
+            sys.exit(f"{name!r} is unknown. Choose from {', '.join(BENCHMARKS)}")
     about = machine()
     lines: list[Line] = []
     for name in options.names or BENCHMARKS:

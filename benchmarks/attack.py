@@ -1,7 +1,7 @@
-"""``python -m benchmarks.attack PORT PATH``: clients that mean harm, in one process.
+"""``python -m benchmarks.attack PORT PATH``: hostile clients, in one process.
 
-Says ``ready`` when all are connected, goes on until its standard input ends, and then
-says as JSON what was answered.
+It prints ``ready`` once all clients are connected, goes on until its standard input ends,
+and then prints counts of the responses as JSON.
 """
 
 import argparse
@@ -28,7 +28,7 @@ _BODY = b"POST /bench/here HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000
 
 @define(eq=False)
 class Client:
-    """One connection that is made anew whenever the daemon cuts it."""
+    """One connection, which reconnects whenever the daemon cuts it."""
 
     port: int
     answers: Counter[str]
@@ -45,17 +45,17 @@ class Client:
         self.sock.setblocking(False)
 
     def prepare(self) -> None:
-        """Set what has to be set before connecting."""
+        """Set up the socket before it connects."""
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def again(self) -> None:
-        """Count one that was cut, and come back."""
+        """Count the cut connection, and reconnect."""
         self.answers["cut"] += 1
         self.sock.close()
         self.connect()
 
     def take(self, most: int) -> bytes:
-        """Read at most so many bytes; come back if the daemon has hung up."""
+        """Return at most ``most`` bytes. Reconnect if the daemon has hung up."""
         with suppress(BlockingIOError):
             try:
                 data = self.sock.recv(most)
@@ -67,7 +67,7 @@ class Client:
         return b""
 
     def give(self, data: bytes) -> None:
-        """Send; come back if the daemon has hung up."""
+        """Send the data. Reconnect if the daemon has hung up."""
         with suppress(BlockingIOError):
             try:
                 self.sock.send(data)
@@ -76,7 +76,7 @@ class Client:
 
 
 class Sender(Client):
-    """Sends a head or a body that never ends, a byte at a time."""
+    """Sends an endless head or body, one byte at a time."""
 
     def connect(self) -> None:
         """Begin a request."""
@@ -93,17 +93,17 @@ class Sender(Client):
 
 @define(eq=False)
 class Reader(Client):
-    """Asks for much and reads it a byte at a time."""
+    """Asks for a large response and reads it one byte at a time."""
 
     path: bytes = field(kw_only=True)
     authorization: bytes = field(kw_only=True, default=b"")
 
     def prepare(self) -> None:
-        """Have as little room for answers as there can be."""
+        """Make the receive buffer as small as the kernel allows."""
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
 
     def connect(self) -> None:
-        """Ask."""
+        """Send the request."""
         super().connect()
         head = b" HTTP/1.1\r\nHost: localhost\r\n" + self.authorization
         self.give(b"GET " + self.path + head + b"\r\n")
@@ -114,9 +114,10 @@ class Reader(Client):
 
 
 class Guesser(Client):
-    """Tries one token after the other, each from an address that nobody knows yet.
+    """Tries one wrong token after the other, each from a new address.
 
-    From one address all but ten in a minute would be refused unseen, which costs less.
+    From a single address, the daemon would check only ten tokens a minute and refuse the
+    others unchecked, which costs less.
     """
 
     numbers = count()
@@ -128,7 +129,7 @@ class Guesser(Client):
         self.sock.bind((f"127.{32 + (number >> 16)}.{number >> 8 & 255}.{number & 255}", 0))
 
     def act(self) -> None:
-        """Look at the last answer, come back and ask again."""
+        """Count the last response, reconnect and try the next token."""
         data = self.take(65536)
         for piece in data.split(b"HTTP/1.1 ")[1:]:
             self.answers[f"guesses: {piece[:3].decode()}"] += 1
@@ -141,7 +142,7 @@ class Guesser(Client):
 
 
 def attack(clients: list[tuple[Callable[[], None], float]]) -> None:
-    """Let each act at its pace until the standard input ends."""
+    """Let each client act at its own pace until the standard input ends."""
     now = time.monotonic()
     due = [
         (now + pause * n / len(clients), n, act, pause)
@@ -159,11 +160,13 @@ def attack(clients: list[tuple[Callable[[], None], float]]) -> None:
 
 
 def main() -> None:
-    """Attack."""
+    """Attack the daemon on the given port."""
     parser = argparse.ArgumentParser("python -m benchmarks.attack", description=__doc__)
     parser.add_argument("port", type=int)
-    parser.add_argument("path", help="something large, for the readers")
-    parser.add_argument("--authorization", default="", help="a header, for the readers")
+    parser.add_argument("path", help="path of a large response, for the readers")
+    parser.add_argument(
+        "--authorization", default="", help="value of this header, for the readers"
+    )
     parser.add_argument("--senders", type=int, default=2000)
     parser.add_argument("--readers", type=int, default=200)
     parser.add_argument("--guesses", type=int, default=500, help="in a second")

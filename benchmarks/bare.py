@@ -1,6 +1,6 @@
-"""The bare alternatives: ``twisted.web`` with one leaf, nothing on disk, nothing checked.
+"""The bare alternatives: ``twisted.web`` with one leaf, without a disk and without checks.
 
-Run as ``python -P bare.py MODE [ARGUMENT ...]``; prints its port, and ends by SIGTERM.
+Run it as ``python -P bare.py MODE [ARGUMENT ...]``. It prints its port; SIGTERM ends it.
 """
 
 import os
@@ -16,7 +16,7 @@ from twisted.web.server import NOT_DONE_YET, Request, Site
 
 
 class Kept(ProcessProtocol):
-    """Keeps in memory what a command prints, and tells when there is more or the end."""
+    """Keeps the output of a command in memory; calls back for new output and the end."""
 
     transport: Any
 
@@ -31,11 +31,11 @@ class Kept(ProcessProtocol):
         self.more()
 
     def processEnded(self, reason: Failure) -> None:
-        """Say that it is over."""
+        """Call back: the command has ended."""
         self.end()
 
     def run(self, arguments: list[bytes]) -> None:
-        """Start a command by `spawnProcess` as it is."""
+        """Start a command with a plain `spawnProcess`."""
         from twisted.internet import reactor
 
         environment = dict(os.environb)
@@ -44,13 +44,13 @@ class Kept(ProcessProtocol):
 
 
 class Run(Resource):
-    """POST: run the arguments in the body (ended by NUL each), answer when they ended."""
+    """POST: run the arguments in the body (each ends with NUL), and respond at the end."""
 
     isLeaf = True
     newest: Kept
 
     def render_POST(self, request: Request) -> int:
-        """Answer with the number of bytes that were printed; the newest are kept."""
+        """Respond with the number of bytes that the command printed."""
         assert request.content is not None
 
         def end() -> None:
@@ -63,7 +63,7 @@ class Run(Resource):
 
 
 class Same(Resource):
-    """GET: always the same bytes, which were read from standard input."""
+    """GET: always the same bytes, read once from standard input."""
 
     isLeaf = True
 
@@ -72,13 +72,13 @@ class Same(Resource):
         self.body = sys.stdin.buffer.read()
 
     def render_GET(self, request: Request) -> bytes:
-        """Answer at once."""
+        """Respond at once."""
         request.setHeader("Content-Type", "application/json")
         return self.body
 
 
 class Follow(Resource):
-    """GET: wait for the next piece that one command prints, answer with that."""
+    """GET: respond with the next piece that a command prints."""
 
     isLeaf = True
 
@@ -89,7 +89,7 @@ class Follow(Resource):
         self.kept.run([os.fsencode(a) for a in arguments])
 
     def more(self) -> None:
-        """Answer everybody who waits."""
+        """Respond to all waiters."""
         waiting, self.waiting = self.waiting, []
         for request in waiting:
             request.setHeader("Content-Length", str(len(self.kept.pieces[-1])))
@@ -97,13 +97,13 @@ class Follow(Resource):
             request.finish()
 
     def render_GET(self, request: Request) -> int:
-        """Let it wait."""
+        """Add the request to the waiters."""
         self.waiting.append(request)
         return NOT_DONE_YET
 
 
 class Quiet(Site):
-    """Keeps no access log, as the daemon keeps none: that would cost a quarter."""
+    """Keeps no access log, because the daemon keeps none. A log would cost 25 %."""
 
     def log(self, request: HTTPRequest) -> None:
         """Write nothing."""

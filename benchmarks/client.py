@@ -1,4 +1,4 @@
-"""HTTP clients that cost little beside the servers that they measure."""
+"""HTTP clients that use little processor time compared with the measured servers."""
 
 import select
 import socket
@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from attrs import define, field
 
 PATIENCE = 60.0
-"""Seconds after which an answer will not come any more."""
+"""Seconds after which a client gives up on a response."""
 
 
 def request(method: str, path: str, body: bytes = b"", kind: str = "") -> bytes:
-    """Return a request as it is sent."""
+    """Return the bytes of a request."""
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost"]
     if method == "POST":
         lines.append(f"Content-Length: {len(body)}")
@@ -22,9 +22,9 @@ def request(method: str, path: str, body: bytes = b"", kind: str = "") -> bytes:
 
 
 def body_of(data: bytes) -> bytes | None:
-    """Return the body of an answer, or None if not all of it is there.
+    """Return the body of a response, or None if it is incomplete.
 
-    Anything but 200 is an error. Understands Content-Length and one chunk with its end.
+    Any status but 200 is an error. The body has a Content-Length or is a single chunk.
     """
     head, gap, rest = data.partition(b"\r\n\r\n")
     if not gap:
@@ -41,10 +41,10 @@ def body_of(data: bytes) -> bytes | None:
 
 
 class Connection:
-    """One connection that is kept, with one request at a time."""
+    """One persistent connection, with one request at a time."""
 
     authorization = b""
-    """What each request shows: a header's line."""
+    """The credentials of each request: the line of a header."""
 
     def __init__(self, port: int) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), PATIENCE)
@@ -56,7 +56,7 @@ class Connection:
         self.socket.sendall(line + b"\r\n" + self.authorization + rest)
 
     def receive(self) -> bytes:
-        """Wait for the answer and return its body."""
+        """Wait for the response and return its body."""
         data = b""
         while (body := body_of(data)) is None:
             piece = self.socket.recv(65536)
@@ -65,12 +65,12 @@ class Connection:
         return body
 
     def ask(self, data: bytes) -> bytes:
-        """Send a request and return the body of its answer."""
+        """Send a request and return the body of the response."""
         self.send(data)
         return self.receive()
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self.socket.close()
 
 
@@ -83,7 +83,7 @@ class Crowd:
 
     @classmethod
     def connect(cls, port: int, number: int) -> "Crowd":
-        """Return a crowd that is connected."""
+        """Return a connected crowd."""
         made = [Connection(port) for _ in range(number)]
         crowd = cls({c.socket.fileno(): c for c in made})
         for fd in crowd.connections:
@@ -91,16 +91,16 @@ class Crowd:
         return crowd
 
     def send(self, data: bytes) -> None:
-        """Send the same request on each."""
+        """Send the same request on each connection."""
         for connection in self.connections.values():
             connection.send(data)
 
     def answers(self) -> Iterable[tuple[int, bytes]]:
-        """Yield the answer to each, with the time it was there (`monotonic_ns`)."""
+        """Yield the time of each response (`monotonic_ns`) and its body."""
         data = dict.fromkeys(self.connections, b"")
         while data:
             ready = self.poll.poll(PATIENCE)
-            assert ready, f"{len(data)} clients wait in vain"
+            assert ready, f"{len(data)} clients got no response"
             for fd, _ in ready:
                 data[fd] += self.connections[fd].socket.recv(65536)
                 body = body_of(data[fd])
@@ -109,9 +109,9 @@ class Crowd:
                     yield time.monotonic_ns(), body
 
     def rate(self, data: bytes, seconds: float) -> float:
-        """Return answers per second if each asks again as soon as it is answered.
+        """Return the responses per second if each client asks again after each response.
 
-        All answers must have the same size: they are counted by that, not read.
+        All responses must have the same size, because they are counted by it, not parsed.
         """
         size = self._size(data)
         left = dict.fromkeys(self.connections, size)
@@ -120,11 +120,11 @@ class Crowd:
         self.send(data)
         while left:
             ready = self.poll.poll(PATIENCE)
-            assert ready, f"{len(left)} clients wait in vain"
+            assert ready, f"{len(left)} clients got no response"
             for fd, _ in ready:
                 connection = self.connections[fd].socket
                 left[fd] -= len(connection.recv(65536))
-                assert left[fd] >= 0, "an answer of another size"
+                assert left[fd] >= 0, "a response has another size"
                 if left[fd]:
                     continue
                 count += 1

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.crowd``: thousands wait, hundreds follow, and a task prints."""
+"""``python -m benchmarks.crowd``: thousands of clients wait, and hundreds follow events."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ RUNNING = 20
 
 
 def gets(connection: Connection, number: int, count: int = 500) -> list[float]:
-    """Return the milliseconds that so many plain requests take, one after the other."""
+    """Return the milliseconds of each of ``count`` plain requests, made in sequence."""
     found = []
     for _ in range(count):
         began = time.perf_counter()
@@ -28,7 +28,7 @@ def gets(connection: Connection, number: int, count: int = 500) -> list[float]:
 
 
 def measure(here: Place, polls: int, streams: int) -> None:
-    """Print what they cost, and how long they wait for one line."""
+    """Print the cost of the waiting clients, and how long they wait for one line."""
     fifo = here.fifo("line")
     here.action("line", *program("line", str(fifo)))
     here.action("sleep", "sleep", "600")

@@ -14,7 +14,7 @@ _BYTES = MEGABYTES << 20
 
 
 def run(place: Place, rounds: int) -> list[Line]:
-    """Compare what the task sees with ``cat``, and the whole way with what keeps it too."""
+    """Compare the task's own speed with ``cat``, and the total with others that keep it."""
     took = place.folder / "took"
     command = program("flood", str(_BYTES), str(took))
     place.action("flood", *command)

@@ -9,11 +9,11 @@ from benchmarks.place import Place, Server, create, finished, program, served
 
 CONNECTIONS = 64
 SECONDS = 1.0
-"""How long each measurement takes."""
+"""Seconds that each measurement takes."""
 
 
 def run(place: Place, rounds: int) -> list[Line]:
-    """Compare with a leaf that answers the same bytes, for a running and an ended task."""
+    """Compare with a leaf that returns the same bytes, for a running and an ended task."""
     fifo = place.fifo("fifo")
     place.action("line", *program("line", str(fifo)))
     place.link("true", "/bin/true")

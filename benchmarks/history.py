@@ -1,4 +1,4 @@
-"""``python -m benchmarks.history``: a start with 10,000 ended tasks, and their list."""
+"""``python -m benchmarks.history``: a start and a list with 10,000 ended tasks."""
 
 import argparse
 import sqlite3
@@ -13,7 +13,7 @@ from tests.integration.daemon import Daemon
 
 
 def fill(state: Path, tasks: int, size: int) -> None:
-    """Write a state with ended tasks, each with so many bytes of output."""
+    """Write a state with ended tasks that have ``size`` bytes of output each."""
     (state / "tasks").mkdir(parents=True)
     prepare(state / "pulsar-api.db")
     now = time.time()
@@ -53,10 +53,12 @@ def measure(daemon: Daemon) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Print how long both take: with few tasks, with many, with large ones."""
+    """Print the times of both with few tasks, with many, and with large ones."""
     parser = argparse.ArgumentParser("python -m benchmarks.history", description=__doc__)
     parser.add_argument("--tasks", type=int, default=10_000, help="how many [10000]")
-    parser.add_argument("--size", type=int, default=100, help="KiB of output each [100]")
+    parser.add_argument(
+        "--size", type=int, default=100, help="KiB of output of each task [100]"
+    )
     options = parser.parse_args()
     print("tasks  KiB each  start s  GET /tasks ms")
     for tasks, size in ((100, 4), (options.tasks, 4), (options.tasks, options.size)):

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.hostile``: what others notice of an attack, and what is left."""
+"""``python -m benchmarks.hostile``: how an attack affects an honest client."""
 
 import argparse
 import json
@@ -15,14 +15,14 @@ from benchmarks.client import Connection, request
 from benchmarks.place import HERE, Place, Server, create, finished, place, served
 
 SIZE = 64 << 20
-"""Bytes of the output that nobody reads to its end."""
+"""Bytes of the output that the slow readers ask for."""
 SHOWN = f"Authorization: Basic {b64encode(b'bench:bench').decode()}"
 CALM = 10.0
-"""Seconds of measuring before and after."""
+"""Seconds of measuring before and after the attack."""
 
 
 def honest(port: int, path: str, seconds: float) -> None:
-    """Ask on one connection for so long, and print the milliseconds as JSON."""
+    """Send requests on one connection, and print the milliseconds of each as JSON."""
     connection = Connection(port)
     connection.authorization = f"{SHOWN}\r\n".encode()
     times = []
@@ -37,7 +37,7 @@ def honest(port: int, path: str, seconds: float) -> None:
 
 
 def report(server: Server, path: str, seconds: float, when: str) -> None:
-    """Print what an honest client, a process of its own, measures meanwhile."""
+    """Print the measurements of an honest client, which is a process of its own."""
     command = [sys.executable, "-m", "benchmarks.hostile", "--honest", path]
     command += ["--port", str(server.port), "--seconds", str(seconds)]
     began, used = time.monotonic(), server.cpu()
@@ -54,12 +54,12 @@ def report(server: Server, path: str, seconds: float, when: str) -> None:
 
 
 def files(server: Server) -> int:
-    """Return how many files the daemon has open."""
+    """Return the number of files that the daemon has open."""
     return len(os.listdir(f"/proc/{server.pid}/fd"))
 
 
 def measure(here: Place, options: argparse.Namespace) -> None:
-    """Print what an honest client measures before, during and after."""
+    """Print the measurements of an honest client before, during and after the attack."""
     here.action("much", "sh", "-c", f"yes 0123456789abcde | head -c {SIZE}")
     here.action("sleep", "sleep", "3600")
     secret = here.folder / "password"
@@ -99,22 +99,25 @@ def measure(here: Place, options: argparse.Namespace) -> None:
     ended = time.monotonic()
     while files(server) > usual:
         time.sleep(0.01)
-    print(f"all is closed {time.monotonic() - ended:.2f} s after the attack")
+    print(f"all connections are closed {time.monotonic() - ended:.2f} s after the attack")
     report(server, path, CALM, "after")
-    print(f"the attackers saw: {answers.decode().strip()}")
+    print(f"responses to the attackers: {answers.decode().strip()}")
 
 
 def main() -> None:
     """Measure once."""
     parser = argparse.ArgumentParser("python -m benchmarks.hostile", description=__doc__)
     parser.add_argument(
-        "--senders", type=int, default=2000, help="who send a byte every 2 s [2000]"
+        "--senders",
+        type=int,
+        default=2000,
+        help="clients that send a byte every 2 s [2000]",
     )
     parser.add_argument(
-        "--readers", type=int, default=200, help="who read a byte every 2 s [200]"
+        "--readers", type=int, default=200, help="clients that read a byte every 2 s [200]"
     )
     parser.add_argument(
-        "--guesses", type=int, default=500, help="wrong tokens in a second [500]"
+        "--guesses", type=int, default=500, help="wrong tokens per second [500]"
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="how long [60]")
     parser.add_argument("--honest", metavar="PATH", help=argparse.SUPPRESS)

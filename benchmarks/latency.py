@@ -1,4 +1,4 @@
-"""Latency from a line that a task writes to the long-poll that is answered with it."""
+"""Latency from a task that writes a line to the long-poll that returns it."""
 
 import json
 import os
@@ -9,14 +9,14 @@ from benchmarks.measure import Line, compare_percentile
 from benchmarks.place import Place, create, program, served
 
 PAUSE = 0.04
-"""Seconds before each line. Two of them are more than the daemon's coalescing of output:
-this is about lines after a silence; further ones within 50 ms are held back on purpose."""
+"""Seconds before each line. The servers take turns, so each is silent for two pauses. That is
+more than the 50 ms for which the daemon holds back further output on purpose."""
 LINES = 80
-"""Lines a round."""
+"""Lines per round."""
 
 
 def run(place: Place, rounds: int) -> list[Line]:
-    """Write a line to ours and to the bare server by turns, and wait for each."""
+    """Write lines to ours and to the bare server in turn, and wait for each response."""
     fifos = [place.fifo(name) for name in ("ours", "bare")]
     place.action("line", *program("line", str(fifos[0])))
     ours = place.connect(served(place.daemon()))
@@ -37,7 +37,7 @@ def run(place: Place, rounds: int) -> list[Line]:
 
 
 def _write_line(tap: int, connection: Connection) -> tuple[int, bytes]:
-    """Let a line be written, return when the answer was there, and the answer."""
+    """Have a line written, and return the time of the response and its body."""
     time.sleep(PAUSE)
     os.write(tap, b".")
     body = connection.receive()
@@ -45,5 +45,5 @@ def _write_line(tap: int, connection: Connection) -> tuple[int, bytes]:
 
 
 def _since(now: int, text: str | bytes) -> float:
-    """Return milliseconds since a line was written, by the time that stands in it."""
+    """Return the milliseconds since a line was written, by the time in the line."""
     return (now - int(text)) / 1e6

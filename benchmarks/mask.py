@@ -1,6 +1,6 @@
-"""What masking costs: ``python -m benchmarks.mask``.
+"""The cost of masking secrets: ``python -m benchmarks.mask``.
 
-A flood to its end (see ``flood``) with secrets against the same without, by turns.
+It compares a flood to its end (see ``flood``) with secrets and without, in turn.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks.place import JSON, PYTHON, Place, finished, place, served
 MEGABYTES = 128
 PROGRAM = "seq"
 LAST = 16_000_000
-"""The number that the program counts to, which takes 135 MB."""
+"""The number that the program counts to. The output is 135 MB."""
 _BLOCK = (1 << 20) - 4099
 
 _PRINT = "import os, sys; b = open(sys.argv[1], 'rb').read()\nfor _ in range({n}):\n"
@@ -47,8 +47,8 @@ def _token(rng: random.Random) -> str:
 def run(here: Place, rounds: int) -> list[Line]:
     """Compare floods with a token, with ten, and with a key of 38 lines against none.
 
-    Of three kinds as fast as memory can be copied, and one of a program that makes what it
-    prints.
+    Three kinds of floods come as fast as memory can be copied. The fourth comes from a
+    program that computes its output.
     """
     rng = random.Random(1)
     blocks = _blocks(rng)
@@ -94,8 +94,8 @@ def _flood(client: Connection, state: Path, name: str, secrets: Mapping[str, str
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser("python -m benchmarks.mask", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="of each pair [9]")
-    parser.add_argument("--folder", type=Path, help="where the state is kept meanwhile")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of each pair [9]")
+    parser.add_argument("--folder", type=Path, help="folder for the temporary state")
     options = parser.parse_args()
     print("mask ...", file=sys.stderr)
     with place(options.folder) as here:

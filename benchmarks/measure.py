@@ -1,4 +1,4 @@
-"""Runs alternatives in turn and makes ratios of what was measured side by side."""
+"""Runs alternatives in turn, and makes ratios of figures measured side by side."""
 
 from collections.abc import Callable, Sequence
 from statistics import median, quantiles
@@ -10,7 +10,7 @@ Measure = Callable[[], float]
 
 @frozen
 class Line:
-    """One line of the table: what was measured, of ours and of a bare alternative."""
+    """One line of the table: a figure of ours and of a bare alternative."""
 
     name: str
     unit: str
@@ -18,14 +18,14 @@ class Line:
     bare: float
     ratio: float
     rounds: tuple[tuple[float, float], ...]
-    """What each round gave, ours and bare."""
+    """The figures of each round, ours and bare."""
 
 
 def in_turn(rounds: int, *measures: Measure) -> list[list[float]]:
-    """Return what each measure gave in each round.
+    """Return the figures of each measure, one per round.
 
-    They take turns, in every second round backwards, so that a slow minute of the machine
-    meets all of them. One round before is thrown away: everything is warm then.
+    The measures take turns, in every second round backwards, so that a slow minute of the
+    machine affects all of them. A round before the first only warms everything up.
     """
     found: list[list[float]] = [[] for _ in measures]
     for number in range(rounds + 1):
@@ -38,10 +38,10 @@ def in_turn(rounds: int, *measures: Measure) -> list[list[float]]:
 
 
 def compare(name: str, unit: str, ours: Sequence[float], bare: Sequence[float]) -> Line:
-    """Return medians; the ratio is the median of the ratios of each round.
+    """Return the medians of both, and the median of the ratios of each round.
 
-    That is not exactly the ratio of the two medians: a round whose neighbours ran on a
-    busy machine compares only with itself.
+    The ratio is not exactly that of the two medians, because a round on a busy machine is
+    compared only with itself.
     """
     rounds = tuple(zip(ours, bare, strict=True))
     ratio = median(a / b for a, b in rounds)
@@ -51,14 +51,14 @@ def compare(name: str, unit: str, ours: Sequence[float], bare: Sequence[float]) 
 def compare_percentile(
     name: str, unit: str, percent: int, ours: Sequence[float], bare: Sequence[float]
 ) -> Line:
-    """Return a percentile of all samples together; the ratio is the ratio of the two."""
+    """Return a percentile of all samples together, and the ratio of the two percentiles."""
     values = [quantiles(side, n=100)[percent - 1] for side in (ours, bare)]
     rounds = tuple(zip(ours, bare, strict=True))
     return Line(name, unit, values[0], values[1], values[0] / values[1], rounds)
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Return the lines as one table of reStructuredText, which is readable as it is."""
+    """Return the lines as a table in reStructuredText, which is also readable as text."""
     rows = [("what", "ours", "bare", "ratio", "unit")]
     rows += [
         (x.name, _short(x.ours), _short(x.bare), _short(x.ratio), x.unit) for x in lines

@@ -1,8 +1,8 @@
-"""How fast the page is: ``python -m benchmarks.page``.
+"""The speed of the page: ``python -m benchmarks.page``.
 
-A real Chromium measures, by its own clocks; beside each figure stands that of a bare page
-in the same browser, where there is one: the rows as they are in one document, lines of an
-``EventSource`` each in a text, the whole log in one ``<pre>``.
+A real Chromium measures by its own clocks. Where there is a bare page, its figure from the
+same browser stands next to ours. The bare pages are one document with all rows, the lines
+of an ``EventSource`` as one element each, and the whole log in one ``<pre>``.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from tests.integration.daemon import Daemon
 
 TASKS = 100
 LINES = 100
-"""Lines whose way to the screen is measured."""
+"""Lines whose delay to the screen is measured."""
 LOGS = (200_000, 1_000_000)
 SCROLLING = 4.0
 """Seconds of turning the wheel."""
@@ -38,9 +38,9 @@ JUMPS = 20
 PATIENCE = 120
 
 Row = tuple[str, float, float | None, float | None, str]
-"""What, ours, bare, what it must be below, unit."""
+"""Name, ours, bare, upper limit, unit."""
 
-# Milliseconds from the begin of the navigation to the frame in which something is there.
+# Milliseconds from the start of the navigation to the frame in which a condition holds.
 SEEN = """
 (() => {
   const there = () => {CONDITION};
@@ -63,7 +63,7 @@ LAST = """(() => {
     && row.top >= place.top - 1 && row.bottom <= place.bottom + 1;
 })()"""
 
-# Milliseconds from the time that a line says to the frame that shows it.
+# Milliseconds from the time in a line to the frame that shows the line.
 CLOCK = """
 window.late = new Map();
 new MutationObserver((found) => {
@@ -86,7 +86,7 @@ requestAnimationFrame(function frame(now) {
   if (window.looking) requestAnimationFrame(frame);
 });
 """
-# Jump somewhere and say how long it took until rows were there, in a frame.
+# Jump to a place, and return the milliseconds to the frame in which rows are there.
 JUMP = """
 const [log, part, done] = arguments;
 const it = log ? document.querySelector('.log') : document.documentElement;
@@ -110,14 +110,14 @@ new EventSource('/events').onmessage = (event) => {
 
 @define
 class Bare:
-    """What the bare server answers: bodies, and at ``/events`` what a command prints."""
+    """The responses of the bare server: bodies, and a command's output at ``/events``."""
 
     command: list[str]
     pages: dict[str, bytes] = field(factory=dict)
     port: int = 0
 
     def handler(self) -> type[BaseHTTPRequestHandler]:
-        """Return what answers."""
+        """Return the class that handles requests."""
         bare = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -140,7 +140,7 @@ class Bare:
                 self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
         return Handler
 
@@ -159,17 +159,17 @@ def serving(bare: Bare) -> Iterator[Bare]:
 
 @define
 class Browser:
-    """The browser and what it is asked."""
+    """The browser, and the questions that it answers."""
 
     driver: Chrome
 
     def screen(self, height: int) -> None:
-        """Have a screen so high."""
+        """Set the height of the screen."""
         screen = {"width": 1440, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
 
     def seen(self, url: str, condition: str, **cache: bool) -> float:
-        """Open a page and return after how many milliseconds something was seen."""
+        """Open a page, and return the milliseconds until the condition holds."""
         source = {"source": SEEN.replace("{CONDITION}", condition)}
         command = self.driver.execute_cdp_cmd
         script = command("Page.addScriptToEvaluateOnNewDocument", source)
@@ -183,12 +183,12 @@ class Browser:
             command("Page.removeScriptToEvaluateOnNewDocument", script)
 
     def value(self, expression: str) -> Any:
-        """Wait until an expression is true, and return it."""
+        """Wait until an expression is true, and return its value."""
         wait = WebDriverWait(self.driver, PATIENCE, poll_frequency=0.05)
         return wait.until(lambda d: d.execute_script(f"return {expression}"), expression)
 
     def metrics(self) -> tuple[float, float]:
-        """Return the megabytes of JavaScript's heap that are in use, and the elements."""
+        """Return the megabytes of JavaScript's heap in use, and the number of elements."""
         command = self.driver.execute_cdp_cmd
         command("HeapProfiler.collectGarbage", {})
         command("Performance.enable", {})
@@ -198,7 +198,7 @@ class Browser:
         return heap / 1e6, nodes
 
     def wheel(self) -> tuple[float, float]:
-        """Turn the wheel for some time; return frames a second and the longest frame."""
+        """Turn the wheel; return the frames per second and the longest frame."""
         self.driver.execute_script(FRAMES)
         until = time.monotonic() + SCROLLING
         step = {"type": "mouseWheel", "x": 600, "y": 500, "deltaX": 0}
@@ -212,7 +212,7 @@ class Browser:
         return 1000 * len(frames) / sum(frames), max(frames)
 
     def jumps(self, *, log: bool) -> list[float]:
-        """Jump to places by chance; return how long each took until something was there."""
+        """Jump to random places; return the milliseconds until each showed rows."""
         self.driver.set_script_timeout(PATIENCE)
         return [
             float(self.driver.execute_async_script(JUMP, log, random.random()))
@@ -221,12 +221,12 @@ class Browser:
 
 
 def a_list(browser: Browser, daemon: Daemon, bare: Bare, loads: int) -> list[Row]:
-    """Measure the list, and how much is loaded for it."""
+    """Measure the time of the list, and the bytes that it loads."""
     client = Connection(daemon.port)
     for _ in range(TASKS):
         finished(client, create(client, "true"))
     client.close()
-    browser.screen(TASKS * 45)  # all of them are on the screen
+    browser.screen(TASKS * 45)  # high enough for all tasks
     page = f"{daemon.base}/web/"
     first = browser.seen(page, ROWS, cold=True)
     html = browser.driver.execute_script("return document.querySelector('main').outerHTML")
@@ -254,7 +254,7 @@ def a_list(browser: Browser, daemon: Daemon, bare: Bare, loads: int) -> list[Row
 
 
 def lines(browser: Browser, daemon: Daemon, bare: Bare) -> list[Row]:
-    """Measure the way of a line to the screen."""
+    """Measure the delay of a line to the screen."""
     browser.screen(900)
     found = []
     for url in ("", f"http://localhost:{bare.port}/lines"):
@@ -269,7 +269,7 @@ def lines(browser: Browser, daemon: Daemon, bare: Bare) -> list[Row]:
         browser.driver.execute_script(CLOCK)
         browser.value(f"window.late.size >= {LINES}")
         late = browser.value("[...window.late.values()].filter((one) => one !== null)")
-        # What was there when the looking began came no line's way.
+        # Lines from before the observer started have no delay to measure.
         found.append([float(one) for one in late[10:]])
     ours, other = found
     p99 = [quantiles(side, n=100)[98] for side in found]
@@ -298,7 +298,7 @@ def a_log(browser: Browser, daemon: Daemon, bare: Bare, count: int) -> list[Row]
     columns: list[list[float | None]] = []
     for url, condition in pages:
         print(f"{count:,} lines: {url} ...", file=sys.stderr)
-        loads = 5 if count < 500_000 else 1 if columns else 3  # the bare one takes a minute
+        loads = 5 if count < 500_000 else 1 if columns else 3  # bare takes a minute
         column: list[float | None] = []
         columns.append(column)
         try:
@@ -331,7 +331,7 @@ def a_log(browser: Browser, daemon: Daemon, bare: Bare, count: int) -> list[Row]
 
 
 def run(here: Place, loads: int, logs: Sequence[int]) -> list[Row]:
-    """Measure all of it."""
+    """Measure the whole page."""
     here.link("true", "/bin/true")
     clock = program("clock", str(LINES + 20))
     here.action("clock", *clock)
@@ -350,7 +350,7 @@ def run(here: Place, loads: int, logs: Sequence[int]) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Return the rows as a table of reStructuredText."""
+    """Return the rows as a table in reStructuredText."""
 
     def short(value: float | None) -> str:
         if value is None:
@@ -372,18 +372,22 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser("python -m benchmarks.page", description=__doc__)
-    parser.add_argument("--loads", type=int, default=20, help="of the list [20]")
+    parser.add_argument("--loads", type=int, default=20, help="loads of the list [20]")
     parser.add_argument(
-        "--lines", type=int, nargs="*", default=LOGS, help="of the logs [200000 1000000]"
+        "--lines",
+        type=int,
+        nargs="*",
+        default=LOGS,
+        help="lines of the logs [200000 1000000]",
     )
-    parser.add_argument("--folder", type=Path, help="where the state is kept meanwhile")
+    parser.add_argument("--folder", type=Path, help="folder for the temporary state")
     options = parser.parse_args()
     with place(options.folder) as here:
         rows = run(here, options.loads, options.lines)
     print(table(rows))
     missed = [name for name, ours, _, below, _ in rows if below and ours >= below]
     if missed:
-        sys.exit(f"above the bar: {', '.join(missed)}")
+        sys.exit(f"above the limit: {', '.join(missed)}")
 
 
 if __name__ == "__main__":

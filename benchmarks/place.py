@@ -1,4 +1,4 @@
-"""A temporary folder, with the daemon and the bare servers that are started in it."""
+"""A temporary folder, and the daemon and the bare servers that run in it."""
 
 import contextlib
 import json
@@ -25,23 +25,23 @@ _FILES = 16384
 
 @frozen
 class Server:
-    """A server that was started: its process and its port."""
+    """A running server: its process and its port."""
 
     pid: int
     port: int
 
     def cpu(self) -> int:
-        """Return how many ticks of the processor it has used."""
+        """Return the processor time of the server, in clock ticks."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return int(fields[11]) + int(fields[12])
 
     def memory(self) -> int:
-        """Return its resident memory in bytes."""
+        """Return the resident memory of the server, in bytes."""
         fields = Path(f"/proc/{self.pid}/statm").read_text().split()
         return int(fields[1]) * resource.getpagesize()
 
     def rest(self) -> None:
-        """Wait until it has nothing to do any more: no tick for a fifth of a second."""
+        """Wait until the server is idle: it uses no processor time for 0.2 s."""
         used = -1
         while used != (used := self.cpu()):
             time.sleep(0.2)
@@ -49,20 +49,20 @@ class Server:
 
 @define
 class Place:
-    """What was started here is stopped and what was written is removed, in the end."""
+    """Starts servers and makes files, and at the end stops and removes them all."""
 
     folder: Path
     _stack: contextlib.ExitStack
     _daemons: list[Daemon] = field(factory=list, init=False)
 
     def action(self, name: str, *command: str) -> None:
-        """Make an action of the app ``bench`` that becomes a command."""
+        """Make an action of the app ``bench`` that runs a command."""
         path = self._action(name)
         path.write_text(f"#!/bin/sh\nexec {shlex.join(command)}\n")
         path.chmod(0o755)
 
     def link(self, name: str, program: str) -> None:
-        """Make an action that is a program itself, without a shell before it."""
+        """Make an action that is the program itself, without a shell to start it."""
         self._action(name).symlink_to(program)
 
     def _action(self, name: str) -> Path:
@@ -71,7 +71,7 @@ class Place:
         return path
 
     def daemon(self, *options: str) -> Daemon:
-        """Start the daemon, for the actions made before."""
+        """Start the daemon. It serves the actions that have been made."""
         repo = ("--command", "scripts", "--config-repo", str(self.folder / "repo"))
         daemon = Daemon(self.folder, *repo, *options)
         self._stack.callback(_stop_daemon, daemon)
@@ -79,7 +79,7 @@ class Place:
 
     def bare(self, *arguments: str, body: bytes = b"") -> Server:
         """Start one of the `bare` servers; ``body`` is its standard input."""
-        # -P: the modules of this folder must not hide those of others.
+        # -P: modules in this folder must not hide modules of the standard library.
         process = subprocess.Popen(
             [sys.executable, "-P", str(HERE / "bare.py"), *arguments],
             stdin=subprocess.PIPE,
@@ -93,26 +93,26 @@ class Place:
         return Server(process.pid, int(process.stdout.readline()))
 
     def tap(self, fifo: Path) -> int:
-        """Open a FIFO for writing, once somebody reads it; return the descriptor."""
+        """Open a FIFO for writing once it has a reader, and return the descriptor."""
         fd = os.open(fifo, os.O_WRONLY)
         self._stack.callback(os.close, fd)
         return fd
 
     def connect(self, server: Server) -> Connection:
-        """Return a connection that is closed in the end."""
+        """Return a connection that is closed at the end."""
         connection = Connection(server.port)
         self._stack.callback(connection.close)
         return connection
 
     def fifo(self, name: str) -> Path:
-        """Make a named pipe: a byte in it makes the program ``line`` print one."""
+        """Make a named pipe. For each byte in it the program ``line`` prints a line."""
         path = self.folder / name
         os.mkfifo(path)
         return path
 
 
 def _stop_daemon(daemon: Daemon) -> None:
-    """Stop it and its tasks, and wait until none of them writes any more."""
+    """Stop the daemon and its tasks, and wait until none of them writes any more."""
     daemon.stop()
     locks = list(daemon.state.glob("tasks/*/lock"))
     wait_for(
@@ -130,7 +130,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def place(parent: Path | None) -> Iterator[Place]:
-    """Make a place, and leave nothing of it."""
+    """Make a place, and remove all of it at the end."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < _FILES:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(_FILES, hard), hard))
@@ -142,7 +142,7 @@ def place(parent: Path | None) -> Iterator[Place]:
 
 
 def program(name: str, *arguments: str) -> list[str]:
-    """Return the command for one of our `programs`."""
+    """Return the command that runs one of the `programs`."""
     return [*PYTHON, str(HERE / "programs.py"), name, *arguments]
 
 
@@ -161,7 +161,7 @@ def create(connection: Connection, action: str) -> int:
 
 
 def finished(connection: Connection, number: int) -> None:
-    """Wait until a task has finished, which it must do well."""
+    """Wait until a task has ended. It must have finished without an error."""
     while True:
         path = f"/task/{number}/state?output=none"
         answer = json.loads(connection.ask(request("GET", path)))

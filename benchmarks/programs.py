@@ -1,4 +1,4 @@
-"""What the measured tasks run: ``python -I -S programs.py line|flood|clock|rows ...``."""
+"""The programs of measured tasks: ``python -I -S programs.py line|flood|clock|rows``."""
 
 import os
 import sys
@@ -8,14 +8,14 @@ PIECE = bytes(range(33, 127)) * 697 + b"\n"  # a little less than 64 KiB of text
 
 
 def line(fifo: str) -> None:
-    """For each byte from a FIFO print the time of the monotonic clock, as one line."""
+    """For each byte from a FIFO, print a line with the time of the monotonic clock."""
     fd = os.open(fifo, os.O_RDONLY)
     while os.read(fd, 1):
         os.write(1, b"%d\n" % time.monotonic_ns())
 
 
 def flood(size: str, seconds: str) -> None:
-    """Print as many bytes as fast as they are taken; note in a file how long that took."""
+    """Print ``size`` bytes as fast as they are read, and note the seconds in a file."""
     left = int(size)
     begin = time.perf_counter()
     while left > 0:
@@ -26,14 +26,14 @@ def flood(size: str, seconds: str) -> None:
 
 
 def clock(count: str) -> None:
-    """Print the time of day in nanoseconds, some times, after pauses of some length."""
+    """Print the time of day in nanoseconds ``count`` times, with pauses in between."""
     for number in range(int(count)):
         time.sleep(0.06 + number * 37 % 100 / 1000)
         os.write(1, b"%d\n" % time.time_ns())
 
 
 def rows(count: str) -> None:
-    """Print many lines as a program of some use would, some of them coloured."""
+    """Print ``count`` lines like those of a real program, some of them coloured."""
     for number in range(1, int(count) + 1):
         colour = "\x1b[32mdone\x1b[0m" if number % 10 == 0 else "done"
         print(

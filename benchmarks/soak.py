@@ -1,4 +1,4 @@
-"""``python -m benchmarks.soak``: 20,000 tasks with retention, and what they leave."""
+"""``python -m benchmarks.soak``: the daemon's resources during 20,000 tasks."""
 
 import argparse
 import os
@@ -23,18 +23,18 @@ SAMPLES = 20
 
 @frozen
 class Sample:
-    """What the daemon and its state take at one moment."""
+    """The resources that the daemon and its state take at one moment."""
 
     tasks: int
     descriptors: int
     threads: int
     memory: float
-    """MiB"""
+    """Resident memory in MiB."""
     folders: int
     size: float
-    """MiB of state on disk, as the file system counts it"""
+    """State on disk in MiB, as the file system counts it."""
     speed: float
-    """tasks per second since the sample before"""
+    """Tasks per second since the previous sample."""
 
 
 def size(folder: Path) -> int:
@@ -50,7 +50,7 @@ def size(folder: Path) -> int:
 
 
 def sample(daemon: Daemon, tasks: int, speed: float) -> Sample:
-    """Look at a daemon."""
+    """Return the present resources of a daemon."""
     process = Path(f"/proc/{daemon.process.pid}")
     threads = re.search(r"Threads:\s+(\d+)", (process / "status").read_text())
     assert threads is not None
@@ -84,10 +84,10 @@ def client(daemon: Daemon, numbers: Iterator[int], lock: Lock, done: list[int]) 
 
 
 def main() -> None:
-    """Run the tasks and print a line each twentieth of them."""
+    """Run the tasks, and print a line after each twentieth of them."""
     parser = argparse.ArgumentParser("python -m benchmarks.soak", description=__doc__)
     parser.add_argument("--tasks", type=int, default=20_000, help="how many [20000]")
-    parser.add_argument("--keep", type=int, default=1000, help="how many are kept [1000]")
+    parser.add_argument("--keep", type=int, default=1000, help="tasks to keep [1000]")
     options = parser.parse_args()
     with place(Path(tempfile.gettempdir())) as here:
         here.link("true", "/bin/true")

@@ -1,4 +1,4 @@
-"""Start of the shim: from its spawning for ``/bin/true`` until it has ended."""
+"""The time of a shim: from its spawn for ``/bin/true`` to its end."""
 
 import os
 import time
@@ -21,11 +21,11 @@ from pulsar_api.tasks.model import Command, Exit
 
 TRUE = "/bin/true"
 REPEAT = 8
-"""Starts a round, of each kind by turns."""
+"""Starts of each kind per round, in turn."""
 
 
 def spawn(arguments: Sequence[str], environment: Mapping[str, str]) -> float:
-    """Start a program, wait for its end, return the milliseconds of both."""
+    """Start a program, wait for its end, and return the milliseconds."""
     null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in range(3)]
     begin = time.perf_counter()
     pid = os.posix_spawn(arguments[0], list(arguments), environment, file_actions=null)
@@ -38,7 +38,7 @@ def spawn(arguments: Sequence[str], environment: Mapping[str, str]) -> float:
 @implementer(IReactorProcess)
 @define
 class Spawner:
-    """Stands for the reactor below the executor: starts what it wants, and waits."""
+    """Replaces the reactor of an executor: it starts a process and waits for its end."""
 
     took: float = 0.0
 
@@ -54,12 +54,12 @@ class Spawner:
         usePTY: object = False,  # noqa: FBT002 - the interface's
         childFDs: object = None,
     ) -> Any:
-        """Time what `ShimExecutor` starts."""
+        """Time the process that `ShimExecutor` starts."""
         self.took = spawn(args, env)
 
 
 class Nobody:
-    """Takes what a run tells, and does nothing."""
+    """A sink that ignores the reports of a run."""
 
     def started(self, pid: int) -> None:
         """Ignore it."""
@@ -73,13 +73,13 @@ class Nobody:
 
 @define
 class Shims:
-    """Starts a shim as the daemon does, a folder for each."""
+    """Starts shims as the daemon does, with a folder for each."""
 
     folder: Path
     number: int = 0
 
     def start(self) -> float:
-        """Return how long it took; its result is on disk then, and synced."""
+        """Return the milliseconds of one run, to its result synced to disk."""
         self.number += 1
         spawner = Spawner()
         machine = LocalMachine(spawner)
@@ -94,7 +94,7 @@ class Shims:
 
 
 def run(place: Place, rounds: int) -> list[Line]:
-    """Compare with no supervisor at all, and with an interpreter that does nothing."""
+    """Compare with a start without a shim, and with an interpreter that does nothing."""
     shims = Shims(place.folder / "tasks")
     ours, true, python = in_turn(
         rounds * REPEAT,

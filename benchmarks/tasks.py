@@ -1,4 +1,4 @@
-"""Tasks per second: from the request for ``/bin/true`` to the answer that it has ended."""
+"""Tasks per second: from the request for ``/bin/true`` to the response with its end."""
 
 import subprocess
 import threading
@@ -11,11 +11,11 @@ from benchmarks.place import PYTHON, Place, create, finished, served
 
 TRUE = "/bin/true"
 SECONDS = 1.5
-"""How long each measurement takes."""
+"""Seconds that each measurement takes."""
 
 
 def rate(works: Sequence[Callable[[], object]]) -> float:
-    """Return how often per second they are done, each in a thread of its own."""
+    """Return how often per second the functions run, each in a thread of its own."""
     done: list[float] = []
     begin = time.perf_counter()
 
@@ -33,7 +33,7 @@ def rate(works: Sequence[Callable[[], object]]) -> float:
 
 
 def run(place: Place, rounds: int) -> list[Line]:
-    """Compare with a server that only spawns, and with a loop that has no server."""
+    """Compare with a server that only spawns, and with a loop without a server."""
     place.link("true", TRUE)
     ours, bare = served(place.daemon()), place.bare("run")
 

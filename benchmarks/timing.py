@@ -1,7 +1,7 @@
-"""Whether the time of an answer tells a wrong secret from a right one, or how near it is.
+"""Checks that the time of a response does not reveal how wrong a secret is.
 
-``python -m benchmarks.timing``: Welch's t of many checks in random order. Above 4.5 two
-kinds can be told apart (the bar of leakage tests of cryptographic devices, ISO 17825).
+``python -m benchmarks.timing`` prints Welch's t of many checks in random order. Above 4.5
+an attacker could distinguish two kinds (the limit for cryptographic devices in ISO 17825).
 """
 
 import argparse
@@ -35,11 +35,11 @@ KINDS = {
     "first character wrong": slice(len(PREFIX), len(PREFIX) + 1),
     "all wrong": slice(len(PREFIX), None),
 }
-"""Which of its characters are others, by chance: one text would be told by its place in
-memory, whatever we do."""
+"""The positions that differ, at random: a fixed text would be recognisable by its place in
+memory, whatever the code does."""
 _CHARACTERS = string.ascii_letters + string.digits + "-_"
 TRIM = 0.1
-"""The slowest part is left out: what the machine did meanwhile says nothing about us."""
+"""The slowest part is dropped, because other work of the machine caused it."""
 
 Check = Callable[[str], Coroutine[Deferred[Any], Any, object]]
 
@@ -51,7 +51,7 @@ def welch(one: list[float], other: list[float]) -> float:
 
 
 def secret_of(kind: str) -> str:
-    """Return a secret that is right or wrong in one of the ways, made anew."""
+    """Return a new secret that is right, or wrong in one of the ways."""
     others = random.choices(_CHARACTERS, k=len(SECRET))
     for place in range(len(SECRET))[KINDS[kind]]:
         while others[place] == SECRET[place]:
@@ -68,10 +68,10 @@ def trimmed(samples: list[float]) -> list[float]:
 
 
 async def measure(name: str, check: Check, rounds: int) -> None:
-    """Time each kind of secret, in random order, and print what can be told."""
+    """Time each kind of secret in random order, and print the values of t."""
     samples: dict[str, list[float]] = {kind: [] for kind in KINDS}
     kinds = random.sample(list(KINDS) * rounds, len(KINDS) * rounds)
-    # Made before: what the processor did last would tell one kind from another.
+    # Made in advance, because making a secret affects the processor's caches.
     secrets = [secret_of(kind) for kind in kinds]
     times = []
     for secret in secrets:
@@ -103,7 +103,7 @@ async def _main(reactor: Any, rounds: int) -> None:
         store = CredentialStore(path, reactor.callFromThread)
         tokens = OwnTokens(
             store, lambda: now
-        )  # the first use, which is noted, is not timed
+        )  # the first use writes a note, so it is not timed
         await tokens.identify(Credentials("", SECRET))
         await measure(
             "own token", lambda s: tokens.identify(Credentials("", s)), rounds // 4
@@ -112,9 +112,11 @@ async def _main(reactor: Any, rounds: int) -> None:
 
 
 def main() -> None:
-    """Run it."""
+    """Run the checks."""
     parser = argparse.ArgumentParser("python -m benchmarks.timing", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20_000, help="of each kind [20000]")
+    parser.add_argument(
+        "--rounds", type=int, default=20_000, help="checks of each kind [20000]"
+    )
     given = parser.parse_args()
     react(lambda reactor: Deferred.fromCoroutine(_main(reactor, given.rounds)))
 

@@ -1,4 +1,4 @@
-"""A thousand clients wait for the same task: when they are answered, what they cost."""
+"""A thousand clients wait for one task: the times of their responses, and their memory."""
 
 import json
 import os
@@ -15,21 +15,21 @@ WAITERS = 1000
 
 @define
 class Waiters:
-    """A crowd at one server, and what makes a line appear there."""
+    """A crowd of clients at one server, and the FIFO that makes a line appear there."""
 
     server: Server
     path: Callable[[], str]
     """The address of the next poll."""
     text: Callable[[bytes], str]
-    """Returns the line that an answer holds."""
+    """Returns the line in a response."""
     tap: int
     crowd: Crowd = field(init=False)
     memory: float = field(init=False)
-    """KiB that each of them costs the server while it waits for the first time."""
+    """KiB of the server's memory per client during its first wait."""
     last: list[float] = field(factory=list, init=False)
 
     def begin(self) -> None:
-        """Connect all and let them wait."""
+        """Connect all clients and let them wait."""
         self.server.rest()
         before = self.server.memory()
         self.crowd = Crowd.connect(self.server.port, WAITERS)
@@ -38,20 +38,20 @@ class Waiters:
         self.memory = (self.server.memory() - before) / WAITERS / 1024
 
     def wake(self) -> float:
-        """Return the milliseconds until the first was answered; note those of the last."""
+        """Return the milliseconds to the first response, and note those to the last."""
         os.write(self.tap, b".")
         answers = list(self.crowd.answers())
         written = int(self.text(answers[0][1]))
         assert len({body for _, body in answers}) == 1
         self.last.append((answers[-1][0] - written) / 1e6)
-        # Waiting again already: for the next round.
+        # The clients wait again, for the next round.
         self.crowd.send(request("GET", self.path()))
         self.server.rest()
         return (answers[0][0] - written) / 1e6
 
 
 def run(place: Place, rounds: int) -> list[Line]:
-    """Compare with a server that answers a list of requests, one after the other."""
+    """Compare with a server that responds to a list of requests in sequence."""
     fifos = [place.fifo(name) for name in ("ours", "bare")]
     place.action("line", *program("line", str(fifos[0])))
     server = served(place.daemon())
