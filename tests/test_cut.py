@@ -71,20 +71,23 @@ class Feed:
     folder: Path
     limit: int
     watcher: shim.Shim = field(init=False)
+    recorder: shim.Recorder = field(init=False)
     streams: bytearray = field(factory=bytearray)
     """Of each byte the stream that printed it."""
 
     def __attrs_post_init__(self) -> None:
         ordered(self.folder, self.limit, "true")
         with chdir(self.folder):
-            claim = shim.Claim()
+            claim = shim.FolderLock()
             claim.folder = os.open(".", os.O_RDONLY)
             spec = shim.Spec(shim.read_file("spec"))
-            self.watcher = shim.Shim(spec, shim.Ear(-1), claim)
-            self.watcher.open_files()
-        self.watcher.daemon = -1
-        self.watcher.note(shim.CLOCK, 1_700_000_000_000)
-        self.watcher.note(shim.STARTED, 4711)
+            self.watcher = shim.Shim(spec, shim.Signals(-1), claim)
+            self.watcher.recorder.open()
+            self.watcher.command.open()
+        self.recorder = self.watcher.recorder
+        self.recorder.daemon = -1
+        self.recorder.note(shim.CLOCK, 1_700_000_000_000)
+        self.recorder.note(shim.STARTED, 4711)
 
     @property
     def size(self) -> int:
@@ -98,7 +101,7 @@ class Feed:
 
     def keep(self, code: int, size: int) -> None:
         """Let a stream print the next bytes."""
-        self.watcher.keep(code, NUMBERS[self.size : self.size + size])
+        self.recorder.keep(code, NUMBERS[self.size : self.size + size])
         self.streams += bytes([code]) * size
 
     def burst(self, burst: Burst) -> None:
@@ -115,10 +118,10 @@ class Feed:
 
     def close(self) -> None:
         """Close what a shim leaves open."""
-        for stream in self.watcher.streams:
+        for stream in self.watcher.command.streams:
             os.close(stream.write_end)
             os.close(stream.fd)
-        for fd in (self.watcher.folder, self.watcher.output, self.watcher.index):
+        for fd in (self.recorder.folder, self.recorder.output, self.recorder.index):
             os.close(fd)
 
 
@@ -291,8 +294,8 @@ def test_of_a_piece_larger_than_the_limit_the_middle_is_never_written(
     """Its begin is where characters do not break, its end is kept."""
     feed = feeds(10_000)
     data = "€".encode() * 200_000
-    feed.watcher.keep(OUT, data)
-    feed.watcher.keep(ERR, b"end")
+    feed.recorder.keep(OUT, data)
+    feed.recorder.keep(ERR, b"end")
     start, end = feed.output.cut()
     assert start == 4096
     assert len(data) - 10_000 < end <= len(data) - 5000
@@ -310,7 +313,7 @@ def test_what_was_sent_to_a_command_is_still_known(feeds: Callable[[int], Feed])
     """Its record is written again when it would be cut, with its own time; once."""
     feed = feeds(64 * KIB)
     feed.burst(((OUT, ERR), 1, 5000))
-    feed.watcher.note(shim.TERM_SENT, feed.size)
+    feed.recorder.note(shim.TERM_SENT, feed.size)
     for _ in range(4):
         feed.burst(((OUT, ERR), 1, 4000))
         records = list(feed.output.records())
@@ -380,10 +383,10 @@ def test_a_cut_waits_for_room_on_the_disk(
         monkeypatch.setattr(shim, "put", full if turn % 2 else real)
         feed.burst(((OUT, ERR), 1, 4000))
         feed.burst(((OUT,), 100_000, 1))
-        assert feed.watcher.waiting == (turn % 2 == 1)
+        assert feed.recorder.waiting == (turn % 2 == 1)
         feed.check_disk()
     monkeypatch.undo()
-    feed.watcher.flush()
+    feed.recorder.flush()
     check_readers(feed)
 
 

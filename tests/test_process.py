@@ -847,13 +847,14 @@ async def test_the_last_of_the_output_may_take_its_time(
 def test_patience_with_the_pipes_has_a_bound(tmp_path: Path) -> None:
     """However often somebody prints; silence ends it earlier."""
     told = written(str(tmp_path), Command(("true",), {}), Bounds(5))
-    watcher = shim.Shim(shim.Spec(told), shim.Ear(-1), shim.Claim())
-    watcher.last_output, watcher.gone = 900.0, 1000.0
-    assert watcher.pipes_until() == 1000 + shim.PATIENCE
-    watcher.last_output = 1002.0
-    assert watcher.pipes_until() == 1002 + shim.PATIENCE
-    watcher.last_output = 1029.0
-    assert watcher.pipes_until() == 1000 + shim.LONGEST
+    tree = shim.Tree(b"")
+    deadlines = shim.Deadlines(shim.Spec(told), shim.Recorder(-1, 0), tree)
+    deadlines.last_output, tree.gone = 900.0, 1000.0
+    assert deadlines.pipes_until() == 1000 + shim.PATIENCE
+    deadlines.last_output = 1002.0
+    assert deadlines.pipes_until() == 1002 + shim.PATIENCE
+    deadlines.last_output = 1029.0
+    assert deadlines.pipes_until() == 1000 + shim.LONGEST
 
 
 async def test_a_background_child_that_prints_for_ever_cannot_keep_the_run(
@@ -912,16 +913,16 @@ def test_any_number_of_pieces_may_wait_to_be_written(
     monkeypatch.chdir(tmp_path)
     here = os.open(".", os.O_RDONLY)
     told = written(str(tmp_path), Command(("true",), {}), Bounds(5))
-    claim = shim.Claim()
-    claim.folder = here
-    watcher = shim.Shim(shim.Spec(told), shim.Ear(-1), claim)
-    watcher.open_files()
-    watcher.daemon = -1
-    watcher.backlog = [(shim.STDOUT + n % 2, b"%d\n" % n) for n in range(5000)]
-    watcher.flush()
-    for fd in (here, watcher.output, watcher.index):
+    recorder = shim.Recorder(here, 0)
+    command = shim.Command(shim.Spec(told), shim.Signals(-1), [])
+    recorder.open()
+    command.open()
+    recorder.daemon = -1
+    recorder.backlog = [(shim.STDOUT + n % 2, b"%d\n" % n) for n in range(5000)]
+    recorder.flush()
+    for fd in (here, recorder.output, recorder.index):
         os.close(fd)
-    for stream in watcher.streams:
+    for stream in command.streams:
         os.close(stream.write_end)
         os.close(stream.fd)
     assert (tmp_path / "output").read_text().split() == [str(n) for n in range(5000)]

@@ -1,11 +1,14 @@
-"""Stands between the daemon and one command: keeps its output, its end, its whole tree.
+"""Runs one command for the daemon: keeps its output and result, and ends its processes.
 
-Run as ``python -I -S shim.py FOLDER``; what to do is in ``FOLDER/spec``. The daemon may
-die and come back at any moment: everything that counts is in files (see docs).
+Run as ``python -I -S shim.py FOLDER``; ``FOLDER/spec`` says what to run. The daemon may die
+and restart at any moment, so everything that matters is in files (see the docs).
 
-Its start is paid for each task, so it imports only what is built into the interpreter or
-very small: ``posix`` rather than ``os``, ``_signal`` rather than ``signal``. Nothing is
-imported after the start, so an upgrade may remove this file while a task runs.
+`Shim` is one run. It has a `Recorder` for the output, a `Command` that starts, a `Tree` of
+processes, and `Deadlines`.
+
+Each task pays for its start, so it imports only modules that are built into the interpreter
+or very small: ``posix`` and not ``os``, ``_signal`` and not ``signal``. Nothing is imported
+after the start, so an upgrade may remove this file while a task runs.
 """
 
 import _ctypes
@@ -20,23 +23,23 @@ import time
 
 # Codes of the records in ``output.idx`` (and on the pipe to the daemon).
 READY, STDOUT, STDERR, STARTED, TERM_SENT, KILL_SENT, CLOCK = range(7)
-OVER = 7  # on the pipe only: the task has ended, and the shim stays
+OVER = 7  # on the pipe only: the task has ended, but the shim stays
 RECORD = 16
 
 VERSION = b"spec 3"  # the first field of a ``spec``
 RESULT = b"version 2"  # the first line of a result that has ``end`` as its last one
 
-TAKEN = 75  # the exit status of a shim that finds another one at its task
+TAKEN = 75  # the exit status of a shim whose task another shim has taken
 
 PIPE_SIZE = 1 << 20
 READ_SIZE = 1 << 19
 DROP_SIZE = 1 << 16
-PATIENCE = 3.0  # seconds without output until held pipes are given up after the end
+PATIENCE = 3.0  # seconds without output after the end until held pipes are given up
 LONGEST = 30.0  # seconds after the end at which they are given up in any case
-KILL_PATIENCE = 5.0  # seconds after KILL; a process in the kernel cannot be ended
-LISTED = 50  # processes that a result names at most
-ROUNDS = 20  # in which TERM goes to those that were born in the round before
-RETRY = 0.25  # seconds until the next try of what could not be done
+KILL_PATIENCE = 5.0  # seconds after KILL; the kernel may not end a process
+LISTED = 50  # remaining processes that a result names at most
+ROUNDS = 20  # of signals to processes that were born in the round before
+RETRY = 0.25  # seconds until a failed step is tried again
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 CLONE3, CLONE_INTO_CGROUP = 435, 1 << 33
@@ -47,13 +50,13 @@ PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 BLOCK = 4096
 ELSEWHERE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
-# Errors that can pass without the task being to blame: nothing fails for them, it waits.
+# Errors that may pass and that the task has not caused: the shim waits and tries again.
 PASSING = (
     *(*NO_SPACE, errno.EFBIG, errno.EMFILE, errno.ENFILE),
     *(errno.ENOMEM, errno.ENOLCK, errno.EAGAIN),
 )
-# Of these, what the start of a command wants of the machine, and not of a file's content:
-# the kernel also answers EIO for a program that is damaged.
+# Those of them that mean at the start of a command that the machine lacks something. Not
+# EIO: the kernel also gives it for a damaged program.
 SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.ENFILE)
 COUNTED = (  # a name in the result, a file of the cgroup, and the word before the number
     (b"cpu", b"/cpu.stat", b"usage_usec"),
@@ -66,7 +69,7 @@ EXITING = 4  # PF_EXITING, a flag of a process that has begun to end
 
 
 class Spec:
-    """What to run, from the file ``spec``: fields, each with its length before it."""
+    """What to run, from the file ``spec``: fields, each after its length."""
 
     def __init__(self, data: bytes) -> None:
         version, *fields = split(data)
@@ -88,9 +91,9 @@ class Spec:
 
 
 def split(data: bytes) -> list[bytes]:
-    """Return the fields of a ``spec``; `ValueError` if it does not end with one.
+    """Return the fields of a ``spec``, without the first one, which is their number.
 
-    The first of them says how many there are.
+    Raises `ValueError` if it is not complete.
     """
     fields, at = [], 0
     while at < len(data):
@@ -103,7 +106,7 @@ def split(data: bytes) -> list[bytes]:
 
 
 def bare(code: int) -> bytes:
-    """Return a record that says nothing but its code."""
+    """Return a record with a code only."""
     return bytes(8) + code.to_bytes(8, "little")
 
 
@@ -112,7 +115,7 @@ class CannotStart(Exception):
 
 
 def text(data: bytes) -> str:
-    """Return bytes as they can be shown in one line."""
+    """Return bytes as text in one line."""
     return data.decode("utf-8", "replace").replace("\n", " ")
 
 
@@ -123,7 +126,7 @@ def read_file(name: bytes | str) -> bytes:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write a small file from its begin; a limit may let a part of it through at first."""
+    """Write a small file from its begin; a limit of sizes may split the write."""
     done = 0
     while done < len(data):
         done += posix.pwrite(fd, data[done:], done)
@@ -138,7 +141,7 @@ def remove(name: str, folder: int | None = None) -> None:
 
 
 def set_soft_limit(limit: int, value: int) -> int:
-    """Set a soft limit, or the hard one where that is lower; return what it was."""
+    """Set a soft limit, at most to the hard one; return the old soft limit."""
     soft, hard = resource.getrlimit(limit)
     if hard != resource.RLIM_INFINITY and not 0 <= value <= hard:
         value = hard
@@ -147,7 +150,7 @@ def set_soft_limit(limit: int, value: int) -> int:
 
 
 def incomplete(data: bytes) -> int:
-    """Return how many bytes at the end begin a UTF-8 character and do not finish it."""
+    """Return how many bytes at the end are an incomplete UTF-8 character."""
     for back in range(1, min(3, len(data)) + 1):
         byte = data[-back]
         if byte & 0xC0 != 0x80:
@@ -158,10 +161,10 @@ def incomplete(data: bytes) -> int:
 
 
 def stat(pid: int) -> tuple[bytes, list[bytes]]:
-    """Return a process's name and the fields behind it; no fields if it is no more.
+    """Return the name of a process and the fields after it; no fields if it has ended.
 
-    The first is field 3 of proc(5). Raises `OSError` if nobody can look now, for want of
-    descriptors or memory.
+    The first one is field 3 of proc_pid_stat(5). Raises `OSError` if descriptors or memory
+    run out.
     """
     try:
         data = read_file(f"/proc/{pid}/stat")
@@ -175,19 +178,19 @@ def stat(pid: int) -> tuple[bytes, list[bytes]]:
 
 
 def process(pid: int) -> tuple[int, int]:
-    """Return a process's parent and when it was started; zeros if it is no more.
+    """Return the parent of a process and when it was started; zeros if it has ended.
 
-    One that has ended and waits for its parent counts: it may be the first thread of a
-    process whose others go on.
+    A zombie counts as a process: it may be the first thread of a process whose other
+    threads go on.
     """
     fields = stat(pid)[1]
     return (int(fields[1]), int(fields[19])) if fields else (0, 0)
 
 
 def described(pid: int, start: int) -> bytes:
-    """Return a process as a result names it, b"" if it has ended, or is just ending.
+    """Return the line of a result for a process, or b"" if it has ended, or is ending.
 
-    By its short name, never its arguments: they may hold secrets.
+    It has the short name, never the arguments, which may hold secrets.
     """
     name, fields = stat(pid)
     if not fields or int(fields[19]) != start:
@@ -209,10 +212,10 @@ def described(pid: int, start: int) -> bytes:
 
 
 def descendants() -> list[tuple[int, int]]:
-    """Return all processes below this one, each with its time of start.
+    """Return all processes below this one, each with its start time.
 
-    None escapes: this process is their subreaper, so one that loses its parent becomes a
-    child of ours, whatever its group or session.
+    None can escape: this process is their subreaper, so a process that loses its parent
+    becomes a child of this one, whatever its group or session.
     """
     children: dict[int, list[tuple[int, int]]] = {}
     for name in posix.listdir("/proc"):
@@ -228,10 +231,10 @@ def descendants() -> list[tuple[int, int]]:
 
 
 def signal_process(pid: int, start: int, *numbers: int) -> bool:
-    """Signal a descendant, and never a stranger that got its number meanwhile.
+    """Signal a descendant, but never another process that has got its number meanwhile.
 
-    Return False if it may not be signalled, as it became somebody else (setuid). Raises
-    `OSError` if nobody can do it now, for want of descriptors or memory.
+    Return False if permission is denied, as it has another user (setuid). Raises `OSError`
+    if descriptors or memory run out.
     """
     try:
         handle = posix.pidfd_open(pid)
@@ -240,7 +243,7 @@ def signal_process(pid: int, start: int, *numbers: int) -> bool:
             raise
         return True  # it ended by itself
     try:
-        # From here on the handle, not the number, says who is meant.
+        # From here on the handle names the process, not the number.
         if process(pid)[1] == start:
             for number in numbers:
                 _signal.pidfd_send_signal(handle, number)
@@ -280,7 +283,7 @@ class CloneArguments(_ctypes.Array):  # type: ignore[type-arg]
 
 
 def c_function(name: str, *arguments: object) -> int:
-    """Call a function of the C library that Python does not offer."""
+    """Call a function of the C library that Python lacks."""
     library = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]
     address = _ctypes.dlsym(library, name)
     result: int = _ctypes.call_function(address, arguments)
@@ -300,20 +303,21 @@ def clone_into(cgroup: int) -> int:
 
 
 def punch(fd: int, start: int, end: int) -> bool:
-    """Give the disk space of a part of a file back; it reads as zeros (fallocate(2))."""
+    """Free the disk space of a part of a file, which then reads as zeros (fallocate(2))."""
     length = LongLong(end - start)
     return c_function("fallocate64", fd, PUNCH_HOLE, LongLong(start), length) == 0
 
 
 class Middle:
-    """What is cut out of an output that becomes too large, and out of its index.
+    """The part that is cut out of an output that becomes too large, and out of its index.
 
     Both are bounded: an output by ``limit`` and a sixteenth, its index by ``limit``, and
     both by some blocks if that is less. The middle of both files becomes a hole, so offsets
-    stay what they are. The file ``cut`` says where both holes are, and it says so before it
-    is true.
+    do not change. The file ``cut`` says where both holes are; it is written before they are
+    made.
 
-    A place is a pair: so many bytes of output, and so many of the records of them.
+    A place is a pair: an offset in the output, and the offset in the index after the
+    records of the bytes before it.
     """
 
     def __init__(self, limit: int, folder: int) -> None:
@@ -329,14 +333,14 @@ class Middle:
         self.notes: dict[int, tuple[int, bytes]] = {}
 
     def part(self, size: int, data: bytes) -> bytes:
-        """Return what of a piece is written at once: all, or up to where holes begin."""
+        """Return the part of a piece to write at once: all, or up to where holes begin."""
         end = self.half - size + 3
         if not self.limit or self.begin[1] or len(data) <= end:
             return data
         return data[: end - incomplete(data[:end])]
 
     def mark(self, size: int, indexed: int) -> None:
-        """Note that a piece and its record end here; the holes may begin here."""
+        """Note that a piece and its record end here: holes may begin or end here."""
         if not self.limit:
             return
         if not self.begin[1]:
@@ -351,11 +355,13 @@ class Middle:
             self.places.append(self.marked)
 
     def make_room(self, size: int, indexed: int, more: int) -> list[bytes]:
-        """Cut, if ``more`` bytes of output would be too many, or one more record.
+        """Cut if ``more`` bytes of output, or one more record, would be too much.
 
-        Of the output its last half stays, unless its index is too large. If that is less
-        than ``more``, the hole ends behind the output: what is missing need not be written.
-        Returns records to be written again: those that are not of output and were cut.
+        The last half of the output stays, unless its index is too large. If that is less
+        than ``more``, the hole extends beyond the output: the bytes in between need not be
+        written.
+
+        Return the records to write again: those that are not of output and were cut.
         """
         if not (self.limit and self.begin[1]):
             return []
@@ -377,7 +383,7 @@ class Middle:
         return [record for at, record in self.notes.values() if at in lost]
 
     def cut(self, end: tuple[int, int]) -> None:
-        """Let the holes end further back; if that cannot be, never cut again."""
+        """Extend the holes to a place; if that fails, never cut again."""
         self.announce(end)
         done = list(self.end)
         for number, fd in enumerate(self.files):
@@ -386,8 +392,8 @@ class Middle:
         self.end = (done[0], done[1])
         if self.end == end:
             return
-        # The file system cannot do it: keep all from here on rather than lose some
-        # unannounced. What was cut before stays announced.
+        # The file system cannot make holes: keep everything from here on. What was cut
+        # before stays announced.
         self.limit = 0
         if self.end == self.begin:
             posix.unlink("cut", dir_fd=self.folder)
@@ -396,34 +402,34 @@ class Middle:
         complain("Nothing more is cut, however much is printed: fallocate(2) has failed.")
 
     def announce(self, end: tuple[int, int]) -> None:
-        """Say where the holes begin and end: two numbers each."""
+        """Write where the holes begin and end: two numbers for each."""
         text = b"%d %d %d %d\n" % (self.begin[0], end[0], self.begin[1], end[1])
         put(self.folder, "cut", text)
 
 
-class Clear:
-    """What a stream goes through if there is nothing to mask (see ``masker.py``)."""
+class NoMask:
+    """The mask of a task without secrets: it changes nothing (see ``masker.py``)."""
 
     def feed(self, data: bytes) -> bytes:
-        """Return it as it is."""
+        """Return the data unchanged."""
         return data
 
     def close(self) -> bytes:
-        """Return nothing: nothing is held back."""
+        """Return b"", as nothing is held back."""
         return b""
 
 
-def masker(secrets: list[bytes], library: bytes) -> Clear:
-    """Return what masks some texts in one stream."""
+def masker(secrets: list[bytes], library: bytes) -> NoMask:
+    """Return a mask for the secrets in one stream."""
     if not secrets:
-        return Clear()
-    # It lies beside this file. An isolated interpreter does not look there by itself, nor
-    # where the library is that it needs: last, as much else may be there.
+        return NoMask()
+    # It is beside this file. An isolated interpreter does not look there by itself, nor
+    # in the folder of the library; that is last, as it may contain much else.
     path = sys.path[:]
     sys.path.insert(0, __file__.rpartition("/")[0])
     sys.path.append(library.decode("utf-8", "surrogateescape"))
     try:
-        found: Clear = __import__("masker").Masker(secrets)
+        found: NoMask = __import__("masker").Masker(secrets)
     finally:
         sys.path[:] = path
     return found
@@ -432,7 +438,7 @@ def masker(secrets: list[bytes], library: bytes) -> Clear:
 class Stream:
     """One of the command's two pipes."""
 
-    def __init__(self, code: int, mask: Clear) -> None:
+    def __init__(self, code: int, mask: NoMask) -> None:
         self.code = code
         self.mask = mask
         self.taken = 0  # bytes that were read, as they came
@@ -445,10 +451,10 @@ class Stream:
         posix.set_blocking(self.fd, False)
 
     def read(self) -> bytes:
-        """Return what can be kept now; at the end of the stream close it.
+        """Read from the pipe and return what can be kept now; close it at its end.
 
-        A character that is not complete yet is held back, so that the two streams never
-        cut into each other's characters; so is what may be the begin of a secret.
+        A character that is not complete is held back, so that one stream never prints in
+        the middle of a character of the other; so is what may be the begin of a secret.
         """
         try:
             data = posix.read(self.fd, READ_SIZE)
@@ -470,8 +476,8 @@ class Stream:
         return held
 
 
-class Ear:
-    """Hears signals: a pipe that wakes poll(2), and whether TERM has come."""
+class Signals:
+    """The signals to the shim: a pipe that wakes poll(2), and whether TERM has come."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -479,18 +485,18 @@ class Ear:
         self.told = False
 
     def take_term(self, *_: object) -> None:
-        """Remember a TERM. The pipe may be full: children may end by the thousand."""
+        """Remember a TERM. The pipe may be full, as thousands of children may end at once."""
         self.term = True
 
     def empty(self) -> None:
-        """Let the pipe wake nobody for what has come so far."""
+        """Empty the pipe, so that it wakes poll(2) only for new signals."""
         try:
             posix.read(self.fd, 1 << 16)
         except BlockingIOError:
             pass
 
     def ready(self) -> None:
-        """Tell the daemon, once, that a TERM is understood from here on."""
+        """Tell the daemon, once, that a TERM ends the task from here on."""
         if not self.told:
             self.told = True
             try:
@@ -498,8 +504,8 @@ class Ear:
             except OSError:
                 pass  # it is gone; the next one looks at the files
 
-    def bear(self, error: OSError) -> None:
-        """Wait until what went wrong may have passed; raise it if it cannot pass."""
+    def wait_out(self, error: OSError) -> None:
+        """Wait until an error may have passed; raise it if it cannot pass."""
         if error.errno not in PASSING:
             raise error
         self.ready()
@@ -509,104 +515,92 @@ class Ear:
         self.empty()
 
 
-class Claim:
-    """The lock of a task's folder: whoever cannot get it knows that the task is alive.
+class FolderLock:
+    """The lock of a task's folder: while it is held, the task is alive.
 
-    The name appears with the lock held, and it stays: there is no second start, neither
-    by mistake nor in a race.
+    The file appears with the lock already held, and it stays. So there is never a second
+    start, neither by mistake nor in a race.
     """
 
     def __init__(self) -> None:
-        self.lock = -1
+        self.fd = -1
         self.folder = -1
         self.linked = False
 
     def take(self, folder: str) -> bool:
-        """Enter a folder and take its lock; return False if another one has it.
+        """Enter a folder and take its lock; return False if another shim has taken it.
 
-        When it returns the lock is on disk, so after a power cut nobody starts the command
-        again. After an error a second call goes on where the first one was.
+        When this returns, the lock is on disk, so that nobody starts the command again
+        after a power cut. After an error, call it again to continue.
         """
         if self.folder < 0:
             self.folder = posix.open(folder, posix.O_RDONLY | posix.O_CLOEXEC)
         posix.fchdir(self.folder)
         me = posix.getpid()
         name = f"lock.{me}"
-        if self.lock < 0:
+        if self.fd < 0:
             remove(name)  # of a shim that had our number before the machine booted
             flags = posix.O_RDWR | posix.O_CREAT | posix.O_EXCL | posix.O_CLOEXEC
-            self.lock = posix.open(name, flags, 0o600)
+            self.fd = posix.open(name, flags, 0o600)
         if not self.linked:
-            fcntl.flock(self.lock, fcntl.LOCK_EX)
-            write_all(self.lock, b"%d %d\n" % (me, process(me)[1]))
+            fcntl.flock(self.fd, fcntl.LOCK_EX)
+            write_all(self.fd, b"%d %d\n" % (me, process(me)[1]))
             try:
                 posix.link(name, "lock")
             except FileExistsError:
                 remove(name)
                 return False
             self.linked = True
-        # The permit is used up, so whatever else is removed, it allows no second start.
+        # The permit is used up: it allows no second start, even if other files are removed.
         try:
             posix.rename("start", "begun")
         except FileNotFoundError:
             pass
         remove(name)
-        posix.fsync(self.lock)
+        posix.fsync(self.fd)
         posix.fsync(self.folder)
         return True
 
 
-class Shim:
-    """One run: from the start of the command to the end of all that it leaves."""
+class Recorder:
+    """Keeps the output and its index on disk, and sends its records to the daemon."""
 
-    def __init__(self, spec: Spec, ear: Ear, claim: Claim) -> None:
-        self.spec = spec
-        self.ear = ear
-        self.claim = claim
-        self.folder = claim.folder
-        self.limits: list[tuple[int, int]] = []  # soft ones, which only the command gets
+    def __init__(self, folder: int, limit: int) -> None:
+        self.folder = folder
         self.began = time.monotonic()
         self.output = -1
         self.index = -1
         self.size = 0
-        self.indexed = 0  # the size of the index with what waits to be written
-        self.middle = Middle(spec.limit, claim.folder)
+        self.indexed = 0  # the size of the index, with the records that are not written yet
+        self.middle = Middle(limit, folder)
         self.backlog: list[tuple[int, bytes]] = []  # (code, what is not written yet)
         self.records = b""  # for output.idx, not written yet
         self.written = 0  # how much of these is, as a limit may cut a record in two
-        self.news = b""  # a record that the daemon's pipe had no room for
+        self.unsent = b""  # a record that the daemon's pipe had no room for
         self.daemon = 1
-        self.streams: list[Stream] = []
-        self.held: list[int] = []  # pipes that somebody held when they were given up
-        self.pid = 0
-        self.status: int | None = None
-        self.ended_at = 0.0  # seconds since the epoch
-        self.last_output = self.began
-        self.gone = 0.0  # when the command had ended, and the disk had room
-        self.cause = "itself"
-        self.kill_at = 0.0  # when TERM turns into KILL; 0: nobody asked
-        self.killed_at = 0.0
-        self.due = False  # whether TERM has not been sent yet to all
-        self.told: set[tuple[int, int]] = set()  # who has got it
-        self.refused = False  # whether the last KILL could reach nobody
-        self.children = False  # whether any descendant may be left
-        self.cgroup = -1
 
-    # -- writing
+    def open(self) -> None:
+        """Open the files; after an error, those that are missing."""
+        flags = posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND | posix.O_CLOEXEC
+        if self.output < 0:
+            self.output = posix.open("output", flags, 0o600, dir_fd=self.folder)
+        if self.index < 0:
+            self.index = posix.open("output.idx", flags, 0o600, dir_fd=self.folder)
+        self.middle.files = (self.output, self.index)
 
     def keep(self, code: int, data: bytes) -> None:
-        """Write what a stream brought, or let it wait for room on the disk."""
+        """Write data of a stream; what finds no room on the disk waits."""
         if data:
             self.backlog.append((code, data))
         self.flush()
 
     def note(self, code: int, number: int) -> None:
-        """Append a record: ``number`` and when, and tell the daemon the same."""
+        """Append a record, and send it to the daemon."""
         self.record(code, number)
         self.flush()
 
     def record(self, code: int, number: int) -> None:
-        """Let a record wait to be written."""
+        """Queue a record with the current time."""
         since = int((time.monotonic() - self.began) * 1000)
         record = number.to_bytes(8, "little") + (since << 8 | code).to_bytes(8, "little")
         if code not in (STDOUT, STDERR):
@@ -615,15 +609,15 @@ class Shim:
         self.indexed += RECORD
 
     def flush(self) -> None:
-        """Write what waits; if the disk is full leave it, and the command waits too."""
+        """Write what is queued; if the disk is full it stays queued, and the command waits."""
         try:
             while self.records or self.backlog:
                 if self.records:
-                    # In part only at a limit: 16 divides the size of a block.
+                    # Only partly at a limit of file sizes: 16 divides the size of a block.
                     self.written += posix.write(self.index, self.records[self.written :])
                     if self.written == len(self.records):
                         records, self.records, self.written = self.records, b"", 0
-                        self.tell(records)
+                        self.send(records)
                     continue
                 self.trim()
                 code, data = self.backlog[0]
@@ -641,7 +635,7 @@ class Shim:
                 raise
 
     def trim(self) -> None:
-        """Cut the middle out of what would be too large with the next piece."""
+        """Cut the middle out of files that the next piece would make too large."""
         code, data = self.backlog[0]
         for record in self.middle.make_room(self.size, self.indexed, len(data)):
             self.middle.notes[record[8]] = (self.indexed, record)
@@ -649,20 +643,20 @@ class Shim:
             self.indexed += RECORD
         skip = self.middle.end[0] - self.size
         if skip > 0:
-            # The begin of this piece is cut as well, and never written.
+            # The begin of this piece would be cut as well, so it is never written.
             posix.ftruncate(self.output, self.size + skip)
             self.size += skip
             self.backlog[0] = (code, data[skip:])
 
-    def tell(self, record: bytes) -> None:
-        """Send news to the daemon, the newest if it reads slowly, none if it is gone."""
+    def send(self, record: bytes) -> None:
+        """Send records to the daemon: only the newest if it reads slowly."""
         if self.daemon < 0:
             return
-        self.news = b""
+        self.unsent = b""
         try:
             posix.write(self.daemon, record)
         except BlockingIOError:
-            self.news = record
+            self.unsent = record
         except OSError:
             self.daemon = -1
 
@@ -671,32 +665,26 @@ class Shim:
         """Whether something is not on disk yet."""
         return bool(self.backlog or self.records)
 
-    # -- the command
+    def sync(self) -> None:
+        """Wait until all output is on disk; raises `OSError` if that fails."""
+        if self.size:
+            posix.fdatasync(self.output)
+            posix.fdatasync(self.index)
 
-    def begin(self) -> None:
-        """Start the command, or raise `CannotStart`; what can pass is waited for."""
-        while not self.pid:
-            try:
-                # It may hold secrets, and it is not needed twice; nor are those of who
-                # waits.
-                remove("spec", self.folder)
-                remove("secrets", self.folder)
-                if self.ear.term:
-                    self.cause = "kill"
-                    raise CannotStart("The command was not started.")
-                self.open_files()
-                self.start()
-            except OSError as e:
-                self.ear.bear(e)
 
-    def open_files(self) -> None:
-        """Open the files and the pipes; after an error, those that are missing."""
-        flags = posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND | posix.O_CLOEXEC
-        if self.output < 0:
-            self.output = posix.open("output", flags, 0o600, dir_fd=self.folder)
-        if self.index < 0:
-            self.index = posix.open("output.idx", flags, 0o600, dir_fd=self.folder)
-        self.middle.files = (self.output, self.index)
+class Command:
+    """The command of a task: its two streams, and how it is started."""
+
+    def __init__(self, spec: Spec, signals: Signals, limits: list[tuple[int, int]]) -> None:
+        self.spec = spec
+        self.signals = signals
+        self.limits = limits  # soft ones, which only the command gets
+        self.streams: list[Stream] = []
+        self.cgroup = -1
+        self.began = 0.0
+
+    def open(self) -> None:
+        """Open the cgroup and the pipes; after an error, those that are missing."""
         if self.spec.cgroup and self.cgroup < 0:
             self.cgroup = open_cgroup(self.spec.cgroup, self.spec.cgroup_limits)
         for code in (STDOUT, STDERR)[len(self.streams) :]:
@@ -704,7 +692,7 @@ class Shim:
             self.streams.append(Stream(code, mask))
 
     def enter(self) -> None:
-        """Enter the folder in which the command is started; errors as `start`."""
+        """Enter the folder in which the command is started; raises as `start`."""
         folder = self.spec.directory
         try:
             posix.chdir(folder or ".")
@@ -715,18 +703,22 @@ class Shim:
             raise CannotStart(f"cannot enter {text(folder)}: {why}") from e
 
     def candidates(self) -> list[bytes]:
-        """Return the paths at which the program is looked for."""
+        """Return the paths at which the program may be."""
         name = self.spec.arguments[0]
         if b"/" in name:
             return [name]
         folders = self.spec.environment.get(b"PATH", b"/usr/local/bin:/usr/bin:/bin")
         return [folder + b"/" + name for folder in folders.split(b":") if folder]
 
-    def start(self) -> None:
-        """Start the command, or raise `CannotStart`; or `OSError` if that may pass."""
+    def start(self) -> int:
+        """Start the command and return its process number.
+
+        Raises `CannotStart`, or `OSError` if the error may pass.
+        """
         spec = self.spec
         name = spec.arguments[0]
-        self.began = self.last_output = time.monotonic()
+        self.began = time.monotonic()
+        pid = 0
         if not spec.account:
             self.enter()
         posix.umask(spec.umask)
@@ -735,13 +727,13 @@ class Shim:
         for path in self.candidates() if name else ():
             try:
                 if path.startswith(b"/"):
-                    posix.stat(path)  # spares a process for each folder of PATH
-                self.pid = spawn(path)
+                    posix.stat(path)  # saves a process for each folder of PATH
+                pid = spawn(path)
                 break
             except OSError as e:
                 if e.errno in SCARCE:
                     raise
-                # As execvp(3): what cannot be run may stand in a later folder of PATH.
+                # As in execvp(3): a later folder of PATH may have one that can be run.
                 if b"/" in name or e.errno not in ELSEWHERE:
                     problem = str(e.strerror)
                     break
@@ -749,13 +741,12 @@ class Shim:
                     problem = str(e.strerror)
         for stream in self.streams:
             posix.close(stream.write_end)
-        if not self.pid:
+        if not pid:
             raise CannotStart(f"cannot start {text(name)}: {problem}")
-        self.children = True
-        self.note(CLOCK, int(time.time() * 1000))
-        self.note(STARTED, self.pid)
+        return pid
 
     def spawn(self, path: bytes) -> int:
+        """Start the program as the daemon's user; raises as `start`."""
         out, err = (stream.write_end for stream in self.streams)
         ours = [(limit, set_soft_limit(limit, soft)) for limit, soft in self.limits]
         try:
@@ -780,11 +771,11 @@ class Shim:
                 set_soft_limit(limit, soft)
 
     def spawn_as(self, path: bytes) -> int:
-        """Start the command in its cgroup, under its account; raises as `spawn`."""
+        """Start the program in its cgroup and under its account; raises as `start`."""
         if self.spec.account:
             for stream in self.streams:
-                # A pipe belongs to its maker; without this the command could not open
-                # /dev/stderr.
+                # The pipe belongs to the user of the shim; without this the command could
+                # not open /dev/stderr.
                 posix.fchmod(stream.write_end, 0o622)
         try:
             told, tell = posix.pipe2(posix.O_CLOEXEC)
@@ -807,7 +798,7 @@ class Shim:
         return pid
 
     def fork(self, path: bytes, tell: int) -> int:
-        """Return the process that becomes the command, in its cgroup."""
+        """Return the number of the process that becomes the command, in its cgroup."""
         pid = clone_into(self.cgroup) if self.cgroup >= 0 else -1
         outside = -1
         if pid < 0:
@@ -842,12 +833,12 @@ class Shim:
         return CannotStart(f"cannot {what}: {posix.strerror(error)}")
 
     def wait_for_exec(self, pid: int, told: int) -> None:
-        """Wait until a child runs the command, or has said why not, or is killed.
+        """Wait until the child runs the command, has reported why not, or is killed.
 
-        As soon as it has the other account, processes of that can stop it.
+        It may take for ever: other processes of its account can stop it.
         """
         poll = select.poll()
-        for fd in (told, self.ear.fd):
+        for fd in (told, self.signals.fd):
             poll.register(fd, select.POLLIN)
         until = self.began + self.spec.total if self.spec.total else 0.0
         while True:
@@ -855,9 +846,9 @@ class Shim:
             ready = {fd for fd, _ in poll.poll(left)}
             if told in ready:
                 return
-            self.ear.empty()
-            if self.ear.term or (until and time.monotonic() >= until):
-                # What follows is as if the command had just been started.
+            self.signals.empty()
+            if self.signals.term or (until and time.monotonic() >= until):
+                # What follows is the same as for a command that was just started.
                 posix.kill(pid, _signal.SIGKILL)
                 until = 0.0
 
@@ -898,8 +889,22 @@ class Shim:
         except ValueError:
             posix.write(tell, b"%b 0" % stage)
 
+
+class Tree:
+    """The processes of the task: the command and all its descendants."""
+
+    def __init__(self, cgroup: bytes) -> None:
+        self.cgroup = cgroup  # its folder, or b""
+        self.pid = 0  # of the command; 0: it was not started
+        self.status: int | None = None
+        self.ended_at = 0.0  # seconds since the epoch
+        self.gone = 0.0  # when the command had ended, and the disk had room
+        self.children = False  # whether any descendant may be left
+        self.told: set[tuple[int, int]] = set()  # processes that were sent TERM
+        self.refused = False  # whether the last KILL could reach nobody
+
     def reap(self) -> bool:
-        """Take what has ended; return whether any descendant may be left."""
+        """Reap the children that have ended; return whether any descendant may be left."""
         while True:
             try:
                 pid, status = posix.waitpid(-1, posix.WNOHANG)
@@ -912,46 +917,26 @@ class Shim:
                 self.ended_at = time.time()
                 self.gone = time.monotonic()
 
-    # -- ending it
+    def terminate(self, until: float) -> None:
+        """Send TERM to every process of the tree, and to those that are born meanwhile.
 
-    def ask(self, cause: str) -> None:
-        """Begin to end the tree, unless that has begun.
-
-        The result names this cause also if the command itself has ended by then, or never
-        began: somebody asked before the task had ended.
+        Raises `OSError` if nobody can look for them now.
         """
-        if self.kill_at:
-            return
-        self.cause = cause
-        if not self.pid:
-            return
-        self.due = True
-        self.note(TERM_SENT, self.size)
-        self.terminate(time.monotonic())
-
-    def terminate(self, now: float) -> None:
-        """Send TERM to every process of the tree, also to those that escaped."""
-        # If nobody can look now, the grace begins when somebody can.
-        self.kill_at = now + self.spec.grace
-        try:
-            for _ in range(ROUNDS):
-                new = [found for found in descendants() if found not in self.told]
-                for pid, start in new:
-                    # CONT: a stopped process would not notice.
-                    signal_process(pid, start, _signal.SIGTERM, _signal.SIGCONT)
-                    self.told.add((pid, start))
-                if not new or time.monotonic() >= self.kill_at:
-                    break
-            self.due = False
-        except OSError as e:
-            if e.errno not in PASSING:
-                raise
+        for _ in range(ROUNDS):
+            new = [found for found in descendants() if found not in self.told]
+            for pid, start in new:
+                # CONT: a stopped process would not notice.
+                signal_process(pid, start, _signal.SIGTERM, _signal.SIGCONT)
+                self.told.add((pid, start))
+            if not new or time.monotonic() >= until:
+                break
 
     def kill_children(self) -> None:
-        """KILL our own children, which are found quickly, and so who forks without end.
+        """Send KILL to our own children.
 
-        Whoever loses its parent is one of them. Nobody else gets the number of a child
-        before it is reaped, and that is done here.
+        They are found so quickly that even a fork bomb ends: its processes become our
+        children when they lose their parents. By number, as no other process gets the
+        number of a child before it is reaped, which only this process does.
         """
         for _ in range(ROUNDS):
             for pid in read_file(f"/proc/self/task/{posix.getpid()}/children").split():
@@ -962,161 +947,25 @@ class Shim:
             if not self.reap():
                 break
 
-    def kill(self, now: float) -> None:
-        """KILL whatever is left of the tree, again until nothing is."""
-        kill_cgroup(self.spec.cgroup)
+    def kill(self) -> bool:
+        """Send KILL to what is left of the tree; return False if nobody can look for it."""
+        kill_cgroup(self.cgroup)
         try:
             self.kill_children()
         except OSError:
-            pass  # not every kernel has this list
+            pass  # not every kernel has the list of children
         try:
             obeyed = [signal_process(*it, _signal.SIGKILL) for it in descendants()]
         except OSError as e:
             if e.errno not in PASSING:
                 raise
             self.refused = True
-            return
-        self.refused = bool(obeyed) and not any(obeyed)
-        if not self.killed_at:
-            self.killed_at = now
-            self.note(KILL_SENT, self.size)
-
-    def check_clocks(self, now: float) -> None:
-        """Act on every deadline that has come."""
-        spec = self.spec
-        if self.waiting:
-            self.last_output = now  # it might print if it could
-            self.gone = now if self.gone else 0.0
-        if self.ear.term:
-            self.ask("kill")
-        elif self.pid and self.status is None and not self.kill_at:
-            if spec.total and now >= self.began + spec.total:
-                self.ask("timeout")
-            elif spec.silence and now >= self.last_output + spec.silence:
-                self.ask("silence")
-        if self.due:
-            self.terminate(now)
-        elif self.kill_at and self.children and now >= self.kill_at:
-            self.kill(now)
-
-    def pipes_until(self) -> float:
-        """Return until when there is patience with the pipes of a command that has ended.
-
-        Whoever prints gets it anew: the last of the output may take its time.
-        """
-        return min(max(self.gone, self.last_output) + PATIENCE, self.gone + LONGEST)
-
-    def wait_for(self, now: float) -> float:
-        """Return the seconds until the next deadline; negative: none."""
-        spec, deadlines = self.spec, []
-        if self.waiting:
-            deadlines.append(now + RETRY)
-        elif self.status is not None and self.pipes_until() > now:
-            deadlines.append(self.pipes_until())
-        if self.status is None and not self.kill_at:
-            if spec.total:
-                deadlines.append(self.began + spec.total)
-            if spec.silence:
-                deadlines.append(self.last_output + spec.silence)
-        if self.due:
-            deadlines.append(now + RETRY)
-        elif self.kill_at and self.children:
-            # What was of no effect need not be done again at once.
-            pause = RETRY if self.refused else 0.02
-            deadlines.append(max(self.kill_at, now + pause))
-        return max(0.0, min(deadlines) - now) if deadlines else -1.0
-
-    def over(self, now: float) -> bool:
-        """Return whether there is nothing left to wait for."""
-        if self.waiting:
             return False
-        if not self.pid:
-            return True
-        if self.status is None or (self.kill_at and self.children):
-            # Killed, yet in the kernel for good: nobody can wait for that.
-            return bool(self.killed_at) and now >= self.killed_at + KILL_PATIENCE
-        return now >= self.pipes_until() or all(s.fd < 0 for s in self.streams)
-
-    def run(self) -> None:
-        """Copy, watch and wait until it is over."""
-        while True:
-            now = time.monotonic()
-            self.check_clocks(now)
-            if self.over(now):
-                break
-            self.poll(self.wait_for(now))
-            self.children = self.reap()
-        for stream in self.streams:
-            # What is in the pipe now was printed before the end; a background child that
-            # goes on printing must not keep us.
-            until, before = stream.taken + PIPE_SIZE, -1
-            while stream.fd >= 0 and before < stream.taken < until:
-                before = stream.taken
-                data = stream.read()
-                if data:
-                    self.backlog.append((stream.code, data))
-            if stream.fd >= 0:
-                self.held.append(stream.fd)
-                stream.fd = -1
-                self.keep(stream.code, stream.end())
-        self.flush()
-        while not self.over(time.monotonic()):
-            self.wait(self.wait_for(time.monotonic()))
-
-    def wait(self, seconds: float) -> None:
-        """Let some time pass, deaf to nothing."""
-        self.poll(seconds)
-        self.check_clocks(time.monotonic())
-        self.children = self.reap()
-
-    def poll(self, seconds: float) -> None:
-        """Wait for output, a signal or a deadline, and deal with it."""
-        poll = select.poll()
-        poll.register(self.ear.fd, select.POLLIN)
-        open_streams = [] if self.waiting else [s for s in self.streams if s.fd >= 0]
-        for stream in open_streams:
-            poll.register(stream.fd, select.POLLIN)
-        if self.news:
-            poll.register(self.daemon, select.POLLOUT)
-        ready = {fd for fd, _ in poll.poll(None if seconds < 0 else seconds * 1000 + 1)}
-        if self.ear.fd in ready:
-            self.ear.empty()
-        if self.news and self.daemon in ready:
-            self.tell(self.news)
-        self.flush()
-        for stream in open_streams:
-            if stream.fd in ready:
-                self.last_output = time.monotonic()
-                self.keep(stream.code, stream.read())
-
-    def result(self, error: str) -> bytes:
-        """Return what stands in ``exit``; a part of it is not taken for all of it."""
-        lines = [
-            RESULT,
-            b"ended %r" % (self.ended_at or time.time()),
-            b"cause " + self.cause.encode(),
-            b"forced %d" % bool(self.killed_at),
-            b"size %d" % self.size,
-        ]
-        if self.held:
-            lines.append(b"open 1")
-        if self.spec.promise:
-            lines.append(b"promise " + self.spec.promise.hex().encode())
-        if error:
-            lines.append(b"error " + error.encode("utf-8", "replace"))
-        elif self.status is None:
-            lines.append(b"error The command does not end, not even by KILL.")
-        elif posix.WIFSIGNALED(self.status):
-            lines.append(b"signal %d" % posix.WTERMSIG(self.status))
-        else:
-            lines.append(b"code %d" % posix.WEXITSTATUS(self.status))
-        if self.children:
-            lines += self.left()
-        lines += usage(self.spec.cgroup)
-        return b"\n".join([*lines, b"end", b""])
+        self.refused = bool(obeyed) and not any(obeyed)
+        return True
 
     def left(self) -> list[bytes]:
-        """Return a line for each process that is left, up to a bound."""
+        """Return a line of a result for each process that is left, up to `LISTED`."""
         lines: list[bytes] = []
         for pid, start in descendants():
             line = described(pid, start)
@@ -1126,18 +975,268 @@ class Shim:
                 break
         return lines
 
+
+class Deadlines:
+    """The clocks of a task: total time, time without output, grace, and patience."""
+
+    def __init__(self, spec: Spec, recorder: Recorder, tree: Tree) -> None:
+        self.spec = spec
+        self.recorder = recorder
+        self.tree = tree
+        self.began = self.last_output = time.monotonic()
+        self.kill_at = 0.0  # when TERM turns into KILL; 0: nobody asked for the end
+        self.killed_at = 0.0
+        self.due = False  # whether TERM has not been sent yet to all
+
+    def restart(self, now: float) -> None:
+        """Begin both clocks: the command was started."""
+        self.began = self.last_output = now
+
+    def pause(self, now: float) -> None:
+        """Restart the time without output: the task cannot print, as the disk is full."""
+        self.last_output = now
+        self.tree.gone = now if self.tree.gone else 0.0
+
+    def passed(self, now: float) -> str:
+        """Return the cause for which the task has to end now, or ""."""
+        spec, tree = self.spec, self.tree
+        if tree.pid and tree.status is None and not self.kill_at:
+            if spec.total and now >= self.began + spec.total:
+                return "timeout"
+            if spec.silence and now >= self.last_output + spec.silence:
+                return "silence"
+        return ""
+
+    def pipes_until(self) -> float:
+        """Return until when to read the pipes of a command that has ended.
+
+        New output extends it, up to a bound: a background process may still be printing.
+        """
+        return min(
+            max(self.tree.gone, self.last_output) + PATIENCE, self.tree.gone + LONGEST
+        )
+
+    def wait_for(self, now: float) -> float:
+        """Return the seconds until the next deadline, or a negative number if none."""
+        spec, tree, deadlines = self.spec, self.tree, []
+        if self.recorder.waiting:
+            deadlines.append(now + RETRY)
+        elif tree.status is not None and self.pipes_until() > now:
+            deadlines.append(self.pipes_until())
+        if tree.status is None and not self.kill_at:
+            if spec.total:
+                deadlines.append(self.began + spec.total)
+            if spec.silence:
+                deadlines.append(self.last_output + spec.silence)
+        if self.due:
+            deadlines.append(now + RETRY)
+        elif self.kill_at and tree.children:
+            # A KILL that had no effect is not repeated at once.
+            pause = RETRY if tree.refused else 0.02
+            deadlines.append(max(self.kill_at, now + pause))
+        return max(0.0, min(deadlines) - now) if deadlines else -1.0
+
+    def killed_in_vain(self, now: float) -> bool:
+        """Return whether KILL has not ended the tree for so long that it never will."""
+        return bool(self.killed_at) and now >= self.killed_at + KILL_PATIENCE
+
+
+class Shim:
+    """One run: from the start of the command to the end of all that it leaves."""
+
+    def __init__(self, spec: Spec, signals: Signals, lock: FolderLock) -> None:
+        self.spec = spec
+        self.signals = signals
+        self.lock = lock
+        self.folder = lock.folder
+        self.limits: list[tuple[int, int]] = []  # soft ones, which only the command gets
+        self.recorder = Recorder(lock.folder, spec.limit)
+        self.command = Command(spec, signals, self.limits)
+        self.tree = Tree(spec.cgroup)
+        self.deadlines = Deadlines(spec, self.recorder, self.tree)
+        self.held: list[int] = []  # pipes that somebody held when they were given up
+        self.cause = "itself"
+
+    # -- the start
+
+    def begin(self) -> None:
+        """Start the command; wait for errors to pass if they can.
+
+        Raises `CannotStart`.
+        """
+        while not self.tree.pid:
+            try:
+                # Both may hold secrets, and neither is needed again.
+                remove("spec", self.folder)
+                remove("secrets", self.folder)
+                if self.signals.term:
+                    self.cause = "kill"
+                    raise CannotStart("The command was not started.")
+                self.recorder.open()
+                self.command.open()
+                self.tree.pid = self.command.start()
+            except OSError as e:
+                self.signals.wait_out(e)
+
+        self.tree.children = True
+        self.recorder.began = self.command.began
+        self.deadlines.restart(self.command.began)
+        self.recorder.note(CLOCK, int(time.time() * 1000))
+        self.recorder.note(STARTED, self.tree.pid)
+
+    # -- the end
+
+    def request_end(self, cause: str) -> None:
+        """Begin to end the tree, unless that has begun.
+
+        The result names this cause even if the command itself has ended by then, or never
+        began: the end was requested before the task had ended.
+        """
+        if self.deadlines.kill_at:
+            return
+        self.cause = cause
+        if not self.tree.pid:
+            return
+        self.deadlines.due = True
+        self.recorder.note(TERM_SENT, self.recorder.size)
+        self.terminate(time.monotonic())
+
+    def terminate(self, now: float) -> None:
+        """Send TERM to every process of the tree; the grace begins now."""
+        # If nobody can look for them now, the grace begins when somebody can.
+        self.deadlines.kill_at = now + self.spec.grace
+        try:
+            self.tree.terminate(self.deadlines.kill_at)
+            self.deadlines.due = False
+        except OSError as e:
+            if e.errno not in PASSING:
+                raise
+
+    def kill(self, now: float) -> None:
+        """Send KILL to what is left of the tree; called again until nothing is left."""
+        if self.tree.kill() and not self.deadlines.killed_at:
+            self.deadlines.killed_at = now
+            self.recorder.note(KILL_SENT, self.recorder.size)
+
+    def check_clocks(self, now: float) -> None:
+        """Act on a request to end and on every deadline that has passed."""
+        deadlines = self.deadlines
+        if self.recorder.waiting:
+            deadlines.pause(now)
+        cause = "kill" if self.signals.term else deadlines.passed(now)
+        if cause:
+            self.request_end(cause)
+        if deadlines.due:
+            self.terminate(now)
+        elif deadlines.kill_at and self.tree.children and now >= deadlines.kill_at:
+            self.kill(now)
+
+    def over(self, now: float) -> bool:
+        """Return whether there is nothing left to wait for."""
+        tree, deadlines = self.tree, self.deadlines
+        if self.recorder.waiting:
+            return False
+        if not tree.pid:
+            return True
+        if tree.status is None or (deadlines.kill_at and tree.children):
+            return deadlines.killed_in_vain(now)
+        streams = self.command.streams
+        return now >= deadlines.pipes_until() or all(s.fd < 0 for s in streams)
+
+    # -- the loop
+
+    def run(self) -> None:
+        """Copy the output and act on deadlines until the task is over."""
+        while True:
+            now = time.monotonic()
+            self.check_clocks(now)
+            if self.over(now):
+                break
+            self.poll(self.deadlines.wait_for(now))
+            self.tree.children = self.tree.reap()
+        for stream in self.command.streams:
+            # What is in the pipe now was printed before the end. A background process that
+            # goes on printing must not delay the end.
+            until, before = stream.taken + PIPE_SIZE, -1
+            while stream.fd >= 0 and before < stream.taken < until:
+                before = stream.taken
+                data = stream.read()
+                if data:
+                    self.recorder.backlog.append((stream.code, data))
+            if stream.fd >= 0:
+                self.held.append(stream.fd)
+                stream.fd = -1
+                self.recorder.keep(stream.code, stream.end())
+        self.recorder.flush()
+        while not self.over(time.monotonic()):
+            self.wait(self.deadlines.wait_for(time.monotonic()))
+
+    def wait(self, seconds: float) -> None:
+        """Let some time pass, and act on whatever happens meanwhile."""
+        self.poll(seconds)
+        self.check_clocks(time.monotonic())
+        self.tree.children = self.tree.reap()
+
+    def poll(self, seconds: float) -> None:
+        """Wait for output, a signal or a deadline, and copy the output."""
+        poll = select.poll()
+        poll.register(self.signals.fd, select.POLLIN)
+        open_streams = (
+            [] if self.recorder.waiting else [s for s in self.command.streams if s.fd >= 0]
+        )
+        for stream in open_streams:
+            poll.register(stream.fd, select.POLLIN)
+        if self.recorder.unsent:
+            poll.register(self.recorder.daemon, select.POLLOUT)
+        ready = {fd for fd, _ in poll.poll(None if seconds < 0 else seconds * 1000 + 1)}
+        if self.signals.fd in ready:
+            self.signals.empty()
+        if self.recorder.unsent and self.recorder.daemon in ready:
+            self.recorder.send(self.recorder.unsent)
+        self.recorder.flush()
+        for stream in open_streams:
+            if stream.fd in ready:
+                self.deadlines.last_output = time.monotonic()
+                self.recorder.keep(stream.code, stream.read())
+
+    # -- the result
+
+    def result(self, error: str) -> bytes:
+        """Return the content of ``exit``. Its last line proves that it is complete."""
+        lines = [
+            RESULT,
+            b"ended %r" % (self.tree.ended_at or time.time()),
+            b"cause " + self.cause.encode(),
+            b"forced %d" % bool(self.deadlines.killed_at),
+            b"size %d" % self.recorder.size,
+        ]
+        if self.held:
+            lines.append(b"open 1")
+        if self.spec.promise:
+            lines.append(b"promise " + self.spec.promise.hex().encode())
+        if error:
+            lines.append(b"error " + error.encode("utf-8", "replace"))
+        elif self.tree.status is None:
+            lines.append(b"error The command does not end, not even by KILL.")
+        elif posix.WIFSIGNALED(self.tree.status):
+            lines.append(b"signal %d" % posix.WTERMSIG(self.tree.status))
+        else:
+            lines.append(b"code %d" % posix.WEXITSTATUS(self.tree.status))
+        if self.tree.children:
+            lines += self.tree.left()
+        lines += usage(self.spec.cgroup)
+        return b"\n".join([*lines, b"end", b""])
+
     def finish(self, error: str = "") -> None:
-        """Write ``exit``: all or nothing, and only when the output is safe."""
+        """Write ``exit``, all or nothing, once the output is on disk."""
         while True:
             self.check_clocks(time.monotonic())  # a kill may have come since the last look
             while not self.over(time.monotonic()):
-                self.wait(self.wait_for(time.monotonic()))
+                self.wait(self.deadlines.wait_for(time.monotonic()))
             try:
-                self.children = self.children and self.reap()
+                self.tree.children = self.tree.children and self.tree.reap()
                 result = self.result(error)
-                if self.size:
-                    posix.fdatasync(self.output)
-                    posix.fdatasync(self.index)
+                self.recorder.sync()
                 put(self.folder, "exit", result)
                 posix.fsync(self.folder)
             except OSError as e:
@@ -1156,46 +1255,46 @@ class Shim:
                 pass  # the next daemon removes it when it is empty
 
     def linger(self) -> None:
-        """Stay with what the task has left behind until nothing of it is left.
+        """Stay with the processes that the task has left until they have ended.
 
-        It is still ours: we are its parent, and read what it prints, else it would die of
-        its next line. But the task has ended: nothing of it is kept, TERM does nothing,
-        and the folder and the daemon are let go.
+        The shim is their parent, and reads what they print, as they would die of their
+        next line otherwise. But the task has ended: their output is dropped, TERM does
+        nothing, and the shim closes the folder and the pipes to the daemon.
         """
-        if not self.children:
+        if not self.tree.children:
             return
         posix.chdir("/")
-        # The lock first: a daemon that hears of the end finds nobody alive here.
-        posix.close(self.claim.lock)
+        # The lock first: a daemon that hears of the end must find nobody alive here.
+        posix.close(self.lock.fd)
         try:
-            # A process of the task may have opened our end of the pipe (/proc/PID/fd), so
-            # the daemon would never see that we close it.
+            # A process of the task may have opened our end of the pipe (/proc/PID/fd); then
+            # the daemon would not see that it is closed here.
             posix.write(1, bare(OVER))
         except OSError:
-            pass  # it is gone, or looks at the files
-        for fd in (self.folder, self.output, self.index, 0, 1, 2):
+            pass  # it is gone, or reads the files
+        for fd in (self.folder, self.recorder.output, self.recorder.index, 0, 1, 2):
             posix.close(fd)
-        self.streams.clear()
+        self.command.streams.clear()
         for values in (self.spec.arguments, self.spec.secrets):
             values.clear()
         self.spec.environment.clear()
         give_memory_back()
         poll = select.poll()
-        for fd in (self.ear.fd, *self.held):
+        for fd in (self.signals.fd, *self.held):
             poll.register(fd, select.POLLIN)
-        while self.reap():
+        while self.tree.reap():
             for fd, _ in poll.poll():
-                if fd == self.ear.fd:
-                    self.ear.empty()
+                if fd == self.signals.fd:
+                    self.signals.empty()
                 elif drained(fd):
                     poll.unregister(fd)
                     posix.close(fd)
 
 
 def open_cgroup(cgroup: bytes, limits: bytes) -> int:
-    """Return a descriptor of a cgroup; make it again if somebody has removed it.
+    """Return a descriptor of a cgroup, and make it again if it was removed.
 
-    Raises `CannotStart` if that cannot be, or `OSError` if that may pass.
+    Raises `CannotStart` if that fails, or `OSError` if the error may pass.
     """
     flags = posix.O_RDONLY | posix.O_DIRECTORY | posix.O_CLOEXEC
     try:
@@ -1240,7 +1339,7 @@ def cgroup_tree(cgroup: bytes) -> list[bytes]:
 
 
 def remove_cgroup(cgroup: bytes) -> None:
-    """Remove a cgroup with its sub-cgroups, as far as they are empty."""
+    """Remove a cgroup with its sub-cgroups; raises `OSError` if one is not empty."""
     for path in reversed(cgroup_tree(cgroup)):
         posix.rmdir(path)
 
@@ -1262,10 +1361,10 @@ def kill_cgroup(cgroup: bytes) -> None:
 
 
 def usage(cgroup: bytes) -> list[bytes]:
-    """Return lines with what the processes of a cgroup have used, as far as it is counted.
+    """Return lines of a result with what the processes of a cgroup have used.
 
-    That is microseconds of processor time, the peak of memory in bytes, and the number of
-    processes that the kernel killed because of the limit of memory.
+    These are microseconds of processor time, the peak of memory in bytes, and the number
+    of processes that the kernel killed for lack of memory, as far as they are counted.
     """
     lines = []
     for line, name, key in COUNTED if cgroup else ():
@@ -1281,7 +1380,7 @@ def usage(cgroup: bytes) -> list[bytes]:
 
 
 def drained(fd: int) -> bool:
-    """Read a piece from a pipe for nobody; return whether its end has come."""
+    """Read from a pipe and drop the data; return whether its end has come."""
     try:
         return not posix.read(fd, DROP_SIZE)
     except BlockingIOError:
@@ -1289,7 +1388,7 @@ def drained(fd: int) -> bool:
 
 
 def complain(text: str) -> None:
-    """Tell the daemon, for its log, if it is still there."""
+    """Send a message to the daemon, for its log, if it is still there."""
     try:
         posix.write(2, text.encode() + b"\n")
     except OSError:
@@ -1297,7 +1396,7 @@ def complain(text: str) -> None:
 
 
 def put(folder: int, name: str, data: bytes) -> None:
-    """Put a synced file in place of what has this name, all of it or nothing.
+    """Replace a file by a synced one, all of it or nothing.
 
     The task may have put anything there: what cannot be replaced gets another name.
     """
@@ -1318,7 +1417,7 @@ def put(folder: int, name: str, data: bytes) -> None:
 
 
 def clear(folder: int, name: str) -> None:
-    """Remove what has a name, or give it another one if it is a folder."""
+    """Remove the file with a name, or rename it if it is a folder."""
     try:
         remove(name, folder)
     except IsADirectoryError:
@@ -1327,9 +1426,9 @@ def clear(folder: int, name: str) -> None:
 
 
 def drop_capabilities() -> None:
-    """Give up all that this process may do beyond its user (capabilities(7)).
+    """Drop all capabilities of this process (capabilities(7)).
 
-    A change from one ordinary user to another takes nothing away by itself.
+    A change from one ordinary user to another does not drop them by itself.
     """
     c_function("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     if c_function("capset", CAP_HEADER, Sets()):
@@ -1337,9 +1436,9 @@ def drop_capabilities() -> None:
 
 
 def keep_capabilities() -> None:
-    """Keep what this process may do from the programs that it starts, and keep it itself.
+    """Give no capabilities to programs that this process starts, but keep its own.
 
-    From root nothing can be kept: its programs may do all in any case.
+    This does not restrict root, whose programs have all capabilities in any case.
     """
     c_function("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     sets = Sets()
@@ -1354,29 +1453,29 @@ def become_subreaper() -> None:
 
 
 def keep_memory() -> None:
-    """Reuse the memory of pieces that were read, rather than give it back (mallopt(3)).
+    """Keep the memory of pieces for later ones, instead of freeing it (mallopt(3)).
 
-    Else the kernel makes it anew for each, which halves the throughput.
+    Otherwise the kernel allocates it anew for each piece, which halves the throughput.
     """
     try:
         c_function("mallopt", M_MMAP_THRESHOLD, MEMORY)
         c_function("mallopt", M_TRIM_THRESHOLD, MEMORY)
     except (OSError, AttributeError):
-        pass  # it is glibc's; without it all works, too
+        pass  # only glibc has it
 
 
 def give_memory_back() -> None:
-    """Keep no more memory than is needed (malloc_trim(3))."""
+    """Free the memory that is not in use (malloc_trim(3))."""
     try:
         c_function("malloc_trim", 0)
     except (OSError, AttributeError):
-        pass  # as above
+        pass  # only glibc has it
 
 
-def listen() -> Ear:
-    """Return what hears TERM and CHLD. No other signal that can be caught ends us.
+def listen() -> Signals:
+    """Catch TERM and CHLD, and ignore all other signals that can be ignored.
 
-    A task may send any of them to its parent; the command gets the usual ones.
+    A task may send any signal to its parent. The command gets the default actions.
     """
     while True:
         try:
@@ -1386,28 +1485,29 @@ def listen() -> Ear:
             if e.errno not in PASSING:
                 raise
             time.sleep(RETRY)
-    ear = Ear(fd)
+    signals = Signals(fd)
     _signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    _signal.signal(_signal.SIGTERM, ear.take_term)
+    _signal.signal(_signal.SIGTERM, signals.take_term)
     _signal.signal(_signal.SIGCHLD, lambda *_: None)
     ours = {_signal.SIGTERM, _signal.SIGCHLD, _signal.SIGKILL, _signal.SIGSTOP}
     for number in _signal.valid_signals() - ours:
         _signal.signal(number, _signal.SIG_IGN)
-    return ear
+    return signals
 
 
-def take(folder: str, ear: Ear) -> Shim | None:
-    """Return the shim of a folder, None if there is one already."""
-    # Ours would end us in the middle of an output; a hard limit is like a full disk.
+def take(folder: str, signals: Signals) -> Shim | None:
+    """Return the shim of a folder, or None if another shim has taken it."""
+    # The soft limit would end the shim in the middle of an output. The hard one is treated
+    # like a full disk.
     soft = set_soft_limit(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
-    claim = Claim()
+    lock = FolderLock()
     while True:
         try:
-            if not claim.take(folder):
+            if not lock.take(folder):
                 return None
-            shim = Shim(Spec(read_file("spec")), ear, claim)
+            shim = Shim(Spec(read_file("spec")), signals, lock)
         except OSError as e:
-            ear.bear(e)
+            signals.wait_out(e)
         else:
             shim.limits.append((resource.RLIMIT_FSIZE, soft))
             if shim.spec.files:
@@ -1416,17 +1516,20 @@ def take(folder: str, ear: Ear) -> Shim | None:
 
 
 def main(folder: str) -> int:
-    """Run the task of a folder, once: a second start finds the lock and does nothing."""
+    """Run the task of a folder, and return an exit status.
+
+    It runs only once: a second shim finds the lock and returns `TAKEN`.
+    """
     posix.setsid()
-    ear = listen()
+    signals = listen()
     posix.set_blocking(1, False)
-    shim = take(folder, ear)
+    shim = take(folder, signals)
     if shim is None:
         return TAKEN
     become_subreaper()
     keep_capabilities()
     keep_memory()
-    ear.ready()
+    signals.ready()
     try:
         shim.begin()
     except CannotStart as e:
@@ -1442,6 +1545,6 @@ def main(folder: str) -> int:
 if __name__ == "__main__":
     done = main(sys.argv[1])
     if sys.flags.isolated:
-        # All is on disk, and taking an interpreter down in order costs 2 ms per task.
+        # Everything is on disk, and an orderly exit would cost 2 ms per task.
         posix._exit(done)
     sys.exit(done)
