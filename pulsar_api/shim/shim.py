@@ -485,7 +485,7 @@ class Signals:
         self.told = False
 
     def take_term(self, *_: object) -> None:
-        """Remember a TERM. The pipe may be full, as thousands of children may end at once."""
+        """Remember a TERM. The pipe may be full: thousands of children may end at once."""
         self.term = True
 
     def empty(self) -> None:
@@ -609,7 +609,7 @@ class Recorder:
         self.indexed += RECORD
 
     def flush(self) -> None:
-        """Write what is queued; if the disk is full it stays queued, and the command waits."""
+        """Write what is queued. If the disk is full, the command waits."""
         try:
             while self.records or self.backlog:
                 if self.records:
