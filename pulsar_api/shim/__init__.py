@@ -1,1 +1,1 @@
-"""The programs between the daemon and a command. They import nothing of ours."""
+"""The programs between the daemon and a command. They import no other module of ours."""

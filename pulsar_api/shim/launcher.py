@@ -1,16 +1,16 @@
-"""Forks shims for the daemon, which spares each task the start of an interpreter.
+"""Forks shims for the daemon, so that not every task has to start an interpreter.
 
 Run as ``python -I -S launcher.py LIBRARY ROOM``. Descriptor 0 is ``/dev/null``, 3 the
-daemon's ``SOCK_SEQPACKET`` socket. LIBRARY is the folder of the package that masks secrets.
-ROOM is an argument of spaces: a child writes the folder of its task over it, so the process
-table shows whose shim it is.
+daemon's ``SOCK_SEQPACKET`` socket. LIBRARY is the folder of the library that masks secrets.
+ROOM is an argument of spaces: each child overwrites it with the folder of its task, so that
+the process table shows which task a shim belongs to.
 
-The daemon sends the number of a start with the task's folder and two descriptors, or with
-a signal for the shim of that start, or 0 to get it back. The launcher answers in order, by
-three numbers: which start, what of it, and a value.
+A message of the daemon is the number of a start and a task's folder, with two descriptors;
+or the number of a start and a signal for its shim; or 0, which is sent back. The launcher
+answers in order with three numbers: the start, what happened to it, and a value.
 
-It never knows what a task runs. It has one thread, so that a fork copies all of it, and
-it ends when the daemon closes the socket, or ends; its shims do not notice.
+The launcher never learns what a task runs. It has a single thread, so that a fork copies
+all of it. It ends when the daemon closes the socket or ends; the shims go on.
 """
 
 import _signal  # type: ignore[import-not-found]
@@ -22,11 +22,11 @@ import select
 import sys
 
 if __name__ == "__main__":
-    # It lies beside this file, where an isolated interpreter does not look by itself.
+    # It is beside this file, where an isolated interpreter does not look by itself.
     sys.path.append(__file__.rpartition("/")[0])
     shim = __import__("shim")
     try:
-        # Every shim has it from its begin, also after an upgrade has removed the files.
+        # So every shim has it, even after an upgrade has removed the files.
         sys.path.append(sys.argv[1])
         __import__("masker")
     except ImportError:
@@ -36,17 +36,17 @@ else:
     from pulsar_api.shim import shim
 
 STARTED, FAILED, ENDED = range(1, 4)
-"""What an answer says; its value is a process number, an errno, a status of wait(2)."""
+"""Kinds of answers; their values are a process number, an errno, a status of wait(2)."""
 
 NUMBER = 8
-"""Bytes of each number in a message; the low one first."""
+"""Bytes of each number in a message, in little-endian order."""
 
 SOCKET = 3
 MOST = NUMBER + 4096  # bytes of a message: a folder may be as long as a path
 
 
 class Launcher:
-    """Forks for one daemon."""
+    """Forks shims for one daemon."""
 
     def __init__(self, sock: _socket.socket, ear: int, room: int) -> None:
         self.sock = sock
@@ -55,9 +55,9 @@ class Launcher:
         self.starts: dict[int, int] = {}  # of each living child, by its process number
 
     def serve(self) -> tuple[bytes, list[int]] | None:
-        """Work until the daemon is gone, and return None.
+        """Serve the daemon until it is gone, then return None.
 
-        In each child it returns the task's folder and both pipes to the daemon.
+        In each child, return the task's folder and both pipes to the daemon.
         """
         self.tell(0, 0, 0)
         poll = select.poll()
@@ -66,7 +66,7 @@ class Launcher:
         while True:
             ready = {fd for fd, _ in poll.poll()}
             if self.ear in ready:
-                # First: what ends from now on makes it readable again.
+                # Before `reap`: a child that ends from now on makes it readable again.
                 posix.read(self.ear, 1 << 16)
                 self.reap()
             if self.sock.fileno() not in ready:
@@ -76,7 +76,7 @@ class Launcher:
                     MOST, _socket.CMSG_SPACE(8), _socket.MSG_CMSG_CLOEXEC
                 )
             except ConnectionError:
-                continue  # it did not read all answers; what it had sent comes next
+                continue  # it did not read all answers; what it had sent follows
             if not data:
                 return None
             number, rest = int.from_bytes(data[:NUMBER], "little"), data[NUMBER:]
@@ -114,13 +114,13 @@ class Launcher:
         return False
 
     def signal(self, number: int, signal: int) -> None:
-        """Signal a shim; its number is its own until it is reaped, which is done here."""
+        """Signal a shim. No other process has its number before it is reaped, only here."""
         for pid, start in self.starts.items():
             if start == number:
                 posix.kill(pid, signal)
 
     def reap(self) -> None:
-        """Tell the daemon which shims have ended, and how."""
+        """Report the shims that have ended, and their status."""
         while self.starts:
             pid, status = posix.waitpid(-1, posix.WNOHANG)
             if not pid:
@@ -128,19 +128,19 @@ class Launcher:
             self.tell(self.starts.pop(pid), ENDED, status)
 
     def tell(self, number: int, what: int, value: int) -> None:
-        """Send an answer. If the daemon does not read, all of this may wait as well."""
+        """Send an answer; wait if the daemon does not read."""
         numbers = number, what, value
         try:
             self.sock.send(b"".join(n.to_bytes(NUMBER, "little") for n in numbers))
         except ConnectionError:
-            pass  # it is gone; what it had sent is still to be read
+            pass  # it is gone; what it had sent is still read
 
 
 def listen() -> int:
-    """Ignore all signals; return a pipe that becomes readable when a child ends.
+    """Ignore all signals, and return a pipe that is readable when a child has ended.
 
-    A signal to the process group of the daemon, such as Ctrl-C, ends the daemon, and so
-    ends the launcher in time.
+    A signal to the process group of the daemon, such as Ctrl-C, ends the daemon first, and
+    that ends the launcher.
     """
     ear, write_end = posix.pipe2(posix.O_CLOEXEC | posix.O_NONBLOCK)
     _signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
@@ -153,7 +153,7 @@ def listen() -> int:
 
 
 def last_argument() -> tuple[int, int]:
-    """Return where the last argument of this process is in its memory, and its length."""
+    """Return the address of the last argument of this process, and its length."""
     fields = shim.stat(posix.getpid())[1]
     begin, end = int(fields[45]), int(fields[46])  # 48 and 49 of proc(5)
     arguments = shim.read_file("/proc/self/cmdline")
@@ -164,10 +164,11 @@ def last_argument() -> tuple[int, int]:
 
 
 def become_shim(folder: bytes, fds: list[int], begin: int, room: int) -> int:
-    """Be what ``python -I -S shim.py FOLDER`` is at its begin, and return its status."""
+    """Run as ``python -I -S shim.py FOLDER`` would, and return the exit status."""
     _signal.set_wakeup_fd(-1)
-    # Its daemon tells a shim from what a task has left by this, even if it has no lock yet
-    # and its launcher is dead. So it is done before the shim makes its session.
+    # By this argument the daemon knows a shim that has no lock yet and whose launcher is
+    # dead. It is set before the shim makes its session, as else the shim would be taken for
+    # a process that a task has left.
     text = folder.rjust(room)
     if len(folder) < room:
         text = (b"\0" + folder).rjust(room)
@@ -183,18 +184,18 @@ def become_shim(folder: bytes, fds: list[int], begin: int, room: int) -> int:
 
 
 def main() -> int:
-    """Serve the daemon, and return a status; also in the children, which are shims."""
+    """Serve the daemon, and return an exit status; in each child, that of a shim."""
     begin, room = last_argument()
     sock = _socket.socket(fileno=SOCKET)
     launcher = Launcher(sock, listen(), room)
-    # A collection would touch, and so copy, what a shim shares with this process.
+    # A collection would write to, and so copy, memory that shims share with this process.
     gc.disable()
     gc.collect()
     gc.freeze()
     found = launcher.serve()
     if found is None:
         return 0
-    sock.detach()  # else its destructor would close a descriptor of the shim
+    sock.detach()  # its destructor would close a descriptor of the shim
     return become_shim(*found, begin, room)
 
 
@@ -205,4 +206,4 @@ if __name__ == "__main__":
     except BaseException:  # noqa: BLE001 - as the interpreter itself does
         sys.excepthook(*sys.exc_info())
     finally:
-        posix._exit(status)  # nothing is left to do
+        posix._exit(status)  # without the handlers of the interpreter
