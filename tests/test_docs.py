@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from docutils.core import publish_doctree
 
 from docs import facts
 from pulsar_api.cli.parser import parser
@@ -31,6 +32,7 @@ RUN = {
 
 NOT_RUN = {
     "CONTRIBUTING.rst": "the suite itself, and the tools beside it",
+    "docs/access.rst": "manages tokens and logins as test_cli.py does",
     "docs/howto/ci.rst": "makes a token as the README does",
     "docs/howto/container.rst": "needs a container engine",
     "docs/howto/github-team.rst": "revokes a token as test_cli.py does",
@@ -121,6 +123,22 @@ def test_units_on_the_pages_are_units(block: Block) -> None:
     )
     parser.read_string(block.text)
     assert parser.sections()
+
+
+def test_read_the_docs_builds_what_there_is() -> None:
+    """Its configuration names files and extras of this project."""
+    found = yaml.safe_load((ROOT / ".readthedocs.yaml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (ROOT / found["sphinx"]["configuration"]).exists()
+    for install in found["python"]["install"]:
+        assert set(install["extra_requirements"]) <= set(project["optional-dependencies"])
+
+
+@pytest.mark.parametrize("name", ["README.rst", "CONTRIBUTING.rst", "CHANGELOG.rst"])
+def test_pages_beside_the_site_are_plain_restructuredtext(name: str) -> None:
+    """GitHub and PyPI show them, and know no role or directive of Sphinx."""
+    levels = {"report_level": 2, "halt_level": 2}
+    publish_doctree((ROOT / name).read_text(), settings_overrides=levels)
 
 
 def test_commands_of_every_page_are_run_or_it_is_said_why_not() -> None:
