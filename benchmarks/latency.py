@@ -9,8 +9,8 @@ from benchmarks.measure import Line, compare_percentile
 from benchmarks.place import Place, create, program, served
 
 PAUSE = 0.04
-"""Seconds before each line. The servers take turns, so each is silent for two pauses. That is
-more than the 50 ms for which the daemon holds back further output on purpose."""
+"""Seconds before each line. The servers take turns, so each is silent for two pauses, which
+is more than the 50 ms for which the daemon holds back further output on purpose."""
 LINES = 80
 """Lines per round."""
 

@@ -1,4 +1,4 @@
-"""Clients of a simulated daemon: they ask, ask again, follow and kill."""
+"""Clients of a simulated daemon: they create tasks, retry, follow and kill."""
 
 from collections.abc import Coroutine
 from random import Random
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 PATIENCE = 60.0
-"""Seconds that a client waits for an answer, and far more than the daemon needs."""
+"""Seconds that a client waits for a response, far more than the daemon needs."""
 
 POLL = 25.0
 """Seconds that a long-poll lasts."""
@@ -35,21 +35,21 @@ REFUSED = (KeyInFlight, QueueFull, ShuttingDown, StoreUnavailable)
 
 @define(eq=False)
 class Request:
-    """A task that a client wants; ``ref`` tells it from any other."""
+    """A task that a client wants. Its ``ref`` is unique."""
 
     ref: str
     spec: TaskSpec
     key: str | None
     first: float | None = None
-    """When it was sent for the first time, by God's clock."""
+    """When it was sent for the first time, by the true clock of the world."""
     unsure: bool = False
-    """Whether it may have been accepted although the client does not know."""
+    """Whether the daemon may have accepted it without the client knowing."""
     accepted: int | None = None
     """The number of its task."""
 
 
 class Client:
-    """One client. What it does is a matter of the seed."""
+    """One client. The seed decides what it does."""
 
     def __init__(self, world: "World", number: int) -> None:
         self.world = world
@@ -60,22 +60,22 @@ class Client:
 
     @property
     def done(self) -> bool:
-        """Whether it wants nothing any more."""
+        """Whether all its requests are served."""
         return self._busy == 0
 
     def start(self) -> None:
-        """Begin."""
+        """Begin to send requests."""
         self._also(self._run())
 
     def _also(self, work: Coroutine[Deferred[Any], Any, None]) -> None:
-        """Do something beside the rest."""
+        """Do something at the same time as the rest."""
         self._busy += 1
         Deferred.fromCoroutine(work).addBoth(self._ended)
 
     def _ended(self, failure: object) -> None:
         self._busy -= 1
         if failure is not None:
-            self.world.violated("clients understand all answers", str(failure))
+            self.world.violated("clients understand all responses", str(failure))
 
     def _sleep(self, seconds: float) -> Deferred[None]:
         done: Deferred[None] = Deferred()
@@ -114,7 +114,7 @@ class Client:
         return request
 
     async def _post(self, request: Request) -> int | None:
-        """Ask for a task until it is known whether there is one."""
+        """Ask for a task until the client knows whether it was created."""
         world = self.world
 
         async def create(service: TaskService) -> TaskSnapshot:
@@ -166,7 +166,7 @@ class Client:
                 return
 
     async def _follow(self, task_id: int) -> None:
-        """Look at a task until it has ended."""
+        """Follow a task until it has ended."""
         seen = -1
 
         async def poll(service: TaskService) -> TaskSnapshot:

@@ -1,4 +1,4 @@
-"""One life of a daemon in a simulated world: the real core, put together as in ``tap``."""
+"""One life of a daemon in a simulated world: the real core, built as in ``tap``."""
 
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 COMMANDS = Commands(parse_template("run {app} {env} {action} {id}"), {})
 
 STOP = 30.0
-"""Seconds beyond the drain in which a daemon must have stopped."""
+"""Seconds after the drain by which a daemon must have stopped."""
 
 
 async def _commands() -> Commands:
@@ -37,15 +37,15 @@ async def _commands() -> Commands:
 
 @define(eq=False)
 class State:
-    """A state folder, its database, and which tasks it has in common with others."""
+    """A state folder, its database, and the tasks that it shares with other states."""
 
     path: str
     database: Database
     lineage: list[tuple[int, int]]
-    """Up to which number tasks are those of which state."""
+    """For each state, the number up to which this one has its tasks."""
 
     def name(self, task_id: int) -> tuple[int, int]:
-        """Return which task this is, also if a copy of the state knows it."""
+        """Return an identity of a task that is the same in all copies of the state."""
         for upto, number in self.lineage:
             if task_id <= upto:
                 return number, task_id
@@ -125,7 +125,7 @@ class Clock:
 
 @define(eq=False)
 class Exchange:
-    """A request of a client, and its answer."""
+    """A request of a client, and its response."""
 
     done: Deferred[Any]
     inner: Deferred[Any] | None = None
@@ -133,7 +133,7 @@ class Exchange:
     open: bool = True
 
     def close(self, result: object) -> None:
-        """Let the client have an answer or an error."""
+        """Give the client a response or an error."""
         if self.open:
             self.open = False
             if self.patience is not None:
@@ -142,11 +142,11 @@ class Exchange:
 
 
 class Broken(Exception):
-    """The daemon could not be reached, or has died before it answered."""
+    """The daemon could not be reached, or died before it responded."""
 
 
 class Daemon(Fiber):
-    """A process with a reactor; it does one thing at a time, threads go beside it."""
+    """A process with a reactor. It does one thing at a time; threads run beside it."""
 
     def __init__(self, world: "World", state: State) -> None:
         super().__init__(world.scheduler)
@@ -156,7 +156,7 @@ class Daemon(Fiber):
         self.serving = False
         self.stopping: float | None = None
         self.operations: int | None = None
-        """After how many more operations it is killed."""
+        """The number of operations after which it is killed."""
         self.threads: dict[Work, None] = {}
         self.exchanges: dict[Exchange, None] = {}
         self._inbox: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
@@ -199,7 +199,7 @@ class Daemon(Fiber):
             super().step()
 
     def run(self) -> None:
-        """Do what comes, one after the other."""
+        """Handle calls, one after the other."""
         while True:
             self._idle = False
             while self._inbox:
@@ -216,7 +216,7 @@ class Daemon(Fiber):
             self.rest()
 
     def operation(self) -> None:
-        """Go on, unless somebody comes in between, or this is the end."""
+        """Let other actors run, and die if this is the last operation."""
         if self.operations is not None:
             self.operations -= 1
             if self.operations < 0:
@@ -258,7 +258,7 @@ class Daemon(Fiber):
         """Take TERM."""
         if self.stopping is None:
             self.stopping = self.world.now
-            self.world.log("daemon {} is told to stop", self.state.number)
+            self.world.log("daemon {} gets TERM", self.state.number)
             limit = self.world.plan.drain + STOP
             self.scheduler.after(limit, self._too_late)
             self.post(self._own, self._stop, self._stopped, self._stopped)
@@ -266,7 +266,7 @@ class Daemon(Fiber):
     async def _stop(self) -> None:
         await self.service.stop(self.world.plan.drain)
         self.service.release()
-        # What was answered leaves; then the database is closed, or given up.
+        # Responses leave; then the database is closed, or abandoned.
         clock = Clock(self)
         leave: Deferred[None] = Deferred()
         clock.callLater(0.01, leave.callback, None)
@@ -288,7 +288,7 @@ class Daemon(Fiber):
             self.world.kill(self)
 
     def die(self) -> None:
-        """Be no more, in the middle of whatever it does."""
+        """Die, in the middle of any operation."""
         self.alive = self.serving = False
         self._inbox.clear()
         for thread in self.threads:
@@ -302,7 +302,7 @@ class Daemon(Fiber):
     # -- requests
 
     def ask(self, exchange: Exchange, work: Callable[[TaskService], Any]) -> None:
-        """Do what a client asks for."""
+        """Handle the request of a client."""
         self.exchanges[exchange] = None
         self.post(self._answer, exchange, work)
 
@@ -317,7 +317,7 @@ class Daemon(Fiber):
             self.scheduler.after(self.world.latency(), exchange.close, result)
 
     def hang_up(self, exchange: Exchange) -> None:
-        """Note that the client does not wait any more."""
+        """Note that the client no longer waits."""
         if exchange in self.exchanges:
             del self.exchanges[exchange]
             self.post(self._cancel, exchange)

@@ -1,4 +1,4 @@
-"""A file system in memory. A power cut takes from it, by chance, what was not synced."""
+"""A file system in memory. A power cut loses unsynced changes at random."""
 
 import errno
 import os
@@ -7,16 +7,16 @@ from heapq import heappop, heappush
 from random import Random
 
 TICK = 4_000_000
-"""Nanoseconds: what is changed within it has the same time of change, as on Linux."""
+"""Nanoseconds. Changes within this time get the same time stamp, as on Linux."""
 
 
 def error(number: int, path: object) -> OSError:
-    """Return an error as the kernel has it."""
+    """Return an error with the kernel's text."""
     return OSError(number, os.strerror(number), str(path))
 
 
 class Inode:
-    """A file or a folder, whatever its names are: as it is, and as it is on disk."""
+    """A file or a folder without its names: its present content, and that on disk."""
 
     __slots__ = (
         "changed",
@@ -36,23 +36,23 @@ class Inode:
         self.number = number
         self.entries: dict[str, Inode] | None = {} if folder else None
         self.kept: dict[str, tuple[int, Inode | None]] = {}
-        """What is on disk of a folder's entries, each with the number of its change."""
+        """The entries of a folder on disk, each with the number of its change."""
         self.content = self.synced = b""
         self.changed = self.synced_changed = changed
         self.links = 0
         self.opens = 0
         self.holder: object | None = None
-        """The process that has locked it."""
+        """The process that holds its lock."""
         self.parts: object | None = None
-        """What the numbers in a task's folder are about; a copy of it has the same."""
+        """The processes that the numbers in a task's folder mean; a copy shares them."""
 
 
 Change = tuple[int, tuple[tuple[Inode, str, Inode | None], ...]]
-"""A change of names that is done as a whole, with its number."""
+"""An atomic change of names, with its number."""
 
 
 class Disk:
-    """Files below one root. What fails is an `OSError`."""
+    """Files below one root. Failures raise `OSError`."""
 
     def __init__(self, clock: Callable[[], int]) -> None:
         self._clock = clock
@@ -71,7 +71,7 @@ class Disk:
     # -- finding
 
     def find(self, path: str) -> Inode:
-        """Return what has this name."""
+        """Return the file or folder at a path."""
         found = self.root
         for part in path.split("/"):
             if part:
@@ -83,7 +83,7 @@ class Disk:
         return found
 
     def folder_of(self, path: str) -> tuple[Inode, str]:
-        """Return the folder in which a name is or could be, and the last part of it."""
+        """Return the folder of a path, and its last part, which need not exist."""
         before, _, name = path.rpartition("/")
         folder = self.find(before)
         if folder.entries is None:
@@ -93,7 +93,7 @@ class Disk:
     # -- names
 
     def make(self, folder: Inode, name: str, *, is_folder: bool = False) -> Inode:
-        """Make an empty file or folder; there must be nothing of that name."""
+        """Make an empty file or folder. The name must be free."""
         if folder.entries is None:
             raise error(errno.ENOTDIR, name)
         if folder.links == 0:
@@ -115,14 +115,14 @@ class Disk:
         self._change((folder, new, found))
 
     def unlink(self, folder: Inode, name: str) -> None:
-        """Take a name away; a folder must be empty."""
+        """Remove a name. A folder must be empty."""
         found = self._entry(folder, name)
         if found.entries:
             raise error(errno.ENOTEMPTY, name)
         self._change((folder, name, None))
 
     def rename(self, folder: Inode, old: str, to: Inode, new: str) -> None:
-        """Give a file or a folder another name, in place of what has it."""
+        """Rename a file or a folder, replacing any other with the new name."""
         found = self._entry(folder, old)
         if to.links == 0:
             raise error(errno.ENOENT, new)
@@ -154,7 +154,7 @@ class Disk:
     # -- content
 
     def write(self, inode: Inode, data: bytes, *, append: bool = False) -> None:
-        """Replace what is in a file, or add to it."""
+        """Replace the content of a file, or append to it."""
         if self.full and data:
             raise error(errno.ENOSPC, "")
         inode.content = inode.content + data if append else data
@@ -162,11 +162,11 @@ class Disk:
         self._dirty[inode] = None
 
     def open(self, inode: Inode) -> None:
-        """Keep a file although it may lose its names."""
+        """Keep a file even if it loses its names."""
         inode.opens += 1
 
     def close(self, inode: Inode) -> None:
-        """Keep it no more."""
+        """Stop keeping an open file."""
         inode.opens -= 1
         self._free_if_unused(inode)
 
@@ -189,11 +189,11 @@ class Disk:
     # -- what happens to the whole
 
     def lose_power(self, rng: Random) -> None:
-        """Become what a machine finds when it boots after its power was cut.
+        """Become the disk that a machine finds at a boot after a power cut.
 
-        Of the changes of names that were not synced either the first ones are kept, as a
-        journal does, or any; each is kept whole or not at all. Of a file whose content was
-        not synced any part may be kept.
+        Of the unsynced changes of names, the disk keeps either the first ones, as a journal
+        does, or any. It keeps each change whole or not at all. Of unsynced content it may
+        keep any part.
         """
         kinds = rng.random()
         if kinds < 0.5:
@@ -205,7 +205,7 @@ class Disk:
                 if rng.random() < likely:
                     self._keep(change)
         if not self._restore():
-            # Two files of one number: a journal would not have kept only the second.
+            # Two files of one number: a journal would never keep only the second.
             for change in self._pending:
                 self._keep(change)
             self._restore()
@@ -215,7 +215,7 @@ class Disk:
         self._dirty.clear()
 
     def _restore(self) -> bool:
-        """Make the names what is on disk of them; return whether that can be."""
+        """Reset the names to those on disk; return whether they are consistent."""
         found: dict[int, Inode] = {}
         todo = [self.root]
         names: list[tuple[Inode, dict[str, Inode]]] = []
@@ -249,7 +249,7 @@ class Disk:
             found = before
         elif chance < 0.8:
             found = after[: rng.randint(common, len(after))]
-        else:  # the length is there, the blocks are not
+        else:  # the length is on disk, the blocks are not
             found = after[:common] + bytes(len(after) - common)
         if rng.random() < 0.5:
             inode.changed = inode.synced_changed
@@ -257,7 +257,7 @@ class Disk:
         inode.synced_changed = inode.changed
 
     def copy(self, source: Inode, folder: Inode, name: str) -> Inode:
-        """Copy a file, or a folder with all that is in it, as ``cp -a`` does."""
+        """Copy a file, or a folder with its content, as ``cp -a`` does."""
         made = self.make(folder, name, is_folder=source.entries is not None)
         made.parts = source.parts
         if source.entries is None:
@@ -267,14 +267,14 @@ class Disk:
         return made
 
     def remove_all(self, folder: Inode, name: str) -> None:
-        """Remove a file, or a folder with all that is in it."""
+        """Remove a file, or a folder with its content."""
         found = self._entry(folder, name)
         for entry in list(found.entries or ()):
             self.remove_all(found, entry)
         self.unlink(folder, name)
 
     def sync_all(self) -> None:
-        """Make all durable."""
+        """Make everything durable."""
         for change in self._pending:
             self._keep(change)
         self._pending.clear()
@@ -294,7 +294,7 @@ class Disk:
         return self._clock() // TICK * TICK
 
     def _new_number(self) -> int:
-        # The lowest that is free, as ext4 has it: a number comes back soon.
+        # The lowest free number, as on ext4, so that numbers are reused soon.
         if self._free:
             return heappop(self._free)
         self._highest += 1

@@ -1,4 +1,4 @@
-"""What breaks in a simulated world. Each function is one kind of fault."""
+"""The faults of a simulated world. Each function is one kind of fault."""
 
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +33,7 @@ def kill_soon(world: "World", rng: Random) -> None:
 
 
 def stop(world: "World", _: Random) -> None:
-    """The daemon is told to stop."""
+    """The daemon gets TERM."""
     daemon = world.daemon()
     if daemon is not None:
         daemon.stop()
@@ -53,7 +53,7 @@ def power(world: "World", rng: Random) -> None:
 
 
 def detach(world: "World", rng: Random) -> None:
-    """The disk is gone with what was not synced; it comes back, the machine stays up."""
+    """The disk disappears with unsynced data, and comes back while the machine runs."""
     if not world.powered:
         return
     world.end_machine()
@@ -123,7 +123,7 @@ def moved(world: "World", rng: Random) -> None:
     name = f"old-{rng.getrandbits(32)}"
     disk.rename(root, "state", root, name)
     disk.copy(disk.find(f"/{name}"), root, "state")
-    disk.sync(root)  # else a power cut may leave no state at all
+    disk.sync(root)  # else a power cut could leave no state at all
 
 
 def restored(world: "World", rng: Random) -> None:
@@ -168,7 +168,7 @@ def store(world: "World", rng: Random) -> None:
 
     world.scheduler.after(rng.choice((0.5, 3.0, 40.0, 90.0)), back)
     if rng.random() < 0.5:
-        # Somebody tries to end what waits, and then the daemon.
+        # Kill the waiting tasks, and then stop the daemon.
         for row in database.memory.rows.values():
             if row.status is Status.CREATED:
                 world.call(partial(_kill, row.id), 60.0).addErrback(lambda _: None)
@@ -211,7 +211,7 @@ def crowd(world: "World", rng: Random) -> None:
 
 
 def sick(world: "World", rng: Random) -> None:
-    """The disk makes nothing durable for a while, and says so."""
+    """For a while the disk cannot make anything durable, and reports errors."""
     world.disk.sick = True
 
     def healed() -> None:
@@ -241,7 +241,7 @@ def choked(world: "World", rng: Random) -> None:
 
 
 def mend(world: "World") -> None:
-    """Let nothing be broken any more."""
+    """End all faults."""
     world.log("ALL IS MENDED")
     world.mended = True
     world.calm_since = world.now

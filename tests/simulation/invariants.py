@@ -1,8 +1,8 @@
-"""What must hold in every simulated world, whatever breaks.
+"""The invariants that hold in every simulated world, whatever breaks.
 
-Each class is one invariant; its docstring is its name. ``on_SOMETHING`` is called when that
-happens (`World.tell`), ``on_end`` when all has come to its end. A new invariant is a class
-in this module.
+Each class is one invariant, and its docstring is its name. `World.tell` calls its method
+``on_SOMETHING`` when that happens, and ``on_end`` when the world has ended. To add an
+invariant, write a class in this module.
 """
 
 from typing import TYPE_CHECKING, ClassVar
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 SLACK = 35.0
-"""Simulated seconds that count as soon, also if a daemon has to start first."""
+"""Simulated seconds that count as soon, even if a daemon has to start first."""
 
 
 class Invariant:
-    """Something that always holds."""
+    """A statement that must always hold."""
 
     all: ClassVar[list[type["Invariant"]]] = []
     excuses: ClassVar[str] = ""
-    """Kinds of faults, with any of which nobody can keep it."""
+    """The kinds of faults under which no daemon could keep the invariant."""
 
     def __init_subclass__(cls) -> None:
         cls.all.append(cls)
@@ -35,22 +35,22 @@ class Invariant:
         self.prepare()
 
     def prepare(self) -> None:
-        """Make what it remembers."""
+        """Set up the memory of the invariant."""
 
     def listens(self) -> list[str]:
-        """Return the names of what it wants to hear of in this world."""
+        """Return the names of the events that it follows in this world."""
         kinds = {fault.kind for fault in self.world.plan.faults}
         if not kinds.isdisjoint(self.excuses.split()):
             return []
         return [name for name in dir(type(self)) if name.startswith("on_")]
 
     def require(self, holds: object, text: str) -> None:
-        """Note a violation, unless it holds."""
+        """Note a violation unless the condition holds."""
         if not holds:
             self.world.violated((self.__doc__ or "").split("\n")[0].rstrip("."), text)
 
     def rows(self) -> dict[int, TaskSnapshot]:
-        """Return the records of the daemon that clients speak to."""
+        """Return the records of the daemon that clients talk to."""
         return self.world.state.database.memory.rows
 
 
@@ -62,7 +62,7 @@ class StartedOnce(Invariant):
 
     def on_begun(self, tree: Tree, environment: dict[str, str]) -> None:
         assert tree.task is not None
-        # With the request: a database from before may give a number again.
+        # Together with the request, because a restored database can reuse a number.
         task = *tree.task, environment["PULSAR_VAR_ref"]
         self.require(task not in self.begun, f"task {tree.task}")
         self.begun.add(task)
@@ -101,7 +101,7 @@ class OneTaskAKey(Invariant):
 
 
 class TargetLimit(Invariant):
-    """No target is shared by more living tasks than it may be."""
+    """No target has more living tasks than its limit."""
 
     excuses = "rolled_back"
 
@@ -131,7 +131,7 @@ class TargetLimit(Invariant):
 
 
 class RunningLimit(Invariant):
-    """Not more tasks run than may run."""
+    """No more tasks run than the limit."""
 
     def on_begun(self, tree: Tree, environment: dict[str, str]) -> None:
         rows = self.rows().values()
@@ -141,7 +141,7 @@ class RunningLimit(Invariant):
 
 
 class EndsStand(Invariant):
-    """A task whose end was told keeps that end, and is kept as long as it must be."""
+    """An announced end never changes, and retention keeps the task as long as it must."""
 
     excuses = "rolled_back"
 
@@ -206,7 +206,7 @@ class NothingWaits(Invariant):
 
 
 class NoneLeft(Invariant):
-    """No process lives of a task whose end was told, but for those that it lists."""
+    """After the announced end of a task only the processes that it lists still live."""
 
     excuses = "rolled_back"
 
@@ -224,9 +224,9 @@ class NoneLeft(Invariant):
 
 
 class KillsWork(Invariant):
-    """What was killed ends, and does not begin if it had not."""
+    """A killed task ends, and does not begin if it had not begun."""
 
-    # A later daemon cannot tell a shim anything whose lock does not say who it is.
+    # A later daemon cannot reach a shim whose lock file does not name its process.
     excuses = "rolled_back lock_emptied"
 
     def prepare(self) -> None:
@@ -255,7 +255,7 @@ class KillsWork(Invariant):
 
 
 class ClocksWork(Invariant):
-    """No task runs longer than it may."""
+    """No task runs longer than its time-out."""
 
     def on_process_ended(self, tree: Tree, main: Member) -> None:
         bounds = self.world.plan.limits.bounds
@@ -318,7 +318,7 @@ class AcceptedStart(Invariant):
 
 
 class LostForAReason(Invariant):
-    """No task is lost but by what takes its files or its shim."""
+    """A task is lost only if a fault takes its files or its shim."""
 
     excuses = (
         "power detach shim_killed folder_removed lock_emptied moved restored rolled_back"
@@ -326,13 +326,14 @@ class LostForAReason(Invariant):
 
     def on_end(self) -> None:
         for row in self.rows().values():
-            # One that was killed before it began may be: see `Executor.prevent_start`.
+            # A task that was killed before it began may be lost, see
+            # `Executor.prevent_start`.
             holds = row.status is not Status.LOST or row.killed_by is not None
             self.require(holds, f"task {row.id}: {row.reason}")
 
 
 class RefusedNever(Invariant):
-    """What was refused is never started."""
+    """A refused task never starts."""
 
     excuses = "rolled_back"
 
@@ -350,7 +351,7 @@ class RefusedNever(Invariant):
 
 
 class SecretsGo(Invariant):
-    """Nothing is left on disk of the secrets of tasks that have ended."""
+    """No secrets of ended tasks are left on disk."""
 
     def on_end(self) -> None:
         state = self.world.disk.find("/state").entries or {}

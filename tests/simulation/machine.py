@@ -1,4 +1,4 @@
-"""The `Machine` of a daemon in a simulated world: each operation may be its last."""
+"""The `Machine` of a simulated daemon, where each operation may be the last one."""
 
 import errno
 import signal
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SWEEP = 5.0
-"""Seconds for which processes are killed again."""
+"""Seconds for which a kill of processes is repeated."""
 
 
 class Work(Fiber):
-    """A thread of a daemon, with one piece of work."""
+    """A thread of a daemon that does one piece of work."""
 
     __slots__ = ("_daemon", "_done", "_work")
 
@@ -48,16 +48,16 @@ class Work(Fiber):
 
     @property
     def alive(self) -> bool:
-        """Whether its process is."""
+        """Whether the process of the thread is alive."""
         return self._daemon.alive
 
     def step(self) -> None:
-        """Go on, unless its process has been killed."""
+        """Take a step, unless the process has been killed."""
         if self._daemon.alive:
             super().step()
 
     def run(self) -> None:
-        """Work, and let the reactor have the result."""
+        """Do the work, and pass the result to the reactor."""
         result: object
         try:
             result = self._work()
@@ -75,38 +75,38 @@ class Work(Fiber):
 
 @define(eq=False)
 class Pipe:
-    """What a daemon hears of a shim that it has started."""
+    """The connection from a shim to the daemon that has started it."""
 
     daemon: "Daemon"
     protocol: ProcessProtocol
     shim: Shim | None = None
 
     def tell(self, data: bytes) -> None:
-        """Send news."""
+        """Send a report of the shim."""
         self.daemon.post(self.protocol.childDataReceived, 1, data)
 
     def complain(self, text: str) -> None:
-        """Send what the shim prints on its standard error."""
+        """Send the shim's standard error."""
         self.daemon.post(self.protocol.childDataReceived, 2, f"{text}\n".encode())
 
     def closed(self) -> None:
-        """Say that the shim sends nothing more."""
+        """Report that the shim sends nothing more."""
         self.daemon.post(self.protocol.childConnectionLost, 1)
 
     def ended(self, status: int | None, signal: str | None) -> None:
-        """Say that the shim has ended."""
+        """Report that the shim has ended."""
         number = {"SIGKILL": 9, "SIGTERM": 15}.get(signal or "")
         reason = ProcessDone(0) if status == 0 else ProcessTerminated(status, number)
         self.daemon.post(self.protocol.processExited, Failure(reason))
         self.daemon.post(self.protocol.processEnded, Failure(reason))
 
-    # What the protocol asks of its transport.
+    # The methods that the protocol calls on its transport.
 
     def closeStdin(self) -> None:
-        """Do nothing: nobody reads it."""
+        """Do nothing, because the shim does not read it."""
 
     def loseConnection(self) -> None:
-        """Do nothing: no task holds the pipes."""
+        """Do nothing, because no task holds the pipes."""
 
     def signalProcess(self, name: str | int) -> None:
         """Signal the shim."""
@@ -130,7 +130,7 @@ class SimulatedMachine:
         self._daemon.operation()
 
     def _open(self) -> None:
-        """Open a file, which takes a descriptor."""
+        """Raise `OSError` if no descriptor is free to open a file."""
         self._daemon.operation()
         if self._daemon.world.choked:
             raise OSError(errno.EMFILE, "Too many open files", "a file")
@@ -141,14 +141,14 @@ class SimulatedMachine:
         return self._daemon.world.boot_id
 
     def in_thread(self, work: Callable[[], T]) -> Deferred[T]:
-        """Fire with what the function returns, in its time."""
+        """Fire with the result of the function, when a thread has run it."""
         done: Deferred[T] = Deferred()
         if self._daemon.alive:
             Work(self._daemon, work, done)  # type: ignore[arg-type]
         return done
 
     def check_room(self, folder: Path) -> None:
-        """Raise `StoreUnavailable` if a new task could not be kept in a folder."""
+        """Raise `StoreUnavailable` if there is no room for a new task in a folder."""
         self._operation()
         disk = self._daemon.world.disk
         try:
@@ -159,13 +159,13 @@ class SimulatedMachine:
             raise StoreUnavailable("the simulated disk is full", full=True)
 
     def append(self, path: Path, data: bytes) -> Identity:
-        """Add to a file, which is made if need be, and wait until it is on disk."""
+        """Append to a file, made if it is missing, and wait until it is on disk."""
         self._open()
         disk = self._daemon.world.disk
         folder, name = disk.folder_of(str(path))
         found = (folder.entries or {}).get(name) or disk.make(folder, name)
         self._operation()
-        # As on a real disk: first its size, and a crash can come before the content.
+        # As on a real disk, the size comes first, and a crash can precede the content.
         end = len(found.content)
         disk.write(found, bytes(len(data)), append=True)
         self._operation()
@@ -175,7 +175,7 @@ class SimulatedMachine:
         return Identity(1, found.number, found.changed, len(found.content))
 
     def read(self, path: Path, *, tail: bool = False) -> bytes:
-        """Return a small file; none is larger here."""
+        """Return the content of a file; all files are small here."""
         self._open()
         found = self._daemon.world.disk.find(str(path))
         if found.entries is not None:
@@ -196,7 +196,7 @@ class SimulatedMachine:
         disk.write(found, data)
 
     def claim(self, path: Path) -> bool:
-        """Make an empty file and sync its folder; False: there is one already."""
+        """Make an empty file and sync its folder. Return False if it already exists."""
         self._open()
         disk = self._daemon.world.disk
         folder, name = disk.folder_of(str(path))
@@ -215,20 +215,20 @@ class SimulatedMachine:
         disk.sync(disk.find(str(path)))
 
     def rename(self, old: Path, new: Path) -> None:
-        """Give a file another name, in place of what has that name."""
+        """Rename a file, replacing any other with the new name."""
         self._operation()
         disk = self._daemon.world.disk
         disk.rename(*disk.folder_of(str(old)), *disk.folder_of(str(new)))
 
     def remove(self, path: Path) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         self._operation()
         disk = self._daemon.world.disk
         with suppress(FileNotFoundError):
             disk.unlink(*disk.folder_of(str(path)))
 
     def make_folder(self, path: Path) -> None:
-        """Make a folder, if it is not there."""
+        """Make a folder unless it exists."""
         self._operation()
         disk = self._daemon.world.disk
         folder, name = disk.folder_of(str(path))
@@ -237,7 +237,7 @@ class SimulatedMachine:
         disk.make(folder, name, is_folder=True)
 
     def remove_folder(self, path: Path) -> None:
-        """Remove a folder and what is in it, as far as possible."""
+        """Remove a folder and its content, as far as possible."""
         disk = self._daemon.world.disk
         try:
             folder, name = disk.folder_of(str(path))
@@ -256,7 +256,7 @@ class SimulatedMachine:
         return list(self._folder(path).entries or ())
 
     def identity(self, path: Path) -> Identity:
-        """Return which file or folder this is."""
+        """Return the identity of a file or folder."""
         self._operation()
         found = self._daemon.world.disk.find(str(path))
         return Identity(1, found.number, found.changed, len(found.content))
@@ -270,18 +270,18 @@ class SimulatedMachine:
         return int((found.content.split() or [b"-1"])[0])
 
     def output(self, folder: Path) -> "Written":
-        """Return a reader of what a shim has written."""
+        """Return a reader of the output that a shim has written."""
         return Written(self, folder)
 
     def content(self, path: Path) -> bytes:
-        """Return what is in a file, nothing if there is no such file."""
+        """Return the content of a file, empty if it does not exist."""
         try:
             return self.read(path)
         except FileNotFoundError:
             return b""
 
     def make_cgroup(self, name: str, limits: Limits) -> str:
-        """Return "": there are none in this world."""
+        """Return "", because this world has no cgroups."""
         return ""
 
     def spawn(self, protocol: ProcessProtocol, folder: Path) -> None:
@@ -306,7 +306,7 @@ class SimulatedMachine:
         return next((shim for shim in found if shim.pid == pid), None)
 
     def terminate(self, folder: Path) -> None:
-        """Send TERM and CONT to the shim of a folder, and to nobody else."""
+        """Send TERM and CONT to the shim of a folder, and to no other process."""
         shim = self._shim_of(folder)
         if shim is not None:
             shim.terminate()
@@ -323,7 +323,7 @@ class SimulatedMachine:
     def end(
         self, folder: Path, *, numbers: bool, cgroup: str
     ) -> Deferred[tuple[Process, ...]]:
-        """Kill the shim of a folder and all of its task; fires with what remains."""
+        """Kill the shim of a folder and its task; fire with the remaining processes."""
 
         def work() -> tuple[Process, ...]:
             trees = list(self._trees(folder, numbers=numbers))
@@ -357,7 +357,7 @@ class SimulatedMachine:
                 yield tree
 
     def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:
-        """Fire with those of the processes, and what is below them, that still run."""
+        """Fire with those of the processes and their descendants that still run."""
         wanted = {(one.pid, one.start) for one in processes}
 
         def work() -> tuple[Process, ...]:
@@ -400,7 +400,7 @@ class Written:
             yield at // RECORD, Record.parse(data[at : at + RECORD])
 
     def last_line(self) -> bytes:
-        """Return nothing: no simulated command promises a line."""
+        """Return nothing, because no simulated command has a required last line."""
         return b""
 
 

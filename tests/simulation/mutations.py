@@ -1,4 +1,4 @@
-"""Mends of the core that can be taken out, to see that the simulation finds each."""
+"""Fixes that can be taken out of the core, to show that the simulation needs each."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -37,7 +37,7 @@ def _patched(owner: object, name: str, value: object) -> Iterator[None]:
 
 @contextmanager
 def no_boot() -> Iterator[None]:
-    """A1: a permit counts after a boot, and a shim does not sync its lock."""
+    """A1: a permit stays valid after a boot, and a shim does not sync its lock."""
     text = Permits._text
 
     def without_boot(permits: Permits, folder: Path) -> bytes:
@@ -52,7 +52,7 @@ def no_boot() -> Iterator[None]:
 
 @contextmanager
 def no_folders() -> Iterator[None]:
-    """A2: a permit counts for any folder, and a folder that is gone was never begun."""
+    """A2: a permit is valid for any folder, and a missing folder counts as unused."""
 
     def is_valid(permits: Permits, task_id: int, permit: str | None) -> bool:
         permits._machine.make_folder(permits._tasks)
@@ -66,7 +66,7 @@ def no_folders() -> Iterator[None]:
 
 @contextmanager
 def secrets_last() -> Iterator[None]:
-    """A8: secrets are kept after the record of their task, and a retry brings none."""
+    """A8: secrets are stored after the record of their task, and a retry has none."""
     keep, create = ShimExecutor.keep_secrets, SimulatedStore.create
     later: dict[str, tuple[ShimExecutor, Mapping[str, str]]] = {}
 
@@ -100,35 +100,35 @@ def secrets_last() -> Iterator[None]:
 
 @contextmanager
 def wall_clock() -> Iterator[None]:
-    """A9: what expires expires by the wall clock."""
+    """A9: keys and tasks expire by the wall clock."""
     with _patched(SteadyClock, "steady", SteadyClock.wall):
         yield
 
 
 @contextmanager
 def endless_stop() -> Iterator[None]:
-    """A10: a stop waits for records as long as it takes."""
+    """A10: a stop waits for records without limit."""
     with _patched(service, "LEAVE", 1e9):
         yield
 
 
 @contextmanager
 def no_jump() -> Iterator[None]:
-    """Versions go on after a restart where the record says."""
+    """After a restart versions continue from the record, without a jump."""
     with _patched(fakes, "RESTART", 1):
         yield
 
 
 @contextmanager
 def start_not_prevented() -> Iterator[None]:
-    """A killed task that has not begun is told killed although its shim may begin."""
+    """A killed task that has not begun is reported killed while its shim can begin."""
     with _patched(ShimExecutor, "prevent_start", lambda *_: True):
         yield
 
 
 @contextmanager
 def free_targets() -> Iterator[None]:
-    """A task whose processes could not be killed gives its target back."""
+    """A task gives its target back although its processes survived a kill."""
     ran = LiveTask.ran
 
     def forget(live: LiveTask, exit: Exit, **more: Any) -> None:
@@ -140,7 +140,7 @@ def free_targets() -> Iterator[None]:
 
 @contextmanager
 def keys_at_once() -> Iterator[None]:
-    """Two requests with one key may be under way at once."""
+    """Two requests with one key can be in progress at once."""
 
     class Forgetful(set[tuple[Principal | None, str]]):
         def __contains__(self, _: object) -> bool:
@@ -158,7 +158,7 @@ def keys_at_once() -> Iterator[None]:
 
 @contextmanager
 def told_early() -> Iterator[None]:
-    """A change is told before it is on record."""
+    """A change is announced before it is on record."""
 
     async def record(recorder: Recorder, live: LiveTask) -> None:
         live.task.announce(live.newest)
@@ -170,7 +170,7 @@ def told_early() -> Iterator[None]:
 
 @contextmanager
 def left_alive() -> Iterator[None]:
-    """What a lost task has left is not killed."""
+    """The processes of a lost task are not killed."""
 
     def end(*_: object, **__: object) -> Deferred[Any]:
         return succeed(())

@@ -1,4 +1,4 @@
-"""What a seed means: how the world is made, who asks for what, and which faults happen."""
+"""Makes a world from a seed: its set-up, its clients and its faults."""
 
 from collections.abc import Sequence
 from random import Random
@@ -11,7 +11,7 @@ from pulsar_api.tasks.queue import Limits
 
 @frozen
 class Fault:
-    """Something that breaks, at a step of the scheduler."""
+    """A fault at a step of the scheduler."""
 
     step: int
     kind: str
@@ -20,18 +20,18 @@ class Fault:
 
 @frozen
 class Plan:
-    """One world. Two worlds of equal plans are equal in every step."""
+    """One world. Equal plans make worlds that are equal in every step."""
 
     seed: int
     salt: int = 0
-    """Another order of steps with the same clients and faults; for shrinking."""
+    """Selects another order of steps with the same clients and faults, for shrinking."""
     clients: tuple[int, ...] = ()
     faults: tuple[Fault, ...] = ()
     steps: int = 0
-    """How many steps are taken before everything is mended."""
+    """The number of steps before all faults end."""
     limits: Limits = field(factory=lambda: Limits(Bounds(10)))
     preempt: float = 0.0
-    """How likely it is that others come in between of two operations of a process."""
+    """The probability that other actors run between two operations of a process."""
     drift: float = 0.0
     latency: float = 0.001
     drain: float = 0.0
@@ -60,14 +60,14 @@ KINDS: dict[str, int] = {
     "sick": 2,
     "rolled_back": 1,
 }
-"""Faults, and how often each happens; `faults` has a function for each."""
+"""The kinds of faults, and the weight of each. `faults` has a function for each."""
 
 
 def make_plan(seed: int, only: Sequence[str] = ()) -> Plan:
-    """Return the world of a seed, perhaps with only some kinds of faults."""
+    """Return the plan for a seed, limited to some kinds of faults if given."""
     rng = Random(seed)
     choice = rng.choice
-    # Not all kinds in each world: those that are left get deeper.
+    # Each world has only some kinds of faults, so that those combine more deeply.
     kinds = [kind for kind in only or KINDS if rng.random() < 0.5] or [*only, "kill"]
     weights = [KINDS[kind] for kind in kinds]
     steps = choice((100, 200, 400, 700))

@@ -37,17 +37,17 @@ LOGGERS = (
     service,
     shim_protocol,
 )
-"""Modules of the core that log."""
+"""The modules of the core that log."""
 
 
 class Quiet:
-    """Takes what the core logs: nothing of it is kept, but failures are violations."""
+    """Replaces the core's logger. It keeps nothing, and turns failures into violations."""
 
     def __init__(self) -> None:
         self.world: World | None = None
 
     def info(self, text: str, **values: object) -> None:
-        """Note it for the trace."""
+        """Note the event for the trace."""
         world = self.world
         if world is not None and world.trace is not None:
             fiber = world.scheduler.current
@@ -65,7 +65,7 @@ class Quiet:
 
 @contextmanager
 def quiet() -> Iterator[Quiet]:
-    """Let the core log to nobody."""
+    """Replace the core's loggers."""
     made = Quiet()
     before: list[tuple[Any, str, object]] = [
         (module, "_log", module._log) for module in LOGGERS
@@ -83,7 +83,7 @@ def quiet() -> Iterator[Quiet]:
 def run_plan(
     plan: Plan, without: str | None = None, trace: list[str] | None = None
 ) -> list[Violation]:
-    """Run one world; return what should not have happened in it."""
+    """Run one world, and return the violations."""
     with quiet() as log:
         return _run(plan, log, without, trace)
 
@@ -103,7 +103,7 @@ def _run(
 
 @frozen
 class Batch:
-    """Seeds to run one after the other."""
+    """Seeds to run in sequence."""
 
     first: int
     number: int
@@ -112,7 +112,7 @@ class Batch:
 
 
 def run_batch(batch: Batch) -> list[tuple[int, list[Violation]]]:
-    """Run some seeds; return those with violations."""
+    """Run some seeds, and return those with violations."""
     found = []
     gc.collect()
     gc.freeze()
@@ -129,7 +129,7 @@ def run_batch(batch: Batch) -> list[tuple[int, list[Violation]]]:
 
 
 def shrink(plan: Plan, without: str | None = None) -> Plan:
-    """Return a plan with fewer clients, faults and steps that violates the same."""
+    """Return a smaller plan that violates the same invariant."""
     wanted = {violation.invariant for violation in run_plan(plan, without)}
 
     def fails(candidate: Plan) -> Plan | None:
@@ -167,22 +167,22 @@ def _smaller(plan: Plan) -> Iterator[Plan]:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m tests.simulation", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=2000, help="how many worlds [2000]")
+    parser.add_argument("--seeds", type=int, default=2000, help="number of worlds [2000]")
     parser.add_argument("--first", type=int, default=0, help="the first seed [0]")
     parser.add_argument("--jobs", type=int, default=2, help="processes [2]")
-    parser.add_argument("--without", choices=sorted(MUTATIONS), help="take a mend out")
+    parser.add_argument("--without", choices=sorted(MUTATIONS), help="take this fix out")
     parser.add_argument(
         "--faults", nargs="+", default=(), choices=sorted(KINDS), help="only these kinds"
     )
-    parser.add_argument("--seed", type=int, help="run only this one")
-    parser.add_argument("--trace", action="store_true", help="print what happens in it")
-    parser.add_argument("--shrink", action="store_true", help="make what fails smaller")
-    parser.add_argument("--stop", action="store_true", help="end at the first violation")
+    parser.add_argument("--seed", type=int, help="run only this seed")
+    parser.add_argument("--trace", action="store_true", help="print its events")
+    parser.add_argument("--shrink", action="store_true", help="shrink failing plans")
+    parser.add_argument("--stop", action="store_true", help="stop at the first violation")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line says; return the exit status."""
+    """Run the worlds that the command line selects, and return the exit status."""
     options = _options(arguments)
     if options.seed is not None:
         return _one(options)

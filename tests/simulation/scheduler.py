@@ -1,4 +1,4 @@
-"""Time and order of a simulated world: who takes the next step is a matter of the seed."""
+"""The time and the order of a simulated world. The seed decides which actor is next."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,15 +9,15 @@ from random import Random
 from greenlet import getcurrent, greenlet
 
 SLOW = 0.3
-"""Seconds that may pass at once while somebody has something to do."""
+"""The most seconds that pass at once while an actor has something to do."""
 
 
 class Died(BaseException):
-    """Raised in the middle of what a process does, when that process is killed."""
+    """Raised inside a process when it is killed."""
 
 
 class Actor:
-    """Takes one step at a time, for as long as it has something to do."""
+    """Takes one step at a time while it has something to do."""
 
     __slots__ = ("_queued",)
 
@@ -25,12 +25,12 @@ class Actor:
         self._queued = False
 
     def step(self) -> None:
-        """Do the next thing."""
+        """Take the next step."""
         raise NotImplementedError
 
 
 class Timer:
-    """Something to do later."""
+    """A call at a later time."""
 
     __slots__ = ("args", "call")
 
@@ -39,22 +39,22 @@ class Timer:
         self.args = args
 
     def cancel(self) -> None:
-        """Do it no more."""
+        """Cancel the call."""
         self.call = None
         self.args = ()
 
 
 class Scheduler:
-    """Lets actors take their steps, one after the other, in an order of chance.
+    """Lets actors take their steps one at a time, in random order.
 
-    ``drift`` is how likely it is that time goes on although somebody has something to do.
+    ``drift`` is the probability that time passes although an actor has something to do.
     """
 
     def __init__(self, rng: Random, drift: float) -> None:
         self.hub = getcurrent()
         self.random = rng.random
         self.now = 0.0
-        """Seconds since the begin of the world in which some machine was awake."""
+        """Seconds since the beginning of the world for which the machine was awake."""
         self.current: Fiber | None = None
         self._drift = drift
         self._ready: list[Actor] = []
@@ -62,20 +62,20 @@ class Scheduler:
         self._count = 0
 
     def wake(self, actor: Actor) -> None:
-        """Note that an actor has something to do."""
+        """Mark an actor as having something to do."""
         if not actor._queued:
             actor._queued = True
             self._ready.append(actor)
 
     def after(self, delay: float, call: Callable[..., object], *args: object) -> Timer:
-        """Call something when some time has passed."""
+        """Call a function after some time."""
         timer = Timer(call, args)
         self._count += 1
         heappush(self._heap, (self.now + delay, self._count, timer))
         return timer
 
     def step(self) -> bool:
-        """Let one of those who can take a step; return False if nobody ever will."""
+        """Let one actor take a step. Return False if no actor ever will again."""
         ready = self._ready
         number = len(ready)
         if number == 0:
@@ -92,7 +92,7 @@ class Scheduler:
         return True
 
     def _next(self) -> float:
-        """Return when something is to be called that was not cancelled."""
+        """Return the time of the next call that has not been cancelled."""
         heap = self._heap
         while heap and heap[0][2].call is None:
             heappop(heap)
@@ -110,18 +110,18 @@ class Scheduler:
 
 
 class Fiber(Actor):
-    """A course of actions that others can come in between of, at each operation."""
+    """A sequence of operations, between which other actors can run."""
 
     __slots__ = ("_greenlet", "scheduler")
 
     def __init__(self, scheduler: Scheduler) -> None:
         super().__init__()
         self.scheduler = scheduler
-        # Always below the hub: who makes a fiber does not wait for it.
+        # Always a child of the hub, because the maker of a fiber does not wait for it.
         self._greenlet = greenlet(self._guarded, parent=scheduler.hub)
 
     def run(self) -> None:
-        """Do all of it."""
+        """Do the whole sequence."""
         raise NotImplementedError
 
     def _guarded(self) -> None:
@@ -129,27 +129,27 @@ class Fiber(Actor):
             self.run()
 
     def step(self) -> None:
-        """Go on to the next pause."""
+        """Run until the next pause."""
         scheduler = self.scheduler
         scheduler.current = self
         self._greenlet.switch()
         scheduler.current = None
 
     def pause(self) -> None:
-        """Let others come in between. Only from within."""
+        """Let other actors run. Call this only from within the fiber."""
         self.scheduler.wake(self)
         self.scheduler.hub.switch()
 
     def rest(self) -> None:
-        """Do nothing until somebody wakes this fiber. Only from within."""
+        """Wait until another actor wakes this fiber. Call this only from within it."""
         self.scheduler.hub.switch()
 
     def sleep(self, seconds: float) -> None:
-        """Do nothing for a while. Only from within."""
+        """Wait for some seconds. Call this only from within the fiber."""
         self.scheduler.after(seconds, self.scheduler.wake, self)
         self.scheduler.hub.switch()
 
     def unwind(self) -> None:
-        """End it in the middle of what it does. Only from outside of any fiber."""
-        if self._greenlet:  # it has begun and not ended
+        """End the fiber at its present operation. Call this only outside all fibers."""
+        if self._greenlet:  # it has begun and has not ended
             self._greenlet.throw(Died)

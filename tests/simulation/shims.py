@@ -19,30 +19,30 @@ if TYPE_CHECKING:
 
 @define
 class Behaviour:
-    """What a command does, told by the name of its action."""
+    """The behaviour of a command, which follows from the name of its action."""
 
     lasts: float
     code: int = 0
     prints: int = 0
     deaf: bool = False
-    """Whether it ignores TERM."""
+    """Whether the command ignores TERM."""
     immortal: float = 0.0
-    """Seconds for which not even KILL ends it: it sits in the kernel, or is root's."""
+    """Seconds for which it survives KILL, because it hangs in the kernel or is root's."""
     leaves: float = 0.0
-    """Seconds for which a child of it goes on after its end."""
+    """Seconds for which a child of the command outlives it."""
     left_holds: bool = False
-    """Whether that child holds the output."""
+    """Whether that child holds the output open."""
     holds: bool = False
-    """Whether it is such a child."""
+    """Whether this is the behaviour of such a child."""
     stops: bool = False
-    """Whether it stops its shim."""
+    """Whether the command sends STOP to its shim."""
 
 
 ACTIONS = "ok ok fail long deaf immortal leave hold stop stop quick quick endless".split()
 
 
 def behaviour(action: str, rng: Random) -> Behaviour:
-    """Return how one run of an action goes."""
+    """Return the behaviour of one run of an action."""
     lasts = rng.choice((0.0, 0.01, 0.1, 0.5, 2.0, 5.0))
     made = Behaviour(lasts, prints=rng.choice((0, 0, 1, 3)))
     match action:
@@ -68,7 +68,7 @@ def behaviour(action: str, rng: Random) -> Behaviour:
 
 
 class Member:
-    """A process of a task, but for its shim."""
+    """A process of a task other than its shim."""
 
     __slots__ = (
         *(
@@ -107,7 +107,7 @@ class Member:
                 self._timer = self.tree.world.scheduler.after(left, self.end, -9)
 
     def end(self, status: int) -> None:
-        """Be no more; the shim hears of it."""
+        """End, and notify the shim."""
         if self.alive:
             self.alive = False
             self._timer.cancel()
@@ -120,22 +120,22 @@ class Member:
 
 
 class Tree:
-    """All processes of one run of a task; its folder's files have their numbers."""
+    """All processes of one run of a task. The files in its folder name their numbers."""
 
     def __init__(self, world: "World", state: "State", path: str) -> None:
         self.world = world
         self.state = state
         self.path = path
-        """What the kernel says of their environment: the folder's path at the start."""
+        """The environment by which the kernel identifies them: the first folder's path."""
         self.shim: Shim | None = None
         self.members: list[Member] = []
         self.task: tuple[int, int] | None = None
-        """Which task of which state it is, once the command runs."""
+        """The state and the number of the task, once the command runs."""
         self.target = ""
         world.trees.append(self)
 
     def living(self) -> list[Member]:
-        """Return those that run, without the shim."""
+        """Return the running processes, without the shim."""
         return [member for member in self.members if member.alive]
 
     def begin(self, task: tuple[int, int], target: str, made: Behaviour) -> int:
@@ -160,7 +160,7 @@ class Tree:
             self.shim.notice()
 
     def ended(self, member: Member, status: int) -> None:
-        """Note that one of them has ended."""
+        """Note the end of one of the processes."""
         if member is self.members[0]:
             made = member.behaviour
             if made.leaves and status >= 0:
@@ -173,7 +173,7 @@ class Tree:
             self.shim.notice()
 
     def kill(self) -> None:
-        """Kill all that can be killed, also the shim."""
+        """Kill every process that can be killed, and the shim."""
         if self.shim is not None and self.shim.alive:
             self.shim.die("SIGKILL")
         for member in self.living():
@@ -188,10 +188,10 @@ class Tree:
 
 
 class Shim(Fiber):
-    """A shim, from the moment in which it was spawned."""
+    """A shim, from its spawn on."""
 
     syncs = True
-    """Whether its lock is on disk before its task begins."""
+    """Whether the shim syncs its lock before its task begins."""
 
     def __init__(self, world: "World", state: "State", path: str, pipe: "Pipe") -> None:
         super().__init__(world.scheduler)
@@ -203,13 +203,13 @@ class Shim(Fiber):
         self.alive = True
         self.stopped = False
         self.listens = True
-        """Whether it takes TERM for a request."""
+        """Whether the shim handles TERM as a request."""
         self.told = False
-        """Whether it has told that it is ready."""
+        """Whether the shim has reported that it is ready."""
         self.arrived = 0
-        """Bytes that its task has printed."""
+        """Bytes that the task has printed."""
         self.status: int | None = None
-        """How the command has ended: an exit code, or a signal's number below 0."""
+        """The end of the command: an exit code, or the negative number of a signal."""
         self._folder: Inode | None = None
         self._lock: Inode | None = None
         self._linked = False
@@ -225,7 +225,7 @@ class Shim(Fiber):
     # -- from outside
 
     def notice(self) -> None:
-        """Wake up, as there is something to see."""
+        """Wake up to handle an event."""
         if self.alive and not self.stopped:
             self.scheduler.wake(self)
 
@@ -250,7 +250,7 @@ class Shim(Fiber):
             self.notice()
 
     def die(self, how: str) -> None:
-        """End by a signal; what it has started runs on."""
+        """End by a signal. The processes of the task run on."""
         if self.alive:
             self.world.log("shim {} dies of {}", self.pid, how)
             self._leave()
@@ -276,14 +276,14 @@ class Shim(Fiber):
         self._held.clear()
 
     def step(self) -> None:
-        """Go on, unless it is stopped."""
+        """Take a step, unless the shim is stopped."""
         if self.alive and not self.stopped:
             super().step()
 
     # -- from inside
 
     def run(self) -> None:
-        """Do as ``pulsar_api/shim.py`` does."""
+        """Behave as ``pulsar_api/shim/shim.py`` does."""
         try:
             status = self._main()
         except OSError as e:
@@ -301,7 +301,7 @@ class Shim(Fiber):
             raise Died
 
     def _until(self, time: float | None) -> None:
-        """Rest until something happens, or until a time has come."""
+        """Wait until an event, or until the given time."""
         if time is not None:
             delay = max(0.0, time - self.world.now)
             self._deadline = self.scheduler.after(delay, self.notice)
@@ -312,7 +312,7 @@ class Shim(Fiber):
             raise Died
 
     def _bear(self, error: OSError) -> None:
-        """Wait until what went wrong may have passed; raise it if it cannot pass."""
+        """Wait before the next try after a passing error; raise any other error."""
         if error.errno not in shim.PASSING:
             raise error
         self._ready()
@@ -377,7 +377,7 @@ class Shim(Fiber):
         return 0
 
     def _take(self) -> bool:
-        """Enter the folder and take its lock; return False if another one has it."""
+        """Enter the folder and take its lock. Return False if another shim has it."""
         disk = self.world.disk
         if self._folder is None:
             self._folder = disk.find(self.tree.path)
@@ -449,7 +449,7 @@ class Shim(Fiber):
         self._step()
 
     def _again(self, inode: Inode, data: bytes) -> None:
-        """Add to a file, as soon as there is room."""
+        """Append to a file, as soon as there is room."""
         while True:
             try:
                 self.world.disk.write(inode, data, append=True)
@@ -521,7 +521,7 @@ class Shim(Fiber):
             self._step()
 
     def _finish(self, error: str = "") -> None:
-        """Write ``exit``: all or nothing, and only when the output is safe."""
+        """Write ``exit`` atomically, once the output is on disk."""
         disk = self.world.disk
         while True:
             try:
@@ -575,11 +575,11 @@ class Shim(Fiber):
         self._step()
 
     def _holds(self) -> bool:
-        """Return whether somebody holds a pipe of the command."""
+        """Return whether a process holds a pipe of the command."""
         return any(member.behaviour.holds for member in self.tree.living())
 
     def _linger(self) -> None:
-        """Stay as the parent of what is left, but let the folder and the daemon go."""
+        """Stay as the parent of remaining processes, without the folder and the daemon."""
         if self.tree.living():
             self.listens = False
             self._let_go()

@@ -1,9 +1,9 @@
-"""A `TaskStore` whose records survive their daemon, and whose answers take their time.
+"""A `TaskStore` whose records survive their daemon, and whose results arrive late.
 
-`Database` is what is on disk: the memory store of the other tests, which knows what each
-operation means. `SimulatedStore` is how one daemon uses it: operations wait for a thread,
-are committed in groups, and are answered later. A daemon that dies in between has
-committed all of a group or nothing.
+`Database` has the records on disk. It is the memory store of the other tests, which defines
+each operation. `SimulatedStore` is the access of one daemon: operations wait for a thread,
+are committed in groups, and fire later. If the daemon dies in between, all of a group or
+none of it has been committed.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +25,12 @@ BUSY = 5.0
 """Seconds after which an operation fails while the database is away."""
 
 Later = Callable[..., object]
-"""Called with a function and its arguments, calls it in its time."""
+"""Takes a function and its arguments, and calls it later."""
 
 
 @define(eq=False)
 class Database:
-    """The records of one state, as they are on disk."""
+    """The records of one state on disk."""
 
     memory: MemoryStore = field(factory=MemoryStore)
     away: bool = False
@@ -51,13 +51,13 @@ class Database:
 
 @define(eq=False)
 class _Thread:
-    """Does operations of one daemon in their order, those that wait in one group."""
+    """Does the operations of one daemon in order. Those that wait form one group."""
 
     _database: Database
     _post: Later
-    """Calls in the reactor's thread, unless the daemon has died."""
+    """Calls a function in the reactor's thread, unless the daemon has died."""
     _later: Later
-    """Calls when some time has passed, unless the daemon has died."""
+    """Calls a function after some time, unless the daemon has died."""
     _committed: Callable[[], object]
     _jobs: list[tuple[Callable[[MemoryStore], Deferred[Any]], Deferred[Any]]] = field(
         factory=list, init=False
@@ -139,7 +139,7 @@ class SimulatedStore:
         self._reader = _Thread(self._database, self._post, self._later, _nothing)
 
     async def close(self) -> None:
-        """Do what was asked for, and no more."""
+        """Finish the requested operations, and accept no more."""
         await self._writer.close()
         await self._reader.close()
 

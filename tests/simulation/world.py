@@ -1,6 +1,6 @@
 """A simulated world: one machine, its disk and its clocks, a daemon, tasks, clients.
 
-All that happens follows from a `Plan`. `run` returns the violations of invariants.
+Everything that happens follows from a `Plan`. `World.run` returns the violations.
 """
 
 from collections.abc import Callable
@@ -24,18 +24,18 @@ from tests.simulation.shims import Shim, Tree, behaviour
 from tests.simulation.store import Database
 
 EPOCH = 1_700_000_000.0
-"""What the wall clock says at the begin of a world."""
+"""The time of the wall clock at the beginning of a world."""
 
 PATIENCE = 3000.0
-"""Simulated seconds in which all must come to its end once nothing is broken any more."""
+"""Simulated seconds in which everything must end once all faults are over."""
 
 MOST_STEPS = 40_000
-"""How many steps that may take."""
+"""The most steps that this may take."""
 
 SETTLE = 5.0
-"""Simulated seconds until what goes on behind the backs of clients is done, too."""
+"""Simulated seconds until work that clients do not see is done as well."""
 
-_LOOK = 25  # steps between two looks whether all is over
+_LOOK = 25  # steps between two checks whether everything has ended
 
 
 @define
@@ -50,7 +50,7 @@ class Violation:
 
 
 class World:
-    """See the module."""
+    """One simulated world; see the module."""
 
     def __init__(self, plan: Plan, trace: list[str] | None = None) -> None:
         self.plan = plan
@@ -63,9 +63,9 @@ class World:
         self.violations: list[Violation] = []
         self.disk = Disk(lambda: int(self.wall() * 1e9))
         self.away = 0.0
-        """Seconds in which the machine was suspended or off."""
+        """Seconds for which the machine was suspended or off."""
         self.skew = 0.0
-        """How wrong the wall clock is."""
+        """The error of the wall clock, in seconds."""
         self.boot_id = "boot 1"
         self.powered = True
         self.backup: Database | None = None
@@ -76,14 +76,14 @@ class World:
         """Whether no daemon can open a file."""
         self.mended = False
         self.calm_since = 0.0
-        """Since when nothing has been broken."""
+        """The time at which all faults had ended."""
         self.steps = 0
         self.shims: list[Shim] = []
         self.trees: list[Tree] = []
         self.daemons: list[Daemon] = []
         self.clients: list[Client] = []
         self.seen: dict[int, int] = {}
-        """The highest version of each task that a client was told."""
+        """The highest version of each task that a client has seen."""
         self._booted = 0.0
         self._boots = 1
         self._pids = count(300)
@@ -107,55 +107,55 @@ class World:
 
     @property
     def now(self) -> float:
-        """Seconds in which the machine was awake: `CLOCK_MONOTONIC`."""
+        """Seconds for which the machine was awake: `CLOCK_MONOTONIC`."""
         return self.scheduler.now
 
     def real(self) -> float:
-        """Return the seconds since the world began, by God's clock."""
+        """Return the true seconds since the world began."""
         return self.scheduler.now + self.away
 
     def uptime(self) -> float:
-        """Return the seconds since the boot, with suspend: `CLOCK_BOOTTIME`."""
+        """Return the seconds since boot, including suspend: `CLOCK_BOOTTIME`."""
         return self.scheduler.now + self.away - self._booted
 
     def wall(self) -> float:
-        """Return what the machine takes for the seconds since 1970."""
+        """Return the seconds since 1970 by the wall clock of the machine."""
         return EPOCH + self.scheduler.now + self.away + self.skew
 
     def latency(self) -> float:
-        """Return how long something takes that does not take long."""
+        """Return the seconds that a short operation takes."""
         chance = self.random()
         slow = 20.0 if chance > 0.98 else 1.0
         return chance * slow * self.plan.latency
 
     def new_pid(self) -> int:
-        """Return a number for a process; after a boot they come again."""
+        """Return a number for a process. A boot makes the numbers start again."""
         return next(self._pids)
 
     def new_name(self) -> str:
-        """Return a name that was never given."""
+        """Return a new, unique name."""
         return f"name-{next(self._names)}"
 
     # -- what happens
 
     def log(self, text: str, *values: object, **named: object) -> None:
-        """Note for the trace what happens."""
+        """Note an event for the trace."""
         if self.trace is not None:
             line = text.format(*values, **named)
             self.trace.append(f"{self.steps:6} {self.now:12.6f}  {line}")
 
     def tell(self, name: str, *values: object) -> None:
-        """Let the invariants know of something."""
+        """Notify the invariants of an event."""
         for handler in self._handlers.get(name, ()):
             handler(*values)
 
     def violated(self, invariant: str, text: str) -> None:
-        """Note a violation; the world ends after this step."""
+        """Note a violation. The world ends after this step."""
         self.log("VIOLATION of {}: {}", invariant, text)
         self.violations.append(Violation(invariant, text))
 
     def failure(self, what: str, failure: Failure | None) -> None:
-        """Take what the core or its reactor has logged as a failure."""
+        """Handle a failure that the core or its reactor has logged."""
         fiber = self.scheduler.current
         if fiber is not None and getattr(fiber, "alive", False):
             trouble = "" if failure is None else failure.getTraceback()
@@ -175,7 +175,7 @@ class World:
         return pid
 
     def call(self, work: Callable[..., Any], patience: float) -> Deferred[Any]:
-        """Ask the daemon for something, as a client does over the network."""
+        """Send a request to the daemon, as a client does over the network."""
         exchange = Exchange(Deferred())
         self.scheduler.after(self.latency(), self._arrive, exchange, work, patience)
         return exchange.done
@@ -202,7 +202,7 @@ class World:
     # -- daemons and the machine
 
     def daemon(self) -> Daemon | None:
-        """Return the daemon that clients speak to, if it runs."""
+        """Return the daemon that clients talk to, if it runs."""
         for daemon in self.daemons:
             if daemon.state is self.state:
                 return daemon
@@ -216,7 +216,7 @@ class World:
             self.tell("started", state)
 
     def kill(self, daemon: Daemon, pause: float | None = None) -> None:
-        """Let a daemon die; init starts it again."""
+        """Let a daemon die. The simulated init starts it again."""
         if daemon.alive:
             self.log("daemon {} dies", daemon.state.number)
             daemon.die()
@@ -231,7 +231,7 @@ class World:
         self._buried.append(fiber)
 
     def copy_state(self, path: str, database: Database) -> State:
-        """Return the state that a copy is."""
+        """Return the state for a copied folder."""
         number = next(self._states)
         known = database.memory.last
         before = [(upto, of) for upto, of in self.state.lineage if upto < known]
@@ -241,7 +241,7 @@ class World:
         return state
 
     def end_machine(self) -> None:
-        """Let all processes end at once."""
+        """End all processes at once."""
         self.powered = False
         for daemon in list(self.daemons):
             daemon.die()
@@ -252,7 +252,7 @@ class World:
         self.trees.clear()
 
     def boot(self, *, new: bool) -> None:
-        """Let the machine run again."""
+        """Start the machine again."""
         if new:
             self._boots += 1
             self.boot_id = f"boot {self._boots}"
@@ -266,7 +266,7 @@ class World:
         self.backup = self.state.database.copy()
 
     def _write_back(self) -> None:
-        # As the kernel does with what nobody has synced.
+        # The kernel writes unsynced data back after some time.
         if self.powered:
             self.disk.sync_all()
         self.scheduler.after(self.rng.uniform(5, 60), self._write_back)
@@ -274,7 +274,7 @@ class World:
     # -- all of it
 
     def run(self) -> list[Violation]:
-        """Let it all happen; return what should not have."""
+        """Run the world to its end, and return the violations."""
         plan, scheduler = self.plan, self.scheduler
         self.start(self.state)
         self.scheduler.after(self.rng.uniform(5, 60), self._write_back)
@@ -319,7 +319,7 @@ class World:
         while not self.violations and self.now < until and self.steps < most:
             self._step()
             if self.steps % _LOOK == 0:
-                # The last of the work is done when the last client has been told.
+                # The last work is done after the last client has had its response.
                 if not self.is_over():
                     over = None
                 elif over is None:
