@@ -1,7 +1,7 @@
-"""Opens files below the state folder, whatever a task has put in their place.
+"""Opens files below the state folder, which a task may have replaced by anything.
 
-A task may run as the account of the daemon, so it can replace each of them by a FIFO, a
-link, a folder or a device, and fill it with anything.
+A task may run under the account of the daemon. So it can replace each file by a FIFO, a
+link, a folder or a device, or fill it with anything.
 """
 
 import errno
@@ -12,28 +12,28 @@ from contextlib import suppress
 from pathlib import Path
 
 SMALL = 1 << 22
-"""Bytes of a small file; one that is larger was not written by us."""
+"""Bytes of a small file; the daemon writes no larger one."""
 
 _NEVER = frozenset(
     {errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV, errno.EINVAL, errno.ENAMETOOLONG}
 )
-"""Errors of an open that say that something else is there, and that do not pass."""
+"""Errors of open(2) that mean that the path is no regular file, and that do not pass."""
 
-_TRIES = 20  # in which a file is put where somebody else keeps putting another one
+_TRIES = 20  # to create a file where a task keeps creating another one
 
 
 class Damaged(OSError):
-    """A file of a task makes no sense, and never will."""
+    """A file of a task makes no sense, and trying again does not help."""
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Open a regular file and return its descriptor; never follow a link, never wait.
+    """Open a regular file and return its descriptor, without following links or waiting.
 
-    With ``O_CREAT`` a new file is for this user alone.
+    With ``O_CREAT`` a new file is for this user only.
 
-    Raises `Damaged` if there is something else, or a file that this user may not open;
-    `FileNotFoundError` or `NotADirectoryError` if there is nothing; another `OSError` if
-    nobody can open it now.
+    Raises `Damaged` if the path is not a regular file, or if this user is not permitted to
+    open it; `FileNotFoundError` or `NotADirectoryError` if there is none; and another
+    `OSError` if it cannot be opened now.
     """
     flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
@@ -44,7 +44,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
             _give_back(path)
             fd = os.open(path, flags, 0o600)
     except OSError as e:
-        # Else the folder above is closed for a while, which is no task's doing.
+        # Otherwise the folder above is closed for a while, which no task has caused.
         there = os.access(path.parent, os.X_OK, effective_ids=True)
         closed = e.errno == errno.EACCES and there
         if closed or e.errno in _NEVER:
@@ -57,7 +57,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def read(path: Path, most: int = SMALL, *, tail: bool = False) -> bytes:
-    """Return a small file; of a larger one the first ``most`` bytes, or the last.
+    """Return the content of a file: its first ``most`` bytes, or with ``tail`` the last.
 
     Raises what `open_regular` raises.
     """
@@ -68,9 +68,9 @@ def read(path: Path, most: int = SMALL, *, tail: bool = False) -> bytes:
 
 
 def make(path: Path) -> int:
-    """Make a file in place of what has this name, for this user alone; return a descriptor.
+    """Create a file for this user only, in place of the old one; return a descriptor.
 
-    A folder of this name stays, and is an `OSError`.
+    Raises `OSError` if there is a folder with this name, which stays.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     for _ in range(_TRIES):
@@ -78,13 +78,13 @@ def make(path: Path) -> int:
             os.unlink(path)
         with suppress(FileExistsError):
             return os.open(path, flags, 0o600)
-    raise Damaged(errno.EEXIST, "is made again and again by somebody else", str(path))
+    raise Damaged(errno.EEXIST, "is created again and again by another process", str(path))
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder for this user alone, in place of what has this name and is none.
+    """Create a folder for this user only, in place of a file or link with this name.
 
-    A link is removed, and what it leads to stays.
+    A link is removed, but not its target. An existing folder stays.
     """
     with suppress(FileNotFoundError):
         if not stat.S_ISDIR(os.stat(path, follow_symlinks=False).st_mode):
@@ -94,7 +94,7 @@ def make_folder(path: Path) -> None:
 
 
 def size(path: Path) -> int:
-    """Return the bytes of a regular file; errors as `open_regular`."""
+    """Return the size of a regular file in bytes; raises as `open_regular`."""
     try:
         found = os.stat(path, follow_symlinks=False)
     except PermissionError:
@@ -110,10 +110,10 @@ def size(path: Path) -> int:
 
 
 def narrow(path: Path) -> Iterator[Path]:
-    """Take all rights of others from a file, or from a folder and all that is in it.
+    """Remove the permissions of other users from a file, or from a folder and its content.
 
-    Yields each path that was open to others. Links are not followed; what belongs to
-    another user, or has another name elsewhere, stays as it is.
+    Yield each path that other users could access. Links are not followed. Files of other
+    users, and files with more than one name, are not changed.
     """
     folders = []
     with suppress(OSError):
@@ -123,7 +123,7 @@ def narrow(path: Path) -> Iterator[Path]:
         if stat.S_ISDIR(found.st_mode):
             folders.append(path)
     while folders:
-        # What is removed meanwhile, or is in too deep, stays as it is.
+        # Skip what is removed meanwhile, or nested too deep.
         with suppress(OSError), os.scandir(folders.pop()) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
@@ -144,7 +144,7 @@ def _narrow(path: Path, found: os.stat_result) -> bool:
 
 
 def _give_back(path: Path) -> None:
-    """Let this user read and change what it owns: a task may have taken the right away."""
+    """Restore this user's permissions on what it owns: a task may have removed them."""
     with suppress(OSError):
         found = os.stat(path, follow_symlinks=False)
         needed = {stat.S_IFDIR: 0o700, stat.S_IFREG: 0o600}.get(stat.S_IFMT(found.st_mode))
@@ -153,8 +153,8 @@ def _give_back(path: Path) -> None:
 
 
 def _change(path: Path, found: os.stat_result, mode: int) -> bool:
-    """Change the mode of what was found at a path, and of nothing else."""
-    # Such a descriptor drops no lock (fcntl(2)) of SQLite when it is closed.
+    """Change the mode of what was found at a path, unless it was replaced meanwhile."""
+    # With O_PATH, closing the descriptor drops no lock (fcntl(2)) of SQLite.
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if not os.path.samestat(os.fstat(fd), found):

@@ -1,7 +1,7 @@
-"""Makes a cgroup for each task, below that of the daemon (cgroups(7), version 2).
+"""Creates a cgroup for each task, below that of the daemon (cgroups(7), version 2).
 
 The cgroup of the daemon has to be delegated to it. ``Delegate=`` in a unit of systemd does
-that and sets an attribute (systemd.resource-control(5)); anybody else can set it as well.
+that and sets an attribute (systemd.resource-control(5)), which other programs can set too.
 """
 
 import errno
@@ -28,7 +28,7 @@ MARK = "user.delegate"
 """The attribute of a delegated cgroup; its value is 1."""
 
 OWN = "daemon"
-"""The cgroup of daemon, launcher and shims: a cgroup with sub-cgroups has no processes."""
+"""The cgroup of daemon, launcher and shims, as a cgroup with children has no processes."""
 
 CONTROLLERS = ("cpu", "memory", "pids")
 LIMITS = ("cpu.max", "memory.max", "pids.max")
@@ -36,7 +36,7 @@ LIMITS = ("cpu.max", "memory.max", "pids.max")
 
 _ENABLED = "cgroup.subtree_control"
 _NEW = 3600.0  # seconds; a shim may be about to start its command in an empty cgroup
-_PAUSE = 0.005  # seconds between two looks whether a cgroup is empty
+_PAUSE = 0.005  # seconds between two checks whether a cgroup is empty
 
 
 def name(task_id: int, permit: str) -> str:
@@ -49,7 +49,7 @@ def name(task_id: int, permit: str) -> str:
 
 
 def delegated(process: Path = Path("/proc/self")) -> Path | None:
-    """Return the cgroup that is delegated to a process, None if there is none."""
+    """Return the cgroup that is delegated to a process, or None."""
     own = _own(process)
     if own is None:
         return None
@@ -59,14 +59,14 @@ def delegated(process: Path = Path("/proc/self")) -> Path | None:
             writable = os.access(path, os.W_OK) and os.access(
                 path / "cgroup.procs", os.W_OK
             )
-            # Linux has it since 5.14. It is the main use of a task's cgroup.
+            # Since Linux 5.14. It is the main purpose of a task's cgroup.
             if marked and writable and (path / "cgroup.kill").exists():
                 return path
     return None
 
 
 def _own(process: Path) -> Path | None:
-    """Return the folder of a process's cgroup."""
+    """Return the folder of the cgroup of a process, or None."""
     try:
         found = (process / "cgroup").read_bytes().split(b"\n")
         mounts = (process / "mountinfo").read_bytes().split(b"\n")
@@ -97,20 +97,20 @@ def available(root: Path | None) -> frozenset[str]:
 
 @frozen
 class Cgroups:
-    """The tree of cgroups below the one that is delegated."""
+    """The tree of cgroups below the delegated one."""
 
     root: Path
     _lock: int
-    """A descriptor; no other daemon uses the tree while it is open."""
+    """A locked descriptor: no other daemon uses the tree while it is open."""
     _logged: list[str] = field(factory=list, init=False)
-    """Errors that are in the log already."""
+    """Errors that were logged already."""
 
     @classmethod
     def enter(cls, root: Path, now: float) -> "Cgroups | None":
-        """Move this process to its own cgroup, and prepare the tree for those of tasks.
+        """Move this process to a cgroup of its own, and prepare the tree for tasks.
 
-        ``now`` is in seconds since the epoch, as the times of folders are. Return None, and
-        log the reason, if that fails or another daemon uses the tree.
+        ``now`` is in seconds since the epoch. If this fails, or if another daemon uses the
+        tree, log the reason and return None.
         """
         lock = -1
         try:
@@ -133,8 +133,8 @@ class Cgroups:
         return frozenset((self.root / _ENABLED).read_text().split())
 
     def _enable(self) -> None:
-        # A cgroup with processes cannot have controllers for those below it. These are
-        # shims and tasks of a version without cgroups.
+        # A cgroup with processes cannot enable controllers for its children. These
+        # processes are shims and tasks of a version without cgroups.
         for pid in (self.root / "cgroup.procs").read_text().split():
             with suppress(ProcessLookupError):
                 _move(pid, self.root / OWN)
@@ -166,15 +166,15 @@ class Cgroups:
                     _log.error("Cannot limit {path} again: {e}", path=path, e=e)
 
     def make(self, name: str, limits: Limits) -> str:
-        """Make a cgroup and return its folder.
+        """Create a cgroup and return its folder.
 
-        Return "" if the kernel refuses it and there are no limits. Raise `OSError` if there
-        are: the task must not run without them.
+        If the kernel refuses it, return "" if there are no limits. If there are, raise
+        `OSError`, as the task must not run without them.
         """
         path = self.root / name
         try:
             path.mkdir(exist_ok=True)
-            # Language runtimes read their limits there. Our umask would forbid it.
+            # Language runtimes read their limits there, which our umask would prevent.
             path.chmod(0o755)
             if limits:
                 os.setxattr(path, shim.LIMITS, encoded(limits))
@@ -194,7 +194,8 @@ class Cgroups:
     def end(self, name: str, patience: float) -> list[Process]:
         """Kill all processes of a cgroup and remove it; return those that do not end.
 
-        Wait at most ``patience`` seconds. Raise `OSError` if descriptors or memory run out.
+        Waits at most ``patience`` seconds. Raises `OSError` if descriptors or memory run
+        out.
         """
         path = self.root / name
         left: list[Process] = []
@@ -206,7 +207,7 @@ class Cgroups:
             left = proc.describe(_members(path))
             _remove(path)
         except OSError as e:
-            proc.gone(e)  # it does not exist, or it is not empty
+            proc.raise_shortage(e)  # it does not exist, or it is not empty
         return left
 
 

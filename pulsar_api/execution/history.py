@@ -28,19 +28,20 @@ MOST_PROCESSES = 4096
 
 @frozen
 class _Traces:
-    """What is remembered of one task."""
+    """What is remembered of the processes of one task."""
 
     sessions: Mapping[int, Session] = field(factory=dict)
     processes: frozenset[Key] = frozenset()
     bystanders: frozenset[Key] = frozenset()
-    """What the daemon had been left by other tasks at that time."""
+    """Orphans of other tasks that were children of the daemon at that time."""
 
 
 class ProcessHistory:
-    """Knows the processes of the tasks that run, so as to find them without their shim.
+    """Remembers the processes of running tasks, so as to find them without their shim.
 
-    ``tasks`` is the folder of all tasks. ``own`` has the numbers of the children that this
-    process waits for itself, and may change at any time; None: it is not a subreaper.
+    ``tasks`` is the folder of all tasks. ``own_children`` has the numbers of the children
+    that this process reaps itself, and may change at any time; None means that this process
+    is no subreaper.
     """
 
     def __init__(self, tasks: Path, own_children: Container[int] | None = None) -> None:
@@ -52,9 +53,9 @@ class ProcessHistory:
         self._left: frozenset[Key] = frozenset()
 
     def sample(self, shims: Mapping[int, Key]) -> float:
-        """Remember what runs below the shims; return the processor time that it took.
+        """Remember what runs below the shims; return the processor time that this took.
 
-        ``shims`` has every task that has not ended, also one whose shim is dead. All other
+        ``shims`` has the shim of every task that has not ended, dead or alive. All other
         tasks are forgotten.
         """
         began = time.thread_time()
@@ -67,7 +68,7 @@ class ProcessHistory:
             for task_id, key in shims.items():
                 top = table.get(key)
                 if top is None or not top.alive:
-                    # What was known when it died stays known.
+                    # What was known when the shim died stays known.
                     known[task_id] = self._of(task_id)
                     continue
                 tree = [top, *table.below(top, lambda one: one.pid in tops)]
@@ -84,12 +85,12 @@ class ProcessHistory:
     def orphans(
         self, task_id: int, shim: Key | None, lived: int = 0, *, believe: bool = True
     ) -> Orphans:
-        """Return what finds and ends the processes of a task whose shim is dead.
+        """Return the orphans of a task whose shim is dead.
 
-        ``shim`` is the shim's number and start, by its lock; None if another boot wrote
-        that, or nobody knows. ``lived`` is when it was last known to live, in ticks since
-        the boot (`proc.now`); the time of its death, if somebody saw that. ``believe``:
-        whether what is written in the folder counts; in a copy it is about others.
+        ``shim`` is the number and start time of the shim, from its lock; None if it is from
+        another boot, or not known. ``lived`` is when the shim was last known to live, in
+        ticks since the boot (`proc.now`). ``believe`` says whether the files in the folder
+        count; in a copy of a folder they are about other processes.
         """
         folder = folder_of(self._tasks, task_id)
         with self._lock:
@@ -115,25 +116,25 @@ class ProcessHistory:
         return _Traces(bystanders=self._left) if found is None else found
 
     def _write(self, task_id: int, table: Table, sessions: Mapping[int, Session]) -> None:
-        """Write the sessions of a task down, unless they are known by what is written."""
+        """Write the sessions of a task to its folder, unless the file still proves them."""
         written = self._written.get(task_id, {})
         known = (n in written and written[n].goes_on(table) for n in sessions)
         if not all(known):
-            # What cannot be written now is at the next look.
+            # What cannot be written now is written with the next sample.
             with suppress(OSError):
                 write_sessions(folder_of(self._tasks, task_id), sessions.values())
                 self._written[task_id] = sessions
 
     def _is_left(self, entry: Entry, me: Entry) -> bool:
-        """Return whether this daemon has got a process by the death of its parent."""
-        # Process 1 gets those of strangers, too.
+        """Return whether this daemon has adopted a process when its parent died."""
+        # Process 1 adopts the processes of everybody.
         if self._own_children is None or entry.parent != me.pid or me.pid == 1:
             return False
-        # What it starts itself is of its session, but for the shims.
+        # Processes that it starts itself are in its session, except for the shims.
         ours = entry.session == me.session or entry.pid in self._own_children
         return not ours and not self._begins(entry)
 
     def _begins(self, entry: Entry) -> bool:
-        """Return whether a process is a shim of ours, perhaps without its lock yet."""
+        """Return whether a process is a shim of this daemon, perhaps without a lock yet."""
         last = os.fsdecode(b"".join(arguments(entry)[-1:]))
         return os.path.dirname(last) == str(self._tasks)

@@ -30,10 +30,10 @@ from pulsar_api.tasks.model import Limits, Process
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 ROOM = 1 << 20
-"""Bytes that must be free on the disk for a new task to be taken."""
+"""Bytes that must be free on the disk for a new task."""
 
 INODES = 32
-"""Files that one can still make on the disk, for the same."""
+"""Inodes that must be free on the disk for a new task."""
 
 
 def _identity(found: os.stat_result) -> Identity:
@@ -45,16 +45,16 @@ def _living(of: Sequence[Process]) -> Iterable[Process]:
 
 
 def _holder(folder: Path) -> Key | None:
-    """Return the living shim of a folder, as far as its lock can be read."""
+    """Return the living shim of a folder, or None if its lock cannot be read."""
     try:
         return processes.holder(folder)
     except OSError as e:
-        proc.gone(e)  # raises it for want of descriptors or memory
-        return None  # the disk is ill, or the lock damaged: what runs is known without it
+        proc.raise_shortage(e)
+        return None  # the disk fails, or the lock is damaged; cgroup and history remain
 
 
 def _named(folder: Path) -> Key | None:
-    """Return the shim that a lock names, living or not; None: it names none."""
+    """Return the shim that a lock names, living or not, or None."""
     try:
         pid, start = files.read(folder / "lock", processes.LOCK_SIZE).split()
         return int(pid), int(start)
@@ -64,32 +64,32 @@ def _named(folder: Path) -> Key | None:
 
 @frozen
 class LocalMachine:
-    """The machine that this process runs on."""
+    """The host that this process runs on; see `Machine` for the methods."""
 
     _reactor: Any
-    """Starts processes and has a thread pool; no interface says both."""
+    """Starts processes and has a thread pool; no interface of Twisted covers both."""
     _shim: Sequence[str] = SHIM_COMMAND
-    """How a shim is started where there is no launcher."""
+    """The command that starts a shim without a launcher."""
     _own_children: Container[int] | None = None
-    """The children that this process waits for itself; None: it is no subreaper."""
+    """The children that this process reaps itself; None: it is no subreaper."""
     _launcher: Launcher | None = None
     _cgroups: Cgroups | None = None
     _appending: Lock = field(factory=Lock, init=False)
     """Held while a file grows."""
     _histories: dict[Path, ProcessHistory] = field(factory=dict, init=False)
-    """What is remembered of the processes of tasks, by the folder of the tasks."""
+    """The histories of processes, by the folder of the tasks."""
 
     def boot_id(self) -> str:
-        """Return the kernel's name for this boot."""
+        """Return the identifier of this boot."""
         with open(BOOT_ID, encoding="ascii") as file:
             return file.read().strip()
 
     def in_thread(self, work: Callable[[], T]) -> Deferred[T]:
-        """Fire with what the function returns, which may take its time."""
+        """Run a function in a thread, and fire with what it returns."""
         return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work)
 
     def check_room(self, folder: Path) -> None:
-        """Raise `StoreUnavailable` if a new task could not be kept in a folder."""
+        """Raise `StoreUnavailable` if there is no room for a new task in a folder."""
         try:
             disk = os.statvfs(folder)
         except OSError as e:
@@ -108,12 +108,12 @@ class LocalMachine:
         return files.read(path, tail=tail)
 
     def write(self, path: Path, data: bytes) -> None:
-        """Make or replace a file; nobody else can read it; it is not synced."""
+        """Create or replace a file that only this user can read. It is not synced."""
         with open(files.make(path), "wb") as file:
             file.write(data)
 
     def append(self, path: Path, data: bytes) -> Identity:
-        """Add to a file, which is made if need be, and wait until it is on disk."""
+        """Append to a file, which is created if needed, and wait until it is on disk."""
         flags = os.O_WRONLY | os.O_CREAT
         with (
             self._appending,
@@ -121,16 +121,16 @@ class LocalMachine:
         ):
             fd = file.fileno()
             end = os.fstat(fd).st_size
-            # A kill can end write(2) when it has changed nothing but the time of the last
-            # change. The size is changed before, as a whole or not at all.
+            # A kill may end write(2) when it has changed only the time of the file. So the
+            # size is changed before, which happens completely or not at all.
             os.ftruncate(fd, end + len(data))
             if os.pwrite(fd, data, end) != len(data):
-                raise OSError(errno.ENOSPC, "is written in part", str(path))
+                raise OSError(errno.ENOSPC, "was written only in part", str(path))
             os.fsync(fd)
             return _identity(os.fstat(fd))
 
     def claim(self, path: Path) -> bool:
-        """Make an empty file and sync its folder; False: there is one already."""
+        """Create an empty file and sync its folder; return False if the file exists."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             os.close(os.open(path, flags, 0o600))
@@ -148,20 +148,20 @@ class LocalMachine:
             os.close(fd)
 
     def rename(self, old: Path, new: Path) -> None:
-        """Give a file another name, in place of what has that name."""
+        """Rename a file, and replace what had the new name."""
         os.rename(old, new)
 
     def remove(self, path: Path) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
         with suppress(FileNotFoundError):
             os.unlink(path)
 
     def make_folder(self, path: Path) -> None:
-        """Make a folder that nobody else can enter, if it is not there."""
+        """Create a folder that only this user can enter, if it does not exist."""
         path.mkdir(mode=0o700, exist_ok=True)
 
     def remove_folder(self, path: Path) -> None:
-        """Remove a folder and what is in it, as far as possible."""
+        """Remove a folder and its content, as far as possible."""
         shutil.rmtree(path, ignore_errors=True)
 
     def names(self, path: Path) -> list[str]:
@@ -169,19 +169,19 @@ class LocalMachine:
         return os.listdir(path)
 
     def identity(self, path: Path) -> Identity:
-        """Return which file or folder this is."""
+        """Return the identity of a file or folder."""
         return _identity(os.stat(path, follow_symlinks=False))
 
     def holder(self, lock: Path) -> int:
-        """Return the number of the shim that holds a lock, 0 if nobody does."""
+        """Return the number of the shim that holds a lock, or 0 if none does."""
         return processes.lock_holder(lock)
 
     def output(self, folder: Path) -> Output:
-        """Return a reader of what a shim has written."""
+        """Return the output in a task's folder."""
         return Output(folder)
 
     def make_cgroup(self, name: str, limits: Limits) -> str:
-        """Make a cgroup for a task and return its folder, "" if there are no cgroups."""
+        """Create a cgroup for a task and return its folder, "" if there are no cgroups."""
         if self._cgroups is not None and name:
             return self._cgroups.make(name, limits)
         if limits:
@@ -203,7 +203,7 @@ class LocalMachine:
         )
 
     def terminate(self, folder: Path) -> None:
-        """Send TERM and CONT to the shim of a folder, and to nobody else."""
+        """Send TERM and CONT to the shim of a folder, and to no other process."""
         self._signal(folder, signal.SIGTERM, signal.SIGCONT)
 
     def wake(self, folder: Path) -> bool:
@@ -226,7 +226,7 @@ class LocalMachine:
         remains: list[Process] = []
         if self._cgroups is not None and cgroup:
             if living is not None:
-                # Otherwise it would report that the command ended by itself.
+                # Otherwise the shim would report that the command ended by itself.
                 proc.send(living, signal.SIGSTOP)
             remains += self._cgroups.end(cgroup, processes.KILL_PATIENCE)
         if living is not None:
@@ -241,7 +241,7 @@ class LocalMachine:
         return self._histories.setdefault(tasks, ProcessHistory(tasks, self._own_children))
 
     def sample_processes(self, tasks: Path, running: Sequence[int]) -> Deferred[float]:
-        """Remember the processes of tasks; fires with the seconds that it took."""
+        """Remember the processes of tasks; fires with the processor time that this took."""
 
         def sample() -> float:
             found = {number: _holder(folder_of(tasks, number)) for number in running}
@@ -252,7 +252,7 @@ class LocalMachine:
         return self.in_thread(sample)
 
     def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:
-        """Fire with those of the processes, and what is below them, that still run."""
+        """Fire with those of the processes that still run, and all that runs below them."""
         return self.in_thread(lambda: tuple(_living(processes)))
 
     def _signal(self, folder: Path, *numbers: signal.Signals) -> bool:
@@ -260,7 +260,7 @@ class LocalMachine:
             lock = folder / "lock"
             handle = os.pidfd_open(pid := self.holder(lock))
             try:
-                # If it still holds the lock, the handle is the shim's.
+                # If the number still holds the lock, the handle is that of the shim.
                 if self.holder(lock) == pid:
                     with open(f"/proc/{pid}/stat", "rb") as file:
                         stopped = file.read().rpartition(b")")[2].split()[0] in b"tT"

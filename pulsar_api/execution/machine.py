@@ -20,104 +20,105 @@ T = TypeVar("T")
 
 @frozen
 class Identity:
-    """Which file or folder a path means, to tell it from another in its place."""
+    """Identifies a file or folder, to tell it from another one with the same path."""
 
     device: int
     inode: int
     changed: int
-    """When it was last changed in any way, nanoseconds; nothing can set this (stat(2))."""
+    """The time of its last change (ctime) in nanoseconds; no program can set it."""
     size: int
-    """Bytes."""
+    """Its size in bytes."""
 
 
 class Records(Protocol):
-    """The files that a shim writes, see `Output`."""
+    """The output that a shim writes; see `Output`."""
 
     def size(self) -> int:
-        """Return the bytes of output."""
+        """Return the size of the output in bytes."""
 
     def index_size(self) -> int:
-        """Return the bytes of the index of the output that are on disk."""
+        """Return the size of its index in bytes, without what was cut."""
 
     def news(self, first: int) -> Iterable[tuple[int, Record]]:
-        """Return what is new since record ``first``, with the numbers: see `Output`."""
+        """Return the records that matter from number ``first`` on; see `Index.news`."""
 
     def last_line(self) -> bytes:
         """Return the last line of standard output."""
 
 
 class Machine(Protocol):
-    """Files, processes and threads of one host. What goes wrong is an `OSError`."""
+    """Files, processes and threads of one host. All methods may raise `OSError`."""
 
     def boot_id(self) -> str:
-        """Return the kernel's name for this boot."""
+        """Return the identifier of this boot."""
 
     def in_thread(self, work: Callable[[], T]) -> Deferred[T]:
-        """Fire with what the function returns, which may take its time."""
+        """Run a function in a thread, and fire with what it returns."""
 
     def check_room(self, folder: Path) -> None:
-        """Raise `StoreUnavailable` if a new task could not be kept in a folder."""
+        """Raise `StoreUnavailable` if there is no room for a new task in a folder."""
 
     def read(self, path: Path, *, tail: bool = False) -> bytes:
         """Return a small file; of a larger one the first `SMALL` bytes, or the last.
 
-        Raises `Damaged` if it is no file, and never will be.
+        Raises `Damaged` if it is not a regular file.
         """
 
     def write(self, path: Path, data: bytes) -> None:
-        """Make or replace a file; nobody else can read it; it is not synced."""
+        """Create or replace a file that only this user can read. It is not synced."""
 
     def append(self, path: Path, data: bytes) -> Identity:
-        """Add to a file, which is made if need be, and wait until it is on disk.
+        """Append to a file, which is created if needed, and wait until it is on disk.
 
-        Return the identity of the file afterwards. A kill in the middle leaves the file as
-        it was, or larger; it never changes the file without its size.
+        Return the identity of the file afterwards. If the process is killed, the file is
+        unchanged or larger; it never changes without a change of its size.
         """
 
     def claim(self, path: Path) -> bool:
-        """Make an empty file and sync its folder; False: there is one already."""
+        """Create an empty file and sync its folder; return False if the file exists."""
 
     def sync(self, path: Path) -> None:
         """Wait until a file or a folder is on disk."""
 
     def rename(self, old: Path, new: Path) -> None:
-        """Give a file another name, in place of what has that name."""
+        """Rename a file, and replace what had the new name."""
 
     def remove(self, path: Path) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
 
     def make_folder(self, path: Path) -> None:
-        """Make a folder that nobody else can enter, if it is not there."""
+        """Create a folder that only this user can enter, if it does not exist."""
 
     def remove_folder(self, path: Path) -> None:
-        """Remove a folder and what is in it, as far as possible."""
+        """Remove a folder and its content, as far as possible."""
 
     def names(self, path: Path) -> list[str]:
         """Return the names in a folder."""
 
     def identity(self, path: Path) -> Identity:
-        """Return which file or folder this is."""
+        """Return the identity of a file or folder."""
 
     def holder(self, lock: Path) -> int:
-        """Return the number of the shim that holds a lock, 0 if nobody does.
+        """Return the number of the shim that holds a lock, or 0 if none does.
 
-        -1 if its number is not known. Raises `Damaged` if the lock is no file.
+        Return -1 if its number is not known. Raises `Damaged` if the lock is not a regular
+        file.
         """
 
     def output(self, folder: Path) -> Records:
-        """Return a reader of what a shim has written."""
+        """Return the output in a task's folder."""
 
     def make_cgroup(self, name: str, limits: Limits) -> str:
-        """Make a cgroup for a task and return its folder, "" if there are no cgroups.
+        """Create a cgroup for a task and return its folder, "" if there are no cgroups.
 
-        Raise `OSError` if a limit cannot be set.
+        Raises `OSError` if a limit cannot be set.
         """
 
     def spawn(self, protocol: ProcessProtocol, folder: Path) -> None:
         """Start the shim of a folder."""
 
     def terminate(self, folder: Path) -> None:
-        """Send TERM and CONT to the shim of a folder, and to nobody else."""
+        """Send TERM and CONT to the shim of a folder, and to no other process."""
 
     def wake(self, folder: Path) -> bool:
         """Send CONT to the shim of a folder; return whether it was stopped."""
@@ -125,11 +126,11 @@ class Machine(Protocol):
     def end(
         self, folder: Path, *, numbers: bool, cgroup: str
     ) -> Deferred[tuple[Process, ...]]:
-        """Kill the shim of a folder and all of its task; fires with what remains.
+        """Kill the shim of a folder and all processes of its task; fires with what remains.
 
-        ``numbers``: whether process numbers in the folder's files are to be believed.
+        ``numbers`` says whether process numbers in the folder's files are to be believed.
         ``cgroup`` is the name of its cgroup, "" if that is not known.
         """
 
     def living(self, processes: Sequence[Process]) -> Deferred[tuple[Process, ...]]:
-        """Fire with those of the processes, and what is below them, that still run."""
+        """Fire with those of the processes that still run, and all that runs below them."""

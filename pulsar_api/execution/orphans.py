@@ -1,7 +1,7 @@
-"""Finds and ends the processes that a task has left after its shim was killed.
+"""Finds and ends orphans: the processes of a task whose shim was killed.
 
-While a shim lives, every process of its task is below it. All of this reads the kernel's
-table of processes, which takes milliseconds: call it in a thread. It raises `OSError` if
+While a shim lives, every process of its task is below it. The methods read the kernel's
+table of processes, which takes milliseconds: call them in a thread. They raise `OSError` if
 descriptors or memory run out.
 """
 
@@ -28,8 +28,8 @@ from pulsar_api.tasks.model import Process
 MARK = "PULSAR_TASK_FOLDER"
 """A variable in the environment of each process of a task; its value is the folder."""
 
-_ROUNDS = 20  # in which processes are stopped that were started in the round before
-_CHASE = 0.3  # seconds in which a process is looked for that no table has
+_ROUNDS = 20  # of stopping processes that were started in the round before
+_CHASE = 0.3  # seconds in which to look for a process that is in no table, see `chase`
 
 
 @define(eq=False)
@@ -40,32 +40,33 @@ class Orphans:
     _shim: Key | None
     _sessions: dict[int, Session]
     _processes: set[Key]
-    _strangers: frozenset[Key]
-    """Processes that other tasks have or have left."""
-    _strange: frozenset[int]
+    _other_processes: frozenset[Key]
+    """Processes of other tasks, and their orphans."""
+    _other_sessions: frozenset[int]
     """Sessions of other tasks."""
     _is_left: Callable[[Entry, Entry], bool]
-    _own: set[int] = field(init=False)
+    _own_sessions: set[int] = field(init=False)
     """The session of the shim, and those in which a process of the task was found."""
 
     def __attrs_post_init__(self) -> None:
-        self._own = set() if self._shim is None else {self._shim[0]}
+        self._own_sessions = set() if self._shim is None else {self._shim[0]}
 
     def find(self) -> list[Process]:
-        """Return what runs of the task."""
+        """Return the orphans that run."""
         return describe(self._find(Table()))
 
     def end(self, patience: float = KILL_PATIENCE) -> list[Process]:
-        """KILL what runs of the task; return what remains.
+        """Kill the orphans; return those that remain.
 
-        That is what may not be signalled, and what does not end within the patience.
+        These are processes that this one is not permitted to signal, and those that do not
+        end within ``patience`` seconds.
         """
         until = time.monotonic() + patience
         dead: set[Key] | None = None
         while True:
             table, found = self._freeze()
-            groups = [one.group for one in found if one.session in self._own]
-            # Children first: the end of a parent may wake a child that is stopped.
+            groups = [one.group for one in found if one.session in self._own_sessions]
+            # Children first: the end of a parent may continue a stopped child.
             keys = [entry.key for entry in reversed(found)]
             denied = kill_all(keys, until - time.monotonic(), groups)
             if time.monotonic() >= until:
@@ -77,9 +78,9 @@ class Orphans:
                 self._chase()
 
     def _dead(self, table: Table) -> set[Key]:
-        """Return what of the task has ended as a child of this daemon.
+        """Return the zombies of the task that are children of this daemon.
 
-        New ones say that there is one which no table has.
+        New ones prove that there is a process that is in no table.
         """
         me = table.entries[os.getpid()]
         return {
@@ -89,7 +90,7 @@ class Orphans:
         }
 
     def _chase(self) -> None:
-        """KILL a process that no table has, if there is one."""
+        """Kill a process of the task that is in no table, if there is one."""
         me = Entry.of(os.getpid())
         assert me is not None
 
@@ -97,17 +98,18 @@ class Orphans:
             if one.pid in {1, me.pid} or one.session == me.session:
                 return False
             known = (
-                one.session in self._own and one.start <= self._sessions[one.session].seen
+                one.session in self._own_sessions
+                and one.start <= self._sessions[one.session].seen
             )
             return known or self._was_left(one, me) or self._carries_mark(one)
 
         chase(ours, _CHASE)
 
     def _freeze(self) -> tuple[Table, list[Entry]]:
-        """Stop what runs of the task and return it, with the table that has it.
+        """Stop all orphans and return them, with the table that they are from.
 
-        A stopped process starts no other. So a look that finds no new one has found all,
-        and none gets away by the death of its parent.
+        A stopped process starts no other one. So a table without a new one has all of
+        them, and none can escape when its parent dies.
         """
         stopped: set[Key] = set()
         for _ in range(_ROUNDS):
@@ -122,7 +124,7 @@ class Orphans:
         return table, found
 
     def _find(self, table: Table) -> list[Entry]:
-        """Return what runs of the task, parents before their children."""
+        """Return the processes of the task that run, parents before their children."""
         guard = Guard(table)
         found: dict[int, Entry] = {}
         whole: set[int] = set()
@@ -140,9 +142,9 @@ class Orphans:
                     whole.add(number)
                     near += table.members(number)
             new = near
-        # What they start is found also when they are no more.
+        # So what they start is found even after they have ended.
         self._processes.update(entry.key for entry in found.values())
-        self._own |= whole
+        self._own_sessions |= whole
         self._sessions.update((number, Session.of(table, number)) for number in whole)
         return sorted(found.values(), key=lambda entry: (entry.start, entry.pid))
 
@@ -160,31 +162,31 @@ class Orphans:
         return self._shim is not None and entry.start >= self._shim[1]
 
     def _carries_mark(self, entry: Entry) -> bool:
-        """Return whether the environment of a process says that it is of this task.
+        """Return whether the environment of a process names the folder of this task.
 
-        One that is older than the shim is of a task that had this folder before.
+        A process that is older than the shim is of an earlier task with this folder.
         """
         older = self._shim is not None and not self._is_younger(entry)
         return not older and self._mark in environ(entry)
 
     def _carries_another(self, entry: Entry) -> bool:
-        """Return whether it says that it is of another task."""
+        """Return whether the environment names the folder of another task."""
         name = f"{MARK}=".encode()
         marks = [text for text in environ(entry) if text.startswith(name)]
         return bool(marks) and self._mark not in marks
 
     def _was_left(self, entry: Entry, me: Entry) -> bool:
-        """Return whether a process is this daemon's child by the end of this task."""
-        other = entry.key in self._strangers or entry.session in self._strange
+        """Return whether this daemon has adopted a process from this task."""
+        other = entry.key in self._other_processes or entry.session in self._other_sessions
         if other or not self._is_younger(entry) or not self._is_left(entry, me):
             return False
         return not self._carries_another(entry)
 
     def _whole(self, table: Table, number: int, found: Container[int]) -> bool:
-        """Return whether a session is of the task as a whole, as one process of it is.
+        """Return whether all of a session is of the task, given that one process of it is.
 
-        Sessions are made below the shim. But somebody else, such as cron, may have
-        started that process for the task, with the mark, in a session of its own.
+        Usually a session was made below the shim. But another program, such as cron, may
+        have started that process for the task in a session of its own.
         """
         members = table.members(number)
         if self._shim is None or any(one.start < self._shim[1] for one in members):

@@ -1,6 +1,6 @@
-"""Reads the kernel's table of processes, and signals those that are really meant.
+"""Reads the kernel's table of processes, and signals processes without mistakes.
 
-Every function raises `OSError` for want of descriptors or memory, as nobody can tell then.
+Every function raises `OSError` if descriptors or memory run out.
 """
 
 import errno
@@ -16,15 +16,15 @@ from typing import NamedTuple
 from pulsar_api.tasks.model import Process
 
 Key = tuple[int, int]
-"""A process number and when the process started: one process, until the next boot."""
+"""A process number and a start time: they name one process until the next boot."""
 
 TICKS = os.sysconf("SC_CLK_TCK")
-"""In a second; the kernel gives a start in ticks since the boot."""
+"""Ticks per second; the kernel gives start times in ticks since the boot."""
 
-_FIELDS = (1, 2, 3, 17, 19)  # of a process's line, counted from its state
-_REREADS = 3  # of processes that changed their parent while the table was read
-_QUIET = 0.02  # seconds in which no process was started
-_WANT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_FIELDS = (1, 2, 3, 17, 19)  # of /proc/PID/stat, counted from the state
+_REREADS = 3  # of processes whose parent changed while the table was read
+_QUIET = 0.02  # seconds without a new process that prove that nobody forks
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def now() -> int:
@@ -32,14 +32,17 @@ def now() -> int:
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) * TICKS)
 
 
-def gone(error: OSError) -> None:
-    """Take an error for the end of a process, unless it is the want of descriptors."""
-    if error.errno in _WANT:
+def raise_shortage(error: OSError) -> None:
+    """Raise an error again if descriptors or memory have run out.
+
+    Every other error means that the process has ended, or cannot be read.
+    """
+    if error.errno in _SHORTAGES:
         raise error
 
 
 class Entry(NamedTuple):
-    """What the kernel says of one process."""
+    """One process, as the kernel describes it."""
 
     pid: int
     parent: int
@@ -47,32 +50,32 @@ class Entry(NamedTuple):
     session: int
     start: int
     ended: bool
-    """Its first thread has, perhaps all."""
+    """Whether its first thread has ended, and perhaps all threads."""
     threads: int
     name: bytes
 
     @property
     def key(self) -> Key:
-        """The number alone may soon be somebody else's."""
+        """What names this process; another one may get its number."""
         return self.pid, self.start
 
     @property
     def alive(self) -> bool:
-        """Whether it runs, and does not only wait for its parent to hear of its end."""
+        """Whether it runs, and is not only a zombie."""
         return not self.ended or self.threads > 1
 
     @classmethod
     def of(cls, pid: int) -> "Entry | None":
-        """Return what the kernel says of a process, None if it is gone."""
+        """Return the process with a number, or None if there is none."""
         try:
             fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:
-            gone(e)
+            raise_shortage(e)
             return None
         try:
             data = os.read(fd, 1024)
         except OSError as e:
-            gone(e)
+            raise_shortage(e)
             return None
         finally:
             os.close(fd)
@@ -94,18 +97,18 @@ def lives(key: Key) -> bool:
 
 
 class Table:
-    """All processes, as one reading found them."""
+    """All processes at one moment."""
 
     def __init__(self) -> None:
         self.at = now()
-        """When the reading began, in ticks since the boot."""
+        """When the table was read, in ticks since the boot."""
         self.entries: dict[int, Entry] = {}
-        # The newest first: they may not be there for long.
+        # The newest first: they may end soon.
         for name in reversed(os.listdir("/proc")):
             if name.isdigit():
                 self._add(int(name))
         for _ in range(_REREADS):
-            # If its parent ended meanwhile, a process has another one by now.
+            # If its parent has ended meanwhile, a process has another parent by now.
             adrift = [e for e in self.entries.values() if self._adrift(e)]
             for found in adrift:
                 del self.entries[found.pid]
@@ -130,37 +133,37 @@ class Table:
         return found.parent != 0 and self.parent(found) is None
 
     def get(self, key: Key) -> Entry | None:
-        """Return a process, None if it is gone or its number is somebody else's."""
+        """Return a process, or None if it has ended."""
         found = self.entries.get(key[0])
         return found if found is not None and found.start == key[1] else None
 
     def parent(self, of: Entry) -> Entry | None:
-        """Return a process's parent, if it can be seen."""
+        """Return the parent of a process, or None if it is not in the table."""
         found = self.entries.get(of.parent)
-        # A parent is older than its child: else the number is a stranger's by now.
+        # A parent is older than its child; otherwise another process has the number.
         return found if found is not None and found.start <= of.start else None
 
     def line(self, of: Entry) -> Iterator[Entry]:
-        """Yield a process, its parent, and so on to the first that can be seen."""
+        """Yield a process, its parent, and so on, as far as they are in the table."""
         one: Entry | None = of
         seen: set[int] = set()
         while one is not None and one.pid not in seen:
-            seen.add(one.pid)  # readings of different moments could make a circle
+            seen.add(one.pid)  # entries are read one by one and might form a circle
             yield one
             one = self.parent(one)
 
     def children(self, of: Entry) -> list[Entry]:
-        """Return a process's children."""
+        """Return the children of a process."""
         return [e for e in self._children.get(of.pid, []) if of.start <= e.start]
 
     def members(self, session: int) -> list[Entry]:
-        """Return the processes of a session, without its leader if that is gone."""
+        """Return the processes of a session; its leader may have ended."""
         return self._members.get(session, [])
 
     def below(self, top: Entry, stop: Callable[[Entry], bool]) -> list[Entry]:
-        """Return what runs below a process, parents before their children.
+        """Return the descendants of a process that run, parents before their children.
 
-        Without the processes at which it has to stop, and what is below them.
+        Processes for which ``stop`` is true are left out, with all below them.
         """
         found: list[Entry] = []
         new = [top]
@@ -171,10 +174,10 @@ class Table:
 
 
 def kill_groups(numbers: Iterable[int]) -> None:
-    """KILL groups of processes, each as a whole at one moment, but not that of this one.
+    """Send KILL to process groups, each as a whole, but never to the group of this process.
 
-    Each number has to be that of a group which was seen just now: for one that is empty
-    no number comes round again so soon.
+    Pass only groups that were seen just now: even if one is empty, the kernel does not
+    give its number to another one so soon.
     """
     for number in set(numbers) - {0, 1, os.getpgrp()}:
         with suppress(ProcessLookupError, PermissionError):
@@ -182,10 +185,10 @@ def kill_groups(numbers: Iterable[int]) -> None:
 
 
 def chase(ours: Callable[[Entry], bool], seconds: float) -> bool:
-    """KILL a process that is never there when a table is read; return whether it was hit.
+    """Send KILL to a process that is in no table; return whether one was found.
 
-    It only starts another one like it and ends. But often it is the newest process of
-    all. If no process is started at all for a moment, there is no such one.
+    Such a process only forks and ends, again and again. But it is often the newest process
+    of the machine. If no process is started for a moment, there is none like that.
     """
     until = time.monotonic() + seconds
     last, since = 0, 0.0
@@ -205,20 +208,20 @@ def chase(ours: Callable[[Entry], bool], seconds: float) -> bool:
 
 
 class Answer(Enum):
-    """What became of a signal."""
+    """The outcome of a signal."""
 
     SENT = "sent"
     GONE = "gone"
     DENIED = "denied"
-    """The process belongs to somebody whom this one may not signal."""
+    """The process has a user that this one is not permitted to signal."""
 
 
 def send(key: Key, *numbers: int) -> Answer:
-    """Signal a process, and never a stranger that got its number meanwhile."""
+    """Signal a process, but never another one that has got its number meanwhile."""
     try:
         handle = os.pidfd_open(key[0])
     except OSError as e:
-        gone(e)
+        raise_shortage(e)
         return Answer.GONE
     try:
         # From here on the handle names the process, not the number.
@@ -237,10 +240,10 @@ def send(key: Key, *numbers: int) -> Answer:
 
 
 def environ(found: Entry) -> list[bytes]:
-    """Return the environment that a process was started with, as far as it can be read."""
+    """Return the environment with which a process was started, or [] if unreadable."""
     if not found.ended:
         return _read(f"/proc/{found.pid}/environ").split(b"\0")
-    # The memory of its first thread is gone; it is still that of the others.
+    # The first thread has ended; the others still have its memory.
     with suppress(FileNotFoundError, ProcessLookupError):
         for thread in os.listdir(f"/proc/{found.pid}/task"):
             data = _read(f"/proc/{found.pid}/task/{thread}/environ")
@@ -250,20 +253,20 @@ def environ(found: Entry) -> list[bytes]:
 
 
 def arguments(found: Entry) -> list[bytes]:
-    """Return what a process was started with, as far as it can be read."""
+    """Return the arguments of a process, or [] if they cannot be read."""
     return _read(f"/proc/{found.pid}/cmdline").split(b"\0")[:-1]
 
 
 def describe(found: Iterable[Entry]) -> list[Process]:
-    """Return processes as people want to see them; of those that are gone nothing."""
+    """Return descriptions of the processes that still exist."""
     result = []
     for one in found:
         try:
             uid = os.stat(f"/proc/{one.pid}").st_uid
         except OSError as e:
-            gone(e)
+            raise_shortage(e)
             continue
-        # Its arguments may hold a secret, its name does not.
+        # The arguments may contain a secret; the name does not.
         text = one.name.decode("utf-8", "replace")
         name = "".join(c if c.isprintable() else "?" for c in text)
         result.append(Process(one.pid, one.start, name, _user(uid)))
@@ -282,5 +285,5 @@ def _read(path: str) -> bytes:
         with open(path, "rb", buffering=0) as file:
             return file.readall()
     except OSError as e:
-        gone(e)
+        raise_shortage(e)
         return b""

@@ -1,7 +1,7 @@
-"""Processes of tasks and how they are ended: a shim, its tree, and what remained.
+"""Finds the shims of tasks, and ends processes: a shim, its tree, and what is left.
 
-All of this reads the kernel's table of processes, which takes milliseconds: call it in a
-thread. It raises `OSError` for want of descriptors or memory.
+The functions read the kernel's table of processes, which takes milliseconds: call them in
+a thread. They raise `OSError` if descriptors or memory run out.
 """
 
 import fcntl
@@ -24,31 +24,31 @@ from pulsar_api.execution.proc import (
     Table,
     chase,
     describe,
-    gone,
     kill_groups,
     lives,
+    raise_shortage,
     send,
 )
 from pulsar_api.shim import shim
 from pulsar_api.tasks.model import Process
 
 KILL_PATIENCE = 5.0
-"""Seconds from KILL until a process counts as one that does not end."""
+"""Seconds after KILL from which a process counts as one that does not end."""
 
 LOCK_SIZE = 64
-"""Bytes of a lock that are looked at; two numbers are in it."""
+"""Bytes of a lock that are read; it has two numbers."""
 
-_PAUSE = 0.005  # seconds between two looks whether something has ended
-_CHASE = 0.1  # seconds in which a process is looked for that no table has
+_PAUSE = 0.005  # seconds between two checks whether something has ended
+_CHASE = 0.1  # seconds in which to look for a process that is in no table, see `chase`
 
 
 # -- a shim and its lock
 
 
 def holder(folder: Path) -> Key | None:
-    """Return the living shim of a folder.
+    """Return the living shim of a folder, or None.
 
-    The lock says so beyond doubt; a number alone might be somebody else's by now.
+    The lock is the proof: another process may have the number by now.
     """
     try:
         number = lock_holder(folder / "lock")
@@ -59,10 +59,10 @@ def holder(folder: Path) -> Key | None:
 
 
 def lock_holder(lock: Path) -> int:
-    """Return the number of the process that holds a lock, 0 if nobody does.
+    """Return the number of the process that holds a lock, or 0 if none does.
 
-    It stands in the file; if a task has damaged that, the kernel is asked. -1 if the number
-    is not known. Raises what `open_regular` raises.
+    The number is in the file; if a task has damaged that, the kernel is asked. Return -1
+    if the number is not known. Raises what `open_regular` raises.
     """
     fd = files.open_regular(lock)
     try:
@@ -78,7 +78,7 @@ def lock_holder(lock: Path) -> int:
 
 
 def _flock_owner(found: os.stat_result) -> int:
-    """Return who holds a file by flock(2), as proc_locks(5) says; 0 if it does not."""
+    """Return the process that holds a file by flock(2), see proc_locks(5); or 0."""
     device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
     place = f"{device}:{found.st_ino}".encode()
     with open("/proc/locks", "rb") as file:
@@ -91,9 +91,9 @@ def _flock_owner(found: os.stat_result) -> int:
 
 
 def terminate(folder: Path) -> bool:
-    """Send TERM to the shim of a folder, and CONT, as a stopped one would not hear it.
+    """Send TERM to the shim of a folder, and CONT, as it may be stopped.
 
-    Return whether there was one that could be told.
+    Return whether there was a shim that could be signalled.
     """
     found = holder(folder)
     if found is None:
@@ -103,7 +103,7 @@ def terminate(folder: Path) -> bool:
     except ProcessLookupError:
         return False
     try:
-        # If it still holds the lock, the handle is the shim's.
+        # If the number still holds the lock, the handle is that of the shim.
         if holder(folder) != found:
             return False
         signal.pidfd_send_signal(handle, signal.SIGTERM)
@@ -116,13 +116,13 @@ def terminate(folder: Path) -> bool:
 
 
 def is_shim(found: Entry) -> bool:
-    """Return whether a process is the living shim of a task, of whatever daemon."""
+    """Return whether a process is the living shim of a task, of any daemon."""
     if found.session != found.pid:
         return False
     try:
         for name in os.listdir(f"/proc/{found.pid}/fd"):
             path = f"/proc/{found.pid}/fd/{name}"
-            # It opened its lock by another name, which was removed.
+            # The shim has opened its lock by another name, which was removed later.
             parent, _, lock = os.readlink(path).rpartition("/")
             if lock.startswith("lock"):
                 folder = Path(parent)
@@ -130,38 +130,38 @@ def is_shim(found: Entry) -> bool:
                 if same and holder(folder) == found.key:
                     return True
     except OSError as e:
-        gone(e)
+        raise_shortage(e)
     except ValueError:
-        pass  # somebody else's file, which is called the same
+        pass  # another program's file with the same name
     return False
 
 
-# -- who is left alone
+# -- processes that must not be ended
 
 
 class Guard:
-    """Says which processes are left alone, even if they count as a task's."""
+    """Decides which processes must not be ended, even if they seem to be a task's."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
         self.me = table.entries[os.getpid()]
-        """This daemon; a task of it may have started it."""
+        """This daemon, which a task may have started."""
         self._above = {one.pid for one in table.line(self.me)}
         self._shims: dict[int, bool] = {}
 
     def allows(self, found: Entry) -> bool:
-        """Return whether a process may be ended by signals (a cgroup is ended as a whole).
+        """Return whether a process may be killed by a signal.
 
-        Not process 1, not this daemon and what it started itself, not the living shim of
-        any other task and what is below it.
+        Protected are process 1, this daemon and what it has started itself, and the living
+        shims of other tasks with all processes below them.
         """
         if found.pid in {1, self.me.pid}:
             return False
         for one in self._table.line(found):
             if one.pid == self.me.pid:
-                # What became its child by the death of a parent has another session.
+                # A process that became its child when its parent died has another session.
                 return found.session != one.session
-            # A shim that this daemon itself is below says nothing about what else is.
+            # If this daemon itself runs below a shim, that shim protects nothing.
             if one.pid not in self._above - {found.pid} and self._is_shim(one):
                 return False
         return True
@@ -177,16 +177,16 @@ class Guard:
 
 @frozen
 class Remains:
-    """What KILL did not end."""
+    """The processes that KILL did not end."""
 
     denied: tuple[Process, ...] = ()
-    """Processes of somebody whom the daemon may not signal."""
+    """Processes of users that the daemon is not permitted to signal."""
     unending: tuple[Process, ...] = ()
-    """Processes that were sent KILL and are still there: the kernel holds them."""
+    """Processes that the kernel does not end although they were sent KILL."""
 
 
 def kill(processes: Iterable[Process], patience: float = KILL_PATIENCE) -> Remains:
-    """Send KILL to processes and wait until they are gone, for so many seconds."""
+    """Send KILL to processes and wait until they have ended, or patience is out."""
     every = [(process.pid, process.start) for process in processes]
     denied = kill_all(every, patience)
     table = Table()
@@ -198,9 +198,9 @@ def kill(processes: Iterable[Process], patience: float = KILL_PATIENCE) -> Remai
 
 
 def kill_all(keys: Iterable[Key], patience: float, groups: Iterable[int] = ()) -> set[Key]:
-    """Send KILL to processes, then to groups, and wait until the processes are gone.
+    """Send KILL to processes, then to groups, and wait until the processes have ended.
 
-    Return which may not be signalled.
+    Return the processes that this one is not permitted to signal.
     """
     answers = {key: send(key, signal.SIGKILL) for key in keys}
     kill_groups(groups)
@@ -215,11 +215,11 @@ def kill_all(keys: Iterable[Key], patience: float, groups: Iterable[int] = ()) -
 
 
 def end_tree(top: Key, patience: float = KILL_PATIENCE) -> list[Process]:
-    """End a shim that does not do so itself, and all below it; return what remains.
+    """Kill a shim and all processes below it; return those that remain.
 
-    Nothing can escape as long as the shim lives. So it is stopped, what is below it is
-    sent KILL until nothing is left that can be signalled, and then so is the shim. If it
-    is gone already, nothing is done.
+    No process can escape while the shim lives. So the shim is stopped, KILL is sent to all
+    processes below it until none is left that can be signalled, and last to the shim. If
+    the shim has ended already, nothing is done.
     """
     if send(top, signal.SIGSTOP) is Answer.GONE:
         return []
@@ -243,8 +243,8 @@ def end_tree(top: Key, patience: float = KILL_PATIENCE) -> list[Process]:
         denied = {e.key for e in left if send(e.key, signal.SIGKILL) is Answer.DENIED}
         if time.monotonic() >= until:
             break
-        # The shim takes no exit status now. So while no more zombies come, nothing ends
-        # below it, and a process that no table has would end all the time.
+        # The stopped shim reaps nothing. So as long as no zombie is added, no process below
+        # it ends; a process that is in no table would end all the time.
         zombies = [one for one in table.children(shim) if not one.alive]
         before, dead = dead, {one.key for one in zombies}
         kill_groups({one.group for one in [*left, *zombies]} - {shim.group})
@@ -261,9 +261,9 @@ def end_tree(top: Key, patience: float = KILL_PATIENCE) -> list[Process]:
 
 
 def living(processes: Iterable[Process]) -> list[Process]:
-    """Return which of these processes still run, with all that runs below them now.
+    """Return those of the processes that still run, with all that run below them now.
 
-    Not this process, nor the living shim of a task, nor what is below these.
+    This process and living shims of tasks are left out, with all processes below them.
     """
     table = Table()
     me = os.getpid()
@@ -276,46 +276,46 @@ def living(processes: Iterable[Process]) -> list[Process]:
     return describe(found.values())
 
 
-# -- children that nobody waits for
+# -- adopted children
 
 
 def become_subreaper() -> None:
-    """Make this process the parent of what loses its parent below it (prctl(2)).
+    """Make this process the parent of descendants that lose their parent (prctl(2)).
 
-    So what a killed shim leaves is below the daemon that started the shim. Whoever calls
-    this has to call `Reaper.reap` now and then.
+    So the processes of a task whose shim was killed stay below the daemon. The caller has
+    to call `Reaper.reap` regularly.
     """
     shim.become_subreaper()
 
 
 def forbid_new_privileges() -> None:
-    """Let no program that is started from now on become more than this process is.
+    """Let no program that is started from now on gain privileges.
 
-    What is set-uid, such as ``sudo``, runs as who starts it (``no_new_privs``, prctl(2)).
+    A set-uid program such as ``sudo`` then runs as its caller (``no_new_privs``, prctl(2)).
     """
     shim.c_function("prctl", shim.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def keep_capabilities() -> None:
-    """Keep the capabilities of this process from all programs started from now on."""
+    """Give no capabilities to programs that are started from now on."""
     shim.keep_capabilities()
 
 
 class Reaper:
-    """Takes the exit status of children that this process got by their parent's death.
+    """Reaps children that this process has adopted when their parents died.
 
-    ``own`` has the numbers of those that it waits for itself. Call `reap` now and then, in
-    the thread that starts processes.
+    ``own_children`` has the numbers of those that it reaps elsewhere. Call `reap`
+    regularly, in the thread that starts processes.
     """
 
-    def __init__(self, own: Container[int]) -> None:
-        self._own = own
+    def __init__(self, own_children: Container[int]) -> None:
+        self._own_children = own_children
         self._seen: set[Key] = set()
 
     def reap(self) -> int:
-        """Take the status of those that nobody has taken since the last call.
+        """Reap those that have been zombies since the last call; return their number.
 
-        Return how many there were. Costs nothing to speak of if no child has ended.
+        This is cheap if no child has ended.
         """
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         try:
@@ -326,7 +326,7 @@ class Reaper:
             return 0
         table = Table()
         children = table.children(table.entries[os.getpid()])
-        dead = {e.key for e in children if not e.alive and e.pid not in self._own}
+        dead = {e.key for e in children if not e.alive and e.pid not in self._own_children}
         for pid, _ in dead & self._seen:
             with suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
@@ -336,7 +336,7 @@ class Reaper:
 
 
 def raise_file_limit() -> tuple[int, int]:
-    """Allow as many open files as the system lets us; return the old and the new limit."""
+    """Raise the limit of open files, up to 65536; return the old and the new soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(hard, 65536) if hard != resource.RLIM_INFINITY else 65536
     if soft != resource.RLIM_INFINITY and soft < wanted:

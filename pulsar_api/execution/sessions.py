@@ -8,7 +8,7 @@ from pathlib import Path
 from attrs import frozen
 
 from pulsar_api import files
-from pulsar_api.execution.proc import TICKS, Table, gone, now
+from pulsar_api.execution.proc import TICKS, Table, now, raise_shortage
 from pulsar_api.shim import shim
 
 SESSIONS = "sessions"
@@ -26,26 +26,26 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 @frozen
 class Session:
-    """A session of a task: its number, and how to know that it is still the same."""
+    """A session of a task, with what tells it from a later one of the same number."""
 
     id: int
     leader: int
-    """When the process that made it started; 0 if that had ended before anybody looked."""
+    """The start time of its leader; 0 if that had ended before it was seen."""
     seen: int
-    """Until when it was the task's, in ticks since the boot."""
+    """Until when it is known to be the task's, in ticks since the boot."""
 
     @classmethod
     def of(cls, table: Table, number: int) -> "Session":
-        """Return the session of a number, which has a process in the table."""
+        """Return the session with a number; it must have a process in the table."""
         leader = table.entries.get(number)
         return cls(number, 0 if leader is None else leader.start, table.at + MARGIN)
 
     def goes_on(self, table: Table) -> bool:
-        """Return whether the session that has this number now is this one.
+        """Return whether the session that has this number now is still this one.
 
-        Nobody else gets the number as long as the session has a process. And a process
-        leaves its session only for a new one: so one that is in it now was in it from its
-        start, and in this one if it started while this one had the number.
+        No other session gets the number as long as this one has a process. And a process
+        leaves its session only for a new one. So a process that is in it now has been in
+        it since its start; it is in this session if it started while this one existed.
         """
         leader = table.entries.get(self.id)
         if leader is not None:
@@ -54,25 +54,25 @@ class Session:
 
 
 def read_sessions(folder: Path) -> dict[int, Session]:
-    """Return the sessions that a daemon wrote down since this machine was booted."""
+    """Return the sessions of a task that a daemon has written since the last boot."""
     try:
         boot, *lines = files.read(folder / SESSIONS, _MOST_NOTED).splitlines()
         if boot != _BOOT.read_bytes().strip():
             return {}
         found = [Session(*map(int, line.split())) for line in lines[:MOST_SESSIONS]]
     except OSError as e:
-        gone(e)
+        raise_shortage(e)
         return {}
     except (ValueError, TypeError):
-        return {}  # the daemon was killed while it wrote them
-    # 0 is the session of whatever is outside of a container.
+        return {}  # the daemon was killed while it wrote the file
+    # 0 is the session of processes outside of this container.
     return {session.id: session for session in found if session.id > 0}
 
 
 def write_sessions(folder: Path, sessions: Iterable[Session]) -> None:
-    """Write the sessions of a task down for the next daemon.
+    """Write the sessions of a task to its folder, for the next daemon.
 
-    They are not synced: after a power cut they are worth nothing.
+    The file is not synced: after a boot it is useless anyway.
     """
     lines = [_BOOT.read_bytes().strip()]
     lines += [b"%d %d %d" % (s.id, s.leader, s.seen) for s in sessions]
@@ -83,7 +83,7 @@ def write_sessions(folder: Path, sessions: Iterable[Session]) -> None:
 
 
 def last_sign(folder: Path, start: int) -> int:
-    """Return when, in ticks since the boot, a dead shim is known to have lived."""
+    """Return when a dead shim is last known to have lived, in ticks since the boot."""
     at = 0
     with (
         suppress(FileNotFoundError, NotADirectoryError, files.Damaged),
@@ -93,5 +93,5 @@ def last_sign(folder: Path, start: int) -> int:
         if records:
             file.seek((records - 1) * shim.RECORD)
             at = int.from_bytes(file.read(shim.RECORD)[8:], "little") >> 8
-    # Milliseconds since it had begun, a moment after its start.
+    # ``at`` counts milliseconds from a moment after the start of the shim.
     return min(start + at * TICKS // 1000, now())
