@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test whose machine has not what it needs; with ``--all`` let it fail."""
     if item.get_closest_marker("long") and not needs.everything:
-        pytest.skip("is long")
+        pytest.skip("is long, and runs with --all")
     names = [name for mark in item.iter_markers("needs") for name in mark.args]
     for fixture in getattr(item, "fixturenames", ()):
         names += needs.FIXTURES.get(fixture, ())
@@ -58,9 +58,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(why)
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say in one line how everything is run, where something was skipped."""
-    skipped = terminalreporter.stats.get("skipped", ())
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
+    """Say in the last line how everything is run, where something was skipped."""
+    yield
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", ()) if reporter is not None else ()
     if not skipped or needs.everything:
         return
     found = {
@@ -69,7 +72,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         for package in re.findall(r"Debian package ([\w.-]+)", str(report.longrepr))
     }
     install = f"apt-get install {' '.join(sorted(found))}; then, as root: " if found else ""
-    terminalreporter.write_line(
+    reporter.write_line(
         f"{len(skipped)} tests were skipped. To run everything: {install}"
         f"{sys.executable} -m pytest --all"
     )

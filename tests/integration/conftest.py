@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from selenium.webdriver import Chrome
 
+from tests.integration import zygote
 from tests.integration.browser import chromium
 from tests.integration.daemon import SHELL, Daemon
 
@@ -25,6 +26,18 @@ def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = "npm install --no-audit --no-fund --ignore-scripts --loglevel=error".split()
     subprocess.run(command, cwd=folder, check=True, timeout=300)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _what_was_started_ends() -> Iterator[None]:
+    """Kill what a test has started and left, as one that fails does."""
+    before = len(zygote.Popen.started)
+    yield
+    for process in zygote.Popen.started[before:]:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    del zygote.Popen.started[before:]
 
 
 @pytest.fixture

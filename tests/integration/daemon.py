@@ -120,7 +120,7 @@ class Daemon:
             )
         )
         # What a test names itself starts as users start it.
-        self._popen = zygote.Popen if program == zygote.DAEMON else subprocess.Popen
+        self._real = program != zygote.DAEMON
         self.arguments = [*program, "--state-dir", str(self.state), *port, *options]
         self.start()
 
@@ -128,8 +128,9 @@ class Daemon:
         """Start it (again) and wait until it serves."""
         begin = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
-            self.process = self._popen(
+            self.process = zygote.Popen(
                 self.arguments,
+                real=self._real,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -300,7 +300,7 @@ def test_ctrl_c_asks_what_is_meant(daemon: Daemon) -> None:
     terminal.interrupt()
     terminal.sees("kill task 2")
     terminal.interrupt()
-    terminal.sees("task 2 goes on: pulsar-api log --follow 2")
+    terminal.sees("task 2 goes on; follow it by pulsar-api log --follow 2")
     assert terminal.end() == 130
     terminal = Terminal(daemon, "wait", "2")
     terminal.sees("…")

@@ -81,6 +81,10 @@ def test_it_serves_until_ctrl_c(environ: dict[str, str], tmp_path: Path) -> None
         finally:
             for demo in demos:
                 demo.send_signal(signal.SIGINT)
-            codes = [demo.wait(PATIENCE) for demo in demos]
+            try:
+                codes = [demo.wait(PATIENCE) for demo in demos]
+            finally:
+                for demo in demos:
+                    demo.kill()  # else it would serve for ever, on the port of the README
     assert codes == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

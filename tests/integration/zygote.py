@@ -28,7 +28,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 DAEMON = (sys.executable, "-m", "pulsar_api")
 """The daemon in the foreground."""
@@ -118,13 +118,21 @@ _INHERITED = _inherited()
 
 
 class Popen(subprocess.Popen[Any]):
-    """`subprocess.Popen`, with a fork where that is the same."""
+    """`subprocess.Popen`, with a fork where that is the same and not ``real``."""
+
+    started: ClassVar[list["Popen"]] = []
+    """All that there were, for whoever ends what a test has left."""
+
+    def __init__(self, args: Any, *, real: bool = False, **more: Any) -> None:
+        self._real = real
+        super().__init__(args, **more)
+        self.started.append(self)
 
     def _execute_child(self, *given: Any) -> None:
         start = super()._execute_child  # type: ignore[misc]
         asked = inspect.signature(start).bind(*given).arguments
         environ = os.environ if asked["env"] is None else asked["env"]
-        program = self._forkable(asked, environ)
+        program = None if self._real else self._forkable(asked, environ)
         if program is None:
             start(*given)
             return
