@@ -1,4 +1,4 @@
-"""Who somebody is: a person or a token, known by an id that never changes hands."""
+"""Principals: people and tokens, identified by an id that never changes hands."""
 
 from attrs import field, frozen
 
@@ -8,16 +8,15 @@ class Principal:
     """A person or a token. Two are the same if a provider knows them by the same id."""
 
     provider: str
-    """Who knows the id: ``github``, ``static`` or ``token``. It has no colon.
+    """The namespace of the id: ``github``, ``static`` or ``token``, without a colon.
 
-    ``address`` stands for callers of a daemon that asks nobody who they are, ``machine``
-    for users of the daemon's machine, and "" for those of older records, of whom only the
-    name is known.
+    ``address`` is for callers of a daemon without authentication, ``machine`` for users of
+    the daemon's machine, and "" for older records, which have only the name.
     """
     id: str
-    """At GitHub the number of the account: logins change, and others take them."""
+    """At GitHub the number of the account, as logins change and are taken by others."""
     name: str = field(eq=False)
-    """What people see."""
+    """The display name."""
 
     @property
     def key(self) -> str:
@@ -26,7 +25,7 @@ class Principal:
 
     @classmethod
     def from_key(cls, key: str | None, name: str) -> "Principal":
-        """Return the principal of a stored key; without one, only the name is known."""
+        """Return the principal of a stored key; without a key only the name is known."""
         provider, _, id = (f":{name}" if key is None else key).partition(":")
         return cls(provider, id, name)
 

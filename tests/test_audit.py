@@ -66,7 +66,10 @@ def test_a_large_file_is_set_aside_and_few_are_kept(tmp_path: Path) -> None:
     for number in range(200):
         log.write(JOE, "run", allowed=True, task=number)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names <= {"audit.log", *(f"audit.log.{n}" for n in range(1, audit.KEPT + 1))}
+    assert names <= {
+        "audit.log",
+        *(f"audit.log.{n}" for n in range(1, audit.MAX_OLD_FILES + 1)),
+    }
     tasks = [entry["task"] for entry in log.read()]
     assert tasks == list(range(200 - len(tasks), 200))
     assert len(tasks) > 40
@@ -121,7 +124,7 @@ def test_one_user_has_so_many_lines_in_a_minute(tmp_path: Path) -> None:
     clock = Clock()
     log = AuditLog(tmp_path / "audit.log", clock.seconds)
     eve = Caller(person("eve"), "192.0.2.2", "static")
-    for number in range(1, audit.DEEDS + 6):
+    for number in range(1, audit.CHANGES + 6):
         log.write(JOE, "run", allowed=True, task=number)
     for _ in range(audit.VISITS + 3):
         log.write(JOE, "sign-in", allowed=True)
@@ -133,14 +136,14 @@ def test_one_user_has_so_many_lines_in_a_minute(tmp_path: Path) -> None:
     found = list(log.read())
     more = [entry for entry in found if entry["what"] == "more of it"]
     assert [(e["who"], e["allowed"], e["times"], e.get("tasks")) for e in more] == [
-        ("joe", True, 5, [audit.DEEDS + 1, audit.DEEDS + 5]),
+        ("joe", True, 5, [audit.CHANGES + 1, audit.CHANGES + 5]),
         ("joe", True, 3, None),
     ]
     assert [entry["what"] for entry in found if entry["who"] == "eve"] == [
         "kill",
         "sign-in",
     ]
-    assert len(found) == audit.DEEDS + audit.VISITS + 5
+    assert len(found) == audit.CHANGES + audit.VISITS + 5
 
 
 def test_two_programs_write_without_harm_to_each_other(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ class TestEndpoints:
         """Whatever Twisted thinks of it."""
         said = refusal(evolve(USUAL, listen=(text,)))
         assert said.startswith(
-            (f"--listen: {text!r} is no endpoint: ", f"cannot listen on {text}: ")
+            (f"--listen: {text!r} is not an endpoint: ", f"cannot listen on {text}: ")
         )
         assert said.rpartition(": ")[2]
 

@@ -174,7 +174,8 @@ def test_what_stays_wrong_is_told_once(world: World) -> None:
     (world.folder / "key").write_bytes(key_pem(long().key))
     world.pass_by(60)
     path = world.folder / "cert"
-    text = f"{KEPT}--ssl-cert: {path}: the key does not belong to the certificate"
+    why = "the key does not match the certificate; use the key that it was issued for"
+    text = f"{KEPT}--ssl-cert: {path}: {why}"
     assert world.said == [f"error: TLS: the new certificate is not used, {text}"]
     assert renewal.identity is old
 
@@ -257,7 +258,7 @@ def test_the_development_certificate_is_never_a_renewal(world: World) -> None:
     world.write(self_signed(key))
     world.pass_by(60)
     (line,) = world.said
-    assert line.endswith(f"{KEPT}everybody has the key of the development certificate")
+    assert line.endswith(f"{KEPT}the key of the development certificate is public")
     assert renewal.identity is old
 
 

@@ -86,25 +86,25 @@ def test_rules_add_up() -> None:
     )
     alice = Identity(ALICE, frozenset({"user:alice", "org:acme"}))
     caller = Caller(ALICE, "127.0.0.1", "github", policy.grants(alice))
-    assert caller.may(Right.READ, "shop", "production", "x")
-    assert not caller.may(Right.RUN, "shop", "production", "x")
-    assert caller.may(Right.KILL, "shop", "staging", "x")
-    assert not caller.may(Right.KILL, "shop", "production", "x")
+    assert caller.has_right(Right.READ, "shop", "production", "x")
+    assert not caller.has_right(Right.RUN, "shop", "production", "x")
+    assert caller.has_right(Right.KILL, "shop", "staging", "x")
+    assert not caller.has_right(Right.KILL, "shop", "production", "x")
     assert policy.groups() == {"org:acme", "team:acme/ops", "user:alice"}
     eve = policy.grants(Identity(person("eve"), frozenset({"user:eve"})))
-    assert Caller(person("eve"), "", "", eve).where(Right.READ) == (Target("public"),)
+    assert Caller(person("eve"), "", "", eve).targets_of(Right.READ) == (Target("public"),)
     own = (Grant.parse(["kill"], ["x"]),)
     token = Identity(CI, frozenset({"token:ci"}), own)
     found = Caller(CI, "", "", policy.grants(token))
-    assert found.where(Right.RUN) == (Target("blog"),)
-    assert found.where(Right.KILL) == (Target("x"),)
+    assert found.targets_of(Right.RUN) == (Target("blog"),)
+    assert found.targets_of(Right.KILL) == (Target("x"),)
 
 
 def test_without_rules_whoever_is_let_in_may_everything() -> None:
     """But a token only what it was made with, which may be nothing."""
     alice = Identity(ALICE, frozenset({"user:alice"}))
     assert Policy().grants(alice) == (ALL,)
-    assert Caller(ALICE, "", "", (ALL,)).where(Right.KILL) is None
+    assert Caller(ALICE, "", "", (ALL,)).targets_of(Right.KILL) is None
     token = Identity(CI, frozenset({"token:ci"}))
     assert Policy().grants(token) == ()
 

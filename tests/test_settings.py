@@ -189,7 +189,7 @@ class TestTexts:
     def test_what_is_no_text_is_refused(self, value: object) -> None:
         """Also the empty one: whoever quotes an unset variable wants to hear of it."""
         text = refusal({"config-repo": value})
-        assert text == "--config-repo: needs a text that is not empty"
+        assert text == "--config-repo: must be a non-empty string"
 
 
 class TestNumbers:
@@ -214,7 +214,7 @@ class TestNumbers:
     )
     def test_what_is_no_whole_number_is_refused(self, value: object) -> None:
         """Nothing is guessed: not a sign, a space, an underscore nor other digits."""
-        assert refusal({"port": value}) == "--port: needs a whole number"
+        assert refusal({"port": value}) == "--port: must be a whole number"
 
     @given(st.integers(0, 65535))
     def test_every_port_is_the_same_as_text_and_as_number(self, port: int) -> None:
@@ -236,13 +236,15 @@ class TestSeconds:
     @pytest.mark.parametrize("name", ["max-state-size", "max-output-size"])
     def test_what_is_no_size_is_refused(self, name: str, text: str) -> None:
         """With a sentence that says what is."""
-        assert "needs a number of bytes" in refusal({name: text})
+        assert "must be a number of bytes" in refusal({name: text})
 
     def test_days_may_be_part_of_a_day(self) -> None:
         """For tests, and for who is short of room."""
         assert load({"keep-days": "0.5"}, {}).keep_days == 0.5
         for text in ("-1", "many", "nan", "36501"):
-            assert "needs a number of days from 0 to 36500" in refusal({"keep-days": text})
+            assert "must be a number of days from 0 to 36500" in refusal(
+                {"keep-days": text}
+            )
 
     @pytest.mark.parametrize("name", SECONDS)
     @pytest.mark.parametrize("end", [0, 1])
@@ -267,7 +269,7 @@ class TestSeconds:
     )
     def test_what_is_no_number_of_seconds_is_refused(self, value: object) -> None:
         """Nothing is guessed, above all no unit."""
-        assert refusal({"kill-grace": value}) == "--kill-grace: needs a number of seconds"
+        assert refusal({"kill-grace": value}) == "--kill-grace: must be a number of seconds"
 
     @given(st.integers(0, 3_600_000))
     def test_milliseconds_are_kept(self, milliseconds: int) -> None:
@@ -285,7 +287,7 @@ class TestFlags:
     @pytest.mark.parametrize("value", ["true", "", 2, None, [], "1"])
     def test_what_is_no_flag_is_refused(self, value: object) -> None:
         """The text "false" must not turn something on."""
-        assert refusal({"dev": value}) == "--dev: is true or false"
+        assert refusal({"dev": value}) == "--dev: must be true or false"
 
 
 class TestAddresses:
@@ -309,7 +311,7 @@ class TestAddresses:
     def test_what_is_no_address_is_refused(self, value: object) -> None:
         """A host name too, which may have several addresses."""
         text = refusal({"interface": value})
-        expected = "is no IP address; for a host name give its address"
+        expected = "is not an IP address; give the address of the host instead of its name"
         assert text == f"--interface: {value!r} {expected}"
 
     @given(st.ip_addresses())
@@ -358,7 +360,7 @@ class TestURLs:
     )
     def test_what_is_no_url_of_a_web_server_is_refused(self, value: str) -> None:
         """And an example is given."""
-        expected = "--public-url: needs a URL like https://deploy.example.com"
+        expected = "--public-url: must be a URL like https://deploy.example.com"
         assert refusal({"public-url": value}) == expected
 
     @pytest.mark.parametrize(
@@ -377,13 +379,13 @@ class TestLists:
     @pytest.mark.parametrize("value", ["tcp:1", 5, {"a": "b"}])
     def test_what_is_no_list_is_refused(self, value: object) -> None:
         """A text is not a list of its letters."""
-        assert refusal({"listen": value}) == "--listen: needs a list of texts"
+        assert refusal({"listen": value}) == "--listen: must be a list of strings"
 
     @pytest.mark.parametrize("item", ["", 5, []])
     def test_a_list_that_holds_no_texts_is_refused(self, item: object) -> None:
         """One bad item is enough."""
         text = refusal({"listen": ["tcp:1", item]})
-        assert text == "--listen: needs a text that is not empty"
+        assert text == "--listen: must be a non-empty string"
 
 
 class TestPatterns:
@@ -399,7 +401,7 @@ class TestPatterns:
         """File and key are named, and what is wrong with it."""
         config.write_text(f"app-pattern = '{pattern}'\n")
         text = refusal({"config": str(config)})
-        assert text.startswith(f"{config}: app-pattern: is no regular expression: ")
+        assert text.startswith(f"{config}: app-pattern: is not a regular expression: ")
 
 
 class TestFile:
@@ -464,21 +466,21 @@ class TestFile:
         """A mistake in a file is heard of at once, not when the option goes."""
         config.write_text("port = 'x'\n")
         text = refusal({"config": str(config), "port": "1"})
-        assert text == f"{config}: port: needs a whole number"
+        assert text == f"{config}: port: must be a whole number"
 
     @pytest.mark.parametrize("key", ["colour", "config", "config_repo", "--port", "auth"])
     def test_an_unknown_key_is_named_with_its_file(self, key: str, config: Path) -> None:
         """Also one with an underscore: there is one way to write it."""
         config.write_text(f'"{key}" = "x"\n')
         assert refusal({"config": str(config)}) == (
-            f"{config}: {key} is no option of pulsar-api"
+            f"{config}: {key} is not an option of pulsar-api"
         )
 
     def test_a_table_is_an_unknown_key(self, config: Path) -> None:
         """Nothing in a file is read over."""
         config.write_text("[server]\nport = 1\n")
         text = refusal({"config": str(config)})
-        assert text == f"{config}: server is no option of pulsar-api"
+        assert text == f"{config}: server is not an option of pulsar-api"
 
     def test_a_file_that_is_not_there_is_an_error(self, config: Path) -> None:
         """Nobody names a file that need not exist."""
@@ -490,7 +492,7 @@ class TestFile:
         """It is named, and what is wrong with it."""
         config.write_bytes(content)
         assert refusal({"config": str(config)}).startswith(
-            f"--config: {config} is no TOML: "
+            f"--config: {config} is not TOML: "
         )
 
     def test_an_empty_file_name_is_an_error(self) -> None:
@@ -504,7 +506,7 @@ class TestFile:
 
     def test_an_unknown_option_is_named(self) -> None:
         """Should one ever come past the command line's own parser."""
-        assert refusal({"colour": "red"}) == "--colour is no option of pulsar-api"
+        assert refusal({"colour": "red"}) == "--colour is not an option of pulsar-api"
 
     @given(
         st.dictionaries(
@@ -535,8 +537,8 @@ class TestTogether:
             ({"auth-provider": "github"}, "--auth-provider github needs --auth-members"),
             ({"auth-method": "org"}, "--auth-provider github needs --auth-members"),
             ({"auth-method": "x"}, "--auth-method: must be one of user, org, team"),
-            ({"auth-members": "a,,b"}, "--auth-members: needs a text"),
-            ({"auth-method": "team", "auth-members": "acme"}, "--auth-method team wants"),
+            ({"auth-members": "a,,b"}, "--auth-members: must be a non-empty string"),
+            ({"auth-method": "team", "auth-members": "acme"}, "--auth-method team needs"),
             ({"auth-username": "x", "auth-members": "a"}, "--auth-username and its"),
             ({"auth-password": "x", "auth-members": "a"}, "--auth-username and its"),
             ({"auth-provider": "static"}, "--auth-provider static needs --auth-username"),
@@ -569,7 +571,7 @@ class TestTogether:
     def test_a_user_is_named_in_one_line(self, name: str) -> None:
         """It stands in logs, in the environment of tasks and perhaps in an argument."""
         text = refusal({"auth-username": name})
-        assert text.startswith("--auth-username: needs a name")
+        assert text.startswith("--auth-username: must be a name")
         assert "\n" not in text
 
     def test_any_auth_option_means_github(self) -> None:
@@ -605,13 +607,13 @@ class TestTogether:
     @pytest.mark.parametrize(
         ("rights", "said"),
         [
-            ("rights = 'all'", "is a list of tables"),
-            ("[[rights]]\nwho = ['*']", "each has who, may"),
-            ("[[rights]]\nwho = ['*']\nmay = ['fly']", "'fly' is no right"),
+            ("rights = 'all'", "must be a list of tables"),
+            ("[[rights]]\nwho = ['*']", "each table needs who and may"),
+            ("[[rights]]\nwho = ['*']\nmay = ['fly']", "'fly' is not a right"),
             ("[[rights]]\nwho = ['joe']\nmay = ['read']", "'joe' must be *"),
-            ("[[rights]]\nwho = ['*']\nmay = [1]", "may must be a list of texts"),
-            ("[[rights]]\nwho = ['*']\nmay = []", "names no right"),
-            ("[[rights]]\nwho = ['*']\nmay = ['read']\nin = ['x']", "each has who"),
+            ("[[rights]]\nwho = ['*']\nmay = [1]", "may must be a list of strings"),
+            ("[[rights]]\nwho = ['*']\nmay = []", "needs at least one right"),
+            ("[[rights]]\nwho = ['*']\nmay = ['read']\nin = ['x']", "each table needs who"),
             (
                 "[[rights]]\nwho = ['*']\nmay = ['read']\non = ['/x']",
                 "'/x' must be like",
@@ -630,9 +632,9 @@ class TestTogether:
     @pytest.mark.parametrize(
         ("value", "said"),
         [
-            ("'*/production'", "needs a list of texts"),
-            ("[1]", "needs a text that is not empty"),
-            ("['']", "needs a text that is not empty"),
+            ("'*/production'", "must be a list of strings"),
+            ("[1]", "must be a non-empty string"),
+            ("['']", "must be a non-empty string"),
             ("['*/production', '/x']", "'/x' must be like shop, shop/production or"),
             ("['shop production']", "'shop production' must be like"),
         ],
@@ -695,7 +697,7 @@ class TestTogether:
         """An endpoint with TLS of its own would let everybody in."""
         listen = ["tcp:1:interface=127.0.0.1", endpoint]
         text = refusal({"ssl-pfx": "/x", "ssl-client-ca": "/y", "listen": listen})
-        assert text.startswith(f"--ssl-client-ca does not hold for --listen {endpoint}, ")
+        assert text.startswith(f"--ssl-client-ca does not apply to --listen {endpoint}, ")
 
     def test_hsts_is_off_unless_a_file_says_how_long(self, config: Path) -> None:
         """Browsers remember it for that long, so nobody gets it by accident."""

@@ -183,7 +183,7 @@ class TestPEM:
     def test_what_is_no_private_key_is_refused(self, folder: Path, key: str) -> None:
         """Above all the two files swapped."""
         text = refusal(of(folder, key=key, cert="cert"))
-        expected = "it is no private key in PEM form"
+        expected = "it is not a private key in PEM form"
         assert text == f"--ssl-key: cannot use {folder / key}: {expected}"
 
     @pytest.mark.parametrize("cert", ["key", "public", "garbage", "nothing"])
@@ -198,7 +198,8 @@ class TestPEM:
         (folder / "key").write_bytes(key_pem(other))
         text = refusal(of(folder, key="key", cert="cert"))
         path = folder / "cert"
-        assert text == f"--ssl-cert: {path}: the key does not belong to the certificate"
+        why = "the key does not match the certificate; use the key that it was issued for"
+        assert text == f"--ssl-cert: {path}: {why}"
 
     def test_an_authority_before_the_certificate_does_not_fit_the_key(
         self, folder: Path, issued: Issued
@@ -207,7 +208,9 @@ class TestPEM:
         turned = certificates_pem(*issued.between, issued.certificate)
         (folder / "cert").write_bytes(turned)
         text = refusal(of(folder, key="key", cert="cert"))
-        assert text.endswith("the key does not belong to the certificate")
+        assert text.endswith(
+            "the key does not match the certificate; use the key that it was issued for"
+        )
 
     @pytest.mark.parametrize("option", ["key", "cert", "passphrase"])
     def test_a_file_that_cannot_be_read_is_named(self, folder: Path, option: str) -> None:
@@ -228,7 +231,7 @@ class TestPEM:
         (folder / "cert").write_bytes(data[:left])
         text = refusal(of(folder, key="key", cert="cert"))
         path = folder / "cert"
-        assert text == f"--ssl-cert: {path} holds a certificate that is not whole"
+        assert text == f"--ssl-cert: {path} holds an incomplete certificate"
 
 
 class TestPKCS12:
@@ -276,8 +279,8 @@ class TestPKCS12:
         """Its form does not tell a wrong passphrase from a broken file."""
         text = refusal(of(folder, **names))
         assert text == (
-            f"--ssl-pfx: cannot open {folder / names['pfx']}: it is no PKCS #12 file, or "
-            "the passphrase (--ssl-passphrase) is wrong or missing"
+            f"--ssl-pfx: cannot open {folder / names['pfx']}: it is not a PKCS #12 file, "
+            "or the passphrase (--ssl-passphrase) is wrong or missing"
         )
 
     def test_a_pfx_without_a_key_is_refused(self, folder: Path, issued: Issued) -> None:

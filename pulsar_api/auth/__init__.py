@@ -1,1 +1,1 @@
-"""Knows who is calling and what they may do. It knows no HTTP server."""
+"""Authentication and rights, without knowledge of HTTP servers."""

@@ -1,4 +1,4 @@
-"""The audit log: who wanted what, from where, and whether they got it."""
+"""The audit log: who asked for what, from where, and whether it was allowed."""
 
 import heapq
 import json
@@ -18,64 +18,64 @@ from pulsar_api.principal import Principal
 _log = Logger()
 
 FILE = "audit.log"
-"""What was done."""
+"""The file of changes."""
 ACCESS_FILE = "audit-access.log"
-"""Who signed in and out, what was refused, and what changed nothing."""
+"""The file of sign-ins and sign-outs, refusals, and requests without effect."""
 MAX_SIZE = 10 << 20
 """Bytes after which a new file is begun."""
 REFUSALS = 100
-"""Refusals of one user, or of all who are not known, that are written in a minute."""
+"""Refusals of one user, or of all unknown callers, that are logged a minute."""
 VISITS = 100
-"""Sign-ins, sign-outs and requests without effect of one user, likewise."""
-DEEDS = 1000
-"""Things that one user has done, likewise."""
-KEPT = 9
-"""Files that are kept beside the newest one: ``audit.log.1`` is the youngest of them."""
-_MOST = {"done": DEEDS, "refused": REFUSALS, "visits": VISITS}
-_MOST_TEXT = 300  # characters of a text from outside
+"""Sign-ins, sign-outs and requests without effect of one user that are logged a minute."""
+CHANGES = 1000
+"""Changes by one user that are logged a minute."""
+MAX_OLD_FILES = 9
+"""Older files that are kept; ``audit.log.1`` is the youngest of them."""
+_MOST = {"done": CHANGES, "refused": REFUSALS, "visits": VISITS}
+_MAX_TEXT = 300  # characters of a text from outside
 _VISITS = frozenset({"sign-in", "sign-out", "sign-out everywhere"})
 
 
 def _shortened(value: object) -> object:
-    return value[:_MOST_TEXT] if isinstance(value, str) else value
+    return value[:_MAX_TEXT] if isinstance(value, str) else value
 
 
 @define(eq=False)
-class _More:
-    """Lines of one kind and one user within a minute."""
+class _Count:
+    """The lines of one kind and one user within a minute."""
 
     lines: int = 0
     tasks: list[int] = field(factory=list)
-    """The first and the last task of those that had no line of their own."""
+    """The first and the last task without a line of its own."""
 
 
 @define(eq=False)
 class AuditLog:
-    """Lines of JSON in files that only grow, and begin anew when they are large.
+    """Lines of JSON in append-only files, which are rotated by size.
 
-    What was done has a file of its own, so that no number of visits and refusals pushes it
-    out. Of each kind one user, or all who are not known, has so many lines in a minute;
-    what is beyond that is one line with its number. Each line is written with one system
-    call at the end of the file, so that the daemon and the command line can both write,
-    and what was written survives ``kill -9``.
+    Changes have a file of their own, so that no number of visits and refusals pushes them
+    out. Each user, and all unknown callers together, have a limited number of lines of
+    each kind a minute; beyond it one line counts the rest. Each line is appended with one
+    system call, so that the daemon and the command line can both write, and lines survive
+    ``kill -9``.
     """
 
     path: Path
-    """Of the file of what was done; the other one is beside it."""
+    """The path of the file of changes; the other file is beside it."""
     _now: Callable[[], float]
     """The seconds since the epoch."""
     max_size: int = MAX_SIZE
     _minute: float = field(default=0.0, init=False)
-    _written: dict[tuple[Principal | None, str], _More] = field(factory=dict, init=False)
-    """By whom and of which kind, since then."""
+    _written: dict[tuple[Principal | None, str], _Count] = field(factory=dict, init=False)
+    """The lines since then, by user and kind."""
 
     def write(self, caller: Caller, what: str, *, allowed: bool, **more: object) -> None:
-        """Note what somebody wanted; if it cannot be written, in the daemon's log."""
+        """Log what a caller asked for; in the daemon's log if the file is not writable."""
         kind = "visits" if what in _VISITS else "done"
         self._count(kind if allowed else "refused", caller, what, more)
 
     def write_unchanged(self, caller: Caller, what: str, **more: object) -> None:
-        """Note what somebody was allowed to do, and nothing has come of it."""
+        """Log a request that was allowed and had no effect."""
         self._count("visits", caller, what, more)
 
     def _count(
@@ -84,7 +84,7 @@ class AuditLog:
         if not 0 <= self._now() - self._minute < 60:
             self.close()
             self._minute = self._now()
-        written = self._written.setdefault((caller.principal, kind), _More())
+        written = self._written.setdefault((caller.principal, kind), _Count())
         written.lines += 1
         if written.lines <= _MOST[kind]:
             self._write(kind, caller, what, more)
@@ -92,7 +92,7 @@ class AuditLog:
             written.tasks[1:] = [task]
 
     def close(self) -> None:
-        """Say how much was not written down one by one."""
+        """Log how many lines were left out."""
         for (principal, kind), written in self._written.items():
             times = written.lines - _MOST[kind]
             if times > 0:
@@ -141,13 +141,13 @@ class AuditLog:
         return self.path.with_name(ACCESS_FILE)
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """Yield all that is kept, oldest first; a line that is no JSON is passed over."""
+        """Yield all entries, oldest first; lines that are not JSON are skipped."""
         files = (_entries(self.path), _entries(self._access))
         yield from heapq.merge(*files, key=lambda entry: str(entry.get("at", "")))
 
 
 def _rotate(path: Path) -> None:
-    for number in range(KEPT - 1, -1, -1):
+    for number in range(MAX_OLD_FILES - 1, -1, -1):
         old = _numbered(path, number)
         if old.exists():
             old.replace(_numbered(path, number + 1))
@@ -158,7 +158,7 @@ def _numbered(path: Path, number: int) -> Path:
 
 
 def _entries(path: Path) -> Iterator[dict[str, Any]]:
-    for number in range(KEPT, -1, -1):
+    for number in range(MAX_OLD_FILES, -1, -1):
         try:
             fd = files.open_regular(_numbered(path, number))
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What is kept of tokens and sessions, in a database of its own; no secret in clear."""
+"""Tokens, sessions and bound logins in a database of their own; no secret in clear."""
 
 import hashlib
 import json
@@ -18,11 +18,11 @@ from pulsar_api.storage import sqlite
 
 FILE = "auth.db"
 PREFIX = "pulsar_"
-"""How our own tokens begin, so that they are never shown to somebody else's server."""
+"""How API tokens begin, so that they are never sent to another server."""
 
 MOST_SESSIONS = 100
-"""Sessions of one user. With one more, the one that was not used for longest ends."""
-_AT_ONCE = 100  # sessions that are forgotten before somebody else has their turn
+"""Sessions of one user; with one more, the one that is unused for longest ends."""
+_AT_ONCE = 100  # sessions that are removed in one step
 
 # One script per version; never edit one that was released, add another.
 _SCHEMA = [
@@ -51,7 +51,7 @@ _SCHEMA = [
     CREATE INDEX session_created ON session (created_at);
     CREATE INDEX session_seen ON session (seen_at);
     """,
-    # Sessions of earlier versions know no more than the name of their user.
+    # Sessions of earlier versions have only the name of their user.
     """
     DELETE FROM session;
     ALTER TABLE session ADD COLUMN name TEXT NOT NULL DEFAULT '';
@@ -71,24 +71,24 @@ def new_secret() -> str:
 
 
 def digest(secret: str) -> str:
-    """Return what is kept of a secret that is random and long: its SHA-256."""
+    """Return what is stored of a long random secret: its SHA-256."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @frozen
 class Token:
-    """A token of our own, but not what it is. Times are seconds since the epoch."""
+    """An API token without its secret. Times are seconds since the epoch."""
 
     name: str
     rights: tuple[str, ...]
-    """None of them: only rules say what it may."""
+    """Without any, only rules give it rights."""
     targets: tuple[str, ...]
     created_at: float
     expires_at: float | None = None
     used_at: float | None = None
 
     grants: tuple[Grant, ...] = field(init=False)
-    """What it may beside all rules."""
+    """The rights that it has beside all rules."""
 
     @grants.default
     def _granted(self) -> tuple[Grant, ...]:
@@ -97,11 +97,11 @@ class Token:
 
 @frozen
 class SessionRecord:
-    """A session as it is kept."""
+    """A session as it is stored."""
 
     user: Principal
     sealed: bytes
-    """The credentials, which only who has the session's id can open."""
+    """The credentials, which can only be opened with the id of the session."""
     created_at: float
     seen_at: float
 
@@ -125,7 +125,7 @@ _NOTHING = {
     "expires_at": 0.0,
     "used_at": None,
 }
-"""What is read instead of a token that does not exist."""
+"""What is parsed instead of a missing token, so that both take the same time."""
 
 # -- tokens, for the command line
 
@@ -139,12 +139,16 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def prepare(path: Path) -> None:
-    """Make the database, readable by nobody else, or bring it to this version's form."""
+    """Create the database, readable by its owner only, or migrate it to this version."""
     sqlite.prepare(path, _SCHEMA)
 
 
 def add_token(db: sqlite3.Connection, token: Token, secret: str) -> None:
-    """Keep a new token; `KeyError` if the name is taken."""
+    """Store a new token.
+
+    Raises:
+        KeyError: There is a token of this name.
+    """
     values = (
         token.name,
         digest(secret),
@@ -169,7 +173,7 @@ def all_tokens(db: sqlite3.Connection) -> list[Token]:
 
 
 def remove_token(db: sqlite3.Connection, name: str) -> bool:
-    """Forget a token; return whether there was one."""
+    """Remove a token; return whether there was one."""
     return db.execute("DELETE FROM token WHERE name = ?", (name,)).rowcount > 0
 
 
@@ -178,7 +182,7 @@ def remove_token(db: sqlite3.Connection, name: str) -> bool:
 
 @frozen
 class Login:
-    """A listed login, and the one account of GitHub that may use it."""
+    """A listed login, and the one GitHub account that is allowed to use it."""
 
     name: str
     """In lower case."""
@@ -192,7 +196,7 @@ def all_logins(db: sqlite3.Connection) -> list[Login]:
 
 
 def bind_login(db: sqlite3.Connection, login: Login) -> None:
-    """Bind a login to an account, whatever it was bound to."""
+    """Bind a login to an account instead of any other."""
     text = "INSERT OR REPLACE INTO login VALUES (?, ?, ?)"
     db.execute(text, (login.name, login.id, login.bound_at))
 
@@ -202,9 +206,9 @@ def bind_login(db: sqlite3.Connection, login: Login) -> None:
 
 @define(eq=False)
 class CredentialStore:
-    """The same for the daemon, in threads. ``close`` it, or they stay.
+    """The database for the daemon, in two threads that `close` ends.
 
-    What is asked for does not wait for what is written, and synced.
+    Reads do not wait for writes, which are synced.
     """
 
     _path: Path
@@ -218,12 +222,12 @@ class CredentialStore:
         self._reader = sqlite.DatabaseThread(self._path, self._from_thread)
 
     async def close(self) -> None:
-        """Write what was given and end the threads."""
+        """Complete all writes and end the threads."""
         for thread in (self._writer, self._reader):
             await thread.close()
 
     def token(self, secret: str) -> Deferred[Token | None]:
-        """Fire with the token that this is; of a wrong one after the same time."""
+        """Fire with the token of a secret, or None; both take the same time."""
         key = digest(secret)
 
         def job(db: sqlite3.Connection) -> Token | None:
@@ -234,21 +238,18 @@ class CredentialStore:
         return self._reader.do(job)
 
     def use_token(self, name: str, now: float) -> Deferred[None]:
-        """Note that a token was used."""
+        """Store when a token was used."""
         return self._run("UPDATE token SET used_at = ? WHERE name = ?", (now, name))
 
     def logins(self, name: str, id: str) -> Deferred[dict[str, str]]:
-        """Fire with the ids that a login and the logins of an account are bound to."""
+        """Fire with the bound ids of a login and of all logins of an account, by login."""
         text = "SELECT login, id FROM login WHERE login = ? OR id = ?"
         return self._reader.do(
             lambda db: {row["login"]: row["id"] for row in db.execute(text, (name, id))}
         )
 
     def bind_new_login(self, login: Login) -> Deferred[tuple[str, bool]]:
-        """Bind a login unless it is bound.
-
-        Fires with the id that it is bound to, and whether that is new.
-        """
+        """Bind a login unless it is bound; fire with its id, and whether that is new."""
 
         def job(db: sqlite3.Connection) -> tuple[str, bool]:
             text = "INSERT OR IGNORE INTO login VALUES (?, ?, ?)"
@@ -260,7 +261,7 @@ class CredentialStore:
         return self._writer.do(job)
 
     def add_session(self, key: str, session: SessionRecord) -> Deferred[None]:
-        """Keep a new session under the digest of its id."""
+        """Store a new session under the digest of its id."""
         values = (
             key,
             session.user.key,
@@ -278,16 +279,16 @@ class CredentialStore:
     def forget_sessions(
         self, created: float, seen: float, user: Principal, key: str
     ) -> Deferred[bool]:
-        """Forget some old sessions; fires with whether there may be more of them.
+        """Remove some old sessions; fire with whether there may be more of them.
 
-        Old are those that began before ``created`` or were last used before ``seen``, and
-        those of a user beyond `MOST_SESSIONS`, but never that of the digest ``key``.
-        Indexes find them, so the time does not grow with the number of sessions.
+        A session is old if it began before ``created``, if it was last used before
+        ``seen``, or if the user has `MOST_SESSIONS` newer ones; but never the one with the
+        digest ``key``. Indexes find them, so the time does not grow with their number.
         """
         old = {
             "created_at < ?": (created,),
             "seen_at < ?": (seen,),
-            # Not the newest one: a clock that was set back makes it look like the oldest.
+            # Not the new one: after the clock was set back it looks like the oldest.
             "user = ? AND digest <> ? ORDER BY seen_at DESC, created_at DESC, rowid DESC": (
                 user.key,
                 key,
@@ -319,15 +320,15 @@ class CredentialStore:
         return self._reader.do(job)
 
     def see_session(self, key: str, now: float) -> Deferred[None]:
-        """Note that a session is used."""
+        """Store when a session was used."""
         return self._run("UPDATE session SET seen_at = ? WHERE digest = ?", (now, key))
 
     def end_session(self, key: str) -> Deferred[None]:
-        """Forget a session."""
+        """Remove a session."""
         return self._run("DELETE FROM session WHERE digest = ?", (key,))
 
     def end_sessions(self, user: Principal) -> Deferred[None]:
-        """Forget all sessions of a user."""
+        """Remove all sessions of a user."""
         return self._run("DELETE FROM session WHERE user = ?", (user.key,))
 
     def _run(self, text: str, values: Sequence[object]) -> Deferred[None]:

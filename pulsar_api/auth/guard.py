@@ -1,4 +1,4 @@
-"""What one caller may do with tasks; the one place where rights are asked for."""
+"""The one place where rights are checked: what a caller can do with tasks."""
 
 from collections.abc import Mapping, Sequence
 
@@ -27,10 +27,10 @@ _RESTARTABLE = frozenset({Status.FAILED, Status.KILLED, Status.LOST})
 
 @frozen(eq=False)
 class Guard:
-    """The tasks, as far as a caller has the one right that a route needs.
+    """The tasks on which a caller has the one right that a route needs.
 
-    No route has anything else to reach a task by, so none can forget to ask. What is not
-    allowed raises `NotAllowed` and is in the audit log; lists leave it out.
+    Routes reach tasks by a guard only, so none can forget the check. Without the right, a
+    call raises `NotAllowed` and is in the audit log; lists leave such tasks out.
     """
 
     _service: TaskService
@@ -56,7 +56,7 @@ class Guard:
         secret: frozenset[str] = frozenset(),
         key: str | None = None,
     ) -> Task:
-        """Create a task in the caller's name, as `TaskService.create`."""
+        """Create a task in the caller's name; raises as `TaskService.create`."""
         _bounded(app=app, env=env)
         _bounded(MAX_ACTION, action=action)
         self._check(app, env, action)
@@ -92,37 +92,37 @@ class Guard:
         changes = not snapshot.status.ended and snapshot.killed_by is None
         note = self._note if changes else self._note_unchanged
         note(spec.app, spec.env, spec.action, task=number)
-        return await self._service.kill(number, self.caller.by)
+        return await self._service.kill(number, self.caller.actor)
 
     async def free(self, app: str, env: str) -> Sequence[int]:
         """Give back a target that ended tasks hold, as `TaskService.free`."""
         _bounded(app=app, env=env)
         self._check(app, env, None)
-        freed = await self._service.free(f"{app}/{env}", self.caller.by)
+        freed = await self._service.free(f"{app}/{env}", self.caller.actor)
         self._note(app, env, None, freed=list(freed))
         return freed
 
     # -- many
 
     async def search(self, query: TaskQuery) -> Found:
-        """Return those of the tasks that match and may be seen, newest first."""
+        """Return the tasks that match and that the caller may see, newest first."""
         return await self._service.search(self.narrowed(query))
 
     def narrowed(self, query: TaskQuery) -> TaskQuery:
-        """Return a query for those of the tasks that may be seen."""
+        """Return the query, restricted to tasks that the caller may see."""
         return evolve(query, within=self._within())
 
     async def read(self, numbers: Sequence[int]) -> Found:
-        """Return the first of these tasks, of those that may be seen."""
+        """Return the first of these tasks, without those that the caller may not see."""
         found = await self._service.read(numbers)
         return Found([task for task in found.tasks if self.sees(task)], found.rest)
 
     async def next_after(self, number: int) -> TaskSnapshot | None:
-        """Return the oldest newer task that may be seen, or None."""
+        """Return the oldest newer task that the caller may see, or None."""
         return await self._service.next_after(number, self._within())
 
     async def news(self, since: int, known: int, limit: int) -> News:
-        """Return what has been recorded, also of what may not be seen: ask `sees`."""
+        """Return what has been recorded, also of tasks that `sees` leaves out."""
         return await self._service.news(since, known, limit)
 
     async def last_change(self) -> tuple[int, int]:
@@ -130,7 +130,7 @@ class Guard:
         return await self._service.last_change()
 
     async def listing(self, app: str, env: str) -> Command:
-        """Return what lists the actions of an app, of which one may be run."""
+        """Return the command that lists the actions of an app."""
         _bounded(app=app, env=env)
         self._check(app, env, None)
         command = await self._service.listing(app, env)
@@ -140,11 +140,11 @@ class Guard:
     def sees(self, snapshot: TaskSnapshot) -> bool:
         """Return whether the caller may see a task."""
         spec = snapshot.spec
-        return self.caller.may(self.right, spec.app, spec.env, spec.action)
+        return self.caller.has_right(self.right, spec.app, spec.env, spec.action)
 
     @property
     def created(self) -> Changes:
-        """The number of the newest task, whoever may see it."""
+        """The number of the newest task, also if the caller may not see it."""
         return self._service.created
 
     @property
@@ -155,16 +155,16 @@ class Guard:
     # -- what they share
 
     def _within(self) -> tuple[tuple[str, str, str], ...] | None:
-        found = self.caller.where(self.right)
+        found = self.caller.targets_of(self.right)
         return None if found is None else tuple((t.app, t.env, t.action) for t in found)
 
     def _check(self, app: str, env: str, action: str | None, **more: object) -> None:
-        if not self.caller.may(self.right, app, env, action):
+        if not self.caller.has_right(self.right, app, env, action):
             self._note(app, env, action, allowed=False, **more)
             where = "/".join(part for part in (app, env, action) if part is not None)
-            if "task" in more and not self.caller.may(Right.READ, app, env, action):
-                where = f"task {more['task']}"  # what it is, is not for them to know
-            raise NotAllowed(self.caller.by.name, self.right, where)
+            if "task" in more and not self.caller.has_right(Right.READ, app, env, action):
+                where = f"task {more['task']}"  # the caller may not know what it is
+            raise NotAllowed(self.caller.actor.name, self.right, where)
 
     def _note(
         self,

@@ -1,4 +1,4 @@
-"""Rights: who may do what, where; and the caller who has them."""
+"""Rights: what callers are allowed to do, and on which targets."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ _RULE = frozenset({"who", "on", "may"})
 
 
 class Right(StrEnum):
-    """What can be allowed. Each of the others implies `READ`, and `ADMIN` all."""
+    """What a caller can be allowed to do. Each right implies `READ`, and `ADMIN` all."""
 
     READ = "read"
     RUN = "run"
@@ -41,20 +41,24 @@ class Grant:
 
     @classmethod
     def parse(cls, may: Iterable[object], on: Iterable[object]) -> "Grant":
-        """Read the names of rights, and targets; `ValueError` says which is wrong."""
+        """Parse names of rights and targets.
+
+        Raises:
+            ValueError: A name is unknown or a target is malformed; the text says which.
+        """
         rights: set[Right] = set()
         for name in may:
             if name not in list(Right):
                 known = ", ".join(Right)
-                raise ValueError(f"{name!r} is no right; there are {known}")
+                raise ValueError(f"{name!r} is not a right; use one of {known}")
             rights |= _IMPLIED[Right(str(name))]
         targets = tuple(Target.parse(str(text)) for text in on)
         if not rights or not targets:
-            raise ValueError("names no right, or no target")
+            raise ValueError("needs at least one right and one target")
         return cls(frozenset(rights), targets)
 
     def allows(self, right: Right, app: str, env: str, action: str | None) -> bool:
-        """Return whether it gives a right there; no action: for any action."""
+        """Return whether this grants a right on a target; None stands for any action."""
         return right in self.rights and any(
             target.matches(app, env, action) for target in self.targets
         )
@@ -65,26 +69,32 @@ ALL = Grant(frozenset(Right))
 
 @frozen
 class Rule:
-    """A grant and to whom: ``*``, ``user:U``, ``token:T``, ``org:O`` or ``team:O/T``."""
+    """A grant, and to whom: ``*``, ``user:U``, ``token:T``, ``org:O`` or ``team:O/T``."""
 
     who: frozenset[str]
     grant: Grant
 
     @classmethod
     def parse(cls, table: object) -> "Rule":
-        """Read one of the tables ``[[rights]]``; `ValueError` says what is wrong."""
+        """Parse one of the tables ``[[rights]]``.
+
+        Raises:
+            ValueError: The table is malformed; the text says how.
+        """
         if (
             not isinstance(table, Mapping)
             or set(table) - _RULE
             or not {"who", "may"} <= set(table)
         ):
-            raise ValueError("each has who, may, and perhaps on: lists of texts")
+            raise ValueError(
+                "each table needs who and may, and can have on: lists of strings"
+            )
         lists = {}
         for name in _RULE:
             value = table.get(name, ["*"])
             value = [value] if isinstance(value, str) else value
             if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-                raise ValueError(f"{name} must be a list of texts")
+                raise ValueError(f"{name} must be a list of strings")
             lists[name] = value
         for name in lists["who"]:
             if not _WHO.fullmatch(name):
@@ -98,49 +108,49 @@ class Rule:
 
 @frozen
 class Identity:
-    """Somebody, as a provider or our own list of tokens knows them."""
+    """A user as a provider knows them, or an API token."""
 
     principal: Principal
     """The name of a token begins with ``token:``."""
     groups: frozenset[str] = frozenset()
-    """What rules may call them, in lower case."""
+    """The names by which rules refer to them, in lower case."""
     grants: tuple[Grant, ...] = ()
-    """What they may beside all rules: the rights of a token."""
+    """The rights of a token, which it has beside all rules."""
 
 
 @frozen
 class Caller:
-    """Who sends a request, from where, and what they may do."""
+    """The sender of a request, as far as known: who, from where, with which rights."""
 
     principal: Principal | None
-    """None: nobody is asked who they are, or nobody knows."""
+    """None if callers do not authenticate, or if this one has not."""
     address: str
     means: str = "anonymous"
     grants: tuple[Grant, ...] = (ALL,)
 
     @property
-    def by(self) -> Principal:
-        """Who it is; of whom nobody knows who they are, where the request comes from."""
+    def actor(self) -> Principal:
+        """The principal, or else one that stands for the address."""
         return self.principal or Principal("address", self.address, self.address)
 
-    def may(self, right: Right, app: str, env: str, action: str | None) -> bool:
-        """Return whether they may do this there; no action: with any action there."""
+    def has_right(self, right: Right, app: str, env: str, action: str | None) -> bool:
+        """Return whether the caller has a right on a target; None stands for any action."""
         return any(grant.allows(right, app, env, action) for grant in self.grants)
 
-    def where(self, right: Right) -> tuple[Target, ...] | None:
-        """Return where they have a right; None: everywhere."""
+    def targets_of(self, right: Right) -> tuple[Target, ...] | None:
+        """Return the targets on which the caller has a right; None for all."""
         found = [t for grant in self.grants if right in grant.rights for t in grant.targets]
         return None if Target() in found else tuple(dict.fromkeys(found))
 
 
 @frozen
 class Policy:
-    """The rules of a daemon. Without any, whoever is let in may everything."""
+    """The rules of a daemon. Without rules, every authenticated user has all rights."""
 
     rules: Sequence[Rule] | None = None
 
     def grants(self, identity: Identity) -> tuple[Grant, ...]:
-        """Return what somebody may."""
+        """Return the grants of an identity."""
         own = identity.grants
         if self.rules is None:
             return own if identity.principal.provider == "token" else (ALL,)

@@ -38,7 +38,7 @@ def _check_client_ca(settings: Settings) -> None:
     for endpoint in settings.listen:
         if endpoint.startswith(("tls:", "ssl:")):
             raise SettingsError(
-                f"--ssl-client-ca does not hold for --listen {endpoint}, which has TLS of "
+                f"--ssl-client-ca does not apply to --listen {endpoint}, which has TLS of "
                 "its own; use tcp:"
             )
 
@@ -47,7 +47,7 @@ def _check_authentication(s: Settings) -> None:
     if s.authenticated and s.allow_anonymous:
         raise SettingsError("--allow-anonymous and the --auth options exclude each other")
     if s.rights is not None and not s.authenticated:
-        raise SettingsError("rights need --auth-provider: somebody who knows the users")
+        raise SettingsError("rights need --auth-provider, which authenticates the users")
     own = s.auth_username is not None, s.auth_password is not None
     if s.auth_provider == "static":
         if not all(own):
@@ -72,7 +72,8 @@ def _check_github(s: Settings) -> None:
                 raise SettingsError(f"{option} is only for --auth-provider github")
     elif not s.auth_members:
         raise SettingsError(
-            "--auth-provider github needs --auth-members: who of all its users is let in"
+            "--auth-provider github needs --auth-members: the users, organisations or "
+            "teams to accept"
         )
     elif s.auth_method == "team" and not all(m.count("/") == 1 for m in s.auth_members):
-        raise SettingsError("--auth-method team wants --auth-members like org/team")
+        raise SettingsError("--auth-method team needs --auth-members like org/team")

@@ -30,7 +30,7 @@ def load(given: Mapping[str, object], environ: Mapping[str, str]) -> Settings:
                 continue
             where = f"--{name}" if source == CLI else f"{source}: {name}"
             if name not in known:
-                raise SettingsError(f"{where} is no option of pulsar-api")
+                raise SettingsError(f"{where} is not an option of pulsar-api")
             attribute = known[name]
             try:
                 values[attribute.name] = attribute.metadata["parse"](value)
@@ -70,7 +70,7 @@ def _read_secrets(values: dict[str, Any], environ: Mapping[str, str]) -> None:
         try:
             text = Path(_credential(path, environ)).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            why = getattr(e, "strerror", None) or "it is no UTF-8"
+            why = getattr(e, "strerror", None) or "it is not UTF-8"
             raise SettingsError(f"{option}: cannot read {path}: {why}") from None
         values[name] = text.strip("\r\n")
         if not values[name]:
@@ -84,7 +84,7 @@ def _read_file(path: str) -> dict[str, object]:
     except OSError as e:
         raise SettingsError(f"--config: cannot read {path}: {e.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise SettingsError(f"--config: {path} is no TOML: {e}") from None
+        raise SettingsError(f"--config: {path} is not TOML: {e}") from None
 
 
 def default_state_dir(environ: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ from pulsar_api.tasks.targets import Target
 
 def text(value: object) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
-        raise ValueError("needs a text that is not empty")
+        raise ValueError("must be a non-empty string")
     return value
 
 
@@ -20,7 +20,7 @@ def name(value: object) -> str:
     found = text(value)
     if found.startswith("-") or not found.isprintable():
         raise ValueError(
-            "needs a name of printable characters that does not begin with a hyphen"
+            "must be a name of printable characters that does not begin with a hyphen"
         )
     return found
 
@@ -28,7 +28,7 @@ def name(value: object) -> str:
 def flag(value: object) -> bool:
     # On the command line a flag is 0 or 1.
     if not isinstance(value, bool) and value not in (0, 1):
-        raise ValueError("is true or false")
+        raise ValueError("must be true or false")
     return bool(value)
 
 
@@ -37,7 +37,7 @@ def number(least: int, most: int) -> Callable[[object], int]:
         if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError("needs a whole number")  # noqa: TRY004
+            raise ValueError("must be a whole number")  # noqa: TRY004
         if not least <= value <= most:
             raise ValueError(f"must be from {least} to {most}")
         return value
@@ -50,7 +50,7 @@ def seconds(least: float, most: float = 31 * 86400) -> Callable[[object], float]
         if isinstance(value, str) and re.fullmatch(r"[0-9]{1,8}(\.[0-9]{1,6})?", value):
             value = float(value)
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ValueError("needs a number of seconds")  # noqa: TRY004
+            raise ValueError("must be a number of seconds")  # noqa: TRY004
         if not least <= value <= most:
             raise ValueError(f"must be from {least:g} to {most:g} seconds")
         return float(value)
@@ -63,13 +63,13 @@ def days(value: object) -> float:
     try:
         return parse(value)
     except ValueError:
-        raise ValueError("needs a number of days from 0 to 36500") from None
+        raise ValueError("must be a number of days from 0 to 36500") from None
 
 
 def size(value: object) -> int:
     found = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", str(value), re.ASCII)
     if found is None or isinstance(value, bool):
-        raise ValueError("needs a number of bytes, or one with K, M, G or T behind it")
+        raise ValueError("must be a number of bytes, optionally followed by K, M, G or T")
     return int(found[1]) << 10 * " KMGT".index(found[2] or " ")
 
 
@@ -78,7 +78,8 @@ def address(value: object) -> str:
         return str(ipaddress.ip_address(text(value)))
     except ValueError:
         raise ValueError(
-            f"{value!r} is no IP address; for a host name give its address"
+            f"{value!r} is not an IP address; give the address of the host instead of "
+            "its name"
         ) from None
 
 
@@ -91,13 +92,13 @@ def url(value: object) -> str:
         or not parts.hostname
         or parts.query
     ):
-        raise ValueError("needs a URL like https://deploy.example.com")
+        raise ValueError("must be a URL like https://deploy.example.com")
     return parts._replace(fragment="").geturl().rstrip("/")
 
 
 def texts(value: object) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
-        raise ValueError("needs a list of texts")  # noqa: TRY004
+        raise ValueError("must be a list of strings")  # noqa: TRY004
     return tuple(text(item) for item in value)
 
 
@@ -121,13 +122,13 @@ def one_of(*words: str) -> Callable[[object], str]:
 
 def rules(value: object) -> tuple[Rule, ...]:
     if not isinstance(value, list):
-        raise ValueError("is a list of tables: [[rights]]")  # noqa: TRY004
+        raise ValueError("must be a list of tables: [[rights]]")  # noqa: TRY004
     return tuple(Rule.parse(table) for table in value)
 
 
 def run_as(value: object) -> tuple[RunAs, ...]:
     if not isinstance(value, list):
-        raise ValueError("is a list of tables: [[run-as]]")  # noqa: TRY004
+        raise ValueError("must be a list of tables: [[run-as]]")  # noqa: TRY004
     return tuple(RunAs.parse(table) for table in value)
 
 
@@ -139,7 +140,7 @@ def pattern(value: object) -> re.Pattern[str]:
     try:
         return re.compile(text(value))
     except (re.error, OverflowError) as e:
-        raise ValueError(f"is no regular expression: {e}") from None
+        raise ValueError(f"is not a regular expression: {e}") from None
 
 
 def is_loopback(address: str) -> bool:

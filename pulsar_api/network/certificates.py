@@ -165,7 +165,11 @@ def _from_pem(key_path: Path, cert_path: Path, phrase: bytes | None) -> Identity
     try:
         key = serialization.load_pem_private_key(key_data, phrase if encrypted else None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        why = "the passphrase is wrong" if encrypted else "it is no private key in PEM form"
+        why = (
+            "the passphrase is wrong"
+            if encrypted
+            else "it is not a private key in PEM form"
+        )
         raise SettingsError(f"--ssl-key: cannot use {key_path}: {why}") from None
     first, *chain = _certificates("--ssl-cert", cert_path)
     return _fitting(Identity(key, first, tuple(chain)), f"--ssl-cert: {cert_path}")
@@ -180,7 +184,7 @@ def _certificates(option: str, path: Path) -> list[x509.Certificate]:
         raise SettingsError(f"{option}: {path} holds no certificate in PEM form") from None
     # One that is cut off at the end of the file is passed over in silence.
     if len(found) != len(re.findall(rb"-----BEGIN [A-Z0-9 ]*CERTIFICATE-----", data)):
-        raise SettingsError(f"{option}: {path} holds a certificate that is not whole")
+        raise SettingsError(f"{option}: {path} holds an incomplete certificate")
     return found
 
 
@@ -190,7 +194,7 @@ def _from_pfx(path: Path, phrase: bytes | None) -> Identity:
         key, certificate, chain = pkcs12.load_key_and_certificates(data, phrase)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise SettingsError(
-            f"--ssl-pfx: cannot open {path}: it is no PKCS #12 file, or the passphrase "
+            f"--ssl-pfx: cannot open {path}: it is not a PKCS #12 file, or the passphrase "
             "(--ssl-passphrase) is wrong or missing"
         ) from None
     if key is None or certificate is None:
@@ -202,7 +206,10 @@ def _fitting(identity: Identity, where: str) -> Identity:
     if not isinstance(identity.key, _USABLE):
         raise SettingsError(f"{where}: the key must be RSA, EC, Ed25519 or Ed448")
     if _public(identity.key.public_key()) != _public(identity.certificate.public_key()):
-        raise SettingsError(f"{where}: the key does not belong to the certificate")
+        raise SettingsError(
+            f"{where}: the key does not match the certificate; use the key that it was "
+            "issued for"
+        )
     _accepted(identity, where)
     return identity
 
@@ -213,4 +220,4 @@ def _accepted(identity: Identity, where: str) -> None:
     except (SSL.Error, crypto.Error) as e:
         # For example a key that is too short: every connection would fail.
         why = e.args[0][0][2] if e.args and e.args[0] else "no reason given"
-        raise SettingsError(f"{where}: TLS does not take it: {why}") from None
+        raise SettingsError(f"{where}: TLS rejects it: {why}") from None

@@ -1,4 +1,4 @@
-"""Opens ports: tried before the daemon starts, and fatal if they cannot be opened."""
+"""Opens ports: tried before the daemon starts, which fails if one cannot be opened."""
 
 import os
 import re
@@ -33,16 +33,16 @@ from pulsar_api.config.values import is_loopback
 from pulsar_api.errors import CannotListen
 
 BACKLOG = 4096
-"""Connections that may wait to be accepted; Twisted's 50 make 5,000 clients need 24 s."""
+"""Connections that can wait to be accepted; with Twisted's 50, 5,000 clients take 24 s."""
 
 KINDS = ("tcp", "tcp6", "unix", "systemd", "tls", "haproxy")
-"""What Twisted's endpoints can be, here; ``ssl:`` would have ciphers of its own."""
+"""The kinds of Twisted endpoints that are allowed; ``ssl:`` has other ciphers."""
 
 MOST_PATH = 107
-"""Bytes that the name of a socket may have (unix(7))."""
+"""Bytes of the path of a Unix socket, see unix(7)."""
 
 KEEPALIVE_IDLE = 60
-"""Seconds of silence after which a client is asked whether it is there."""
+"""Seconds of silence after which the kernel probes whether a client is there."""
 KEEPALIVE_INTERVAL = 15
 KEEPALIVE_PROBES = 4
 
@@ -50,10 +50,13 @@ KEEPALIVE_PROBES = 4
 def endpoints(
     settings: Settings, reactor: Any, tls: IOpenSSLServerConnectionCreator | None
 ) -> list[tuple[str, IStreamServerEndpoint]]:
-    """Return what to listen on, each with its name; `CannotListen` if one is no endpoint.
+    """Return the endpoints to listen on, each with its name.
 
-    TLS is put round everything that is TCP, not round ``unix:`` (a proxy on the same
-    machine) nor ``tls:`` (which has its own).
+    TLS is added to all that is TCP, but not to ``unix:`` (a proxy on the same machine) and
+    ``tls:`` (which has its own).
+
+    Raises:
+        CannotListen: One is not a valid endpoint.
     """
     found: list[tuple[str, IStreamServerEndpoint]] = []
     for text in settings.listen:
@@ -76,29 +79,29 @@ def _endpoint(text: str, reactor: Any) -> IStreamServerEndpoint:
     kind, _, rest = text.removeprefix("haproxy:").partition(":")
     try:
         if kind == "ssl":
-            raise ValueError("take tcp: with --ssl-cert and --ssl-key")  # noqa: TRY301
+            raise ValueError("use tcp: with --ssl-cert and --ssl-key")  # noqa: TRY301
         if kind not in KINDS:
             known = ", ".join(f"{name}:" for name in KINDS)
-            raise ValueError(f"take one of {known}")  # noqa: TRY301
+            raise ValueError(f"use one of {known}")  # noqa: TRY301
         if kind == "tls":
             _check_folder(rest)
         found: IStreamServerEndpoint = serverFromString(reactor, full)
-    except Exception as e:  # noqa: BLE001 - what its parser trips over can be anything
+    except Exception as e:  # noqa: BLE001 - the parser can raise anything
         why = str(e) or type(e).__name__
-        raise CannotListen(f"--listen: {text!r} is no endpoint: {why}") from None
+        raise CannotListen(f"--listen: {text!r} is not an endpoint: {why}") from None
     return found
 
 
 def _check_folder(rest: str) -> None:
-    """Raise ValueError if the first part is no folder: nobody could connect."""
+    """Raise ValueError if the first part is not a folder, as nobody could connect."""
     path, *_ = re.split(r"(?<!\\):", rest.removeprefix("path="))
     path = re.sub(r"\\(.)", r"\1", path)
     if not os.path.isdir(path):
-        raise ValueError(f"{path!r} is no folder with a certificate for each name")
+        raise ValueError(f"{path!r} is not a folder with a certificate for each host name")
 
 
 class _Trial(ExitStack):
-    """Stands for the reactor where an endpoint is only tried: opened and closed again."""
+    """Stands in for the reactor to try an endpoint: opens and closes it."""
 
     def __init__(self, only_loopback: str | None) -> None:
         super().__init__()
@@ -109,14 +112,14 @@ class _Trial(ExitStack):
     ) -> None:
         check_address(interface, self.only_loopback)
         family = socket.AF_INET6 if ":" in interface else socket.AF_INET
-        # Open until all have been tried: one that is named twice is busy.
+        # Kept open until all have been tried, so that one named twice is busy.
         trial = self.enter_context(socket.socket(family))
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         trial.bind((interface, port))
         trial.listen(backlog)
 
     def listenUNIX(self, address: str, *_: object, **__: object) -> None:
-        # Not opened: that would take the place of one that is in use.
+        # Not opened, as that would replace one that is in use.
         folder = os.path.dirname(address) or "."
         why = None
         if not 0 < len(os.fsencode(address)) <= MOST_PATH:
@@ -126,7 +129,7 @@ class _Trial(ExitStack):
         elif os.path.lexists(address):
             trial = self.enter_context(socket.socket(socket.AF_UNIX))
             if not stat.S_ISSOCK(os.lstat(address).st_mode):
-                why = "it is there and no socket"
+                why = "it exists and is not a socket"
             elif trial.connect_ex(address) == 0:
                 why = "Address already in use"
         if why is not None:
@@ -134,7 +137,7 @@ class _Trial(ExitStack):
 
 
 def check_address(address: str, only_loopback: str | None) -> None:
-    """Raise `CannotListen` if others can reach an address and must not."""
+    """Raise `CannotListen` if other machines can reach an address and must not."""
     if only_loopback is not None and not is_loopback(address):
         raise CannotListen(
             f"will not listen on {address or 'all addresses'}: {only_loopback}"
@@ -142,19 +145,20 @@ def check_address(address: str, only_loopback: str | None) -> None:
 
 
 def why_only_loopback(settings: Settings, *, development_key: bool) -> str | None:
-    """Return the reason why only this machine may reach the daemon, if there is one."""
+    """Return why only this machine may reach the daemon; None if others may."""
     if development_key:
-        return "everybody has the key of the development certificate; take your own"
+        return "the key of the development certificate is public; use another one"
     if settings.allow_anonymous or settings.authenticated:
         return None
     return (
-        "nobody would be asked who they are; listen on 127.0.0.1 behind a proxy that does "
-        "ask, set --auth-provider, or say --allow-anonymous if everybody there may deploy"
+        "callers would not have to authenticate; listen on 127.0.0.1 behind a proxy that "
+        "authenticates them, set --auth-provider, or give --allow-anonymous if everybody "
+        "there may deploy"
     )
 
 
 def try_out(settings: Settings, only_loopback: str | None) -> None:
-    """Raise `CannotListen` for what can be known without starting: form, address, port."""
+    """Raise `CannotListen` if an endpoint is malformed, forbidden or busy."""
     with _Trial(only_loopback) as trial:
         for name, endpoint in endpoints(settings, trial, None):
             try:
@@ -167,7 +171,7 @@ def try_out(settings: Settings, only_loopback: str | None) -> None:
 
 def _try(name: str, endpoint: IStreamServerEndpoint, only_loopback: str | None) -> None:
     if isinstance(endpoint, AdoptedStreamServerEndpoint):
-        # It can be taken only once; look at it without that.
+        # It can be adopted only once, so only check it.
         found = endpoint.fileno, endpoint.addressFamily
         with socket.fromfd(*found, socket.SOCK_STREAM) as open_already:
             if open_already.family != socket.AF_UNIX:
@@ -177,7 +181,7 @@ def _try(name: str, endpoint: IStreamServerEndpoint, only_loopback: str | None) 
 
 
 def _now(name: str, listening: Deferred[Any]) -> Any:
-    """Return what a listen gives, always at once, or raise `CannotListen`."""
+    """Return the result of a listen, which is there at once, or raise `CannotListen`."""
     failures: list[Failure] = []
     ports: list[Any] = []
     listening.addCallbacks(ports.append, failures.append)
@@ -192,10 +196,10 @@ def _now(name: str, listening: Deferred[Any]) -> Any:
 
 
 def _keep_alive(found: socket.socket) -> None:
-    """Let the kernel find out which clients have vanished, without a word to us.
+    """Let the kernel find out which clients have vanished.
 
-    What is accepted inherits it. There is no TCP_USER_TIMEOUT: it would also cut who is
-    there and has stopped reading for a while.
+    Accepted connections inherit it. TCP_USER_TIMEOUT is not set, as it would also cut
+    clients that have stopped reading for a while.
     """
     found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     found.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
@@ -205,7 +209,7 @@ def _keep_alive(found: socket.socket) -> None:
 
 @define(eq=False)
 class Listener(Service):
-    """Listens as long as the daemon runs; if it cannot, the daemon does not start."""
+    """Listens while the daemon runs; the daemon does not start if it cannot."""
 
     description: str
     endpoint: IStreamServerEndpoint
@@ -223,7 +227,7 @@ class Listener(Service):
                 _keep_alive(self.port.socket)
 
     def url(self, scheme: str) -> str:
-        """Return where it listens, as far as it can be said as a URL."""
+        """Return the URL it listens on, or its description if it has none."""
         host = self.port.getHost()
         if not isinstance(host, IPv4Address | IPv6Address):
             return self.description

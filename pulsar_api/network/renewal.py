@@ -1,4 +1,4 @@
-"""Takes up certificates that were renewed, while the daemon runs."""
+"""Loads renewed certificates while the daemon runs."""
 
 import datetime as dt
 import os
@@ -26,17 +26,17 @@ from pulsar_api.network.certificates import Identity
 _log = Logger()
 
 LOOK = 2.0
-"""Seconds between two looks at the files."""
+"""Seconds between two checks of the files."""
 SETTLE = 0.5
-"""Seconds for which files that have changed must stay as they are before they are read."""
+"""Seconds for which changed files must not change again before they are read."""
 SOON = 14 * 86400.0
-"""Seconds before the end of a certificate in which that is warned about."""
+"""Seconds before a certificate expires in which the log has a warning."""
 
 _Stamp = tuple[tuple[int, ...] | None, ...]
 
 
 def _located(settings: Settings) -> Settings:
-    """Return settings whose files are found from every folder: ``twistd`` changes it."""
+    """Return the settings with absolute paths, as ``twistd`` changes the folder."""
     found: dict[str, Any] = {}  # they are texts, what mypy cannot know of evolve
     for name in ("ssl_key", "ssl_cert", "ssl_pfx", "ssl_passphrase", "ssl_client_ca"):
         path = getattr(settings, name)
@@ -48,10 +48,10 @@ def _located(settings: Settings) -> Settings:
 @implementer(IOpenSSLServerConnectionCreator)
 @define(eq=False)
 class Renewal(Service):
-    """Gives each new connection the newest identity that was good; open ones keep theirs.
+    """Gives each new connection the newest valid identity; open ones keep theirs.
 
-    ``now`` gives the seconds since 1970. Raises `SettingsError` if there is no good one to
-    begin with.
+    ``now`` returns the seconds since the epoch. The constructor raises `SettingsError` if
+    the files are invalid.
     """
 
     _settings: Settings = field(converter=_located)
@@ -68,28 +68,28 @@ class Renewal(Service):
 
     def __attrs_post_init__(self) -> None:
         self._files = certificates.files(self._settings)
-        # Before the files are read: what changes meanwhile is seen at the first look.
+        # Before the files are read, so that the first check sees what changes meanwhile.
         self._settled = self._last = self._stamp()
         self._use(self._load())
 
     def serverConnectionForTLS(self, protocol: Any) -> Connection:
-        """Return a connection with the identity of now."""
+        """Return a connection with the current identity."""
         return self._options.serverConnectionForTLS(protocol)
 
     def startService(self) -> None:
-        """Look at the files from now on."""
+        """Start checking the files."""
         super().startService()
         self._tell_end()
         self._next = self._clock.callLater(LOOK, self._look)
 
     def stopService(self) -> None:
-        """Look no more."""
+        """Stop checking the files."""
         super().stopService()
         if self._next is not None and self._next.active():
             self._next.cancel()
 
     def renew(self) -> None:
-        """Read the files now, whether they have changed or not."""
+        """Read the files now, even if they have not changed."""
         found = self._stamp()
         try:
             self._take(found, self._load())
@@ -104,7 +104,7 @@ class Renewal(Service):
             self._next = self._clock.callLater(pause, self._look)
 
     def _looked(self) -> float:
-        """Look once, and return in how many seconds to do it again."""
+        """Check once, and return after how many seconds to check again."""
         self._tell_end()
         found = self._stamp()
         if found == self._settled:
@@ -116,7 +116,7 @@ class Renewal(Service):
         try:
             self._take(found, self._load())
         except SettingsError as e:
-            # Between key and certificate is a moment in which they do not fit.
+            # While key and certificate are replaced, they do not match for a moment.
             if self._doubtful:
                 self._refuse(found, e)
             else:
@@ -124,7 +124,7 @@ class Renewal(Service):
         return LOOK
 
     def _stamp(self) -> _Stamp:
-        """Return what changes when a file does, or where a link to it leads."""
+        """Return a value that changes when a file does, or the target of a link to it."""
         return tuple(_stamp(path) for path in self._files)
 
     def _load(self) -> Identity:
@@ -141,7 +141,7 @@ class Renewal(Service):
             self.identity
         ):
             # The start would have refused it on any address but loopback.
-            raise SettingsError("everybody has the key of the development certificate")
+            raise SettingsError("the key of the development certificate is public")
         self._use(identity)
         self._settled = self._last = found
         self._doubtful = False

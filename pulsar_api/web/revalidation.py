@@ -88,7 +88,7 @@ class Revalidation:
         now = self._clock.seconds()
         current = None
         unsure = False
-        who = group[0].caller.by.name
+        who = group[0].caller.actor.name
         try:
             caller = await self._authenticate(credentials, address)
             current = caller.principal, caller.grants

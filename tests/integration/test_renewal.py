@@ -229,7 +229,7 @@ def test_a_damaged_certificate_keeps_the_old_and_says_so(
     assert presented(daemon) == old
     lines = [line for line in daemon.log.read_text().splitlines() if KEPT in line]
     assert [line.partition(KEPT)[2] for line in lines] == [
-        f"--ssl-cert: {folder / 'cert'} holds a certificate that is not whole",
+        f"--ssl-cert: {folder / 'cert'} holds an incomplete certificate",
         f"--ssl-cert: {folder / 'cert'} holds no certificate in PEM form",
     ]
     assert all("#error]" in line for line in lines)

@@ -26,7 +26,7 @@ from tests.integration.refused import refusal, told
 
 PHRASE = b"open sesame"
 DEV_KEY = CERTIFICATE.with_suffix(".key")
-NEVER = "everybody has the key of the development certificate; take your own"
+NEVER = "the key of the development certificate is public; use another one"
 
 TLS10, TLS11, TLS12 = 0x0301, 0x0302, 0x0303
 VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)

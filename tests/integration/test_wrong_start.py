@@ -27,7 +27,7 @@ from tests.integration.refused import (
 )
 
 PHRASE = b"open sesame"
-ANONYMOUS = "nobody would be asked who they are"
+ANONYMOUS = "callers would not have to authenticate"
 PEM = ("--ssl-key", "{files}/key", "--ssl-cert", "{files}/cert")
 
 
@@ -106,29 +106,29 @@ OPTIONS = [
     wrong("start", "'start' is not an option"),
     wrong("--config-repo", "option --config-repo requires argument"),
     wrong("--dev=1", "option --dev must not have an argument"),
-    wrong("--config-repo=", "--config-repo: needs a text that is not empty"),
-    wrong("--port http", "--port: needs a whole number"),
-    wrong("--port -1", "--port: needs a whole number"),
+    wrong("--config-repo=", "--config-repo: must be a non-empty string"),
+    wrong("--port http", "--port: must be a whole number"),
+    wrong("--port -1", "--port: must be a whole number"),
     wrong("--port 65536", "--port: must be from 0 to 65535"),
     wrong("--interface localhost", "--interface: 'localhost' is no IP address"),
     wrong("--interface 192.0.2.1 --allow-anonymous", "cannot listen on 192.0.2.1 port"),
     wrong("--poll-timeout 0", "--poll-timeout: must be from 1 to 3600 seconds"),
-    wrong("--kill-grace soon", "--kill-grace: needs a number of seconds"),
-    wrong("--task-timeout 1h", "--task-timeout: needs a number of seconds"),
-    wrong("--silence-timeout nan", "--silence-timeout: needs a number of seconds"),
-    wrong("--drain-timeout -1", "--drain-timeout: needs a number of seconds"),
+    wrong("--kill-grace soon", "--kill-grace: must be a number of seconds"),
+    wrong("--task-timeout 1h", "--task-timeout: must be a number of seconds"),
+    wrong("--silence-timeout nan", "--silence-timeout: must be a number of seconds"),
+    wrong("--drain-timeout -1", "--drain-timeout: must be a number of seconds"),
     wrong("--max-running 0", "--max-running: must be from 1 to 10000"),
-    wrong("--max-running-per-target x", "--max-running-per-target: needs a whole number"),
-    wrong("--max-queued 1e3", "--max-queued: needs a whole number"),
-    wrong("--public-url deploy.example.com", "--public-url: needs a URL"),
+    wrong("--max-running-per-target x", "--max-running-per-target: must be a whole number"),
+    wrong("--max-queued 1e3", "--max-queued: must be a whole number"),
+    wrong("--public-url deploy.example.com", "--public-url: must be a URL"),
     wrong("--public-url http://a:b", "--public-url: "),
 ]
 ENDPOINTS = [
-    wrong("--listen pigeon:1", "--listen: 'pigeon:1' is no endpoint"),
-    wrong("--listen tcp", "--listen: 'tcp' is no endpoint"),
-    wrong("--listen tcp:http", "--listen: 'tcp:http' is no endpoint"),
-    wrong("--listen=", "--listen: needs a text that is not empty"),
-    wrong("--listen tcp:{port}:colour=red", "is no endpoint"),
+    wrong("--listen pigeon:1", "--listen: 'pigeon:1' is not an endpoint"),
+    wrong("--listen tcp", "--listen: 'tcp' is not an endpoint"),
+    wrong("--listen tcp:http", "--listen: 'tcp:http' is not an endpoint"),
+    wrong("--listen=", "--listen: must be a non-empty string"),
+    wrong("--listen tcp:{port}:colour=red", "is not an endpoint"),
     wrong("--listen tcp:99999:interface=127.0.0.1", "cannot listen on tcp:99999"),
     wrong("--listen systemd:domain=INET:name=x", "'systemd:domain=INET:name=x' is no end"),
     wrong(
@@ -137,12 +137,12 @@ ENDPOINTS = [
     wrong(
         "--listen ssl:{port}:interface=127.0.0.1:certKey={files}/cert"
         ":privateKey={files}/key",
-        "is no endpoint: take tcp: with --ssl-cert and --ssl-key",
+        "is not an endpoint: use tcp: with --ssl-cert and --ssl-key",
     ),
-    wrong("--listen ssl:{port}:privateKey={files}/text", "is no endpoint: take tcp:"),
+    wrong("--listen ssl:{port}:privateKey={files}/text", "is not an endpoint: take tcp:"),
     wrong("--listen tls:{port}", "is no folder with a certificate"),
-    wrong("--listen fd:3", "--listen: 'fd:3' is no endpoint: take one of tcp:"),
-    wrong("--listen stdio:", "--listen: 'stdio:' is no endpoint: take one of tcp:"),
+    wrong("--listen fd:3", "--listen: 'fd:3' is not an endpoint: use one of tcp:"),
+    wrong("--listen stdio:", "--listen: 'stdio:' is not an endpoint: use one of tcp:"),
     wrong("--listen tcp:0:interface=127.0.0.1:backlog=9999999999", "cannot listen on tcp:"),
     wrong("--listen unix:", "cannot listen on unix:"),
     wrong("--listen unix:/nonexistent/s", "cannot listen on unix:/nonexistent/s: "),
@@ -176,7 +176,9 @@ AUTH = [
     wrong("--auth-password-file {files}/nothing", "auth-password-file: cannot read"),
     wrong("--auth-password-file {files}/empty", "auth-password-file: {files}/empty is"),
     wrong("--config {files}/auth.toml", "--auth-username and its password go together"),
-    wrong("--config {files}/rights.toml", "{files}/rights.toml: rights: 'fly' is no right"),
+    wrong(
+        "--config {files}/rights.toml", "{files}/rights.toml: rights: 'fly' is not a right"
+    ),
     wrong(
         "--config {files}/confirm.toml",
         "{files}/confirm.toml: confirm: '*/production/' must be like shop",
@@ -190,13 +192,15 @@ CONFIG = [
         "--config {files}/folder", "--config: cannot read {files}/folder: Is a directory"
     ),
     wrong("--config=", "--config: "),
-    wrong("--config {files}/no.toml", "--config: {files}/no.toml is no TOML: "),
-    wrong("--config {files}/latin.toml", "--config: {files}/latin.toml is no TOML: "),
-    wrong("--config {files}/key.toml", "{files}/key.toml: colour is no option"),
-    wrong("--config {files}/table.toml", "{files}/table.toml: server is no option"),
-    wrong("--config {files}/underscore.toml", "underscore.toml: config_repo is no option"),
+    wrong("--config {files}/no.toml", "--config: {files}/no.toml is not TOML: "),
+    wrong("--config {files}/latin.toml", "--config: {files}/latin.toml is not TOML: "),
+    wrong("--config {files}/key.toml", "{files}/key.toml: colour is not an option"),
+    wrong("--config {files}/table.toml", "{files}/table.toml: server is not an option"),
+    wrong(
+        "--config {files}/underscore.toml", "underscore.toml: config_repo is not an option"
+    ),
     wrong("--config {files}/value.toml", "{files}/value.toml: max-running: must be from 1"),
-    wrong("--config {files}/type.toml", "{files}/type.toml: max-running: needs a whole"),
+    wrong("--config {files}/type.toml", "{files}/type.toml: max-running: must be a whole"),
     wrong("--config {files}/pattern.toml", "pattern.toml: app-pattern: is no regular"),
     wrong("--config {files}/overflow.toml", "overflow.toml: app-pattern: is no regular"),
 ]
@@ -212,7 +216,7 @@ COMMAND = [
     wrong("--command", "--command: {variables} must be an argument", "deploy x{variables}"),
     wrong("--command", "--command needs a program", "{app} deploy"),
     wrong("--command", "--command needs a program", " "),
-    wrong("--command=", "--command: needs a text that is not empty"),
+    wrong("--command=", "--command: must be a non-empty string"),
 ]
 TLS = [
     wrong("--ssl-key {files}/key", "--ssl-cert is missing"),
@@ -230,7 +234,7 @@ TLS = [
     wrong("--ssl-key {files}/key --ssl-cert {files}/empty", "empty holds no certificate"),
     wrong(
         "--ssl-key {files}/other --ssl-cert {files}/cert",
-        "--ssl-cert: {files}/cert: the key does not belong to the certificate",
+        "--ssl-cert: {files}/cert: the key does not match the certificate",
     ),
     wrong("--ssl-key {files}/locked --ssl-cert {files}/cert", "locked has a passphrase; "),
     wrong(
@@ -264,11 +268,11 @@ TLS = [
     ),
     wrong(
         "--ssl-pfx {files}/pfx --ssl-client-ca {files}/half",
-        "--ssl-client-ca: {files}/half holds a certificate that is not whole",
+        "--ssl-client-ca: {files}/half holds an incomplete certificate",
     ),
     wrong(
         "--ssl-key {files}/key --ssl-cert {files}/half",
-        "--ssl-cert: {files}/half holds a certificate that is not whole",
+        "--ssl-cert: {files}/half holds an incomplete certificate",
     ),
     wrong(
         "--ssl-pfx {files}/pfx --ssl-client-ca {files}/cert --interface 0.0.0.0",
@@ -276,7 +280,7 @@ TLS = [
     ),
     wrong(
         "--ssl-pfx {files}/pfx --ssl-client-ca {files}/cert --listen tls:/etc/keys:port=1",
-        "--ssl-client-ca does not hold for --listen tls:/etc/keys:port=1",
+        "--ssl-client-ca does not apply to --listen tls:/etc/keys:port=1",
     ),
 ]
 FOLDERS = [
@@ -287,7 +291,7 @@ FOLDERS = [
         "--state-dir {files}/text/s", "--state-dir: cannot create {files}/text/s: Not a dir"
     ),
     wrong("--state-dir /proc", "--state-dir: "),
-    wrong("--state-dir=", "--state-dir: needs a text that is not empty"),
+    wrong("--state-dir=", "--state-dir: must be a non-empty string"),
     wrong("--state-dir {files}/no-database", "file is not a database"),
     wrong("--log-dir {files}/text", "--log-dir: cannot create {files}/text: File exists"),
     wrong("--log-dir {files}/text/l", "--log-dir: cannot create {files}/text/l: Not a dir"),

@@ -1,4 +1,4 @@
-"""The providers that ask nobody else: tokens of our own, and one user with a password."""
+"""The providers on this machine: API tokens, and one user with a password."""
 
 import hashlib
 import hmac
@@ -17,15 +17,15 @@ from pulsar_api.principal import Principal
 _log = Logger()
 
 _NOBODY = Token("nobody", (), (), 0.0, expires_at=0.0)
-_STEP = 60.0  # seconds: how exactly is known when a token was last used
+_STEP = 60.0  # seconds: the precision of the time of last use
 
 
 @frozen
 class OwnTokens:
-    """Knows the tokens that ``pulsar-api token`` has made.
+    """The tokens that ``pulsar-api token create`` has made.
 
-    They are looked up by their hash, and a wrong one takes the way of a right one, so that
-    the time says nothing about either.
+    They are looked up by their hash, and a wrong one takes the same steps as a right one,
+    so that the time tells nothing.
     """
 
     _store: CredentialStore
@@ -36,11 +36,15 @@ class OwnTokens:
     _used: dict[str, float] = field(factory=dict)
 
     def takes(self, credentials: Credentials) -> bool:
-        """Return whether it looks like one of ours."""
+        """Return whether this looks like an API token."""
         return credentials.secret.startswith(PREFIX)
 
     async def identify(self, credentials: Credentials) -> Identity | None:
-        """Return whose it is: the token's own name."""
+        """Return the identity of a token; None if it is unknown or expired.
+
+        Raises:
+            StoreUnavailable: The tokens cannot be read now.
+        """
         token = await self._store.token(credentials.secret)
         found = token or _NOBODY
         name = f"token:{found.name}"
@@ -50,7 +54,7 @@ class OwnTokens:
         good = now < (inf if found.expires_at is None else found.expires_at)
         if good & (self._used.get(found.name, 0.0) <= now - _STEP):
             self._used[found.name] = now
-            # Nobody has to wait for that, nor fail with it.
+            # The request neither waits for that nor fails with it.
             self._store.use_token(found.name, now).addErrback(_not_noted)
         return (None, identity)[good]
 
@@ -65,7 +69,7 @@ def _hashed(text: str) -> bytes:
 
 @frozen
 class Static:
-    """Knows one user."""
+    """The one user of ``--auth-provider static``."""
 
     _user: str
     _password: str = field(repr=False)
@@ -79,11 +83,11 @@ class Static:
         return Identity(principal, frozenset({f"user:{self._user.casefold()}"}))
 
     def takes(self, credentials: Credentials) -> bool:
-        """Return whether there is a name to look at."""
+        """Return whether there is a user name."""
         return bool(credentials.user)
 
     async def identify(self, credentials: Credentials) -> Identity | None:
-        """Return the user; a wrong password takes as long as a right one."""
+        """Return the user, or None; a wrong password takes as long as the right one."""
         user = hmac.compare_digest(_hashed(credentials.user), _hashed(self._user))
         right = hmac.compare_digest(_hashed(credentials.secret), _hashed(self._password))
         return (None, self._identity)[user & right]

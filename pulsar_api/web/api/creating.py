@@ -36,7 +36,7 @@ class CreateAPI:
     async def create(self, request: Request, tasks: Guard, app: str, env: str) -> bytes:
         asked = decoding.parse_new_task(
             header(request, "content-type"),
-            await body_of(request, tasks.caller.by.key),
+            await body_of(request, tasks.caller.actor.key),
             query_of(request),
         )
         variables, secret = asked.variables, asked.secret

@@ -225,7 +225,7 @@ class FollowAPI:
                 await outlet.write(text)
                 if size >= PIECE:
                     size = 0
-                    await self.turns.wait(tasks.caller.by.key)
+                    await self.turns.wait(tasks.caller.actor.key)
             if not more:
                 await outlet.wait(changed, seen)
                 # Of much that happens at once each stream asks a few times a second.

@@ -77,7 +77,7 @@ class Lists:
 
     async def next_after(self, tasks: Guard, number: int) -> TaskSnapshot | None:
         """Return the oldest newer task that may be seen, or None."""
-        name = tasks.caller.by.key
+        name = tasks.caller.actor.key
         await self._turns.wait(name)
         if tasks.narrowed(TaskQuery()).quick:
             return await tasks.next_after(number)
@@ -85,7 +85,7 @@ class Lists:
             return await tasks.next_after(number)
 
     async def _search(self, tasks: Guard, query: TaskQuery) -> Found:
-        name = tasks.caller.by.key
+        name = tasks.caller.actor.key
         await self._turns.wait(name)
         if tasks.narrowed(query).quick:
             return await tasks.search(query)
@@ -118,7 +118,7 @@ class Lists:
             entries = _Entries(tasks, entry, deque(found.tasks), array("q", found.rest))
             del found, numbers
             answer.add(begin)
-            await self._send(answer, entries, tasks.caller.by.key)
+            await self._send(answer, entries, tasks.caller.actor.key)
             answer.add(end)
             return answer.finish()
         except CancelledError:
