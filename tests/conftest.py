@@ -1,4 +1,4 @@
-"""What every test is held to: nothing left behind, no error that nobody handled."""
+"""Checks for every test: it leaves nothing behind, and no error goes unhandled."""
 
 import gc
 import json
@@ -23,7 +23,7 @@ from tests.shims import Trees
 
 ROOT = Path(__file__).parents[1]
 
-# How long an example takes says more about the machine than about the example.
+# The time of an example depends more on the machine than on the example.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
@@ -33,19 +33,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all",
         action="store_true",
-        help="run everything: what is missing is a failure, and trials are at full number",
+        help="run everything: fail where a program is missing, and run all trials",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let what tests start hear SIGINT, which is ignored in a shell's background job."""
+    """Enable SIGINT for child processes, because background jobs of a shell ignore it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     needs.everything = config.getoption("all")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test whose machine has not what it needs; with ``--all`` let it fail."""
+    """Skip a test that needs a missing program; with ``--all``, let it fail."""
     if item.get_closest_marker("long") and not needs.everything:
         pytest.skip("is long, and runs with --all")
     names = [name for mark in item.iter_markers("needs") for name in mark.args]
@@ -60,7 +60,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
-    """Say in the last line how everything is run, where something was skipped."""
+    """Print a last line on how to run everything, if a test was skipped."""
     yield
     reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
     skipped = reporter.stats.get("skipped", ()) if reporter is not None else ()
@@ -79,7 +79,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """Let the collector pass over what imports have made; below it runs for each test."""
+    """Freeze the objects from imports, because the collector runs after each test."""
     gc.collect()
     gc.freeze()
 
@@ -94,7 +94,7 @@ def _no_delayed_call_is_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def logged_failures() -> Iterator[list[LogEvent]]:
-    """Collect errors nobody handled; a test that expects one empties the list."""
+    """Collect unhandled errors. A test that expects one empties the list."""
     seen: list[LogEvent] = []
 
     @implementer(ILogObserver)
@@ -104,21 +104,21 @@ def logged_failures() -> Iterator[list[LogEvent]]:
 
     globalLogPublisher.addObserver(observe)
     yield seen
-    gc.collect()  # a failed coroutine nobody awaits is logged when it is collected
+    gc.collect()  # a failed coroutine without a waiter is logged when it is collected
     globalLogPublisher.removeObserver(observe)
     assert [event["log_failure"].getTraceback() for event in seen] == []
 
 
 @pytest.fixture
 def environ() -> dict[str, str]:
-    """Return an environment in which nothing of ours is set."""
+    """Return an environment without variables of the project."""
     kept = ("PATH", "HOME", "LANG", "COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START")
     return {name: os.environ[name] for name in kept if name in os.environ}
 
 
 @pytest.fixture
 def trees(tmp_path: Path) -> Iterator[Trees]:
-    """Return what starts tasks; they end with the test."""
+    """Return a starter of tasks. They end with the test."""
     trees = Trees(tmp_path / "tasks")
     yield trees
     trees.end()
@@ -126,9 +126,9 @@ def trees(tmp_path: Path) -> Iterator[Trees]:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Callable[..., Any]:
-    """Return what runs a script in a process of its own and returns what it prints.
+    """Return a function that runs a script in a new process and returns its output.
 
-    It has what the tests here have, and a folder ``tmp``. What it prints is JSON.
+    The script can use the names imported below and a folder ``tmp``. It prints JSON.
     """
 
     def run(script: str, *before: str, argument: str = "") -> Any:

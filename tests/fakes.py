@@ -1,4 +1,4 @@
-"""Verified fakes: the contract tests hold them to what the real ones do."""
+"""Verified fakes: the contract tests check that they behave like the real ones."""
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -35,29 +35,29 @@ from pulsar_api.tasks.model import (
 from pulsar_api.tasks.secret_forms import forms
 
 ROWS = 3
-"""Tasks that are read at a time."""
+"""The most tasks that one read returns."""
 
 
 def person(name: str) -> Principal:
-    """Return the principal of a user who is known by a name and a password."""
+    """Return the principal of a user with a name and a password."""
     return Principal("static", name, name)
 
 
 def steady_clock(clock: IReactorTime) -> SteadyClock:
-    """Return the clock for ages of a machine whose clocks all agree."""
+    """Return the clock for ages on a machine whose clocks all agree."""
     return SteadyClock(clock.seconds, clock.seconds, "a boot")
 
 
 @define(eq=False)
 class MemoryStore:
-    """A `TaskStore` that forgets everything with its process."""
+    """A `TaskStore` in memory."""
 
     rows: dict[int, TaskSnapshot] = field(factory=dict)
     last: int = 0
     broken: bool = False
     """While set, every call fails with `StoreUnavailable`."""
     slow: bool = False
-    """While set, records are done only when `finish` is called."""
+    """While set, records wait until `finish` is called."""
     _pending: list[Deferred[None]] = field(factory=list)
 
     keys: dict[tuple[Principal | None, str], int] = field(factory=dict)
@@ -227,7 +227,7 @@ class MemoryStore:
         return succeed([row for row in rows if row.held or not row.status.ended])
 
     def finish(self) -> None:
-        """Let what was recorded while `slow` be done."""
+        """Finish the records that were made while `slow` was set."""
         pending, self._pending = self._pending, []
         for one in pending:
             one.callback(None)
@@ -246,7 +246,7 @@ def _page(numbers: Sequence[int], rows: Mapping[int, TaskSnapshot]) -> Found:
 
 def _holds(row: TaskSnapshot, text: str | None) -> bool:
     names = (row.spec.app, row.spec.env, row.spec.action, str(row.spec.user or ""))
-    # Of bytes only the letters of ASCII have a case.
+    # In bytes, only ASCII letters have upper and lower case.
     return text is None or any(
         text.encode().lower() in name.encode().lower() for name in names
     )
@@ -275,7 +275,7 @@ class FakeRun:
     adopted: bool
     kills: int = 0
     deaf: bool = False
-    """While set, a kill changes nothing, like a program that ignores TERM."""
+    """While set, a kill has no effect, as with a program that ignores TERM."""
 
     def kill(self) -> None:
         self.kills += 1
@@ -290,7 +290,7 @@ class FakeRun:
             self.sink.started(pid)
 
     def end(self, code: int | None = None, **more: object) -> None:
-        """End with an exit code, or as the fields of `Exit` say."""
+        """End with an exit code, or with these fields of `Exit`."""
         sink, self.sink = self.sink, None
         if sink is not None:
             sink.ended(Exit(self.clock.seconds(), code, **more))  # type: ignore[arg-type]
@@ -298,7 +298,7 @@ class FakeRun:
 
 @define(eq=False)
 class FakeExecutor:
-    """An `Executor` whose runs do what the test says."""
+    """An `Executor` whose runs are driven by the test."""
 
     clock: IReactorTime
     runs: list[FakeRun] = field(factory=list)
@@ -306,22 +306,22 @@ class FakeExecutor:
     full: bool = False
     kept_secrets: dict[str, Mapping[str, str]] = field(factory=dict)
     forgetful: bool = False
-    """While set, no secrets can be kept."""
+    """While set, keeping secrets fails."""
     slow: list[Deferred[None]] | None = None
-    """While set, secrets are kept only when the test lets these fire."""
+    """While set, keeping secrets waits until the test fires these."""
     where: str = "0 1 2 3 4 5"
     prevented: set[int] = field(factory=set)
     allowed: set[int] = field(factory=set)
     used: set[int] = field(factory=set)
-    """Tasks whose folder has what another run has left."""
+    """Tasks whose folder has files of another run."""
     begun: set[int] = field(factory=set)
-    """Tasks whose shim has begun, although nobody knows."""
+    """Tasks whose shim has begun without a report."""
     alive: tuple[Process, ...] = ()
     kills_noted: dict[int, Principal] = field(factory=dict)
     forgotten: set[int] = field(factory=set)
-    """Ended tasks of which a start has removed the secrets."""
+    """Ended tasks whose secrets a start of the service has removed."""
     bug: Exception | None = None
-    """Raised when a task is to start."""
+    """Raised when a task is about to start."""
 
     def check(self) -> None:
         if self.full:

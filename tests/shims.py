@@ -1,4 +1,4 @@
-"""Real shims below the test itself, without a daemon, and what they leave."""
+"""Real shims as children of the test, without a daemon, and their remaining processes."""
 
 import os
 import signal
@@ -24,17 +24,17 @@ PYTHON = os.path.realpath(sys.executable)
 
 
 Elsewhere = Callable[..., Any]
-"""The fixture that runs a script in a process of its own (``conftest.py``)."""
+"""The fixture that runs a script in a new process (``conftest.py``)."""
 
 NEW_NUMBERS = (
     *("unshare", "--pid", "--fork", "--kill-child", "--mount-proc"),
     *("sh", "-c", '"$@"; exit $?', "sh"),
 )
-"""Runs something where process numbers begin anew, and which can choose the next one."""
+"""Runs a command in a new PID namespace, which can choose the next process number."""
 
 
-# All of these end by themselves, should their test be killed.
-# Each begets two without environment, in sessions of their own, and goes on begetting.
+# All of these end by themselves if their test is killed.
+# Each process starts two more, without environment and in new sessions, to a depth of $1.
 BOMB = """
 echo $$
 if [ $1 -gt 0 ]; then
@@ -43,7 +43,7 @@ if [ $1 -gt 0 ]; then
 fi
 for i in $(/usr/bin/seq 120); do /bin/sleep 0.5; done
 """
-# One that is never there when somebody looks: each lives as long as a fork takes.
+# A chain of processes that each live only as long as a fork, so no look can catch them.
 RUNNER = """
 import os, signal, sys, time
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -61,7 +61,7 @@ while time.monotonic() < until:
 
 
 def runs(count: Path) -> bool:
-    """Return whether a `RUNNER` goes on."""
+    """Return whether a `RUNNER` still runs."""
     before = count.stat().st_size if count.exists() else 0
     until = time.monotonic() + 0.5
     while time.monotonic() < until:
@@ -72,7 +72,7 @@ def runs(count: Path) -> bool:
 
 
 def with_argument(text: str) -> list[Key]:
-    """Return the processes that run with an argument."""
+    """Return the running processes that have an argument."""
     entries = Table().entries.values()
     return [e.key for e in entries if text.encode() in proc.arguments(e)]
 
@@ -86,35 +86,35 @@ def spawn(folder: Path) -> int:
 
 @define
 class Tree:
-    """A task: its shim, and the processes whose numbers it has printed."""
+    """A task: its shim, and the processes whose numbers it prints."""
 
     number: int
     folder: Path
     key: Key
-    """The shim's number and start."""
+    """The process number and the start time of the shim."""
     printed: list[Key] = field(factory=list)
     status: int | None = None
 
     @property
     def output(self) -> str:
-        """What it has printed."""
+        """The output of the task so far."""
         path = self.folder / "output"
         return path.read_text() if path.exists() else ""
 
     def pids(self, count: int) -> list[Key]:
-        """Wait until it has printed so many numbers of processes, and return these."""
+        """Wait until the task has printed ``count`` process numbers, and return them."""
         wait_for(lambda: self.output.count("\n") >= count, f"{count} processes")
         found = [Entry.of(int(word)) for word in self.output.split()[:count]]
         self.printed = [one.key for one in found if one is not None]
         return self.printed
 
     def kill_shim(self) -> None:
-        """Kill the shim alone."""
+        """Kill only the shim."""
         send(self.key, signal.SIGKILL)
         self.wait()
 
     def wait(self) -> int:
-        """Wait for the end of the shim and return how it ended."""
+        """Wait for the end of the shim, and return its exit status."""
         if self.status is None:
             number = self.key[0]
             found = wait_for(
@@ -125,20 +125,20 @@ class Tree:
         return self.status
 
     def left(self) -> list[Key]:
-        """Return which of the printed processes run."""
+        """Return the printed processes that still run."""
         return [key for key in self.printed if lives(key)]
 
 
 @define
 class Trees:
-    """Starts tasks in a folder, and ends what they leave."""
+    """Starts tasks in a folder, and ends their remaining processes."""
 
     tasks: Path
     spawn: Callable[[Path], int] = spawn
     trees: list[Tree] = field(factory=list)
 
     def __call__(self, *arguments: str, number: int = 1, grace: float = 5) -> Tree:
-        """Start a task and wait until its shim can hear."""
+        """Start a task, and wait until its shim handles signals."""
         folder = self.prepare(*arguments, number=number, grace=grace)
         found = Entry.of(self.spawn(folder))
         assert found is not None
@@ -147,7 +147,7 @@ class Trees:
         return self.trees[-1]
 
     def prepare(self, *arguments: str, number: int = 1, grace: float = 5) -> Path:
-        """Make the folder of a task for whoever starts its shim."""
+        """Make the folder of a task without starting its shim."""
         folder = self.tasks / str(number)
         folder.mkdir(parents=True)
         command = Command(arguments, {"PATH": os.environ["PATH"]})
@@ -157,7 +157,7 @@ class Trees:
         return folder
 
     def sh(self, text: str, number: int = 1, grace: float = 5) -> Tree:
-        """Start a line of shell."""
+        """Start a shell command."""
         return self("/bin/sh", "-c", text, number=number, grace=grace)
 
     def python(self, text: str, number: int = 1, grace: float = 5) -> Tree:
@@ -165,7 +165,7 @@ class Trees:
         return self(PYTHON, "-I", "-S", "-c", text, number=number, grace=grace)
 
     def end(self) -> None:
-        """End all that was started and printed."""
+        """End all shims and all printed processes."""
         for tree in self.trees:
             for key in tree.printed:
                 send(key, signal.SIGKILL)

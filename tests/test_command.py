@@ -1,4 +1,4 @@
-"""Tests of what is run: each preset to the letter, and what is refused."""
+"""Tests of commands: the exact arguments of each preset, and refused values."""
 
 import re
 import shlex
@@ -24,7 +24,7 @@ BASE = {"PATH": "/bin", "HOME": "/home/d", "NOTIFY_SOCKET": "/run/x", "PULSAR_VA
 
 
 def commands(name: str, repo: str | None = "/conf") -> Commands:
-    """Return what makes commands of a preset or template."""
+    """Return the commands of a preset or template."""
     return Commands(parse_template(name), BASE, repo)
 
 
@@ -69,14 +69,14 @@ def commands(name: str, repo: str | None = "/conf") -> Commands:
 def test_each_preset_is_this_list_of_arguments(
     name: str, repo: str | None, arguments: str, directory: str | None
 ) -> None:
-    """To the letter, with and without a configuration repository."""
+    """The list is exact, with and without a configuration repository."""
     command = commands(name, repo).command(SPEC, 7)
     assert command.arguments == tuple(shlex.split(arguments))
     assert command.directory == directory
 
 
-def test_a_task_knows_what_it_is() -> None:
-    """Name, number, user and every variable are in its environment."""
+def test_a_task_finds_its_own_facts_in_its_environment() -> None:
+    """These are its name, number, user and variables."""
     environment = commands("scripts").command(SPEC, 7).environment
     ours = {k: v for k, v in environment.items() if k.startswith("PULSAR_")}
     assert ours == {
@@ -90,8 +90,8 @@ def test_a_task_knows_what_it_is() -> None:
     }
 
 
-def test_what_is_the_daemons_own_is_no_tasks_business() -> None:
-    """What systemd told the daemon, and variables of an outer task, are left out."""
+def test_a_task_does_not_get_the_variables_of_the_daemon() -> None:
+    """Variables from systemd and those of an outer task are left out."""
     environment = commands("scripts").command(SPEC, 7).environment
     assert "NOTIFY_SOCKET" not in environment
     assert "PULSAR_VAR_old" not in environment
@@ -99,13 +99,13 @@ def test_what_is_the_daemons_own_is_no_tasks_business() -> None:
 
 
 def test_only_pulsar_1_gets_variables_under_their_own_names() -> None:
-    """It has no other way to take them."""
+    """It accepts variables in no other way."""
     assert commands("pulsar-1").command(SPEC, 7).environment["branch"] == "main"
     assert "branch" not in commands("pulsar-0.3").command(SPEC, 7).environment
 
 
 def test_ruby_programs_print_at_once() -> None:
-    """Options that are set already are kept; RAKEOPT would be options for cap."""
+    """Existing options stay. RAKEOPT is not set, because cap would read it as options."""
     base = {**BASE, "RUBYOPT": "-W0", "RUBYLIB": "/lib", "RAKEOPT": "-e x"}
     environment = (
         evolve(commands("capistrano"), environment=base).command(SPEC, 1).environment
@@ -116,8 +116,8 @@ def test_ruby_programs_print_at_once() -> None:
     assert "RUBYOPT" not in commands("scripts").command(SPEC, 1).environment
 
 
-def test_pulsar_1_promises_a_last_line() -> None:
-    """It exits 0 whatever happens."""
+def test_pulsar_1_must_print_a_last_line() -> None:
+    """It exits with 0 even after a failure."""
     command = commands("pulsar-1").command(SPEC, 1)
     assert command.last_line == "Executed task deploy for site on production!"
     assert commands("pulsar-0.3").command(SPEC, 1).last_line is None
@@ -134,7 +134,7 @@ def test_pulsar_1_promises_a_last_line() -> None:
     ],
 )
 def test_the_version_chooses_the_preset(said: str, name: str) -> None:
-    """No usable answer means the old one."""
+    """Without a usable version the old preset is used."""
     assert preset_for(said) == name
 
 
@@ -148,8 +148,8 @@ def test_the_version_chooses_the_preset(said: str, name: str) -> None:
         ("deploy --v={variables}", "an argument of its own"),
     ],
 )
-def test_a_template_that_cannot_be_meant_is_refused(text: str, why: str) -> None:
-    """At the start, not when somebody wants to deploy."""
+def test_a_wrong_template_is_refused(text: str, why: str) -> None:
+    """The refusal comes at the start of the daemon, not at the first deployment."""
     with pytest.raises(SettingsError, match=re.escape(why)):
         parse_template(text)
 
@@ -179,18 +179,18 @@ BAD_NAMES = [
 @pytest.mark.parametrize("name", list(PRESETS))
 @pytest.mark.parametrize("field", ["app", "env", "action"])
 @pytest.mark.parametrize("bad", BAD_NAMES)
-def test_names_that_could_mean_something_else_are_refused(
+def test_names_that_a_program_could_misread_are_refused(
     name: str, field: str, bad: str
 ) -> None:
-    """By every preset, and the error names the field."""
+    """Every preset refuses them, and the error names the field."""
     with pytest.raises(InvalidInput) as raised:
         commands(name).command(evolve(SPEC, variables={}, **{field: bad}), 1)  # type: ignore[arg-type]
     assert raised.value.field == field
 
 
 @pytest.mark.parametrize("action", ["deploy[x]", "deploy[a,b c]", "db:seed[x:1,y.z/w]"])
-def test_only_capistrano_carries_arguments_of_an_action(action: str) -> None:
-    """They are part of the one argument that names the task."""
+def test_only_capistrano_accepts_arguments_of_an_action(action: str) -> None:
+    """They are part of the single argument that names the task."""
     spec = evolve(SPEC, action=action, variables={})
     assert commands("capistrano").command(spec, 1).arguments[-1] == action
     for name in ("pulsar-0.3", "pulsar-1", "scripts", "run {action}"):
@@ -199,8 +199,8 @@ def test_only_capistrano_carries_arguments_of_an_action(action: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", ["", "[]", "[now]"])
-def test_the_arguments_of_an_action_change_no_account(arguments: str) -> None:
-    """To Rake ``deploy[]`` is ``deploy``, and it is no other action to the settings."""
+def test_the_arguments_of_an_action_do_not_change_the_account(arguments: str) -> None:
+    """Rake reads ``deploy[]`` as ``deploy``, and so do the settings."""
     deploy, other = (Account(name, 1, 1, (1,), "/") for name in ("deploy", "other"))
     accounts = Accounts((((Target("*", "*", "deploy"),), deploy), ((Target(),), other)))
     made = evolve(commands("capistrano"), accounts=accounts)
@@ -214,21 +214,21 @@ def test_the_arguments_of_an_action_change_no_account(arguments: str) -> None:
     "action", ["d[", "d]", "d[x]y", "d[[x]]", "d[a\nB=1]", "d[a=1]", "[x]"]
 )
 def test_other_brackets_are_refused(action: str) -> None:
-    """Rake would take some of them for settings and run nothing."""
+    """Rake would read some of them as settings, and run nothing."""
     with pytest.raises(InvalidInput, match="action"):
         commands("capistrano").command(evolve(SPEC, action=action), 1)
 
 
-def test_an_action_with_arguments_has_a_bound() -> None:
-    """It is the bound of every action."""
+def test_the_length_of_an_action_with_arguments_is_limited() -> None:
+    """The limit is that of every action."""
     with pytest.raises(InvalidInput, match="200"):
         commands("capistrano").check(evolve(SPEC, action=f"d[{'x' * 200}]"))
 
 
 @pytest.mark.parametrize("key", ["", "1a", "-s", "a b", "a=b", "\u00e4", "a\n", "x\0"])
 @pytest.mark.parametrize("name", list(PRESETS))
-def test_keys_that_are_no_names_are_refused(name: str, key: str) -> None:
-    """By every preset."""
+def test_keys_that_are_not_names_are_refused(name: str, key: str) -> None:
+    """Every preset refuses them."""
     with pytest.raises(InvalidInput, match="variables"):
         commands(name).check(evolve(SPEC, variables={key: "x"}))
 
@@ -239,14 +239,14 @@ def test_keys_that_are_no_names_are_refused(name: str, key: str) -> None:
 )
 @pytest.mark.parametrize("name", ["pulsar-1", "capistrano"])
 def test_variables_that_change_how_programs_work_are_refused(name: str, key: str) -> None:
-    """Where a variable keeps its own name in the environment."""
+    """They matter for presets that set variables under their own names."""
     with pytest.raises(InvalidInput, match=key):
         commands(name).check(evolve(SPEC, variables={key: "x"}))
     commands("scripts").check(evolve(SPEC, variables={key: "x"}))
 
 
 def test_rake_takes_only_words_as_keys() -> None:
-    """Another key would be taken for a task."""
+    """Rake would read any other key as a task."""
     with pytest.raises(InvalidInput, match=r"variables\.a-b"):
         commands("capistrano").check(evolve(SPEC, variables={"a-b": "x"}))
     commands("scripts").check(evolve(SPEC, variables={"a-b.c": "x"}))
@@ -261,14 +261,14 @@ def test_rake_takes_only_words_as_keys() -> None:
         ({"k": "\ud800"}, "surrogate"),
     ],
 )
-def test_variables_have_bounds(variables: dict[str, str], why: str) -> None:
-    """In number, in size, and by what a process can take."""
+def test_variables_are_limited(variables: dict[str, str], why: str) -> None:
+    """The limits are for their number, their size, and values that an exec accepts."""
     with pytest.raises(InvalidInput, match=why):
         commands("scripts").check(evolve(SPEC, variables=variables))
 
 
-def test_patterns_are_settings() -> None:
-    """But a name never begins an option, whatever the pattern says."""
+def test_patterns_come_from_the_settings() -> None:
+    """A name can never begin an option, whatever the pattern."""
     names = Names(app=re.compile(r"\S+"), forbidden_actions=frozenset({"shell"}))
     loose = evolve(commands("run {app}"), names=names)
     assert loose.command(evolve(SPEC, app="a/b"), 1).arguments == ("run", "a/b")
@@ -280,7 +280,7 @@ def test_patterns_are_settings() -> None:
 
 _ALL = re.compile(r"(?s:.*)")
 ANYTHING = Names(_ALL, _ALL, _ALL, _ALL)
-"""What an operator sets who wants to allow everything."""
+"""The settings of an operator who wants to allow everything."""
 NO_NAMES = [
     *("", "-x", "--config", "-"),
     *("deploy\0LD_PRELOAD=/tmp/x.so", "a\nTask 5 finished:", "a\rb", "a\x1b[2K", "a\x7f"),
@@ -289,15 +289,15 @@ NO_NAMES = [
 
 
 def everything_allowed(name: str) -> Commands:
-    """Return what makes commands of a preset where every pattern matches everything."""
+    """Return the commands of a preset, with patterns that match everything."""
     return evolve(commands(name), names=ANYTHING)
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "run --for={user} {app} {env} {action}"])
 @pytest.mark.parametrize("field", ["app", "env", "action", "user"])
 @pytest.mark.parametrize("bad", NO_NAMES, ids=ascii)
-def test_no_pattern_allows_what_no_name_may_be(name: str, field: str, bad: str) -> None:
-    """No NUL, no option, no line of a log, nothing that cannot be seen."""
+def test_no_pattern_allows_a_dangerous_name(name: str, field: str, bad: str) -> None:
+    """A name has no NUL, no line end, nothing invisible, and begins no option."""
     loose = everything_allowed(name)
 
     def called(text: str) -> TaskSpec:
@@ -312,8 +312,8 @@ def test_no_pattern_allows_what_no_name_may_be(name: str, field: str, bad: str) 
 
 @pytest.mark.parametrize("name", [*PRESETS, "run {variables}"])
 @pytest.mark.parametrize("bad", [*NO_NAMES, "x=1\0FORGED", "a=b", "=", "LD_PRELOAD=x"])
-def test_no_pattern_allows_what_no_key_may_be(name: str, bad: str) -> None:
-    """Nor a sign that would make a name and a value of it."""
+def test_no_pattern_allows_a_dangerous_key(name: str, bad: str) -> None:
+    """Nor does one allow a sign that would split a key into a name and a value."""
     with pytest.raises(InvalidInput) as raised:
         everything_allowed(name).check(evolve(SPEC, variables={bad: "1"}))
     assert raised.value.field == f"variables.{bad}"
@@ -321,7 +321,7 @@ def test_no_pattern_allows_what_no_key_may_be(name: str, bad: str) -> None:
 
 @pytest.mark.parametrize("field", ["app", "env"])
 def test_a_listing_checks_names_like_a_task(field: str) -> None:
-    """It runs a program with them, too."""
+    """A listing runs a program with them, too."""
     for bad in NO_NAMES:
         names = {"app": "site", "env": "production", field: bad}
         with pytest.raises(InvalidInput) as raised:
@@ -337,7 +337,7 @@ keys = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.-]{0,20}", fullmatch=True)
 
 @given(st.dictionaries(keys, values, max_size=5))
 def test_each_value_is_exactly_one_argument(variables: dict[str, str]) -> None:
-    """Whatever is in it."""
+    """Its characters do not matter."""
     spec = evolve(SPEC, variables=variables)
     arguments = commands("pulsar-0.3").command(spec, 1).arguments
     expected = [part for k, v in variables.items() for part in ("-s", f"{k}={v}")]
@@ -347,10 +347,10 @@ def test_each_value_is_exactly_one_argument(variables: dict[str, str]) -> None:
 
 
 @given(st.text(max_size=30), st.text(max_size=30), st.text(max_size=30))
-def test_no_name_becomes_more_or_less_than_one_argument(
+def test_each_name_becomes_exactly_one_argument_or_is_refused(
     app: str, env: str, action: str
 ) -> None:
-    """Either it is refused, or it arrives as it is, and begins no option."""
+    """An accepted name arrives unchanged, and never begins an option."""
     spec = TaskSpec(app, env, action)
     try:
         arguments = commands("run {app} {env} {action}").command(spec, 1).arguments
@@ -361,13 +361,13 @@ def test_no_name_becomes_more_or_less_than_one_argument(
 
 
 def test_a_command_is_shown_as_one_line() -> None:
-    """Quoted for reading."""
+    """The line is quoted for people."""
     command = Commands(Template(("a", "b c", "$d")), {}).command(SPEC, 1)
     assert shown(command) == "a 'b c' '$d'"
 
 
-def test_no_value_begins_a_line_where_a_command_is_shown() -> None:
-    """Logs show it: each sign that is no text is written as a shell reads it."""
+def test_a_shown_command_is_one_line_whatever_its_values() -> None:
+    """Unprintable characters are escaped, so that a log has one line per command."""
     data = [bytes([n]) for n in range(1, 256)]
     texts = [n.decode("utf-8", "surrogateescape") for n in data]
     texts += ["", "a\nTask 5 finished:", "\r'\\\n", "\x85 \u2028", "ü\t𝄞", "\u202e1"]
@@ -379,8 +379,8 @@ def test_no_value_begins_a_line_where_a_command_is_shown() -> None:
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
-def test_secrets_are_arguments_only_where_there_is_no_other_way(name: str) -> None:
-    """The environment has them, and what can be shown has a mask."""
+def test_secrets_are_arguments_only_if_the_program_accepts_nothing_else(name: str) -> None:
+    """The environment has them, and the shown command has a mask."""
     asked = evolve(SPEC, variables={"DB_TOKEN": "abc d", "stage": "x"})
     spec, secrets = commands(name).split(asked)
     assert spec.variables == {"DB_TOKEN": "***", "stage": "x"}

@@ -1,4 +1,4 @@
-"""Tests of the forms of secrets, as other programs write them; and of what is a secret."""
+"""Tests of secrets: which variables are secret, and in which forms programs print them."""
 
 import base64
 import json
@@ -39,7 +39,7 @@ ENCODINGS: dict[str, Callable[[str], bytes]] = {
     "lines": lambda value: value.replace("\n", "\r\n").encode(),
 }
 
-# No "*", which is in every mask; at the edges nothing that programs take away.
+# No "*", which is in every mask, and no white space at the ends, which programs strip.
 INNER = st.characters(exclude_categories=["Cs"], exclude_characters="*\0\r")
 VALUE = st.builds(
     lambda a, b, c: a + b + c,
@@ -57,13 +57,13 @@ FILLER = st.binary(max_size=30)
     st.lists(st.integers(0, 2000), max_size=6),
 )
 @settings(max_examples=needs.trials(100, 1000))
-def test_no_form_of_a_secret_is_seen_and_all_else_is_unchanged(
+def test_every_form_of_a_secret_is_masked_and_the_rest_is_unchanged(
     values: list[str],
     said: list[tuple[bytes, int, str]],
     last: bytes,
     places: list[int],
 ) -> None:
-    """Several secrets in any encoding between any bytes, in any pieces."""
+    """The output has several secrets in any encoding, between any bytes, in any pieces."""
     texts = list(forms(values))
     printed = [(gap, ENCODINGS[how](values[n % len(values)])) for gap, n, how in said]
     whole = b"".join(gap + text for gap, text in printed) + last
@@ -76,8 +76,8 @@ def test_no_form_of_a_secret_is_seen_and_all_else_is_unchanged(
 
 
 @pytest.mark.parametrize("how", ENCODINGS)
-def test_it_is_masked_wherever_it_is_cut(how: str) -> None:
-    """In two pieces at every byte, at the very end, with another secret in it."""
+def test_a_secret_is_masked_wherever_the_output_is_cut(how: str) -> None:
+    """The cut is at any byte, or at the very end, also with another secret inside."""
     value = "p\"s/w+ör&d 'x' " + "0123456789" * 9
     text = ENCODINGS[how](value)
     texts = list(forms([value, "0123456789"]))
@@ -86,14 +86,14 @@ def test_it_is_masked_wherever_it_is_cut(how: str) -> None:
         seen = masker.feed(b"is: " + text[:place]) + masker.feed(text[place:])
         seen += masker.close()
         clean = seen.replace(b'"', b"").replace(b"k=", b"")
-        # Of the last three bytes that are encoded together with others, a bit may be left.
+        # A few bits of the last three bytes stay if they are encoded with other bytes.
         assert clean.removeprefix(b"is: ***").rstrip(b"=") in {b"", b"o", b"K", b"g"}, how
 
 
 @pytest.mark.parametrize("user", ["", "a", "ab", "abc", "x-token-auth", "ü"])
 @pytest.mark.parametrize("more", ["", ":", ":x", ":xy", ":x-oauth-basic"])
 def test_a_basic_header_is_masked(user: str, more: str) -> None:
-    """Whatever stands before the secret and behind it: at most its edges are left."""
+    """At most its edges are left, whatever stands before and after the secret."""
     value = "hunter22-and-more"
     header = base64.b64encode(f"{user}:{value}{more}".encode())
     seen = in_pieces(list(forms([value])), [header])
@@ -108,7 +108,7 @@ def test_a_basic_header_is_masked(user: str, more: str) -> None:
 
 @pytest.mark.parametrize("command", [["base64"], ["base64", "-w64"], ["base64", "-w0"]])
 def test_a_file_with_the_secret_in_base64_is_masked(command: list[str]) -> None:
-    """Broken into lines, as programs do."""
+    """Programs break base64 into lines."""
     value = base64.b85encode(os.urandom(200)).decode()
     coded = subprocess.run(command, input=value.encode(), capture_output=True, check=True)
     seen = in_pieces(list(forms([value])), [coded.stdout])
@@ -117,7 +117,7 @@ def test_a_file_with_the_secret_in_base64_is_masked(command: list[str]) -> None:
 
 
 def test_each_line_of_a_key_is_masked() -> None:
-    """Also by itself, indented, with other ends; lines that are too short stay."""
+    """It may be by itself, indented, or with other line ends. Very short lines stay."""
     value = "-----BEGIN KEY-----\nabcdEFGH\n12\n-----END KEY-----\n"
     texts = list(forms([value]))
     assert in_pieces(texts, [value.encode()]) in {b"***", b"***\n"}
@@ -125,8 +125,8 @@ def test_each_line_of_a_key_is_masked() -> None:
     assert in_pieces(texts, [b"> abcdEFGH\n> 12\n"]) == b"> ***\n> 12\n"
 
 
-def test_what_a_traced_shell_prints_is_masked() -> None:
-    """``set -x`` quotes."""
+def test_secrets_in_the_trace_of_a_shell_are_masked() -> None:
+    """``set -x`` quotes its arguments."""
     value = "it's a secret"
     traced = subprocess.run(
         ["bash", "-xc", 'true "$V"'], env={"V": value}, capture_output=True, check=True
@@ -136,8 +136,8 @@ def test_what_a_traced_shell_prints_is_masked() -> None:
 
 
 @pytest.mark.parametrize("value", ["", "a", "ab", "abc", "日本語"])
-def test_short_ones_are_not_masked_and_it_is_said(value: str) -> None:
-    """They would be masked in the middle of other words."""
+def test_a_short_secret_is_not_masked_and_a_note_says_so(value: str) -> None:
+    """It would be masked in the middle of other words."""
     assert forms([value]) == ()
     (note,) = notes({"pin": value, "password": "abcd"})
     assert note == notes({"pin": "x"})[0]
@@ -156,8 +156,8 @@ def test_short_ones_are_not_masked_and_it_is_said(value: str) -> None:
         ("pass", False),
     ],
 )
-def test_what_is_secret_by_its_name(name: str, *, secret: bool) -> None:
-    """In capitals or not, anywhere in the name."""
+def test_the_name_of_a_variable_can_make_it_secret(name: str, *, secret: bool) -> None:
+    """The pattern can match in either case, anywhere in the name."""
     assert is_secret(name, PATTERNS) is secret
     assert is_secret(name, ()) is False
     assert is_secret(name, ("*",)) is True
@@ -176,54 +176,54 @@ WRITTEN = [
 
 
 @pytest.mark.parametrize(("value", "text"), WRITTEN)
-def test_the_ways_in_which_common_programs_write_it(value: str, text: str) -> None:
-    """URLSearchParams, Go, Gson, .NET, shlex, printf %q: all of it is masked."""
+def test_secrets_as_common_programs_write_them_are_masked(value: str, text: str) -> None:
+    """The programs are URLSearchParams, Go, Gson, .NET, shlex and printf %q."""
     assert masked(f"a {text} b".encode(), forms([value])) == b"a *** b"
 
 
 def test_white_space_round_a_secret_stays() -> None:
-    """A line's end swallowed would join two lines, and hide the last one of pulsar."""
+    """Masking a line end would join two lines, and hide the last line of pulsar."""
     texts = forms(["\nhunter22\n"])
     assert masked(b"hunter22\nnext\n", texts) == b"***\nnext\n"
     assert masked(b"    a\n", forms(["    "])) == b"    a\n"
 
 
 def test_lines_are_masked_however_they_are_indented() -> None:
-    """Tools that print a file of keys write it in their own way."""
+    """Tools that print a file of keys indent it in their own way."""
     secret = "users:\n- user:\n    password: hunter2hunter2\n"
     text = b"  users:\n- user:\npassword: hunter2hunter2\n"
     assert b"hunter2" not in masked(text, forms([secret]))
 
 
 @pytest.mark.parametrize("size", [82, 83, 84])
-def test_base64_in_lines_is_masked_whatever_comes_behind(size: int) -> None:
-    """As base64(1) writes it."""
+def test_base64_in_lines_is_masked_whatever_follows(size: int) -> None:
+    """The lines are those of base64(1)."""
     secret = "".join(chr(ord("a") + n % 26) for n in range(size))
     for behind in ("", "\n", ":x-oauth-basic\n"):
         text = base64.encodebytes((secret + behind).encode())
         letters = masked(text, forms([secret])).replace(b"***", b"").replace(b"\n", b"")
-        assert len(letters) <= 24  # what is behind, and what it shares a letter with
+        assert len(letters) <= 24  # the bytes that follow, and a letter shared with them
 
 
 @pytest.mark.parametrize(
     ("value", "told"),
     [("abc", True), ("ab  \n", True), ("abcd", False), ("a\nbcde", True), ("", True)],
 )
-def test_what_is_too_short_is_told(value: str, *, told: bool) -> None:
-    """Also of one line of several."""
+def test_a_note_names_a_secret_that_is_too_short(value: str, *, told: bool) -> None:
+    """The same holds for one of several lines."""
     assert len(notes({"key": value})) == told
 
 
 @pytest.mark.parametrize("value", ["true", "FALSE", " null\n", "undefined", "8080"])
 def test_common_word_is_not_masked_and_a_note_says_so(value: str) -> None:
-    """It would be masked all over a log, and everybody would know what it is."""
+    """Masks all over the log would reveal it."""
     assert forms([value]) == ()
     (note,) = notes({"key": value})
     assert note.startswith("variables.key: a common word or a number of four digits, so")
 
 
 def test_common_line_is_not_masked_and_a_note_says_so() -> None:
-    """The other lines are, and so is the whole."""
+    """The other lines are masked, and so is the whole value."""
     value = "hunter22\n  true\nhunter33"
     texts = forms([value])
     assert masked(b"true hunter22 hunter33", texts) == b"true *** ***"
@@ -233,14 +233,14 @@ def test_common_line_is_not_masked_and_a_note_says_so() -> None:
 
 
 @pytest.mark.parametrize("value", ["truely", "12345", "80 80", "nullify", "true false"])
-def test_what_only_holds_a_common_word_is_masked(value: str) -> None:
-    """Nothing else is as common."""
+def test_a_secret_that_only_contains_a_common_word_is_masked(value: str) -> None:
+    """It is not common itself."""
     assert masked(value.encode(), forms([value])) == b"***"
     assert notes({"key": value}) == []
 
 
 def test_number_of_forms_is_bounded_and_a_note_says_so() -> None:
-    """Of very many lines each is looked for as it is, and the whole in every form."""
+    """With very many lines, each is masked as it is, and the whole value in every form."""
     lines = [f"{n:04x}'" for n in range(4096, 4096 + 10_000)]
     value, short = "\n".join(lines), "it's\nthe <key>"
     texts = forms([value, short])

@@ -1,4 +1,4 @@
-"""Which tasks start and which wait: a queue that knows neither time nor processes."""
+"""Tests of the queue: which tasks start and which wait, without time or processes."""
 
 import pytest
 from attrs import evolve
@@ -29,7 +29,7 @@ def waiting(queue: Queue, number: int, app: str = "site", user: str = "joe") -> 
 
 
 def test_tasks_start_in_the_order_of_their_creation() -> None:
-    """As many as may run; the others are told what they wait for, once."""
+    """The limit counts. Each of the others learns its reason to wait, once."""
     tasks = queue(running=2)
     first, second, third = (waiting(tasks, n) for n in (1, 2, 3))
     choice = tasks.choose()
@@ -42,7 +42,7 @@ def test_tasks_start_in_the_order_of_their_creation() -> None:
 
 
 def test_a_busy_target_holds_up_no_other_target() -> None:
-    """Even if its tasks are the oldest."""
+    """Not even if its tasks are the oldest."""
     tasks = queue(per_target=1)
     first, second = waiting(tasks, 1, "site"), waiting(tasks, 2, "site")
     other = waiting(tasks, 3, "shop")
@@ -51,7 +51,7 @@ def test_a_busy_target_holds_up_no_other_target() -> None:
     assert choice.wait == [(second, "the end of another task on site/production")]
 
 
-def test_what_an_ended_task_left_holds_its_target() -> None:
+def test_a_process_of_an_ended_task_holds_its_target() -> None:
     """The waiting task names the processes."""
     tasks = queue(per_target=1)
     first, second = waiting(tasks, 1), waiting(tasks, 2)
@@ -65,7 +65,7 @@ def test_what_an_ended_task_left_holds_its_target() -> None:
 
 @pytest.mark.parametrize("phase", list(Phase))
 def test_a_task_is_in_one_place(phase: Phase) -> None:
-    """Whatever it was before."""
+    """Its earlier phase does not matter."""
     for before in Phase:
         tasks = queue()
         live = waiting(tasks, 1)
@@ -77,7 +77,7 @@ def test_a_task_is_in_one_place(phase: Phase) -> None:
 
 
 def test_a_full_queue_takes_a_task_that_can_start_at_once() -> None:
-    """The bound is for tasks that wait."""
+    """The limit is for tasks that wait."""
     tasks = queue(running=1, queued=1)
     waiting(tasks, 1)
     spec = TaskSpec("site", "production", "deploy")
@@ -89,7 +89,7 @@ def test_a_full_queue_takes_a_task_that_can_start_at_once() -> None:
 
 
 def test_one_principal_fills_half_of_the_queue() -> None:
-    """What is about to be recorded counts as well."""
+    """Requests whose record is being written count too."""
     tasks = queue(running=1, queued=4)
     waiting(tasks, 1)
     tasks.choose()
@@ -108,10 +108,10 @@ def test_one_principal_fills_half_of_the_queue() -> None:
     st.integers(0, 3),
     st.data(),
 )
-def test_limits_hold_whatever_ends_when(
+def test_limits_hold_whatever_the_order_of_the_ends(
     apps: list[str], running: int, per_target: int, data: st.DataObject
 ) -> None:
-    """And every task starts in the end, each target's in their order."""
+    """Every task starts in the end, and those of one target start in order."""
     tasks = queue(running, per_target)
     for number, app in enumerate(apps, 1):
         waiting(tasks, number, app)

@@ -1,4 +1,4 @@
-"""Tests of the life of tasks: queue, limits, kill, end, restart; time stands still."""
+"""Tests of the life of tasks: queue, limits, kill, end, restart. Time stands still."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -52,14 +52,14 @@ OTHER = TaskSpec("shop", "production", "deploy")
 
 @define
 class World:
-    """A service with everything it needs, none of it real."""
+    """A service with fakes of everything that it needs."""
 
     limits: Limits = field(factory=lambda: Limits(Bounds(10)))
     clock: Clock = field(factory=Clock)
     store: MemoryStore = field(factory=MemoryStore)
     template: str = "deploy {app} {env} {action}"
     wrong: float = 0
-    """Seconds by which the wall clock goes wrong."""
+    """Seconds by which the wall clock is wrong."""
     secrets: dict[str, Mapping[str, str]] = field(factory=dict)
     executor: FakeExecutor = field(init=False)
     service: TaskService = field(init=False)
@@ -68,11 +68,11 @@ class World:
         self.restart()
 
     def restart(self, **executor: Any) -> None:
-        """Begin again with what the store holds, as a new daemon does."""
+        """Start a new service on the same store, as a new daemon does."""
         self.restart_with(set(self.store.rows), **executor)
 
     def restart_with(self, folders: set[int], **executor: Any) -> None:
-        """Begin again where so many runs have left a folder."""
+        """Start a new service where these runs have left folders."""
         for call in self.clock.getDelayedCalls():
             call.cancel()
         executor.setdefault("kept_secrets", self.secrets)
@@ -121,7 +121,7 @@ def limited(running: int = 16, per_target: int = 0, queued: int = 1000) -> World
 
 
 def test_a_task_goes_from_created_to_finished(world: World) -> None:
-    """Each step is announced when it is on disk."""
+    """Each step is announced once it is on disk."""
     task = world.create()
     assert task.snapshot.status is Status.CREATED
     run = world.executor.run(1)
@@ -163,10 +163,10 @@ def test_the_record_of_the_start_is_on_disk_before_the_process_exists(
         ({"code": 0, "good": False}, "failed", "exit code is 0"),
     ],
 )
-def test_how_a_run_ended_decides_the_state(
+def test_the_result_of_a_run_decides_the_state(
     world: World, end: dict[str, object], status: str, reason: str | None
 ) -> None:
-    """And where the exit code does not say it, there is a sentence."""
+    """Where the exit code does not explain the state, a sentence does."""
     task = world.create()
     world.executor.run(1).start()
     world.executor.run(1).end(**end)  # type: ignore[arg-type]
@@ -175,8 +175,8 @@ def test_how_a_run_ended_decides_the_state(
     assert reason is None or reason in (task.snapshot.reason or "")
 
 
-def test_a_kill_names_who_asked(world: World) -> None:
-    """The state is killed whatever the exit code, and a second kill asks nothing."""
+def test_a_kill_names_its_principal(world: World) -> None:
+    """The state is killed whatever the exit code, and a second kill has no effect."""
     task = world.create()
     run = world.executor.run(1)
     run.start()
@@ -191,7 +191,7 @@ def test_a_kill_names_who_asked(world: World) -> None:
 
 
 def test_a_kill_of_an_ended_task_changes_nothing(world: World) -> None:
-    """It answers with the task as it is."""
+    """It returns the task as it is."""
     task = world.create()
     world.executor.run(1).end(0)
     assert world.kill(1).snapshot == task.snapshot
@@ -210,7 +210,7 @@ def test_a_waiting_task_can_be_killed(world: World) -> None:
 
 
 def test_a_kill_between_the_record_and_the_process_starts_nothing(world: World) -> None:
-    """The start sees it and does not happen."""
+    """The start notices the kill."""
     made = Deferred.fromCoroutine(world.service.create(SPEC))
     task = CASE.successResultOf(made)
     world.executor.run(1).end(0)
@@ -229,7 +229,7 @@ def test_a_kill_between_the_record_and_the_process_starts_nothing(world: World) 
 
 
 def test_unknown_tasks_are_an_error(world: World) -> None:
-    """Also numbers that no database can hold."""
+    """So are numbers that no database can hold."""
     for number in (5, 0, MAX_ID + 1):
         CASE.failureResultOf(
             Deferred.fromCoroutine(world.service.find(number)), UnknownTask
@@ -237,8 +237,8 @@ def test_unknown_tasks_are_an_error(world: World) -> None:
     CASE.failureResultOf(Deferred.fromCoroutine(world.service.kill(7, BOB)), UnknownTask)
 
 
-def test_more_than_may_run_wait_in_order() -> None:
-    """And say what they wait for."""
+def test_tasks_beyond_the_limit_wait_in_order() -> None:
+    """Each names the reason why it waits."""
     world = limited(running=2)
     tasks = [world.create() for _ in range(4)]
     assert [run.task_id for run in world.executor.runs] == [1, 2]
@@ -249,8 +249,8 @@ def test_more_than_may_run_wait_in_order() -> None:
     assert tasks[2].snapshot.waiting_for is None
 
 
-def test_a_blocked_target_holds_up_nobody_else() -> None:
-    """First come first served is per app and env."""
+def test_a_blocked_target_does_not_hold_up_others() -> None:
+    """Tasks start in order of creation per target."""
     world = limited(per_target=1)
     world.create()
     second = world.create()
@@ -261,8 +261,8 @@ def test_a_blocked_target_holds_up_nobody_else() -> None:
     assert world.executor.runs[-1].task_id == 2
 
 
-def test_a_full_queue_is_said() -> None:
-    """Nothing is recorded then."""
+def test_a_full_queue_refuses_a_task() -> None:
+    """A refused task leaves no record."""
     world = limited(running=1, queued=1)
     world.create()
     world.create()
@@ -272,7 +272,7 @@ def test_a_full_queue_is_said() -> None:
 
 
 def test_one_user_has_half_of_the_queue() -> None:
-    """The other half is for others, also after a restart; a retry finds its task."""
+    """The other half is for others, even after a restart. A retry finds its task."""
     world = limited(running=1, queued=4)
     alice, bob = (evolve(SPEC, user=person(name)) for name in ("alice", "bob"))
 
@@ -303,8 +303,8 @@ def test_one_user_has_half_of_the_queue() -> None:
     assert len(world.store.rows) == 5
 
 
-def test_without_a_queue_only_what_can_start_is_taken() -> None:
-    """Who would have to wait is refused, also for the target's sake."""
+def test_without_a_queue_a_task_that_must_wait_is_refused() -> None:
+    """A task is refused even if it would wait for its target only."""
     world = limited(running=2, per_target=1, queued=0)
     world.create()
     CASE.failureResultOf(Deferred.fromCoroutine(world.service.create(SPEC)), QueueFull)
@@ -313,15 +313,15 @@ def test_without_a_queue_only_what_can_start_is_taken() -> None:
     CASE.failureResultOf(Deferred.fromCoroutine(world.service.create(third)), QueueFull)
 
 
-def test_what_the_command_cannot_carry_is_refused(world: World) -> None:
-    """Before anything is recorded."""
+def test_a_task_that_its_command_cannot_accept_is_refused(world: World) -> None:
+    """The refusal comes before the first record."""
     bad = evolve(SPEC, app="--conf-repo=x")
     CASE.failureResultOf(Deferred.fromCoroutine(world.service.create(bad)), InvalidInput)
     assert world.store.rows == {}
 
 
 def test_lists_show_the_present_state(world: World) -> None:
-    """Also what is not in the database yet."""
+    """They include changes that are not in the database yet."""
     world.create()
     world.executor.run(1).start(pid=5)
     world.executor.run(1).sink.printed(10)  # type: ignore[union-attr]
@@ -331,7 +331,7 @@ def test_lists_show_the_present_state(world: World) -> None:
 
 
 def test_news_of_new_tasks_can_be_followed_from_any_number(world: World) -> None:
-    """The oldest newer one each time, so that a burst is seen whole."""
+    """Each call returns the next newer task, so that a follower sees all of a burst."""
     assert world.service.created.version == 0
     for _ in range(3):
         world.create()
@@ -343,7 +343,7 @@ def test_news_of_new_tasks_can_be_followed_from_any_number(world: World) -> None
     assert [task.id if task else None for task in after] == [1, 2, 3, None]
 
 
-def test_output_wakes_who_waits(world: World) -> None:
+def test_output_wakes_waiters(world: World) -> None:
     """The size is part of the version."""
     task = world.create()
     run = world.executor.run(1)
@@ -357,7 +357,7 @@ def test_output_wakes_who_waits(world: World) -> None:
 
 
 def test_an_end_that_cannot_be_recorded_is_tried_again(world: World) -> None:
-    """Nobody is told before it is on disk, and nothing is forgotten."""
+    """The end is announced once it is on disk, and not lost."""
     task = world.create()
     world.executor.run(1).start()
     world.store.broken = True
@@ -370,7 +370,7 @@ def test_an_end_that_cannot_be_recorded_is_tried_again(world: World) -> None:
 
 
 def test_a_task_that_cannot_be_recorded_is_refused(world: World) -> None:
-    """And the next one is taken."""
+    """The next task is accepted."""
     world.store.broken = True
     CASE.failureResultOf(
         Deferred.fromCoroutine(world.service.create(SPEC)), StoreUnavailable
@@ -379,8 +379,8 @@ def test_a_task_that_cannot_be_recorded_is_refused(world: World) -> None:
     world.create()
 
 
-def test_a_new_daemon_takes_up_what_has_not_ended() -> None:
-    """Running ones are adopted, waiting ones wait on, in their order, and start once."""
+def test_a_new_daemon_takes_up_tasks_that_have_not_ended() -> None:
+    """It adopts running tasks. Waiting ones keep their order and start once."""
     world = limited(running=1)
     world.create()
     world.create()
@@ -399,7 +399,7 @@ def test_a_new_daemon_takes_up_what_has_not_ended() -> None:
 
 
 def test_a_kill_goes_on_after_a_restart(world: World) -> None:
-    """The new daemon asks again, and still knows for whom."""
+    """The new daemon repeats the kill, and still knows the principal."""
     world.create()
     world.executor.run(1).start()
     world.executor.run(1).deaf = True
@@ -410,7 +410,7 @@ def test_a_kill_goes_on_after_a_restart(world: World) -> None:
 
 
 def test_a_waiting_task_that_new_settings_forbid_fails_with_a_reason() -> None:
-    """It is not run in another way than it was asked for."""
+    """It never runs in another way than requested."""
     world = limited(running=1)
     world.create()
     world.create(evolve(SPEC, variables={"PATH": "x"}))
@@ -421,10 +421,10 @@ def test_a_waiting_task_that_new_settings_forbid_fails_with_a_reason() -> None:
     assert "PATH" in (world.find(2).reason or "")
 
 
-def test_a_stopping_daemon_takes_no_new_tasks_and_leaves_the_running(
+def test_a_stopping_daemon_takes_no_new_tasks_and_leaves_running_ones(
     world: World,
 ) -> None:
-    """What runs runs on; nobody is told of it any more."""
+    """Running tasks go on, and their changes are no longer announced."""
     world.create()
     world.executor.run(1).start()
     stopped = Deferred.fromCoroutine(world.service.stop(0))
@@ -435,8 +435,8 @@ def test_a_stopping_daemon_takes_no_new_tasks_and_leaves_the_running(
     assert world.store.rows[1].status is Status.RUNNING
 
 
-def test_a_stopping_daemon_can_wait_for_the_running() -> None:
-    """As long as it was told to, and starts nothing of what waits."""
+def test_a_stopping_daemon_can_wait_for_running_tasks() -> None:
+    """It waits for the drain, and starts no waiting task."""
     world = limited(running=1)
     world.create()
     world.create()
@@ -450,8 +450,8 @@ def test_a_stopping_daemon_can_wait_for_the_running() -> None:
     assert world.clock.getDelayedCalls() == []
 
 
-def test_a_stopping_daemon_does_not_wait_for_ever(world: World) -> None:
-    """After the drain time-out it ends, and the task runs on."""
+def test_a_stopping_daemon_waits_no_longer_than_the_drain(world: World) -> None:
+    """Then the daemon ends, and the task runs on."""
     world.create()
     stopped = Deferred.fromCoroutine(world.service.stop(100))
     world.clock.advance(100)
@@ -460,7 +460,7 @@ def test_a_stopping_daemon_does_not_wait_for_ever(world: World) -> None:
 
 
 def test_a_task_whose_start_is_recorded_during_a_stop_is_started(world: World) -> None:
-    """Nothing goes back to the queue; the next daemon follows it."""
+    """It does not go back to the queue. The next daemon follows it."""
     world.store.slow = True
     made = Deferred.fromCoroutine(world.service.create(SPEC))
     world.store.finish()
@@ -474,7 +474,7 @@ def test_a_task_whose_start_is_recorded_during_a_stop_is_started(world: World) -
 
 
 def test_a_stop_does_not_wait_for_the_store_for_ever(world: World) -> None:
-    """A start that could not be recorded is no start; the task waits for the next."""
+    """Without a record there is no start: the task waits for the next daemon."""
     world.executor.full = True
     refused = Deferred.fromCoroutine(world.service.create(SPEC))
     CASE.failureResultOf(refused, StoreUnavailable)
@@ -494,7 +494,7 @@ def test_a_stop_does_not_wait_for_the_store_for_ever(world: World) -> None:
 
 
 def test_a_kill_that_a_stop_could_not_record_is_done_by_the_next_daemon() -> None:
-    """The database was away for the one that was asked."""
+    """The database was unavailable to the daemon that received the kill."""
     world = limited(running=1)
     world.create()
     world.create()
@@ -516,8 +516,8 @@ def test_a_kill_that_a_stop_could_not_record_is_done_by_the_next_daemon() -> Non
     assert world.find(3).status is Status.CREATED
 
 
-def test_who_waits_is_let_go_at_the_end(world: World) -> None:
-    """Long-polls on tasks and on news of tasks are answered."""
+def test_a_stop_answers_all_waiters(world: World) -> None:
+    """These are long-polls on tasks and on new tasks."""
     task = world.create()
     waiting = [
         task.changes.after(task.changes.version),
@@ -528,8 +528,8 @@ def test_who_waits_is_let_go_at_the_end(world: World) -> None:
     assert all(one.called for one in waiting)
 
 
-def test_the_same_key_starts_nothing_again(world: World) -> None:
-    """The first answer is given again, also when the task has ended."""
+def test_a_retry_with_the_same_key_returns_the_same_task(world: World) -> None:
+    """Nothing starts again, even if the task has ended."""
 
     def create(key: str) -> Task:
         return CASE.successResultOf(Deferred.fromCoroutine(world.service.create(SPEC, key)))
@@ -543,7 +543,7 @@ def test_the_same_key_starts_nothing_again(world: World) -> None:
 
 
 def test_a_key_counts_for_a_day(world: World) -> None:
-    """After that it is a new one."""
+    """After a day the key is free for a new task."""
     CASE.successResultOf(Deferred.fromCoroutine(world.service.create(SPEC, "k")))
     world.executor.run(1).end(0)
     world.clock.pump([TIDY] * int(KEY_LIFE / TIDY + 1))
@@ -552,15 +552,15 @@ def test_a_key_counts_for_a_day(world: World) -> None:
 
 
 def test_a_key_with_another_task_is_refused(world: World) -> None:
-    """Whoever mixes up keys must not believe that something was started."""
+    """A caller that mixes up keys must not believe that its task was started."""
     CASE.successResultOf(Deferred.fromCoroutine(world.service.create(SPEC, "k")))
     other = Deferred.fromCoroutine(world.service.create(OTHER, "k"))
     CASE.failureResultOf(other, KeyReused)
     assert len(world.store.rows) == 1
 
 
-def test_a_key_whose_first_request_is_under_way_is_refused(world: World) -> None:
-    """Nobody knows yet whether it will be a task."""
+def test_the_key_of_a_request_in_progress_is_refused(world: World) -> None:
+    """It is not known yet whether the request becomes a task."""
     world.store.slow = True
     first = Deferred.fromCoroutine(world.service.create(SPEC, "k"))
     CASE.failureResultOf(
@@ -572,20 +572,20 @@ def test_a_key_whose_first_request_is_under_way_is_refused(world: World) -> None
 
 
 def keeping(keep: Keep) -> World:
-    """Return a world that keeps so much of the past."""
+    """Return a world with this retention."""
     return World(Limits(Bounds(10), keep=keep))
 
 
 def ended(world: World, count: int, size: int = 0, index: int = 0) -> None:
-    """Let so many tasks run and end."""
+    """Let ``count`` tasks run and end."""
     for _ in range(count):
         task = world.create()
         run = world.executor.run(task.snapshot.id)
         run.end(0, output_size=size, index_size=index)
 
 
-def test_old_tasks_go_with_their_output_and_running_ones_stay() -> None:
-    """The newest are kept; what has not ended is never touched."""
+def test_old_tasks_are_removed_with_their_output_and_running_ones_stay() -> None:
+    """The newest tasks are kept. Tasks that have not ended are never removed."""
     world = keeping(Keep(tasks=3))
     running = world.create()
     ended(world, 50)
@@ -595,8 +595,8 @@ def test_old_tasks_go_with_their_output_and_running_ones_stay() -> None:
     assert running.snapshot.status is Status.CREATED
 
 
-def test_tasks_go_by_age_and_by_size() -> None:
-    """Whichever bound is reached first."""
+def test_tasks_are_removed_by_age_and_by_size() -> None:
+    """The bound that is reached first counts."""
     world = keeping(Keep(seconds=100))
     ended(world, 2)
     world.clock.advance(TIDY)
@@ -609,8 +609,8 @@ def test_tasks_go_by_age_and_by_size() -> None:
     assert list(world.store.rows) == [4, 5]
 
 
-def test_what_was_cut_out_of_an_output_takes_no_room() -> None:
-    """A huge output counts as what is kept of it."""
+def test_output_that_was_cut_out_does_not_count() -> None:
+    """A huge output counts with its size on disk only."""
     world = keeping(Keep(size=25, most=5))
     ended(world, 6, size=10)
     world.clock.advance(TIDY)
@@ -619,7 +619,7 @@ def test_what_was_cut_out_of_an_output_takes_no_room() -> None:
 
 @pytest.mark.parametrize("days", [370, -370])
 def test_a_wrong_wall_clock_removes_nothing_and_ends_no_key(days: int) -> None:
-    """Ages are those of a clock that nobody can set, also over restarts."""
+    """Ages come from a clock that nobody can set, even across restarts."""
     world = keeping(Keep(seconds=90 * 86400))
     made = Deferred.fromCoroutine(world.service.create(SPEC, "k"))
     CASE.successResultOf(made)
@@ -638,7 +638,7 @@ def test_a_wrong_wall_clock_removes_nothing_and_ends_no_key(days: int) -> None:
 
 
 def test_a_wrong_wall_clock_at_a_boot_removes_nothing() -> None:
-    """How long the machine was off nobody can know: that time does not count."""
+    """The time for which the machine was off is unknown, so it does not count."""
     world = keeping(Keep(seconds=86400))
     made = Deferred.fromCoroutine(world.service.create(SPEC, "k"))
     CASE.successResultOf(made)
@@ -658,7 +658,7 @@ def test_a_wrong_wall_clock_at_a_boot_removes_nothing() -> None:
 
 
 def test_a_first_start_with_a_wrong_wall_clock_removes_nothing() -> None:
-    """The clock begins near the newest record that there is."""
+    """The clock begins near the newest record."""
     world = keeping(Keep(seconds=86400))
     ended(world, 3)
     world.store.kept_reading = None
@@ -668,8 +668,8 @@ def test_a_first_start_with_a_wrong_wall_clock_removes_nothing() -> None:
     assert list(world.store.rows) == [1, 2, 3]
 
 
-def test_the_index_of_an_output_takes_room_as_well() -> None:
-    """A task that printed byte by byte has more of it than of output."""
+def test_the_index_of_an_output_counts_too() -> None:
+    """The index of a task that prints byte by byte is larger than its output."""
     world = keeping(Keep(size=50, most=5))
     ended(world, 6, size=10, index=20)
     world.clock.advance(TIDY)
@@ -677,7 +677,7 @@ def test_the_index_of_an_output_takes_room_as_well() -> None:
 
 
 def test_a_task_is_kept_as_long_as_its_key_counts() -> None:
-    """Else a retry would start it a second time."""
+    """Otherwise a retry would start it a second time."""
     world = keeping(Keep(tasks=1))
     made = Deferred.fromCoroutine(world.service.create(SPEC, "k"))
     CASE.successResultOf(made)
@@ -687,8 +687,8 @@ def test_a_task_is_kept_as_long_as_its_key_counts() -> None:
     assert list(world.store.rows) == [1, 4]
 
 
-def test_a_store_that_is_broken_is_tidied_later() -> None:
-    """Nothing of a task is removed before its record is."""
+def test_a_broken_store_is_tidied_later() -> None:
+    """The files of a task are removed after its record."""
     world = keeping(Keep(tasks=1))
     ended(world, 3)
     world.store.broken = True
@@ -699,10 +699,10 @@ def test_a_store_that_is_broken_is_tidied_later() -> None:
     assert world.executor.folders == {3}
 
 
-def test_what_a_dead_daemon_has_half_removed_is_removed_at_the_start(
+def test_a_half_finished_removal_is_finished_at_the_next_start(
     world: World,
 ) -> None:
-    """A record is gone, its output is not."""
+    """A dead daemon has removed a record but not its output."""
     ended(world, 2)
     CASE.successResultOf(world.store.forget([1]))
     for _ in range(2):
@@ -713,7 +713,7 @@ def test_what_a_dead_daemon_has_half_removed_is_removed_at_the_start(
 
 
 def test_a_task_that_was_never_started_starts_and_stays_running() -> None:
-    """A daemon died between the record of the start and the start; nobody overtakes it."""
+    """A daemon died between the record of the start and the start. It keeps its place."""
     world = limited(running=1)
     first = world.create()
     world.create()
@@ -729,7 +729,7 @@ def test_a_task_that_was_never_started_starts_and_stays_running() -> None:
 
 
 def test_a_killed_task_whose_shim_begins_all_the_same_is_followed(world: World) -> None:
-    """A shim of the dead daemon came late: it is ended like any other."""
+    """A shim of the dead daemon came late. It is killed like any other."""
     world.create()
     world.executor.run(1).deaf = True
     world.kill(1, person("alice"))
@@ -742,8 +742,8 @@ def test_a_killed_task_whose_shim_begins_all_the_same_is_followed(world: World) 
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_whose_secrets_are_gone_may_have_begun(world: World, *, begun: bool) -> None:
-    """A shim of the dead daemon has waited for room, and took the secrets when it began."""
+def test_a_task_whose_secrets_are_gone_may_have_begun(world: World, *, begun: bool) -> None:
+    """A shim of the dead daemon waited for space, and took the secrets when it began."""
     world.create(HIDDEN)
     world.secrets.clear()
     world.restart(begun={1} if begun else set())
@@ -759,7 +759,7 @@ def test_whose_secrets_are_gone_may_have_begun(world: World, *, begun: bool) -> 
 
 
 def test_a_task_that_was_never_started_is_left_to_the_next_daemon(world: World) -> None:
-    """If this one is stopping; nothing is said of it that is not known."""
+    """The stopping daemon announces nothing that it does not know."""
     world.create()
     world.restart()
     Deferred.fromCoroutine(world.service.stop(100))
@@ -769,7 +769,7 @@ def test_a_task_that_was_never_started_is_left_to_the_next_daemon(world: World) 
 
 
 def test_a_killed_task_that_was_never_started_does_not_start(world: World) -> None:
-    """Somebody did not want it any more."""
+    """The kill on record counts."""
     world.create()
     world.executor.run(1).deaf = True
     world.kill(1, person("alice"))
@@ -782,7 +782,7 @@ def test_a_killed_task_that_was_never_started_does_not_start(world: World) -> No
 
 
 def test_a_killed_task_that_cannot_be_barred_yet_waits_for_the_disk(world: World) -> None:
-    """Its end is told when it is certain that no shim begins with it."""
+    """Its end is announced once it is certain that no shim begins with it."""
     world.create()
     world.executor.run(1).deaf = True
     world.kill(1, person("alice"))
@@ -797,7 +797,7 @@ def test_a_killed_task_that_cannot_be_barred_yet_waits_for_the_disk(world: World
 
 
 def test_no_start_is_barred_before_its_kill_is_on_record(world: World) -> None:
-    """Else a daemon that dies between the two leaves a task that is lost, and not why."""
+    """Otherwise a daemon that dies in between leaves a lost task without a reason."""
     world.create()
     world.executor.run(1).end(error="EAGAIN", unstarted=True, passing=True)
     world.store.broken = True
@@ -810,20 +810,20 @@ def test_no_start_is_barred_before_its_kill_is_on_record(world: World) -> None:
     assert world.executor.prevented == {1}
 
 
-def test_what_waits_in_a_copied_state_is_lost() -> None:
-    """The daemon of the original may start it, or have started it."""
+def test_a_waiting_task_in_a_copied_state_is_lost() -> None:
+    """The daemon of the original can start it, or has started it."""
     world = limited(running=1)
     world.create()
     world.create()
     world.restart(where="0 8 9 3 4 5")
     assert world.find(2).status is Status.LOST
     assert "copied" in (world.find(2).reason or "")
-    # What runs is decided by its own folder.
+    # For a running task its own folder decides.
     assert world.find(1).status is Status.RUNNING
 
 
-def test_what_waits_in_a_database_that_is_older_than_the_folders_is_lost() -> None:
-    """It was restored: it does not know what has been started since."""
+def test_a_waiting_task_in_a_database_older_than_the_folders_is_lost() -> None:
+    """A restored database does not know the starts since the backup."""
     world = limited(running=1)
     world.create()
     world.create()
@@ -833,8 +833,8 @@ def test_what_waits_in_a_database_that_is_older_than_the_folders_is_lost() -> No
     assert world.create().snapshot.id == 4
 
 
-def test_a_device_may_have_another_number_after_a_boot() -> None:
-    """That alone is no copy."""
+def test_a_new_device_number_after_a_boot_does_not_mean_a_copy() -> None:
+    """The other values of the place must differ too."""
     world = limited(running=1)
     world.create()
     world.create()
@@ -846,7 +846,7 @@ def test_a_device_may_have_another_number_after_a_boot() -> None:
 
 
 def test_versions_never_go_back_over_restarts() -> None:
-    """Also if changes were announced for as long as one likes and none was recorded."""
+    """Not even if many changes were announced and none was recorded."""
     world = limited(running=1)
     world.create()
     waiting = world.create()
@@ -862,10 +862,10 @@ def test_versions_never_go_back_over_restarts() -> None:
     assert seen == sorted(set(seen))
 
 
-def test_an_error_of_ours_at_a_start_ends_the_task(
+def test_a_bug_at_a_start_ends_the_task(
     world: World, logged_failures: list[LogEvent]
 ) -> None:
-    """It does not stay for ever, and a stop does not wait for it."""
+    """The task does not stay in its phase, and a stop does not wait for it."""
     world.executor.bug = RuntimeError("this is a bug")
     task = world.create()
     assert task.snapshot.status is Status.FAILED
@@ -877,8 +877,8 @@ def test_an_error_of_ours_at_a_start_ends_the_task(
 SUDO = Process(4711, 100, "sleep 1000", "root")
 
 
-def test_what_could_not_be_killed_holds_the_target() -> None:
-    """Until it is gone; who waits for the target is told what it waits for."""
+def test_a_process_that_survives_a_kill_holds_the_target() -> None:
+    """It holds the target until it ends. Waiting tasks name it as their reason."""
     world = limited(per_target=1)
     first = world.create()
     world.executor.run(1).deaf = True
@@ -906,7 +906,7 @@ def test_what_could_not_be_killed_holds_the_target() -> None:
 
 
 def test_an_operator_gives_a_target_back() -> None:
-    """What still runs is listed in the task, and who gave it back."""
+    """The task lists the remaining processes, and the principal that gave it back."""
     world = limited(per_target=1)
     first = world.create()
     world.executor.alive = (SUDO,)
@@ -923,8 +923,8 @@ def test_an_operator_gives_a_target_back() -> None:
     assert CASE.successResultOf(again) == []
 
 
-def test_what_a_task_leaves_behind_holds_nothing() -> None:
-    """It ended by itself; what still runs is listed."""
+def test_a_process_left_by_a_finished_task_does_not_hold_the_target() -> None:
+    """The task ended by itself, and lists the process."""
     world = limited(per_target=1)
     first = world.create()
     world.create()
@@ -937,7 +937,7 @@ def test_what_a_task_leaves_behind_holds_nothing() -> None:
 
 
 def test_after_a_boot_nothing_holds_a_target() -> None:
-    """The numbers of processes mean nothing any more."""
+    """Process numbers from before the boot mean nothing."""
     world = limited(per_target=1)
     world.create()
     world.executor.alive = (SUDO,)
@@ -951,8 +951,8 @@ def test_after_a_boot_nothing_holds_a_target() -> None:
     assert world.executor.run(2).command is not None
 
 
-def test_what_is_left_is_removed_later_if_the_store_is_broken(world: World) -> None:
-    """A start does not fail for that."""
+def test_remaining_files_are_removed_later_if_the_store_is_broken(world: World) -> None:
+    """The start does not fail because of that."""
     ended(world, 2)
     CASE.successResultOf(world.store.forget([1]))
     world.store.broken = True
@@ -966,19 +966,19 @@ def test_what_is_left_is_removed_later_if_the_store_is_broken(world: World) -> N
 def test_no_task_gets_the_folder_of_one_that_the_database_does_not_know(
     world: World,
 ) -> None:
-    """Somebody has set a damaged database aside; what is there stays there."""
+    """After somebody has replaced a damaged database, existing folders stay."""
     world.store = MemoryStore()
     world.restart_with({1, 5})
     assert world.executor.folders == {1, 5}
     assert world.create().snapshot.id == 6
-    # Nor at a later start, when it knows of a task with a higher number.
+    # The same holds at a later start, when a record has a higher number.
     world.executor.run(6).end(0)
     world.restart_with({1, 5, 6})
     assert world.executor.folders == {1, 5, 6}
 
 
 def test_a_task_that_was_permitted_and_has_no_folder_is_lost() -> None:
-    """The database was restored, and the folder removed: it may have run."""
+    """The database was restored and the folder removed, so it may have run."""
     world = limited(running=1)
     for _ in range(3):
         world.create()
@@ -987,13 +987,13 @@ def test_a_task_that_was_permitted_and_has_no_folder_is_lost() -> None:
         *(Status.RUNNING, Status.LOST, Status.CREATED),
     ]
     assert "folder was removed" in (world.find(2).reason or "")
-    # Its number is not given again either, if it is on no record.
+    # Nor is its number used again if no record has it.
     world.restart_with({1}, allowed={7})
     assert world.create().snapshot.id == 8
 
 
 def test_a_task_whose_folder_has_what_another_run_left_is_lost() -> None:
-    """What that one has printed, and its result, are not taken for this one's."""
+    """The output and the result of the other run must not count as its own."""
     world = limited(running=1)
     world.create()
     world.create()
@@ -1006,7 +1006,7 @@ def test_a_task_whose_folder_has_what_another_run_left_is_lost() -> None:
 
 
 class Life(RuleBasedStateMachine):
-    """Any order of what users and processes do."""
+    """Users and processes act in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1076,8 +1076,8 @@ TestLife.settings = hypothesis_settings(
 )
 
 
-def test_what_could_not_be_kept_is_refused(world: World) -> None:
-    """Nothing is recorded, and it works again when there is room."""
+def test_a_task_that_the_disk_cannot_keep_is_refused(world: World) -> None:
+    """It leaves no record, and the next one is accepted when there is room."""
     world.executor.full = True
     refused = CASE.failureResultOf(Deferred.fromCoroutine(world.service.create(SPEC)))
     assert refused.check(StoreUnavailable)
@@ -1089,7 +1089,7 @@ def test_what_could_not_be_kept_is_refused(world: World) -> None:
 
 
 def test_a_waiting_task_starts_when_there_is_room_on_the_disk() -> None:
-    """It was accepted, so it does not fail for that; and it says what it waits for."""
+    """An accepted task does not fail because of a full disk. It names the disk."""
     world = limited(running=1)
     world.create()
     waiting = world.create()
@@ -1109,7 +1109,7 @@ def test_a_waiting_task_starts_when_there_is_room_on_the_disk() -> None:
 
 
 def test_a_task_that_waits_for_the_disk_can_be_killed() -> None:
-    """And is never started."""
+    """It never starts."""
     world = limited(running=1)
     world.create()
     world.create()
@@ -1124,7 +1124,7 @@ def test_a_task_that_waits_for_the_disk_can_be_killed() -> None:
 
 
 def test_a_stop_does_not_wait_for_the_disk() -> None:
-    """A task that waits for room goes back to the queue."""
+    """A task that waits for space goes back to the queue."""
     world = limited(running=1)
     world.create()
     world.create()
@@ -1136,8 +1136,8 @@ def test_a_stop_does_not_wait_for_the_disk() -> None:
     assert world.store.rows[2].status is Status.CREATED
 
 
-def test_a_client_that_goes_away_does_not_stop_what_it_asked_for(world: World) -> None:
-    """Between the record of a task and its start nobody has to wait for it."""
+def test_a_client_that_goes_away_does_not_stop_its_task(world: World) -> None:
+    """A task starts even if no client waits for its creation."""
     world.store.slow = True
     asked = Deferred.fromCoroutine(world.service.create(SPEC, "k"))
     asked.addErrback(lambda _: None)
@@ -1153,7 +1153,7 @@ def test_a_client_that_goes_away_does_not_stop_what_it_asked_for(world: World) -
 
 
 def test_a_client_that_goes_away_does_not_hide_a_refusal(world: World) -> None:
-    """A refusal nobody hears is no error of the daemon."""
+    """A refusal without a client is not an error of the daemon."""
     world.store.slow = True
     asked = Deferred.fromCoroutine(world.service.create(SPEC))
     asked.addErrback(lambda _: None)
@@ -1165,7 +1165,7 @@ def test_a_client_that_goes_away_does_not_hide_a_refusal(world: World) -> None:
 
 
 def test_a_client_that_goes_away_does_not_stop_its_kill() -> None:
-    """Of a task that waits: it ends, and nobody waits for its place."""
+    """A waiting task ends, and leaves its place to others."""
     world = limited(running=1)
     world.create()
     waiting = world.create()
@@ -1182,7 +1182,7 @@ def test_a_client_that_goes_away_does_not_stop_its_kill() -> None:
 
 @pytest.mark.parametrize("running", [1, 2])
 def test_a_second_kill_is_answered_when_the_first_is_on_record(running: int) -> None:
-    """Of a task that waits or runs: else the daemon could die and know of neither."""
+    """Otherwise the daemon could die with neither kill on record."""
     world = limited(running=running)
     world.create()
     world.create()
@@ -1199,7 +1199,7 @@ def test_a_second_kill_is_answered_when_the_first_is_on_record(running: int) -> 
 
 
 def test_a_second_kill_does_not_outlast_the_daemon() -> None:
-    """It is refused when the first one is left to the next daemon."""
+    """It fails when the first kill is left to the next daemon."""
     world = limited(running=1)
     world.create()
     world.create()
@@ -1217,7 +1217,7 @@ def test_a_second_kill_does_not_outlast_the_daemon() -> None:
 
 
 def test_a_kill_of_a_waiting_task_survives_a_restart() -> None:
-    """It was answered, so the task never starts."""
+    """The kill was answered, so the task never starts."""
     world = limited(running=1)
     world.create()
     world.create()
@@ -1230,7 +1230,7 @@ def test_a_kill_of_a_waiting_task_survives_a_restart() -> None:
 
 
 def test_a_kill_while_the_end_is_recorded_changes_nothing(world: World) -> None:
-    """What has ended has ended."""
+    """An end is final."""
     task = world.create()
     world.executor.run(1).start()
     world.store.slow = True
@@ -1242,7 +1242,7 @@ def test_a_kill_while_the_end_is_recorded_changes_nothing(world: World) -> None:
 
 
 def test_output_that_comes_during_a_record_is_not_taken_back(world: World) -> None:
-    """Neither the size nor the version ever goes back."""
+    """Neither the size nor the version ever falls."""
     task = world.create()
     run = world.executor.run(1)
     run.start()
@@ -1259,8 +1259,8 @@ def test_output_that_comes_during_a_record_is_not_taken_back(world: World) -> No
     assert task.snapshot.version > before
 
 
-def test_who_is_faster_than_the_answer_gets_the_living_task(world: World) -> None:
-    """A task whose record is on disk, and of which its creator does not know yet."""
+def test_a_task_can_be_found_before_its_creation_is_answered(world: World) -> None:
+    """Its record is on disk, but its creator has no response yet."""
     world.store.slow = True
     made = Deferred.fromCoroutine(world.service.create(SPEC))
     found = Deferred.fromCoroutine(world.service.find(1))
@@ -1272,7 +1272,7 @@ def test_who_is_faster_than_the_answer_gets_the_living_task(world: World) -> Non
 
 @define(eq=False)
 class LateStore(MemoryStore):
-    """A store whose answers come late, with what there was when it was asked."""
+    """A store whose results come late, with the state from the time of the call."""
 
     late: list[Callable[[], object]] = field(factory=list)
 
@@ -1288,21 +1288,21 @@ class LateStore(MemoryStore):
         return self._later(super().select(query))
 
     def answer(self) -> None:
-        """Let what was asked for be answered."""
+        """Fire the pending results."""
         late, self.late = self.late, []
         for one in late:
             one()
 
 
 @pytest.mark.parametrize("how", ["find", "list"])
-def test_what_ends_while_it_is_looked_for_is_shown_as_it_is(how: str) -> None:
-    """Else its version would go back, and whoever waits for its end waits for ever."""
+def test_a_task_that_ends_during_a_look_up_is_shown_as_ended(how: str) -> None:
+    """Otherwise its version would fall, and waiters for its end would wait for ever."""
     world = World()
     task = world.create()
     row = world.store.rows[1]
     late = LateStore(rows=world.store.rows)
     world.service._store = late
-    # As if it had been created by a POST that was not answered yet.
+    # As if a POST that has no response yet had created it.
     live = world.service._queue.active.pop(1)
     found: Deferred[Any] = Deferred.fromCoroutine(
         world.service.find(1) if how == "find" else world.service.list(TaskQuery())
@@ -1321,8 +1321,8 @@ def test_what_ends_while_it_is_looked_for_is_shown_as_it_is(how: str) -> None:
 HIDDEN = evolve(SPEC, variables={"password": "s3cret", "branch": "main"})
 
 
-def test_secrets_go_a_way_of_their_own(world: World) -> None:
-    """The record has a mask; the command has the value; in the end nobody has it."""
+def test_secrets_reach_the_command_but_no_record(world: World) -> None:
+    """The record has a mask and the command has the value, which is then removed."""
     task = world.create(HIDDEN)
     assert task.snapshot.spec.variables == {"password": "***", "branch": "main"}
     assert "s3cret" not in repr(world.store.rows[1])
@@ -1335,7 +1335,7 @@ def test_secrets_go_a_way_of_their_own(world: World) -> None:
 
 
 def test_task_notes_that_a_secret_is_not_masked() -> None:
-    """Whoever reads the task sees it, also after a restart."""
+    """The note is in the task, even after a restart."""
     world = limited(running=1)
     world.create(SPEC)
     task = world.create(evolve(SPEC, variables={"password": "true"}))
@@ -1346,7 +1346,7 @@ def test_task_notes_that_a_secret_is_not_masked() -> None:
 
 
 def test_a_task_that_waits_gets_its_secrets_after_a_restart() -> None:
-    """They are kept as long as it waits; if they are gone it fails, and says so."""
+    """They are kept while it waits. If they are lost, it fails and gives the reason."""
     world = limited(running=1)
     for spec in (SPEC, HIDDEN, HIDDEN):
         world.create(spec)
@@ -1366,8 +1366,8 @@ def test_a_task_that_waits_gets_its_secrets_after_a_restart() -> None:
     assert found.reason == "Cannot start: the values of its secret variables are gone."
 
 
-def test_secrets_of_one_that_is_killed_while_it_waits_are_removed() -> None:
-    """Those of others stay."""
+def test_secrets_of_a_task_killed_while_it_waits_are_removed() -> None:
+    """Secrets of other tasks stay."""
     world = limited(running=1)
     for spec in (SPEC, HIDDEN, HIDDEN):
         world.create(spec)
@@ -1375,8 +1375,8 @@ def test_secrets_of_one_that_is_killed_while_it_waits_are_removed() -> None:
     assert list(world.secrets) == [world.store.rows[3].secret_file]
 
 
-def test_secrets_that_cannot_be_read_now_are_waited_for() -> None:
-    """As a task waits for room on the disk."""
+def test_a_task_waits_for_secrets_that_cannot_be_read_yet() -> None:
+    """It waits for them as it waits for space on the disk."""
     world = limited(running=1)
     for spec in (SPEC, HIDDEN):
         world.create(spec)
@@ -1389,7 +1389,7 @@ def test_secrets_that_cannot_be_read_now_are_waited_for() -> None:
 
 
 def test_a_task_whose_secrets_cannot_be_kept_is_refused(world: World) -> None:
-    """Nothing is recorded; a retry may have more luck."""
+    """It leaves no record, and a retry can succeed."""
     world.executor.forgetful = True
     refused = Deferred.fromCoroutine(world.service.create(HIDDEN, "k"))
     CASE.failureResultOf(refused, StoreUnavailable)
@@ -1400,7 +1400,7 @@ def test_a_task_whose_secrets_cannot_be_kept_is_refused(world: World) -> None:
 
 
 def test_secrets_of_a_task_that_could_not_be_recorded_are_removed(world: World) -> None:
-    """Nobody will ask for them."""
+    """No task needs them."""
     world.store.broken = True
     refused = Deferred.fromCoroutine(world.service.create(HIDDEN))
     CASE.failureResultOf(refused, StoreUnavailable)
@@ -1408,7 +1408,7 @@ def test_secrets_of_a_task_that_could_not_be_recorded_are_removed(world: World) 
 
 
 def test_a_retry_brings_secrets_that_are_lost() -> None:
-    """The task still waits, and the first request's are gone."""
+    """The task still waits, and the secrets of the first request are gone."""
     world = limited(running=1)
     world.create()
 
@@ -1428,7 +1428,7 @@ def test_a_retry_brings_secrets_that_are_lost() -> None:
 
 
 def test_secrets_of_a_retry_that_comes_too_late_are_removed() -> None:
-    """The task is killed while they are written."""
+    """The task is killed while the daemon writes them."""
     world = limited(running=1)
     world.create()
     CASE.successResultOf(Deferred.fromCoroutine(world.service.create(HIDDEN, "k")))
@@ -1442,28 +1442,28 @@ def test_secrets_of_a_retry_that_comes_too_late_are_removed() -> None:
     assert world.secrets == {}
 
 
-def test_what_a_dead_daemon_has_left_of_secrets_is_removed_at_the_start() -> None:
-    """It died between the record of an end and their removal, or a power cut undid that."""
+def test_secrets_left_by_a_dead_daemon_are_removed_at_the_start() -> None:
+    """It died before it removed them, or a power cut undid the removal."""
     world = limited(running=1)
     for spec in (HIDDEN, HIDDEN, HIDDEN):
         world.create(spec)
     world.executor.run(1).end(0)
     world.executor.forgotten.clear()
     world.restart()
-    # Of 2, which runs, the shim needs them, and 3 waits.
+    # The shim of 2 still needs its secrets, and 3 waits.
     assert world.executor.forgotten == {1}
-    # The database may have been restored, and know nothing of a task that had some.
+    # A restored database does not know 4, which had secrets.
     world.restart_with({1, 2, 3, 4})
     assert world.executor.forgotten == {1, 4}
     assert world.executor.folders == {1, 2, 3, 4}
 
 
-def test_no_version_falls_if_what_was_printed_is_lost(world: World) -> None:
-    """Somebody has removed its folder: what was told of its output counts all the same."""
+def test_no_version_falls_if_the_output_is_lost(world: World) -> None:
+    """Somebody has removed its folder, but the announced size still counts."""
     world.create()
     run = world.executor.run(1)
     run.start()
-    for size in (7, 14):  # the second is held back for a moment
+    for size in (7, 14):  # the task holds the second one back for a moment
         assert run.sink is not None
         run.sink.printed(size)
     before = world.find(1).version

@@ -1,4 +1,4 @@
-"""Real shells print secrets in every way they have; nothing of them is seen."""
+"""Tests with real shells, which print secrets in every form that they have."""
 
 import random
 import re
@@ -11,12 +11,12 @@ import pytest
 from pulsar_api.shim.masker import Masker
 from pulsar_api.tasks.secret_forms import forms
 
-# Every byte but NUL, alone or in a character of UTF-8, and what is printed oddly.
+# Every byte but NUL, alone or in a UTF-8 character, and characters with an odd form.
 CHARACTERS = [*map(chr, range(1, 256)), *"日😀\u0378\u200b\u2028\ufeff\U000e0001"]
 
 
 def _around(character: str, number: int) -> Iterator[str]:
-    """Yield values that have a character in many neighbourhoods, between two marks."""
+    """Yield values with a character among many others, between two marks."""
     begin, end = f"M{number}x", f"y{number}M"
     yield f"{begin}{character}{end}"
     yield f"{character}{begin} {end}{character}"
@@ -30,7 +30,7 @@ def _around(character: str, number: int) -> Iterator[str]:
 def _values() -> Iterator[str]:
     for n, character in enumerate(CHARACTERS):
         for m, value in enumerate(_around(character, 1000 + n)):
-            # A mark of its own for each: the number of the character and of the value.
+            # Each has a mark of its own: the numbers of the character and of the value.
             yield re.sub(
                 r"M(\d+)x", rf"M\g<1>{m}x", re.sub(r"y(\d+)M", rf"y\g<1>{m}M", value)
             )
@@ -67,7 +67,7 @@ START = {"zsh": ("zsh", "-f"), "busybox": ("busybox", "sh"), "GNU": ("sh",)}
 
 @pytest.fixture(scope="module")
 def masker() -> Masker:
-    """Return what masks all of the values."""
+    """Return a masker for all of the values."""
     return Masker(list(forms(VALUES)))
 
 
@@ -83,10 +83,10 @@ def masker() -> Masker:
         for script in SHELLS[shell]
     ],
 )
-def test_nothing_of_what_a_shell_prints_of_a_secret_is_seen(
+def test_every_form_in_which_a_shell_prints_a_secret_is_masked(
     masker: Masker, shell: str, script: str, locale: str
 ) -> None:
-    """Whatever bytes it is of, between any others, where UTF-8 is known or not."""
+    """The secret has any bytes, next to any others, in a UTF-8 locale and in ASCII."""
     program, *options = START.get(shell, (shell,))
     path = shutil.which(program)
     assert path is not None

@@ -1,4 +1,4 @@
-"""The core in a simulated world: no seed breaks a promise, and each mend is needed.
+"""Tests of the core in simulated worlds: no seed violates an invariant.
 
 ``PULSAR_SEEDS=100000 pytest tests/test_simulation.py`` tries more worlds.
 """
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def simulate(*arguments: str, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
-    """Run worlds in processes of their own; lines are not counted there."""
+    """Run worlds in processes of their own, where coverage is not measured."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE")}
     return subprocess.run(
         [sys.executable, "-m", "tests.simulation", *arguments],
@@ -32,7 +32,7 @@ def simulate(*arguments: str, hash_seed: str = "0") -> subprocess.CompletedProce
 
 
 def test_no_seed_breaks_a_promise() -> None:
-    """Crashes, power cuts, lost and copied files, wrong clocks, full disks, kills."""
+    """The faults: crashes, power cuts, lost and copied files, wrong clocks, full disks."""
     done = simulate("--seeds", SEEDS)
     assert done.returncode == 0, done.stdout[-5000:]
 
@@ -48,7 +48,7 @@ def test_no_seed_breaks_a_promise() -> None:
     ],
 )
 def test_without_a_mend_a_seed_finds_the_fault(mend: str) -> None:
-    """So the worlds are hard enough. A program that crashes finds nothing."""
+    """So the worlds are hard enough. A crash of the program itself does not count."""
     done = simulate("--seeds", "600", "--without", mend, "--stop")
     assert done.returncode == 1, done.stdout[-5000:]
     assert "Traceback" not in done.stdout
@@ -58,7 +58,7 @@ def test_without_a_mend_a_seed_finds_the_fault(mend: str) -> None:
 
 @pytest.mark.parametrize("seed", ["7", "164"])
 def test_a_seed_replays_exactly(seed: str) -> None:
-    """Each step of it, whatever the order of what has none."""
+    """Every step is the same, although hash seeds, and so the order of sets, differ."""
     first, second = (simulate("--seed", seed, "--trace", hash_seed=h) for h in "12")
     assert first.stdout == second.stdout
     assert len(first.stdout.splitlines()) > 20

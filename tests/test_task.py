@@ -1,4 +1,4 @@
-"""Tests of a task's state and of who is told about it when."""
+"""Tests of a task's state, and of when its changes are announced."""
 
 import pytest
 from attrs import evolve
@@ -32,15 +32,15 @@ def task(clock: Clock) -> Task:
 
 
 @pytest.mark.parametrize("status", list(Status))
-def test_four_of_six_states_are_for_ever(status: Status) -> None:
-    """Only a task that waits or runs can still change."""
+def test_four_of_six_states_are_final(status: Status) -> None:
+    """Only a waiting or a running task can still change."""
     assert status.ended == (status not in {"created", "running"})
 
 
 def test_the_first_piece_wakes_at_once_and_the_next_ones_together(
     clock: Clock, task: Task
 ) -> None:
-    """A thousand small pieces wake the waiting at most every 50 ms."""
+    """A thousand small pieces wake the waiters at most every 50 ms."""
     begin = task.changes.version
     task.printed(10)
     assert task.changes.version == begin + 10
@@ -54,7 +54,7 @@ def test_the_first_piece_wakes_at_once_and_the_next_ones_together(
 
 
 def test_an_older_size_changes_nothing(clock: Clock, task: Task) -> None:
-    """News may come twice; the output never shrinks."""
+    """Reports can arrive twice, but the output never shrinks."""
     task.printed(10)
     task.printed(10)
     task.printed(4)
@@ -62,8 +62,8 @@ def test_an_older_size_changes_nothing(clock: Clock, task: Task) -> None:
     assert task.snapshot.output_size == 10
 
 
-def test_refresh_announces_what_was_held_back(clock: Clock, task: Task) -> None:
-    """A plain GET sees all output to date."""
+def test_refresh_announces_output_that_was_held_back(clock: Clock, task: Task) -> None:
+    """So a plain GET shows all output so far."""
     task.printed(1)
     task.printed(2)
     assert task.snapshot.output_size == 1
@@ -74,8 +74,10 @@ def test_refresh_announces_what_was_held_back(clock: Clock, task: Task) -> None:
     assert clock.getDelayedCalls() == []
 
 
-def test_the_end_is_announced_at_once_and_leaves_no_clock(clock: Clock, task: Task) -> None:
-    """Whoever waits for the end is woken with it, and nothing is announced after it."""
+def test_the_end_is_announced_at_once_and_cancels_the_timer(
+    clock: Clock, task: Task
+) -> None:
+    """Waiters for the end wake with it, and nothing is announced after it."""
     task.printed(1)
     task.printed(2)
     end = task.end.after(0)
@@ -136,8 +138,8 @@ STAYS = "The command does not end, not even by KILL."
         (Exit(error="cannot start x: not found"), "failed", "cannot start x: not found"),
     ],
 )
-def test_a_reason_claims_only_what_has_happened(
+def test_a_reason_states_only_what_has_happened(
     exit: Exit, status: str, reason: str | None
 ) -> None:
-    """What could not be ended is named; what a command leaves behind is no fault."""
+    """It names processes that survived, but a background process is not a fault."""
     assert judge(exit, person("me")) == (status, reason)

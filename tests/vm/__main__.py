@@ -1,9 +1,9 @@
-"""``python -m tests.vm``: the unit as it is shipped, under systemd, in a virtual machine.
+"""``python -m tests.vm``: tests the shipped unit under systemd, in a virtual machine.
 
-A small Debian 12 is made once, the program is installed in it from the working tree, and it
-is booted without network: by User-Mode Linux, whose kernel is a process and needs no
-hardware virtualisation, or by qemu. ``guest.py`` runs in there. All this needs root and
-Debian's packages mmdebstrap, e2fsprogs, and user-mode-linux or qemu-system-x86.
+It makes a small Debian 12 once, installs the program in it from the working tree, and boots
+it without network. The machine is User-Mode Linux, whose kernel is a process and needs no
+hardware virtualisation, or qemu. ``guest.py`` runs inside. This needs root and the Debian
+packages mmdebstrap, e2fsprogs, and user-mode-linux or qemu-system-x86.
 """
 
 import argparse
@@ -26,18 +26,18 @@ from tests.vm.guest import ACCOUNT, CHECKS, COMMAND, RUN_AS_CONF, SETTINGS, name
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = "systemd,systemd-sysv,passwd,procps,python3-venv"
 KERNEL = "linux-image-cloud-amd64"
-"""For qemu; User-Mode Linux has its own."""
+"""For qemu. User-Mode Linux brings its own kernel."""
 
 LEFT_OUT = "/usr/share/doc/* /usr/share/man/* /usr/share/locale/* /usr/share/info/*"
 SIZE = "900M"
 PYTHON = "3.11"
-"""That of Debian 12."""
+"""The version in Debian 12."""
 
 MASKED = "systemd-udevd systemd-udev-trigger systemd-logind getty@tty1 e2scrub_reap"
-"""Services that take seconds to start under qemu, and that nothing here needs."""
+"""Services that take seconds to start under qemu, and that the checks do not need."""
 
 WORDS = "rw panic=-1 systemd.unit=vm.target systemd.journald.forward_to_console=1".split()
-"""The kernel's command line, but for what the machine itself needs."""
+"""The kernel's command line, without the options of the kind of machine."""
 
 GUEST_UNIT = """
 [Unit]
@@ -54,14 +54,14 @@ StandardOutput=file:/dev/{line}
 
 @contextmanager
 def phase(what: str) -> Iterator[None]:
-    """Print how long something takes."""
+    """Print the time that the block takes."""
     begin = time.monotonic()
     yield
     print(f"{time.monotonic() - begin:6.1f} s  {what}", flush=True)
 
 
 def call(*command: str | Path, env: dict[str, str] | None = None) -> None:
-    """Run a program; show what it printed if it fails."""
+    """Run a program, and print its output if it fails."""
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, env=env
     )
@@ -71,12 +71,12 @@ def call(*command: str | Path, env: dict[str, str] | None = None) -> None:
 
 
 def inside(root: Path, *command: str) -> None:
-    """Run a program in the root, with nothing of this process's environment."""
+    """Run a program in the root, without the environment of this process."""
     call("chroot", root, *command, env={"PATH": "/usr/sbin:/usr/bin", "LANG": "C.UTF-8"})
 
 
 def make_debian(root: Path, packages: str) -> None:
-    """Make the root, with nothing of the program but its accounts and a venv."""
+    """Make the root, with the accounts and a venv for the program, but without it."""
     new = root.with_name("new")
     shutil.rmtree(new, ignore_errors=True)
     options = [
@@ -88,9 +88,9 @@ def make_debian(root: Path, packages: str) -> None:
     options.append('--aptopt=Apt::Install-Recommends "false"')
     # Debian's kernel has NVMe and ext4 built in, so it needs no initial ramdisk.
     call("mmdebstrap", *options, "bookworm", new, env={**os.environ, "INITRD": "No"})
-    # Without this systemd takes each boot for the first one and sets all presets.
+    # Without this file systemd treats each boot as the first and applies all presets.
     (new / "etc/machine-id").write_text(f"{0xFEED:032x}\n")
-    # They cost seconds without hardware virtualisation, and there is nothing to generate.
+    # Generators cost seconds without hardware virtualisation, and have no work here.
     masks = new / "etc/systemd/system-generators"
     masks.mkdir(parents=True)
     for generator in (new / "lib/systemd/system-generators").iterdir():
@@ -103,7 +103,7 @@ def make_debian(root: Path, packages: str) -> None:
 
 
 def install(root: Path, wheels: Path) -> None:
-    """Install the program as the working tree has it, and what it needs."""
+    """Install the program from the working tree, and its dependencies."""
     with tempfile.TemporaryDirectory() as folder:
         pip = (sys.executable, "-m", "pip")
         call(*pip, "wheel", "--no-deps", "--wheel-dir", folder, REPOSITORY)
@@ -123,17 +123,17 @@ def install(root: Path, wheels: Path) -> None:
         offline = ("--no-index", "--find-links=/opt/wheels")
         inside(root, *its_pip, "install", *offline, f"/opt/wheels/{wheel.name}")
         shutil.rmtree(there)
-        # As root, so that the list of plugins is written and no start has to make it.
+        # As root, so that the cache of plugins is written here and not at each start.
         inside(root, "/opt/pulsar-api/bin/twistd", "--help")
 
 
 def dependencies() -> str:
-    """Return what the project says of itself, dependencies included."""
+    """Return the metadata of the project, which name its dependencies."""
     return (REPOSITORY / "pyproject.toml").read_text()
 
 
 def set_up(root: Path, line: str) -> None:
-    """Install the unit as its comments say; the checks print on that serial line."""
+    """Install the unit as its comments say. The checks print on this serial line."""
     units = root / "etc/systemd/system"
     shutil.copy(REPOSITORY / "systemd/pulsar-api.service", units)
     settings = root / str(SETTINGS).lstrip("/")
@@ -149,14 +149,14 @@ def set_up(root: Path, line: str) -> None:
 
 
 def uml(disk: Path, words: Sequence[str], output: int) -> list[str]:
-    """Return the command of a machine whose first serial line is a descriptor."""
+    """Return the command of a machine whose first serial line is this descriptor."""
     lines = ["con=null", "con0=null,fd:1", "ssl=null", f"ssl0=null,fd:{output}"]
     return ["linux.uml", "mem=1024M", f"ubd0={disk}", "root=/dev/ubda", *lines, *words]
 
 
 def qemu(kernel: Path, disk: Path, words: Sequence[str], output: int) -> list[str]:
-    """Return the command of a machine whose second serial line is a descriptor."""
-    # A KVM that is made in software, without these modules, boots no kernel of Debian.
+    """Return the command of a machine whose second serial line is this descriptor."""
+    # A KVM that is emulated in software, without these modules, boots no Debian kernel.
     can = any(Path("/sys/module", it).exists() for it in ("kvm_intel", "kvm_amd"))
     machine = (
         ("kvm", "host") if can and os.access("/dev/kvm", os.W_OK) else ("tcg", "Nehalem")
@@ -175,7 +175,7 @@ def qemu(kernel: Path, disk: Path, words: Sequence[str], output: int) -> list[st
 def boot(
     command: Sequence[str], output: tuple[int, int], console: Path, patience: float
 ) -> Iterator[dict[str, Any]]:
-    """Yield the line of each check as it comes; the machine is gone in the end."""
+    """Yield the line of each check as it arrives, and end the machine after that."""
     with console.open("wb") as log:
         machine = subprocess.Popen(
             command,
@@ -205,10 +205,12 @@ def boot(
 
 
 def main() -> int:
-    """Return 0 if all chosen checks were made and none found anything wrong."""
+    """Return 0 if all chosen checks ran and passed."""
     names = [name(check) for check in CHECKS]
     parser = argparse.ArgumentParser(prog="python -m tests.vm", description=__doc__)
-    parser.add_argument("checks", nargs="*", help=f"to run [all]: {', '.join(names)}")
+    parser.add_argument(
+        "checks", nargs="*", help=f"checks to run [all]: {', '.join(names)}"
+    )
     parser.add_argument("--root", type=Path, metavar="DIR", help="keep the machine in DIR")
     parser.add_argument("--qemu", action="store_true", help="use qemu and Debian's kernel")
     parser.add_argument(
@@ -216,7 +218,7 @@ def main() -> int:
         type=float,
         default=900,
         metavar="SECONDS",
-        help="for all checks [900]",
+        help="seconds for all checks [900]",
     )
     options = parser.parse_args()
     if unknown := set(options.checks) - set(names):
@@ -242,7 +244,7 @@ def main() -> int:
 
 
 def prepare(root: Path, folder: Path, *, for_qemu: bool) -> None:
-    """Make the disk of a machine; the root is made only if it is not there."""
+    """Make the disk of a machine. Make its root only if it is missing."""
     if not root.exists():
         with phase("Debian"):
             make_debian(root, f"{PACKAGES},{KERNEL}" if for_qemu else PACKAGES)
@@ -256,7 +258,7 @@ def prepare(root: Path, folder: Path, *, for_qemu: bool) -> None:
 
 
 def table(lines: Iterable[dict[str, Any]], expected: Iterable[str]) -> bool:
-    """Print a line for each check; return whether all were made and found nothing wrong."""
+    """Print a line for each check; return whether all of them ran and passed."""
     left = dict.fromkeys(expected)
     fine = True
     for line in lines:

@@ -1,7 +1,7 @@
-"""What is checked inside the virtual machine of ``python -m tests.vm``.
+"""The checks inside the virtual machine of ``python -m tests.vm``.
 
-Runs as root under Debian's own Python, so it imports nothing but the standard library.
-Prints one line of JSON for each check.
+They run as root under Debian's own Python, so they import only the standard library. Each
+check prints one line of JSON.
 """
 
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 Check = Callable[[], object]
-"""Returns what it found, as JSON; raises `AssertionError` for what is wrong."""
+"""Returns its findings as JSON, or raises `AssertionError`."""
 
 URL = "http://127.0.0.1:8081"
 UNIT = "pulsar-api.service"
@@ -28,10 +28,10 @@ DROP_INS = Path("/etc/systemd/system") / f"{UNIT}.d"
 SETTINGS = Path("/etc/pulsar-api.toml")
 RUN_AS_CONF = Path("/opt/vm/run-as.conf")
 PATIENCE = 120.0
-"""Seconds after which something that must happen has not happened."""
+"""Seconds to wait for an event before the check fails."""
 
 ACCOUNT = "deploy"
-"""The account of tasks, made with the image."""
+"""The account of tasks. It is part of the image."""
 
 MIB = 1 << 20
 MEMORY_MAX, CPU_QUOTA, TASKS_MAX = 64 * MIB, 0.2, 20
@@ -67,23 +67,23 @@ PLAIN_TABLE = f'[[run-as]]\non = ["*"]\nuser = "{ACCOUNT}"\n'
 
 
 def call(*command: str) -> str:
-    """Run a program; return what it printed, without the last newline."""
+    """Run a program, and return its output without the last newline."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}: {done.returncode}: {done.stderr}"
     return done.stdout.rstrip("\n")
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    """Return what a condition gives as soon as that is true."""
+    """Return the value of a condition as soon as it is true."""
     until = time.monotonic() + PATIENCE
     while not (value := condition()):
-        assert time.monotonic() < until, f"waited in vain for {what}"
-        time.sleep(0.2)  # a look costs the daemon time, too
+        assert time.monotonic() < until, f"timed out waiting for {what}"
+        time.sleep(0.2)  # each try costs the daemon time, too
     return value
 
 
 def ask(path: str, body: Mapping[str, object] | None = None) -> Any:
-    """Return the answer to a GET, or to a POST if there is a body."""
+    """Return the response to a GET, or to a POST if there is a body."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(URL + path, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=PATIENCE) as response:
@@ -91,27 +91,27 @@ def ask(path: str, body: Mapping[str, object] | None = None) -> Any:
 
 
 def run(app: str, script: str) -> int:
-    """Start a task that runs a script of shell; return its number."""
+    """Start a task that runs a shell script, and return its number."""
     body = {"action": "run", "variables": {"run": script}}
     number: int = ask(f"/{app}/live", body)["taskId"]
     return number
 
 
 def running(app: str, script: str) -> int:
-    """Return the number of a task as soon as its script has printed something."""
+    """Start a task, wait for its first output, and return its number."""
     number = run(app, script)
     wait_for(lambda: ask(f"/task/{number}")["outputSize"], f"output of task {number}")
     return number
 
 
 def python(source: str) -> str:
-    """Return a script that becomes a Python program."""
+    """Return a shell script that runs a Python program in its own process."""
     assert "'" not in source
     return f"exec python3 -ISs -c '{source}'"
 
 
 def ended(number: int) -> Any:
-    """Return a task when it is over, with its output."""
+    """Wait for the end of a task, and return the task with its output."""
 
     def over() -> Any:
         answer = ask(f"/task/{number}/state")
@@ -121,7 +121,7 @@ def ended(number: int) -> Any:
 
 
 def kill(numbers: Iterable[int]) -> None:
-    """Kill tasks; nothing of their account is left then."""
+    """Kill tasks, and wait until their account has no processes."""
     for number in numbers:
         ask(f"/task/{number}/kill", {})
         task = ended(number)
@@ -143,12 +143,12 @@ def processes(user: str) -> list[int]:
 
 
 def born(pid: int) -> str:
-    """Return when a process was started, as the kernel counts."""
+    """Return the start of a process in the kernel's clock ticks."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def cgroup(number: int) -> Path:
-    """Return the cgroup of a task's command; the task has to be alone in it."""
+    """Return the cgroup of a task's command, which must hold this task only."""
     pid = ask(f"/task/{number}")["pid"]
     lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
     inside = next(line[3:] for line in lines if line.startswith("0::"))
@@ -157,7 +157,7 @@ def cgroup(number: int) -> Path:
 
 
 def count(path: Path, name: str) -> int:
-    """Return a number of a flat-keyed file of cgroups(7)."""
+    """Return a number from a flat-keyed file of cgroups(7)."""
     found = re.search(rf"^{name} (\d+)$", path.read_text(), re.MULTILINE)
     assert found is not None, path
     return int(found[1])
@@ -171,7 +171,7 @@ def unit(name: str) -> str:
 def configure(
     tables: str = "", *, user: str = "pulsar-api", capabilities: bool = True
 ) -> None:
-    """Have the daemon run with these ``[[run-as]]``, as this user; restart it if needed."""
+    """Run the daemon with these ``[[run-as]]`` as this user, restarting it if needed."""
     own = "" if user == "pulsar-api" else f"[Service]\nUser={user}\n"
     wanted = {
         SETTINGS: COMMAND + tables,
@@ -185,25 +185,25 @@ def configure(
     for path, text in wanted.items():
         path.write_text(text)
     call("systemctl", "daemon-reload")
-    call("systemctl", "reset-failed", UNIT)  # the starts so far do not count
+    call("systemctl", "reset-failed", UNIT)  # reset the limit on starts
     restart()
 
 
 def restart() -> None:
-    """Restart the unit; return when the daemon serves."""
+    """Restart the unit, and return when the daemon serves."""
     call("systemctl", "restart", UNIT)
     serves()
 
 
 def serves(starts: str = "0") -> None:
-    """Return when the daemon answers; fail at once if it was started more often."""
+    """Return when the daemon answers. Fail at once if it has restarted more often."""
     look = 0.0
 
     def answers() -> bool:
         nonlocal look
         with suppress(OSError):
             return "tasks" in ask("/tasks?limit=1")
-        if time.monotonic() > look + 3:  # not each time: it is slow without KVM
+        if time.monotonic() > look + 3:  # not every time, because this is slow without KVM
             assert unit("NRestarts") == starts, journal()
             assert unit("ActiveState") == "active", journal()
             look = time.monotonic()
@@ -218,7 +218,7 @@ def journal() -> str:
 
 
 def unit_starts_at_boot_and_runs_a_task() -> object:
-    """The unit is started as it is shipped; a task runs as the daemon's user."""
+    """The shipped unit starts, and a task runs as the daemon's user."""
     wait_for(lambda: unit("ActiveState") == "active", "the unit")
     serves()
     task = ended(run("site", "echo hello; id -un"))
@@ -229,7 +229,7 @@ def unit_starts_at_boot_and_runs_a_task() -> object:
 
 
 def tasks_go_on_while_the_unit_restarts() -> object:
-    """Five restarts and a crash: no output is missing, and the limits are set again."""
+    """After five restarts and a crash no output is missing, and the limits are set."""
     configure(TABLES)
     script = "i=0; while :; do echo $i; i=$((i+1)); sleep 1; done"
     numbers = [running("all", script) for _ in range(3)]
@@ -262,7 +262,7 @@ def tasks_go_on_while_the_unit_restarts() -> object:
 
 
 def limited(path: Path) -> bool:
-    """Return whether all limits of the settings are set; the kernel may not have them."""
+    """Return whether all limits are set that the kernel supports."""
     wanted = {
         "memory.max": str(MEMORY_MAX),
         "cpu.max": f"{int(CPU_QUOTA * 100_000)} 100000",
@@ -291,7 +291,7 @@ def too_much_memory_ends_that_task_alone() -> object:
 
 
 def a_task_that_spins_gets_its_quota() -> object:
-    """What it uses in some seconds is near the quota, not a whole core."""
+    """Its processor time over some seconds is near the quota, not a whole core."""
     configure(TABLES)
     number = running("cpu", "echo here; while :; do :; done")
     stat = cgroup(number) / "cpu.stat"
@@ -306,7 +306,7 @@ def a_task_that_spins_gets_its_quota() -> object:
 
 
 def a_fork_bomb_stops_at_its_limit() -> object:
-    """It has as many processes as it may, others can still start, a kill ends them all."""
+    """It reaches its limit of processes, others can start, and a kill ends them all."""
     configure(TABLES)
     bomb = (
         "import os, time\nprint(1, flush=True)\nwhile True:\n"
@@ -325,7 +325,7 @@ def a_fork_bomb_stops_at_its_limit() -> object:
 
 
 def a_task_says_what_it_used() -> object:
-    """``cpuSeconds`` and ``memoryPeak`` are what a program uses that measures itself."""
+    """``cpuSeconds`` and ``memoryPeak`` match the measurements of the program itself."""
     configure(TABLES)
     source = (
         f'import time\nheld = b"x" * {24 * MIB}\n'
@@ -340,7 +340,7 @@ def a_task_says_what_it_used() -> object:
 
 
 def commands_have_no_capability() -> object:
-    """Whatever the daemon may do, but for a daemon that is root without ``[[run-as]]``."""
+    """Only a daemon that runs as root without ``[[run-as]]`` is an exception."""
     ways = [
         ("pulsar-api", False, False),
         ("root", False, False),
@@ -375,12 +375,12 @@ CHECKS: tuple[Check, ...] = (
 
 
 def name(check: Check) -> str:
-    """Return what a check is called."""
+    """Return the name of a check."""
     return getattr(check, "__name__", "")
 
 
 def report(check: Check) -> dict[str, object]:
-    """Run a check; return its line."""
+    """Run a check, and return its line."""
     begin = time.monotonic()
     try:
         found, error = check(), ""
@@ -392,7 +392,7 @@ def report(check: Check) -> dict[str, object]:
 
 
 def main() -> int:
-    """Run the checks that the kernel's command line names, all without such names."""
+    """Run the checks that the kernel's command line names, all if it names none."""
     words = Path("/proc/cmdline").read_text().split()
     chosen = [word.partition("=")[2] for word in words if word.startswith("vm_check=")]
     for check in CHECKS:
