@@ -494,8 +494,8 @@ async def test_a_stopped_launcher_is_killed_and_holds_up_no_start_for_long(
     runner: Residents, monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
     """The start that it owes is made by somebody else."""
-    monkeypatch.setattr(launcher_process, "TICK", 0.05)
     await runner.begin()
+    monkeypatch.setattr(launcher_process, "TICK", 0.05)
     os.kill(runner.pid, signal.SIGSTOP)
     exit = await runner.end(runner.count("exit 11"))
     assert (exit.code, len(runner.starts())) == (11, 1)
@@ -506,9 +506,9 @@ async def test_a_launcher_that_not_even_kill_ends_is_left(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it has forked, or forks later, finds the lock taken, or takes it."""
+    await runner.begin()
     monkeypatch.setattr(launcher_process, "TICK", 0.05)
     monkeypatch.setattr(launcher_process.LauncherProcess, "kill", lambda _: None)
-    await runner.begin()
     pid = runner.pid
     os.kill(pid, signal.SIGSTOP)
     started = runner.count("sleep 0.5; exit 15")
@@ -537,8 +537,8 @@ async def test_a_stopped_launcher_hides_no_death_of_a_shim(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pipes are closed and no status comes: it is asked, and found out."""
-    monkeypatch.setattr(launcher_process, "TICK", 0.05)
     await runner.begin()
+    monkeypatch.setattr(launcher_process, "TICK", 0.05)
     started = runner.count("sleep 60")
     await until(lambda: started.story.pids, "the start")
     os.kill(runner.pid, signal.SIGSTOP)
@@ -552,8 +552,8 @@ async def test_a_launcher_that_owes_nothing_is_left_alone(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while a shim stays with what its task has left, without its pipes."""
-    monkeypatch.setattr(launcher_process, "TICK", 0.02)
     await runner.begin()
+    monkeypatch.setattr(launcher_process, "TICK", 0.02)
     pid = runner.pid
     started = runner.count("(exec >/dev/null 2>&1; sleep 60) & exit 0")
     assert (await runner.end(started)).code == 0
@@ -676,9 +676,9 @@ async def test_a_shim_that_ends_unseen_is_asked_for(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its task holds its pipes open, and its launcher is stopped."""
+    await runner.begin()
     monkeypatch.setattr(launcher_process, "TICK", 0.05)
     monkeypatch.setattr(launcher_process, "REST", 0.2)
-    await runner.begin()
     started = runner.count("exec 9>/proc/$PPID/fd/1 8>/proc/$PPID/fd/2; sleep 60")
     await until(lambda: started.story.pids and runner.starts(), "the start")
     await until(lambda: os.path.exists(f"/proc/{started.story.pids[0]}/fd/8"), "the pipes")

@@ -187,6 +187,7 @@ def test_a_session_is_known_by_the_start_of_its_leader() -> None:
 
 
 @pytest.mark.parametrize("leader", ["alive", "dead"])
+@pytest.mark.needs("a namespace of processes")
 def test_a_number_that_came_round_again_is_a_strangers(
     elsewhere: Elsewhere, leader: str
 ) -> None:

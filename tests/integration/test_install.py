@@ -16,6 +16,8 @@ from tests.integration.conftest import Script, Start
 from tests.integration.daemon import CERTIFICATE, Daemon, end_shim, wait_for
 from tests.integration.refused import alive, answers, end, reserved
 
+pytestmark = pytest.mark.long  # each installs what it needs from an index
+
 PROJECT = Path(__file__).parents[2]
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "node_modules", "dist", "build")
 
