@@ -87,7 +87,7 @@ class Residents(Runner):
 
     async def end(self, started: Started) -> Exit:
         """Wait for the end of a run, and until its pipes are closed."""
-        exit = await started.story.end()
+        exit = await started.sink.end()
         await deferLater(reactor, 0)
         return exit
 
@@ -197,9 +197,9 @@ async def test_a_task_below_a_forked_shim_ends_as_it_does(runner: Residents) -> 
     exit = await runner.end(started)
     assert (exit.code, exit.error, exit.lost) == (3, None, False)
     assert started.output == b"one\ntwo\n"
-    assert len(started.story.pids) == 1
+    assert len(started.sink.pids) == 1
     await deferLater(reactor, 0.05)
-    assert started.story.exits == [exit]
+    assert started.sink.exits == [exit]
 
 
 LOOK = r"""
@@ -221,11 +221,11 @@ async def test_a_forked_shim_is_like_one_of_its_own_interpreter(runner: Resident
     """The same signals, limits, rights, session and descriptors."""
     await runner.begin()
     forked = runner.start("/bin/sh", "-c", LOOK, number=1)
-    await forked.story.end()
+    await forked.sink.end()
     assert runner.resident is not None
     runner.resident.stop()
     executed = runner.start("/bin/sh", "-c", LOOK, number=2)
-    await executed.story.end()
+    await executed.sink.end()
     assert forked.output == executed.output.replace(b"tasks/2", b"tasks/1")
     assert b"SigIgn" in forked.output
     assert b"socket" not in forked.output
@@ -273,7 +273,7 @@ async def test_a_shim_does_not_notice_the_end_of_the_launcher(runner: Residents)
     await until(lambda: not Path(f"/proc/{pid}").exists(), "the end of the launcher")
     go.touch()
     adopted = runner.adopt()
-    assert (await adopted.story.end()).code == 5
+    assert (await adopted.sink.end()).code == 5
 
 
 # -- the transport
@@ -327,7 +327,7 @@ async def test_a_kill_goes_by_the_launcher(runner: Residents) -> None:
     """And ends the tree, as ever."""
     await runner.begin()
     started = runner.count("sleep 60 & sleep 60")
-    await until(lambda: started.story.pids, "the start")
+    await until(lambda: started.sink.pids, "the start")
     started.run.kill()
     exit = await runner.end(started)
     assert exit.signal == "SIGTERM"
@@ -424,7 +424,7 @@ async def test_a_launcher_that_dies_after_a_fork_starts_nothing_twice(
     assert exit.code == 8
     assert started.output == b"done\n"
     assert len(runner.starts()) == 1
-    assert len(started.story.pids) == 1
+    assert len(started.sink.pids) == 1
 
 
 @pytest.mark.parametrize("first", ["forked", "again"])
@@ -445,7 +445,7 @@ async def test_of_two_shims_only_one_begins(runner: Residents, first: str) -> No
     exit = await runner.end(started)
     assert exit.code == 9
     assert len(runner.starts()) == 1
-    assert len(started.story.exits) == 1
+    assert len(started.sink.exits) == 1
 
 
 async def test_a_running_task_outlives_its_launcher(runner: Residents) -> None:
@@ -454,7 +454,7 @@ async def test_a_running_task_outlives_its_launcher(runner: Residents) -> None:
     go, again = runner.tasks.parent / "go", runner.tasks.parent / "again"
     runner.launcher = ("/bin/sh", "-c", f'touch {again}; exec "$@"', "sh", *MEASURED)
     started = runner.count(f"while ! [ -e {go} ]; do sleep 0.01; done; exit 10")
-    await until(lambda: started.story.pids, "the start")
+    await until(lambda: started.sink.pids, "the start")
     os.kill(runner.pid, signal.SIGKILL)
     await runner.works()
     go.touch()
@@ -467,7 +467,7 @@ async def test_a_task_whose_launcher_is_dead_can_be_killed(runner: Residents) ->
     """Asked for before or after the death, it is done."""
     await runner.begin()
     started = runner.count("sleep 60")
-    await until(lambda: started.story.pids, "the start")
+    await until(lambda: started.sink.pids, "the start")
     os.kill(runner.pid, signal.SIGSTOP)
     started.run.kill()
     os.kill(runner.pid, signal.SIGKILL)
@@ -540,7 +540,7 @@ async def test_a_stopped_launcher_hides_no_death_of_a_shim(
     await runner.begin()
     monkeypatch.setattr(launcher_process, "TICK", 0.05)
     started = runner.count("sleep 60")
-    await until(lambda: started.story.pids, "the start")
+    await until(lambda: started.sink.pids, "the start")
     os.kill(runner.pid, signal.SIGSTOP)
     os.kill(int(await runner.first()), signal.SIGKILL)
     exit = await runner.end(started)
@@ -680,8 +680,8 @@ async def test_a_shim_that_ends_unseen_is_asked_for(
     monkeypatch.setattr(launcher_process, "TICK", 0.05)
     monkeypatch.setattr(launcher_process, "REST", 0.2)
     started = runner.count("exec 9>/proc/$PPID/fd/1 8>/proc/$PPID/fd/2; sleep 60")
-    await until(lambda: started.story.pids and runner.starts(), "the start")
-    await until(lambda: os.path.exists(f"/proc/{started.story.pids[0]}/fd/8"), "the pipes")
+    await until(lambda: started.sink.pids and runner.starts(), "the start")
+    await until(lambda: os.path.exists(f"/proc/{started.sink.pids[0]}/fd/8"), "the pipes")
     os.kill(runner.pid, signal.SIGSTOP)
     os.kill(int(await runner.first()), signal.SIGKILL)
     assert (await runner.end(started)).lost

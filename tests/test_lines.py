@@ -365,7 +365,7 @@ def test_an_output_that_has_lost_its_end_is_not_waited_for(tmp_path: Path) -> No
     assert (index.size, index.lines) == (7, 1)
 
 
-def test_who_asks_meanwhile_waits_for_the_same_looking(tmp_path: Path) -> None:
+def test_callers_at_the_same_time_share_one_scan(tmp_path: Path) -> None:
     """A step in a turn for all of them; who goes away stops nobody else."""
     data = b"a line\n" * (8 * lines.STEP // 7)
     index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))

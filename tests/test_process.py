@@ -100,8 +100,8 @@ async def until(condition: Callable[[], T], what: str) -> T:
     return value
 
 
-class Story:
-    """A sink that remembers what it was told."""
+class RecordingSink:
+    """A sink that remembers its calls."""
 
     def __init__(self) -> None:
         self.pids: list[int] = []
@@ -127,10 +127,10 @@ class Story:
 
 @define
 class Started:
-    """A run, what its sink was told, and its files."""
+    """A run, its sink, and its files."""
 
     run: Run
-    story: Story
+    sink: RecordingSink
     folder: Path
 
     @property
@@ -226,12 +226,12 @@ class Runner:
             directory,
             last_line,
         )
-        story = Story()
+        sink = RecordingSink()
         with suppress(OSError):
             (self.tasks / str(number)).mkdir(exist_ok=True)
-        run = self.executor.start(number, command, Bounds(grace, total, silence), story)
+        run = self.executor.start(number, command, Bounds(grace, total, silence), sink)
         self.runs.append(run)
-        return Started(run, story, self.tasks / str(number))
+        return Started(run, sink, self.tasks / str(number))
 
     def sh(self, text: str, *arguments: str, grace: float = 5) -> Started:
         """Start a shell script."""
@@ -243,10 +243,10 @@ class Runner:
 
     def adopt(self, number: int = 1, permit: str | None = None) -> Started:
         """Follow task 1 as a daemon does that did not start it."""
-        story = Story()
-        run = self.executor.adopt(number, permit, Bounds(5), story)
+        sink = RecordingSink()
+        run = self.executor.adopt(number, permit, Bounds(5), sink)
         self.runs.append(run)
-        return Started(run, story, self.tasks / str(number))
+        return Started(run, sink, self.tasks / str(number))
 
     def left(self) -> list[int]:
         """Return the processes of the commands that are alive."""
@@ -290,7 +290,7 @@ def runner(tmp_path: Path) -> Iterator[Runner]:
 async def test_an_exit_code_is_reported_as_it_is(runner: Runner, code: int) -> None:
     """Whatever a command exits with is the code of the result; nothing is a signal."""
     started = runner.sh(f"exit {code}")
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.signal, exit.error) == (code, None, None)
     assert (exit.cause, exit.forced, exit.lost) == (Cause.ITSELF, False, False)
 
@@ -306,14 +306,14 @@ async def test_a_run_is_told_as_start_then_output_then_one_end(runner: Runner) -
     runner.launcher = SHIM_COMMAND
     begin = time.time()
     started = runner.sh("echo $$; echo no >&2; exit 3")
-    exit = await started.story.end()
-    assert started.output.splitlines()[0] == str(started.story.pids[0]).encode()
-    assert len(started.story.pids) == 1
-    assert started.story.sizes == sorted(started.story.sizes)
-    assert started.story.sizes[-1] == exit.output_size == len(started.output)
+    exit = await started.sink.end()
+    assert started.output.splitlines()[0] == str(started.sink.pids[0]).encode()
+    assert len(started.sink.pids) == 1
+    assert started.sink.sizes == sorted(started.sink.sizes)
+    assert started.sink.sizes[-1] == exit.output_size == len(started.output)
     assert begin <= ended_at(exit) <= time.time()
     await deferLater(reactor, 0.05)
-    assert started.story.exits == [exit]
+    assert started.sink.exits == [exit]
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ async def test_death_by_a_signal_has_the_signals_name_and_no_code(
     started = runner.python(f"import os; os.kill(os.getpid(), {number})")
     if number == signal.SIGPIPE:  # which Python ignores
         started = runner.start("/bin/sh", "-c", "kill -PIPE $$", number=2)
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.signal, exit.error) == (None, name, None)
     assert exit.cause is Cause.ITSELF
 
@@ -358,7 +358,7 @@ async def test_a_promised_last_line_decides_whether_code_0_is_good(
 ) -> None:
     """Only the last line of standard output counts, and all of it."""
     started = runner.start("/bin/sh", "-c", f"echo begin; {last}", last_line="done")
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.good) == (0, good)
 
 
@@ -386,7 +386,7 @@ def written(folder: str, command: Command, bounds: Bounds) -> bytes:
     machine = LocalMachine(NoProcess())
     executor = ShimExecutor(machine, Clock(), Path(folder), str, 0o27, 99)
     (Path(folder) / "1").mkdir()
-    executor.start(1, command, bounds, Story())
+    executor.start(1, command, bounds, RecordingSink())
     return (Path(folder) / "1" / "spec").read_bytes()
 
 
@@ -426,9 +426,9 @@ def test_a_spec_that_was_cut_is_not_read(tmp_path: Path) -> None:
 
 async def has_not_started(started: Started) -> str:
     """Check that a command never ran, and return why."""
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.signal, exit.lost) == (None, None, False)
-    assert (started.output, started.story.pids, started.story.sizes) == (b"", [], [])
+    assert (started.output, started.sink.pids, started.sink.sizes) == (b"", [], [])
     assert exit.error is not None
     assert "Traceback" not in exit.error
     assert "\n" not in exit.error
@@ -470,7 +470,7 @@ async def test_an_empty_name_is_an_error(runner: Runner) -> None:
 
 async def test_without_path_a_usual_one_is_taken(runner: Runner) -> None:
     """A command with an empty environment is still found."""
-    exit = await runner.start("true", environment={}).story.end()
+    exit = await runner.start("true", environment={}).sink.end()
     assert (exit.code, exit.error) == (0, None)
 
 
@@ -504,7 +504,7 @@ async def test_a_later_folder_of_path_may_have_what_an_earlier_one_cannot_run(
     """As in a shell, what is not executable does not hide what is."""
     (tmp_path / "true").write_text("")
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    exit = await runner.start("true", environment=environment).story.end()
+    exit = await runner.start("true", environment=environment).sink.end()
     assert (exit.code, exit.error) == (0, None)
 
 
@@ -537,8 +537,8 @@ async def test_a_task_folder_that_cannot_be_made_is_an_error(runner: Runner) -> 
     runner.tasks.rmdir()
     runner.tasks.write_text("a file")
     started = runner.start("true")
-    assert started.story.exits == []
-    exit = await started.story.end()
+    assert started.sink.exits == []
+    exit = await started.sink.end()
     assert exit.error is not None
     assert exit.error.startswith("cannot start: Not a directory")
     started.run.kill()
@@ -553,7 +553,7 @@ async def test_a_compiled_shim_is_a_copy_of_our_own(
     monkeypatch.setattr(shim, "__file__", str(source))
     runner.launcher = programs.compiled(tmp_path).shim
     source.unlink()
-    assert (await runner.start("true").story.end()).code == 0
+    assert (await runner.start("true").sink.end()).code == 0
 
 
 def test_without_room_for_a_copy_the_shim_of_the_package_is_used(tmp_path: Path) -> None:
@@ -586,7 +586,7 @@ async def test_what_a_broken_shim_complains_of_is_the_reason(runner: Runner) -> 
 async def test_standard_input_is_at_its_end(runner: Runner) -> None:
     """Whoever reads gets nothing at once."""
     started = runner.sh("cat; readlink /proc/self/fd/0")
-    assert (await started.story.end()).code == 0
+    assert (await started.sink.end()).code == 0
     assert started.output == b"/dev/null\n"
 
 
@@ -602,7 +602,7 @@ async def test_the_environment_is_exactly_the_given_one(runner: Runner) -> None:
         "SHELL_SAFE": "$(id) `id` 'x' \"y\"",
     }
     started = runner.start("env", "-0", environment=environment)
-    await started.story.end()
+    await started.sink.end()
     wanted = {f"{k}={v}".encode("utf-8", "surrogateescape") for k, v in environment.items()}
     mark = f"PULSAR_TASK_FOLDER={started.folder}".encode()
     assert set(started.output.split(b"\0")) == {*wanted, mark, b""}
@@ -612,7 +612,7 @@ async def test_arguments_arrive_as_they_are(runner: Runner) -> None:
     """Each is one argument, also an empty one or one with everything in it."""
     arguments = ["", "a b", "*", "$(id)", "--", "-x", "two\nlines", "✓", "\udcff", ""]
     started = runner.start("printf", "%s\\0", *arguments)
-    await started.story.end()
+    await started.sink.end()
     wanted = [a.encode("utf-8", "surrogateescape") for a in arguments]
     assert started.output.split(b"\0")[:-1] == wanted
 
@@ -624,10 +624,10 @@ async def test_a_command_starts_in_its_folder(runner: Runner, tmp_path: Path) ->
     (folder / "run").write_text("#!/bin/sh\npwd -P\n")
     (folder / "run").chmod(0o755)
     started = runner.start("./run", directory=str(folder))
-    await started.story.end()
+    await started.sink.end()
     assert started.output.decode() == f"{folder.resolve()}\n"
     started = runner.start("pwd", number=2)
-    await started.story.end()
+    await started.sink.end()
     assert started.output == b"/\n"
 
 
@@ -635,7 +635,7 @@ async def test_umask_and_open_files_are_those_that_were_ordered(runner: Runner) 
     """The daemon's own, which may differ, are not inherited."""
     runner.umask, runner.files = 0o027, 77
     started = runner.sh("umask; ulimit -Sn; ulimit -Hn")
-    await started.story.end()
+    await started.sink.end()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     most = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
     assert started.output.decode().split() == ["0027", "77", most]
@@ -644,7 +644,7 @@ async def test_umask_and_open_files_are_those_that_were_ordered(runner: Runner) 
 async def test_no_signal_is_ignored_or_blocked_in_a_command(runner: Runner) -> None:
     """Python ignores SIGPIPE; what it starts must not."""
     started = runner.start("grep", "-E", "Sig(Ign|Blk)", "/proc/self/status")
-    await started.story.end()
+    await started.sink.end()
     blocked, ignored = (int(line.split()[1], 16) for line in started.output.splitlines())
     # 32 and 33 belong to the C library, which sets them as it likes.
     assert (blocked, ignored & ~(3 << 31)) == (0, 0)
@@ -655,7 +655,7 @@ async def test_a_command_has_no_descriptors_but_the_three(runner: Runner) -> Non
     started = runner.python(
         "import os; print(sorted(map(int, os.listdir('/proc/self/fd'))))"
     )
-    await started.story.end()
+    await started.sink.end()
     assert started.output == b"[0, 1, 2, 3]\n"  # 3 is the folder that it reads
 
 
@@ -665,7 +665,7 @@ async def test_a_command_leads_a_process_group_of_its_own(runner: Runner) -> Non
         "import os, signal; print(os.getpgrp() == os.getpid(), flush=True);"
         "os.killpg(0, signal.SIGKILL)"
     )
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (started.output, exit.signal) == (b"True\n", "SIGKILL")
 
 
@@ -676,7 +676,7 @@ async def test_what_to_run_is_not_on_disk_once_it_runs(runner: Runner) -> None:
     names = {path.name: path.stat().st_mode & 0o777 for path in started.folder.iterdir()}
     assert names == dict.fromkeys(["lock", "output", "output.idx"], 0o600)
     started.run.kill()
-    await started.story.end()
+    await started.sink.end()
     assert sorted(os.listdir(started.folder)) == ["exit", "lock", "output", "output.idx"]
 
 
@@ -694,7 +694,7 @@ for number in range(3000):
     os.write(fd, chance.randbytes(chance.choice((1, 7, 100, 5000))))
 """
     )
-    await started.story.end()
+    await started.sink.end()
     import random
 
     chance = random.Random(1)
@@ -722,7 +722,7 @@ for number in range(10):
 """,
         str(runner.tasks / "1" / "output"),
     )
-    await started.story.end()
+    await started.sink.end()
     assert started.output == b"".join(b"%d\n" % n for n in range(10))
     codes = [r.code for r in started.records if r.code in {shim.STDOUT, shim.STDERR}]
     assert codes == [shim.STDOUT, shim.STDERR] * 5
@@ -732,10 +732,10 @@ async def test_times_never_go_back(runner: Runner) -> None:
     """The index begins with a clock and the start; then its times only grow."""
     started = runner.sh("for i in 1 2 3 4 5; do echo $i; sleep 0.02; done")
     begin = time.time()
-    exit = await started.story.end()
+    exit = await started.sink.end()
     records = started.records
     assert [r.code for r in records[:2]] == [shim.CLOCK, shim.STARTED]
-    assert records[1].number == started.story.pids[0]
+    assert records[1].number == started.sink.pids[0]
     times = [r.at for r in records]
     assert times == sorted(times)
     assert times[-1] >= 80
@@ -761,7 +761,7 @@ os.write(1, b"\\xacb\\n")
     )
     await started.prints(b"x")
     go.touch()
-    await started.story.end()
+    await started.sink.end()
     text = "".join(Output(started.folder).text(0, 100))
     assert "\N{EURO SIGN}" in text
     assert "\ufffd" not in text
@@ -773,7 +773,7 @@ async def test_bytes_that_are_no_text_stay_as_they_are(runner: Runner) -> None:
     """On disk nothing is changed; read as text they become U+FFFD."""
     data = b"ok \xff\xfe \xc3( \xed\xa0\x80 \xe2\x82"
     started = runner.python(f"import os; os.write(1, {data!r})")
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert started.output == data
     assert exit.output_size == len(data)
     assert "".join(Output(started.folder).text(0, 100)) == data.decode("utf-8", "replace")
@@ -799,12 +799,12 @@ while not os.path.exists(go):
     )
     wait_for(wrote.exists, "the end of the flood")  # the reactor stands still
     await until(
-        lambda: started.story.sizes and started.story.sizes[-1] == len(started.output),
+        lambda: started.sink.sizes and started.sink.sizes[-1] == len(started.output),
         "news of all of it",
     )
-    assert len(started.story.sizes) < 6000
+    assert len(started.sink.sizes) < 6000
     go.touch()
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.output_size) == (0, len(started.output))
 
 
@@ -814,7 +814,7 @@ while not os.path.exists(go):
 async def test_a_background_child_delays_the_end_by_the_patience(runner: Runner) -> None:
     """It holds the pipes and is silent: then the run is over, and that is said."""
     started = runner.sh("echo one; sleep 60 & echo two; exit 5")
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.forced, exit.open) == (5, False, True)
     assert started.output == b"one\ntwo\n"
     took = started.result_at - ended_at(exit)
@@ -825,7 +825,7 @@ async def test_a_background_child_delays_the_end_by_the_patience(runner: Runner)
 async def test_what_a_background_child_prints_soon_is_kept(runner: Runner) -> None:
     """It ends within the patience, and the run then does not wait longer."""
     started = runner.sh("echo soon; (sleep 0.2; echo late) & exit 0")
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert started.output == b"soon\nlate\n"
     assert exit.output_size == len(started.output)
     assert (exit.open, exit.left) == (False, ())
@@ -839,7 +839,7 @@ async def test_the_last_of_the_output_may_take_its_time(
     filter = f'while read -r l; do sleep {pause}; echo "[log] $l"; done'
     script = f"exec > >({filter}); for i in 1 2 3 4 5 6; do echo $i; done"
     started = runner.start("/bin/bash", "-c", script)
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert started.output == b"".join(b"[log] %d\n" % n for n in range(1, 7))
     assert (exit.code, exit.open) == (0, False)
 
@@ -864,7 +864,7 @@ async def test_a_background_child_that_prints_for_ever_cannot_keep_the_run(
     runner.launcher = adjusted("shim.LONGEST = 1.5")
     # In small pieces, so that there are very many of them when the run ends.
     started = runner.sh("while :; do echo more; done & exit 6")
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.error, exit.open) == (6, None, True)
     assert len(started.output) == exit.output_size
     assert (b"more\n" * (exit.output_size // 5 + 1)).startswith(started.output)
@@ -893,7 +893,7 @@ time.sleep(60)
 """,
         *(str(go), str(wrote)),
     )
-    pid = (await until(lambda: started.story.pids, "the start"))[0]
+    pid = (await until(lambda: started.sink.pids, "the start"))[0]
     await until(lambda: not Path(f"/proc/{pid}").exists(), "the end of the command")
     watcher = started.watcher
     os.kill(watcher, signal.SIGSTOP)
@@ -901,7 +901,7 @@ time.sleep(60)
     await until(wrote.exists, "the last of the output")
     await deferLater(reactor, shim.PATIENCE)
     os.kill(watcher, signal.SIGCONT)
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.error) == (2, None)
     assert started.output == b"".join(b"%03d\n" % number for number in range(200))
 
@@ -934,7 +934,7 @@ def test_any_number_of_pieces_may_wait_to_be_written(
 async def test_streams_may_be_closed_early(runner: Runner) -> None:
     """The end of both streams is not the end of the command."""
     started = runner.sh("echo a; exec >&-; echo b >&2; exec 2>&-; sleep 0.3; exit 4")
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert exit.code == 4
     assert started.output == b"a\nb\n"
     assert ended_at(exit) - started.at(shim.STDERR) > 0.2
@@ -971,7 +971,7 @@ async def test_what_a_task_leaves_behind_lives_on(runner: Runner, tmp_path: Path
     go, wrote = tmp_path / "go", tmp_path / "wrote"
     runner.launcher = adjusted("shim.PATIENCE = 0.2")
     started = runner.python(SERVER, str(go), str(wrote))
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.open, exit.cause) == (4, True, Cause.ITSELF)
     go.touch()
     await until(wrote.exists, "the end of what it prints")
@@ -984,7 +984,7 @@ async def test_what_a_task_leaves_behind_lives_on(runner: Runner, tmp_path: Path
 async def test_a_result_says_what_still_runs(runner: Runner) -> None:
     """Number, time of start, name and user; whether or not it holds the pipes."""
     started = runner.sh("sleep 60 >/dev/null 2>&1 & echo $!; exit 3")
-    exit = await started.story.end()
+    exit = await started.sink.end()
     (left,) = exit.left
     assert (left.pid, exit.code, exit.open) == (int(started.output), 3, False)
     assert (left.command, left.start) == ("sleep", shim.process(left.pid)[1])
@@ -1005,7 +1005,7 @@ if os.fork() == 0:
 time.sleep(60)
 """
     )
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert len(exit.left) == 1
     assert [process.pid for process in exit.left] == runner.left()
 
@@ -1016,7 +1016,7 @@ async def test_who_goes_on_without_its_first_thread_is_left(runner: Runner) -> N
         "threading.Thread", "os.fork() and (time.sleep(0.5), os._exit(0))\nthreading.Thread"
     )
     started = runner.python(code)
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert started.output == b"ready\n"
     assert [process.pid for process in exit.left] == runner.left()
     assert len(exit.left) == 1
@@ -1035,7 +1035,7 @@ time.sleep(60)
 """,
         "s3cret",
     )
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert [process.command for process in exit.left] == ["a b?code 0?\ufffd)"]
     assert exit.code == 0
     assert b"s3cret" not in (started.folder / "exit").read_bytes()
@@ -1044,7 +1044,7 @@ time.sleep(60)
 async def test_a_result_names_at_most_fifty(runner: Runner) -> None:
     """It stays small, however many are left."""
     script = "for i in $(seq 60); do sleep 60 >/dev/null 2>&1 & done"
-    exit = await runner.sh(script).story.end()
+    exit = await runner.sh(script).sink.end()
     assert len({process.pid for process in exit.left}) == shim.LISTED == 50
 
 
@@ -1069,7 +1069,7 @@ def test_a_user_without_a_name_is_a_number(tmp_path: Path) -> None:
 async def test_damaged_result_is_lost(runner: Runner, script: str) -> None:
     """A part of it, or what has two outcomes, is never taken for a result."""
     started = runner.sh(script)
-    exit = await started.story.end()
+    exit = await started.sink.end()
     path = started.folder / "exit"
     whole = path.read_bytes()
     damaged = Exit(error="The file with its result is damaged.", lost=True)
@@ -1107,7 +1107,7 @@ async def test_a_shim_that_stays_holds_nothing_of_its_task(runner: Runner) -> No
         *("/bin/sh", "-c", "sleep 60 & exit 3"),
         directory=str(runner.tasks),
     )
-    exit = await started.story.end()
+    exit = await started.sink.end()
     (left,) = exit.left
     watcher = started.watcher
     assert alive(MACHINE, started.folder) == 0
@@ -1120,14 +1120,14 @@ async def test_a_shim_that_stays_holds_nothing_of_its_task(runner: Runner) -> No
     os.kill(left.pid, signal.SIGKILL)
     await until(lambda: shim.process(watcher)[0] == 0, "the end of the shim")
     await deferLater(reactor, 0.05)
-    assert started.story.exits == [exit]
+    assert started.sink.exits == [exit]
 
 
 async def test_a_shim_that_stays_costs_nothing(runner: Runner) -> None:
     """It sleeps until something is printed or ends, also without any pipe."""
     script = "exec 3>&1; sleep 60 & exec 3>&-; sleep 60 >/dev/null 2>&1 & exit 3"
     started = runner.sh(script)
-    await started.story.end()
+    await started.sink.end()
     watcher = started.watcher
     await until(lambda: idles(watcher), "the shim to have nothing to do")
     before = switches(watcher)
@@ -1141,7 +1141,7 @@ async def test_a_shim_that_stays_costs_nothing(runner: Runner) -> None:
 async def test_a_kill_after_the_end_leaves_alone_what_is_left(runner: Runner) -> None:
     """Neither the daemon nor a signal from the shell ends it any more."""
     started = runner.sh("sleep 60 >/dev/null 2>&1 & exit 3")
-    exit = await started.story.end()
+    exit = await started.sink.end()
     watcher = started.watcher
     await until(lambda: idles(watcher), "the shim to have nothing to do")
     started.run.kill()
@@ -1150,7 +1150,7 @@ async def test_a_kill_after_the_end_leaves_alone_what_is_left(runner: Runner) ->
     await deferLater(reactor, 0.2)
     assert [process.pid for process in exit.left] == runner.left()
     assert shim.process(watcher)[0] > 0
-    assert (await runner.adopt().story.end()) == exit
+    assert (await runner.adopt().sink.end()) == exit
 
 
 async def test_who_leaves_nothing_pays_nothing(runner: Runner) -> None:
@@ -1158,7 +1158,7 @@ async def test_who_leaves_nothing_pays_nothing(runner: Runner) -> None:
     runner.launcher = adjusted("shim.descendants = None", "shim.Shim.terminate = None")
     # The orphan has been reaped when the command ends.
     orphan = "p=$(sh -c 'exit 0 & echo $!'); while kill -0 $p 2>/dev/null; do :; done"
-    exit = await runner.sh(f"sleep 0.1 & wait; {orphan}; exit 3").story.end()
+    exit = await runner.sh(f"sleep 0.1 & wait; {orphan}; exit 3").sink.end()
     assert (exit.code, exit.left, exit.open) == (3, (), False)
 
 
@@ -1279,7 +1279,7 @@ async def test_kill_ends_the_whole_tree_by_term(runner: Runner, script: str) -> 
     started = runner.sh(script, grace=30)
     await started.prints(b"ready")
     started.run.kill()
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.cause, exit.forced) == (Cause.KILL, False)
     killed_in_time(started, runner, 0)
     assert shim.KILL_SENT not in {r.code for r in started.records}
@@ -1297,7 +1297,7 @@ async def test_who_ignores_term_is_killed_after_the_grace(
     started = runner.sh(script, grace=0.5)
     await started.prints(b"ready")
     started.run.kill()
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.signal) == end
     assert (exit.cause, exit.forced) == (Cause.KILL, True)
     killed_in_time(started, runner, 0.5)
@@ -1309,7 +1309,7 @@ async def test_who_answers_term_by_exit_0_was_killed_all_the_same(runner: Runner
     started = runner.sh(EXITS_0)
     await started.prints(b"ready")
     started.run.kill()
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.signal, exit.cause) == (0, None, Cause.KILL)
     killed_in_time(started, runner, 0)
 
@@ -1318,11 +1318,11 @@ async def test_a_stopped_command_is_ended_by_term(runner: Runner) -> None:
     """It is woken to hear it; no force is needed."""
     started = runner.sh("echo ready; kill -STOP $$; sleep 60", grace=30)
     await started.prints(b"ready")
-    pid = started.story.pids[0]
+    pid = started.sink.pids[0]
     state = Path(f"/proc/{pid}/stat")
     await until(lambda: b") T " in state.read_bytes(), "the stop")
     started.run.kill()
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.signal, exit.forced) == ("SIGTERM", False)
     killed_in_time(started, runner, 0)
 
@@ -1337,7 +1337,7 @@ async def test_nobody_escapes_a_kill(runner: Runner, script: str) -> None:
     started = runner.python(script, grace=0.5)
     await started.prints(b"ready")
     started.run.kill()
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.cause, exit.error) == (Cause.KILL, None)
     killed_in_time(started, runner, 0.5)
 
@@ -1347,7 +1347,7 @@ async def test_term_also_reaches_who_is_born_while_it_goes_round(runner: Runner)
     started = runner.python(PARENT, grace=3)
     await started.prints(b"ready")
     started.run.kill()
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.signal, exit.forced) == ("SIGTERM", False)
     killed_in_time(started, runner, 0)
 
@@ -1357,24 +1357,24 @@ async def test_a_kill_that_is_repeated_changes_nothing(runner: Runner) -> None:
     started = runner.sh(IGNORES, grace=1)
     await started.prints(b"ready")
     started.run.kill()
-    while not started.story.exits:
+    while not started.sink.exits:
         started.run.kill()
         await deferLater(reactor, 0.02)
     killed_in_time(started, runner, 1)
     assert [r.code for r in started.records].count(shim.TERM_SENT) == 1
     started.run.kill()
-    assert len(started.story.exits) == 1
+    assert len(started.sink.exits) == 1
 
 
 async def test_a_kill_at_the_very_moment_of_the_end_is_harmless(runner: Runner) -> None:
     """Between the death of the shim and the news of it there is nobody to signal."""
     started = runner.sh("exit 3")
     wait_for((started.folder / "exit").exists, "the result")  # the reactor stands still
-    while not started.story.exits:
+    while not started.sink.exits:
         started.run.kill()
         await deferLater(reactor, 0)
     started.run.kill()
-    assert started.story.exits[0].code == 3
+    assert started.sink.exits[0].code == 3
 
 
 async def test_a_kill_before_the_shim_can_hear_it_is_not_lost(
@@ -1386,9 +1386,9 @@ async def test_a_kill_before_the_shim_can_hear_it_is_not_lost(
     started = runner.sh("sleep 60")
     started.run.kill()
     await deferLater(reactor, 0.05)
-    assert started.story.exits == []
+    assert started.sink.exits == []
     go.touch()
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.cause, exit.lost) == (Cause.KILL, False)
     if exit.signal is None:  # it has heard it before it started the command
         assert exit.error == "The command was not started."
@@ -1405,7 +1405,7 @@ async def test_a_kill_after_the_command_ends_its_background_children(
     started = runner.sh("sleep 60 & exit 7", grace=30)
     await command_has_ended(started)
     started.run.kill()
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.cause, exit.forced) == (7, Cause.KILL, False)
     assert runner.left() == []
 
@@ -1419,16 +1419,16 @@ async def test_kill_between_last_look_and_result_counts(runner: Runner) -> None:
         "    do(self, error)",
         "shim.Shim.finish = finish",
     )
-    exit = await runner.sh("sleep 60 >/dev/null 2>&1 & exit 0").story.end()
+    exit = await runner.sh("sleep 60 >/dev/null 2>&1 & exit 0").sink.end()
     assert (exit.code, exit.cause, exit.left) == (0, Cause.KILL, ())
     assert runner.left() == []
-    exit = await runner.start("nosuchcommand", number=2).story.end()
+    exit = await runner.start("nosuchcommand", number=2).sink.end()
     assert judge(exit, person("me"))[0] is Status.KILLED
 
 
 async def command_has_ended(started: Started) -> None:
     """Wait until the command has ended and its shim has noticed."""
-    pid = await until(lambda: started.story.pids, "the start")
+    pid = await until(lambda: started.sink.pids, "the start")
     await until(lambda: not Path(f"/proc/{pid[0]}").exists(), "the end of the command")
 
 
@@ -1437,7 +1437,7 @@ async def test_waiting_for_a_stubborn_tree_costs_nothing(runner: Runner) -> None
     started = runner.sh(STUBBORN_CHILD, grace=60)
     await started.prints(b"ready")
     started.run.kill()
-    pid = started.story.pids[0]
+    pid = started.sink.pids[0]
     await until(lambda: not Path(f"/proc/{pid}").exists(), "the end of the command")
     await deferLater(reactor, shim.PATIENCE + 0.1)
 
@@ -1445,7 +1445,7 @@ async def test_waiting_for_a_stubborn_tree_costs_nothing(runner: Runner) -> None
     await deferLater(reactor, 1)
     assert switches(started.watcher) - before < 100
     await until(runner.kill_left, "the end of the tree")
-    assert (await started.story.end()).cause is Cause.KILL
+    assert (await started.sink.end()).cause is Cause.KILL
 
 
 def test_a_signal_never_reaches_a_stranger() -> None:
@@ -1513,7 +1513,7 @@ if _may_become_root():  # else these tests do not exist
         await started.prints(b"ready")
         await until(lambda: _is_root(runner), "the process to become root")
         started.run.kill()
-        exit = await started.story.end()
+        exit = await started.sink.end()
         assert (exit.signal, exit.cause, exit.forced) == ("SIGTERM", Cause.KILL, True)
         assert _root(exit.left) == [("sleep", "root")]
         assert [process.pid for process in exit.left] == runner.left()
@@ -1541,10 +1541,10 @@ if _may_become_root():  # else these tests do not exist
         await until(lambda: _is_root(runner), "the command to become root")
         if cause is Cause.KILL:
             started.run.kill()
-        exit = await started.story.end()
+        exit = await started.sink.end()
         assert (exit.code, exit.signal, exit.cause) == (None, None, cause)
         assert _root(exit.left) == [("sleep", "root")]
-        assert exit.left[0].pid == started.story.pids[0]
+        assert exit.left[0].pid == started.sink.pids[0]
         status, reason = judge(exit, person("me"))
         assert status is (Status.KILLED if cause is Cause.KILL else Status.FAILED)
         assert f"still run: {exit.left[0]}." in str(reason)
@@ -1559,7 +1559,7 @@ if _may_become_root():  # else these tests do not exist
         started = runner.sh(f"{script} & echo ready; wait", grace=0.1)
         await until(lambda: _is_root(runner), "the process to become root")
         started.run.kill()
-        exit = await started.story.end()
+        exit = await started.sink.end()
         assert (exit.left, exit.forced, exit.cause) == ((), True, Cause.KILL)
         assert runner.left() == []
 
@@ -1571,7 +1571,7 @@ if _may_become_root():  # else these tests do not exist
         await until(lambda: _is_root(runner), "the process to become root")
         await command_has_ended(started)
         started.run.kill()
-        exit = await started.story.end()
+        exit = await started.sink.end()
         assert (exit.code, exit.cause, exit.forced) == (0, Cause.KILL, True)
         assert _root(exit.left) == [("sleep", "root")]
         status, reason = judge(exit, person("me"))
@@ -1592,7 +1592,7 @@ async def test_a_command_that_takes_too_long_is_ended(runner: Runner) -> None:
     """The total time counts however much it prints."""
     script = "trap 'exit 0' TERM; while :; do echo x; sleep 0.05; done"
     started = runner.start("/bin/sh", "-c", script, total=0.5, silence=10)
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.cause) == (0, Cause.TIMEOUT)
     killed_in_time(started, runner, 0)
     term = next(r for r in started.records if r.code == shim.TERM_SENT)
@@ -1604,7 +1604,7 @@ async def test_a_command_that_is_silent_for_too_long_is_ended(runner: Runner) ->
     # A busy machine may let the pauses of a tenth grow eightfold.
     script = "for i in 1 2 3 4 5; do echo $i; sleep 0.1; echo $i >&2; sleep 0.1; done"
     started = runner.start("/bin/sh", "-c", f"{script}; sleep 60", silence=0.9)
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.signal, exit.cause, exit.forced) == ("SIGTERM", Cause.SILENCE, False)
     killed_in_time(started, runner, 0)
     assert len(started.output) == 20
@@ -1616,7 +1616,7 @@ async def test_a_command_that_is_silent_for_too_long_is_ended(runner: Runner) ->
 async def test_who_ends_in_time_is_not_touched_by_the_clocks(runner: Runner) -> None:
     """Bounds that have not run out say nothing."""
     started = runner.start("/bin/sh", "-c", "exit 9", total=30, silence=30)
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.cause) == (9, Cause.ITSELF)
 
 
@@ -1632,13 +1632,13 @@ async def test_a_second_start_of_the_same_task_does_nothing(
     first = runner.sh(script)
     await first.prints(b"ready")
     second = runner.sh(script)
-    await until(lambda: second.story.pids, "news of the first")
-    assert (second.story.pids, first.story.exits) == (first.story.pids, [])
+    await until(lambda: second.sink.pids, "news of the first")
+    assert (second.sink.pids, first.sink.exits) == (first.sink.pids, [])
     second.run.kill()
-    assert (await first.story.end()).signal == "SIGTERM"
-    assert (await second.story.end()).signal == "SIGTERM"
+    assert (await first.sink.end()).signal == "SIGTERM"
+    assert (await second.sink.end()).signal == "SIGTERM"
     third = runner.sh(script)
-    assert (await third.story.end()).signal == "SIGTERM"  # the result that there is
+    assert (await third.sink.end()).signal == "SIGTERM"  # the result that there is
     assert count.read_text() == "x\n"
 
 
@@ -1692,21 +1692,21 @@ def start_and_stop(runner: Runner, script: str) -> None:
 async def test_what_is_left_is_nobodys_when_its_shim_is_killed(runner: Runner) -> None:
     """The task has ended, and its folder may be gone: nothing is lost or swept."""
     started = runner.sh("sleep 60 >/dev/null 2>&1 & exit 3")
-    exit = await started.story.end()
+    exit = await started.sink.end()
     watcher = started.watcher
     shutil.rmtree(started.folder)
     os.kill(watcher, signal.SIGKILL)
     await until(lambda: shim.process(watcher)[0] == 0, "the end of the shim")
     await deferLater(reactor, 0.2)
     assert [process.pid for process in exit.left] == runner.left()
-    assert started.story.exits == [exit]
+    assert started.sink.exits == [exit]
 
 
 async def test_a_daemon_does_not_wait_for_what_a_task_has_left(runner: Runner) -> None:
     """It hears of the end while the shim stays, and can stop itself."""
     start_and_stop(runner, "sleep 60 >/dev/null 2>&1 & exit 3")
     assert len(runner.left()) == 1
-    exit = await runner.adopt().story.end()
+    exit = await runner.adopt().sink.end()
     assert [process.pid for process in exit.left] == runner.left()
 
 
@@ -1726,9 +1726,9 @@ async def test_pipe_held_by_a_task_does_not_delay_its_end(runner: Runner, how: s
     """The daemon does not wait until nobody can write to it, and closes it."""
     before = descriptors(os.getpid())
     started = runner.sh(HELD_NEWS[how])
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.lost) == ((None, True) if how == "killed" else (3, False))
-    assert started.story.pids
+    assert started.sink.pids
     assert len(runner.left()) == len(exit.left) == (how == "after the end")
     await until(lambda: descriptors(os.getpid()) == before, "the last pipe to close")
 
@@ -1740,9 +1740,9 @@ async def test_kill_finds_a_result_that_nobody_was_told_of(runner: Runner) -> No
     started = runner.sh(HELD_NEWS["after the end"])
     await until((started.folder / "exit").exists, "the result")
     await deferLater(reactor, 0.3)
-    assert started.story.exits == []
+    assert started.sink.exits == []
     started.run.kill()
-    assert (await started.story.end()).cause is Cause.ITSELF
+    assert (await started.sink.end()).cause is Cause.ITSELF
 
 
 async def test_a_run_goes_on_without_its_daemon_and_is_followed_by_the_next(
@@ -1753,14 +1753,14 @@ async def test_a_run_goes_on_without_its_daemon_and_is_followed_by_the_next(
     wait = f"while ! [ -e {go} ]; do sleep 0.01; done"
     start_and_die(runner, f"echo one; {wait}; echo two; exit 8")
     adopted = runner.adopt()
-    await until(lambda: 4 in adopted.story.sizes, "the first line")
-    assert len(adopted.story.pids) == 1
+    await until(lambda: 4 in adopted.sink.sizes, "the first line")
+    assert len(adopted.sink.pids) == 1
     assert runner.left()[0] > 0
     (tmp_path / "go").touch()
-    exit = await adopted.story.end()
+    exit = await adopted.sink.end()
     assert (exit.code, exit.cause) == (8, Cause.ITSELF)
     assert adopted.output == b"one\ntwo\n"
-    assert adopted.story.sizes[-1] == exit.output_size == 8
+    assert adopted.sink.sizes[-1] == exit.output_size == 8
 
 
 async def test_an_adopted_run_can_be_killed(runner: Runner) -> None:
@@ -1770,7 +1770,7 @@ async def test_an_adopted_run_can_be_killed(runner: Runner) -> None:
     await adopted.prints(b"ready")
     adopted.run.kill()
     adopted.run.kill()
-    exit = await adopted.story.end()
+    exit = await adopted.sink.end()
     assert (exit.signal, exit.cause, exit.forced) == ("SIGKILL", Cause.KILL, True)
     killed_in_time(adopted, runner, 0.5)
     adopted.run.kill()
@@ -1781,17 +1781,17 @@ async def test_a_run_that_ended_meanwhile_has_its_result(runner: Runner) -> None
     start_and_die(runner, "echo one; exit 8")
     wait_for((runner.tasks / "1" / "exit").exists, "the result")
     adopted = runner.adopt()
-    exit = await adopted.story.end()
+    exit = await adopted.sink.end()
     assert (exit.code, exit.output_size) == (8, 4)
-    assert (len(adopted.story.pids), adopted.story.sizes) == (1, [4])
+    assert (len(adopted.sink.pids), adopted.sink.sizes) == (1, [4])
 
 
 async def test_an_adopted_run_keeps_its_promise(runner: Runner) -> None:
     """The promised line is judged by whoever reads the result, which holds it."""
     first = runner.start("/bin/sh", "-c", "echo bad", last_line="good\n")
-    assert not (await first.story.end()).good
+    assert not (await first.sink.end()).good
     assert set(os.listdir(first.folder)) == {"exit", "lock", "output", "output.idx"}
-    assert not (await runner.adopt().story.end()).good
+    assert not (await runner.adopt().sink.end()).good
 
 
 @pytest.mark.parametrize(("printed", "good"), [("good", True), ("bad", False)])
@@ -1800,12 +1800,12 @@ async def test_promise_of_an_older_shim_is_kept(
 ) -> None:
     """It stands in a file beside a result that has none."""
     first = runner.start("echo", printed)
-    await first.story.end()
+    await first.sink.end()
     (first.folder / "promise").write_text("good")
-    assert (await runner.adopt().story.end()).good
+    assert (await runner.adopt().sink.end()).good
     result = (first.folder / "exit").read_text().split("\n")
     (first.folder / "exit").write_text("\n".join([*result[1:-2], ""]))
-    assert (await runner.adopt().story.end()).good is good
+    assert (await runner.adopt().sink.end()).good is good
 
 
 async def test_who_stops_following_is_told_nothing_more(
@@ -1814,16 +1814,16 @@ async def test_who_stops_following_is_told_nothing_more(
     """The run itself goes on, and the next who adopts it hears of its end."""
     go = shlex.quote(str(tmp_path / "go"))
     first = runner.sh(f"echo one; while ! [ -e {go} ]; do sleep 0.01; done; exit 2")
-    await until(lambda: first.story.sizes, "the first line")
+    await until(lambda: first.sink.sizes, "the first line")
     first.run.detach()
     second = runner.adopt()
-    await until(lambda: second.story.sizes, "the first line")
+    await until(lambda: second.sink.sizes, "the first line")
     second.run.detach()
     second.run.detach()
     third = runner.adopt()
     (tmp_path / "go").touch()
-    assert (await third.story.end()).code == 2
-    assert (first.story.exits, second.story.exits) == ([], [])
+    assert (await third.sink.end()).code == 2
+    assert (first.sink.exits, second.sink.exits) == ([], [])
 
 
 def late_shim(folder: Path) -> int:
@@ -1837,16 +1837,16 @@ async def test_a_run_that_never_began_starts_under_its_permit(
 ) -> None:
     """No shim has begun, the permit is of this boot and of these folders: start it."""
     permit = await runner.executor.permit(1)
-    exit = await runner.adopt(permit=permit).story.end()
+    exit = await runner.adopt(permit=permit).sink.end()
     assert (exit.unstarted, exit.lost) == (True, False)
     assert exit.error == "The daemon ended before the command was started."
     # A daemon that dies before it has started it asks once more.
-    assert (await runner.adopt(permit=permit).story.end()).unstarted
+    assert (await runner.adopt(permit=permit).sink.end()).unstarted
     ran = tmp_path / "ran"
     started = runner.start("touch", str(ran))
-    assert (await started.story.end()).code == 0
+    assert (await started.sink.end()).code == 0
     assert ran.exists()
-    assert not (await runner.adopt(permit=permit).story.end()).unstarted
+    assert not (await runner.adopt(permit=permit).sink.end()).unstarted
 
 
 def _restored(tasks: Path) -> None:
@@ -1919,7 +1919,7 @@ async def test_a_start_in_doubt_is_lost(runner: Runner, tmp_path: Path, doubt: s
     runner.tasks.mkdir(parents=True)
     permit = await runner.executor.permit(1)
     DOUBTS[doubt](runner.tasks)
-    exit = await runner.adopt(permit=permit).story.end()
+    exit = await runner.adopt(permit=permit).sink.end()
     assert (exit.unstarted, exit.lost) == (False, True)
     # Nor does a shim begin that comes late: one that the dead daemon has started.
     folder = runner.tasks / "1"
@@ -2070,7 +2070,7 @@ async def test_a_permit_of_another_task_proves_nothing(runner: Runner) -> None:
     """It has to be the one on record."""
     permit = await runner.executor.permit(1)
     await runner.executor.permit(2)
-    exit = await runner.adopt(2, permit).story.end()
+    exit = await runner.adopt(2, permit).sink.end()
     assert exit.lost
 
 
@@ -2080,7 +2080,7 @@ async def test_who_is_killed_before_it_began_is_barred(runner: Runner) -> None:
     assert runner.executor.prevent_start(1)
     assert late_shim(runner.tasks / "1") == shim.TAKEN
     started = runner.start("true", number=2)
-    await started.story.end()
+    await started.sink.end()
     assert not runner.executor.prevent_start(2)
 
 
@@ -2092,7 +2092,7 @@ async def test_a_run_that_may_have_begun_is_lost(runner: Runner) -> None:
     (folder / "lock").write_text("4711\n")
     (folder / "output").touch()
     (folder / "output.idx").touch()
-    exit = await runner.adopt().story.end()
+    exit = await runner.adopt().sink.end()
     assert exit.lost
 
 
@@ -2101,7 +2101,7 @@ async def test_a_run_whose_shim_is_killed_is_lost(runner: Runner) -> None:
     started = runner.sh("echo ready; exec sleep 60")
     await started.prints(b"ready")
     os.kill(started.watcher, signal.SIGKILL)
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.lost, exit.code, exit.output_size) == (True, None, 6)
     assert exit.error == "The process that watched the command ended: SIGKILL."
 
@@ -2110,11 +2110,11 @@ async def test_an_adopted_run_whose_shim_is_killed_is_lost(runner: Runner) -> No
     """Whether it was killed before the adoption or after it."""
     start_and_die(runner, "echo ready; exec sleep 60")
     adopted = runner.adopt()
-    await until(lambda: adopted.story.sizes, "the output")
+    await until(lambda: adopted.sink.sizes, "the output")
     os.kill(adopted.watcher, signal.SIGKILL)
-    exit = await adopted.story.end()
+    exit = await adopted.sink.end()
     assert (exit.lost, exit.code, exit.output_size) == (True, None, 6)
-    later = await runner.adopt().story.end()
+    later = await runner.adopt().sink.end()
     assert later.lost
 
 
@@ -2122,7 +2122,7 @@ async def test_damaged_cut_does_not_hide_how_a_task_ended(runner: Runner) -> Non
     """The next daemon takes the result; a kill still reaches what runs."""
     start_and_die(runner, "echo ready; sleep 0.5; exit 3")
     (runner.tasks / "1" / "cut").touch()
-    exit = await runner.adopt().story.end()
+    exit = await runner.adopt().sink.end()
     assert (exit.code, exit.output_size) == (3, 6)
 
 
@@ -2132,7 +2132,7 @@ async def test_damaged_cut_does_not_hide_that_a_shim_was_killed(runner: Runner) 
     (runner.tasks / "1" / "cut").touch()
     adopted = runner.adopt()
     os.kill(adopted.watcher, signal.SIGKILL)
-    assert (await adopted.story.end()).lost
+    assert (await adopted.sink.end()).lost
     assert runner.left() == []
 
 
@@ -2147,8 +2147,8 @@ def idles(pid: int) -> bool:
 
 async def waits(started: Started) -> None:
     """Wait until the shim of a task waits for something; fail if the run ends instead."""
-    await until(lambda: started.story.exits or idles(started.shim), "the shim to wait")
-    assert started.story.exits == []
+    await until(lambda: started.sink.exits or idles(started.shim), "the shim to wait")
+    assert started.sink.exits == []
 
 
 @pytest.mark.parametrize(
@@ -2183,7 +2183,7 @@ async def test_what_a_shim_with_our_number_has_left_is_in_nobodys_way(
     leave = f'for it; do :; done; (cd "$it"; echo "$$ 1" >lock.$$; {link}); exec "$@"'
     runner.launcher = ("/bin/sh", "-c", leave, "sh", *MEASURED)
     started = runner.sh("exit 3")
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.lost) == ((None, True) if linked else (3, False))
     assert (started.folder / "lock").read_text().endswith(" 1\n") == linked
     assert list(started.folder.glob("lock.*")) == []
@@ -2200,7 +2200,7 @@ print("done", flush=True)
 os._exit(3)
 """
     )
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.cause, started.output) == (3, Cause.ITSELF, b"done\n")
 
 
@@ -2220,7 +2220,7 @@ async def test_without_descriptors_a_shim_waits(runner: Runner, files: int) -> N
     started = runner.sh("echo ready; exit 3")
     await waits(started)
     limit(started, resource.RLIMIT_NOFILE, 100)
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.error, started.output) == (3, None, b"ready\n")
 
 
@@ -2230,13 +2230,13 @@ async def test_without_descriptors_a_shim_waits_to_mask_secrets(runner: Runner) 
     secrets = (b"s3cret",)
     command = Command(("echo", "a s3cret."), runner.environment, secrets=secrets)
     (runner.tasks / "1").mkdir()
-    story = Story()
-    runner.runs.append(runner.executor.start(1, command, Bounds(5), story))
-    started = Started(runner.runs[0], story, runner.tasks / "1")
+    sink = RecordingSink()
+    runner.runs.append(runner.executor.start(1, command, Bounds(5), sink))
+    started = Started(runner.runs[0], sink, runner.tasks / "1")
     await waits(started)
     assert (started.folder / "output.idx").exists()
     limit(started, resource.RLIMIT_NOFILE, 100)
-    assert (await story.end()).code == 0
+    assert (await sink.end()).code == 0
     assert started.output == b"a ***.\n"
 
 
@@ -2263,9 +2263,9 @@ async def test_start_that_the_machine_has_no_room_for_is_tried_again(
     started = runner.sh("echo ready; exit 3")
     await waits(started)
     await deferLater(reactor, 2 * shim.RETRY)
-    assert started.story.exits == []
+    assert started.sink.exits == []
     go.touch()
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.error, started.output) == (3, None, b"ready\n")
 
 
@@ -2277,9 +2277,9 @@ async def test_kill_works_while_there_is_no_room_for_the_command(
     started = runner.sh("echo ready")
     await waits(started)
     started.run.kill()
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.cause, exit.error) == (Cause.KILL, "The command was not started.")
-    assert started.story.pids == []
+    assert started.sink.pids == []
 
 
 # With ten it waits for a pipe, and can write the result all the same.
@@ -2296,13 +2296,13 @@ async def test_a_kill_works_while_a_shim_waits_before_the_start(
     if files < 10:
         await deferLater(reactor, 2 * shim.RETRY)
         limit(started, resource.RLIMIT_NOFILE, 100)
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.cause, exit.code, exit.forced) == (Cause.KILL, None, False)
     assert judge(exit, person("me")) == (
         Status.KILLED,
         "Killed by me. The command was not started.",
     )
-    assert (started.story.pids, ran.exists()) == ([], False)
+    assert (started.sink.pids, ran.exists()) == ([], False)
     assert not (started.folder / "spec").exists()
 
 
@@ -2321,7 +2321,7 @@ async def test_a_kill_without_descriptors_is_done_when_there_are_some(
     assert len(runner.left()) > 0
     assert shim.KILL_SENT not in {r.code for r in started.records}
     limit(started, resource.RLIMIT_NOFILE, 100)
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.signal, exit.cause, exit.forced) == ("SIGKILL", Cause.KILL, True)
     assert (runner.left(), exit.left) == ([], ())
 
@@ -2331,7 +2331,7 @@ async def test_a_soft_limit_of_file_sizes_is_the_commands(runner: Runner) -> Non
     runner.launcher = ("prlimit", "--fsize=1000:", *MEASURED)
     show = "prlimit --fsize --noheadings --output=SOFT"
     started = runner.sh(f"{show}; {show} --pid=$PPID; printf '%5000s' end; exit 3")
-    exit = await started.story.end()
+    exit = await started.sink.end()
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     most = b"unlimited" if hard == resource.RLIM_INFINITY else b"%d" % hard
     assert started.output.split() == [b"1000", most, b"end"]
@@ -2374,13 +2374,13 @@ os._exit(3)
         await until(lambda: index.exists() and index.stat().st_size == most, "the limit")
     await waits(started)
     await deferLater(reactor, 2 * shim.RETRY)
-    assert started.story.exits == []
+    assert started.sink.exits == []
     limit(started, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.code, exit.output_size, exit.error) == (3, 100, None)
     assert started.output == b"oe" * 50
     assert started.stream(shim.STDOUT) == b"o" * 50
-    assert started.story.sizes[-1] == 100
+    assert started.sink.sizes[-1] == 100
     assert {r.code for r in started.records} == {1, 2, shim.STARTED, shim.CLOCK}
 
 
@@ -2392,9 +2392,9 @@ async def test_a_kill_works_at_a_limit_of_file_sizes(runner: Runner) -> None:
     await until(lambda: output.exists() and output.stat().st_size == 1000, "the limit")
     started.run.kill()
     await until(lambda: not runner.left(), "the end of the tree")
-    assert started.story.exits == []
+    assert started.sink.exits == []
     limit(started, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
-    exit = await started.story.end()
+    exit = await started.sink.end()
     assert (exit.signal, exit.cause, exit.forced) == ("SIGTERM", Cause.KILL, False)
     assert exit.output_size == len(started.output) > 1000
 
@@ -2453,7 +2453,7 @@ sys.exit(3)
 
         await until(full, "the disk to be full")
         # The pipe takes another MiB.
-        await until(lambda: _sleeps(started.story.pids[0]), "the command to stall")
+        await until(lambda: _sleeps(started.sink.pids[0]), "the command to stall")
         return started
 
     def _sleeps(pid: int) -> bool:
@@ -2472,9 +2472,9 @@ sys.exit(3)
         size = len(started.output)
         await deferLater(reactor, 3 * shim.RETRY)
         assert (int(told.read_text()), len(started.output)) == (before, size)
-        assert started.story.exits == []
+        assert started.sink.exits == []
         _enlarge(disk)
-        exit = await started.story.end()
+        exit = await started.sink.end()
         assert (exit.code, exit.output_size) == (3, len(TALK))
         assert started.output == TALK
         assert started.stream(shim.STDOUT) == TALK
@@ -2487,7 +2487,7 @@ sys.exit(3)
         started = await _full(disk, runner, told, grace=30)
         started.run.kill()
         await until(lambda: not runner.left(), "the end of the tree")
-        assert started.story.exits == []
+        assert started.sink.exits == []
         assert not (started.folder / "exit").exists()
         # It waits for room without a rush.
         await deferLater(reactor, shim.PATIENCE + 0.1)
@@ -2495,7 +2495,7 @@ sys.exit(3)
         await deferLater(reactor, 1)
         assert switches(started.watcher) - before < 100
         _enlarge(disk)
-        exit = await started.story.end()
+        exit = await started.sink.end()
         assert (exit.signal, exit.cause, exit.forced) == ("SIGTERM", Cause.KILL, False)
         assert exit.output_size == len(started.output)
         assert len(started.output) >= int(told.read_text()) << 17
@@ -2508,7 +2508,7 @@ sys.exit(3)
         started = await _full(disk, runner, tmp_path / "told", 5, silence=1)
         await deferLater(reactor, 1.5)
         _enlarge(disk)
-        exit = await started.story.end()
+        exit = await started.sink.end()
         assert (exit.code, exit.cause) == (3, Cause.ITSELF)
         assert started.output == TALK
 
@@ -2528,9 +2528,9 @@ sys.exit(3)
         started.run.kill()
         await until(lambda: not runner.left(), "the end of the tree")
         await deferLater(reactor, 2 * shim.RETRY)
-        assert started.story.exits == []
+        assert started.sink.exits == []
         filler.unlink()
-        exit = await started.story.end()
+        exit = await started.sink.end()
         assert (exit.signal, exit.cause) == ("SIGTERM", Cause.KILL)
 
     def _leave_inodes(disk: Path, free: int) -> None:
@@ -2560,9 +2560,9 @@ sys.exit(3)
         if killed:
             started.run.kill()
         await deferLater(reactor, 2 * shim.RETRY)
-        assert started.story.exits == []
+        assert started.sink.exits == []
         _remount(disk, "nr_inodes=64")
-        exit = await started.story.end()
+        exit = await started.sink.end()
         assert not (free == 0 and killed and ran.exists())
         if exit.cause is Cause.KILL:
             # It may also have come when only the result was left to be written.
@@ -2582,7 +2582,7 @@ sys.exit(3)
         started = runner.sh("echo x; exit 3")
         _leave_inodes(disk, free)
         go.touch()
-        exit = await started.story.end()
+        exit = await started.sink.end()
         assert (exit.code, exit.error, started.output) == (3, None, b"x\n")
 
 
@@ -2639,7 +2639,7 @@ if _may_mount() and os.path.exists("/dev/loop-control"):
         watcher = started.shim
         machine.cut_power()
         os.kill(watcher, signal.SIGKILL)
-        assert (await started.story.end()).lost
+        assert (await started.sink.end()).lost
         await until(runner.kill_left, "the end of the command")
         machine.stop()
         machine.boot()
@@ -2649,26 +2649,26 @@ if _may_mount() and os.path.exists("/dev/loop-control"):
 # -- the rest of the module
 
 
-async def test_ask_returns_what_a_command_prints() -> None:
+async def test_capture_output_returns_standard_output() -> None:
     """Standard output only, and standard input is at its end."""
     command = Command(("sh", "-c", "cat; echo no >&2; echo $X; pwd"), {"X": "1.2"}, "/tmp")
     assert await capture.capture_output(reactor, reactor, command) == "1.2\n/tmp\n"
 
 
-async def test_ask_takes_no_answer_for_an_empty_one() -> None:
+async def test_capture_output_of_a_missing_or_slow_command_is_empty() -> None:
     """Neither a missing program nor one that takes too long is an error."""
     missing = Command(("no-such-program",), {})
     assert await capture.capture_output(reactor, reactor, missing) == ""
     begin = time.monotonic()
-    slow = Command(("sleep", "60"), {"TEST_ASK": str(begin)})
+    slow = Command(("sleep", "60"), {"TEST_CAPTURE": str(begin)})
     assert await capture.capture_output(reactor, reactor, slow, 0.2) == ""
     assert time.monotonic() - begin < 30
-    await until(lambda: not marked(f"TEST_ASK={begin}"), "the end of what was too slow")
+    await until(lambda: not marked(f"TEST_CAPTURE={begin}"), "the end of what was too slow")
 
 
-async def test_a_question_that_nobody_waits_for_ends() -> None:
+async def test_a_cancelled_capture_kills_its_command() -> None:
     """Its client has gone away."""
-    mark = f"TEST_ASK={time.monotonic()}"
+    mark = f"TEST_CAPTURE={time.monotonic()}"
     slow = Command(("sleep", "60"), dict([mark.split("=")]))
     asked = Deferred.fromCoroutine(capture.capture_output(reactor, reactor, slow))
     asked.addErrback(lambda _: None)
@@ -2707,11 +2707,11 @@ async def test_secrets_are_masked_before_they_are_on_disk(runner: Runner) -> Non
     )
     secrets = (b"password", b"s3cret", b"word")
     command = Command((*PYTHON, code), runner.environment, secrets=secrets)
-    story = Story()
+    sink = RecordingSink()
     (runner.tasks / "1").mkdir()
-    runner.runs.append(runner.executor.start(1, command, Bounds(5), story))
-    exit = await story.end()
-    started = Started(runner.runs[0], story, runner.tasks / "1")
+    runner.runs.append(runner.executor.start(1, command, Bounds(5), sink))
+    exit = await sink.end()
+    started = Started(runner.runs[0], sink, runner.tasks / "1")
     for code_of_stream in (shim.STDOUT, shim.STDERR):
         assert started.stream(code_of_stream) == b"is *** and ***\nlast: ***"
     assert exit.output_size == len(started.output) == started.records[-1].number
@@ -2726,10 +2726,10 @@ async def test_what_is_held_back_is_not_lost_with_a_child_in_the_background(
         runner.environment,
         secrets=(b"s3cret",),
     )
-    story = Story()
+    sink = RecordingSink()
     (runner.tasks / "1").mkdir()
-    runner.runs.append(runner.executor.start(1, command, Bounds(5), story))
-    exit = await story.end()
+    runner.runs.append(runner.executor.start(1, command, Bounds(5), sink))
+    exit = await sink.end()
     assert exit.code == 3
     assert (runner.tasks / "1" / "output").read_bytes() == b"it is s3cr"
 
@@ -2767,10 +2767,10 @@ async def test_a_promised_line_with_a_secret_in_it_is_kept(runner: Runner) -> No
     arguments = ("/bin/sh", "-c", f"echo '{line}'")
     secrets = (b"production",)
     command = Command(arguments, runner.environment, last_line=line, secrets=secrets)
-    story = Story()
+    sink = RecordingSink()
     (runner.tasks / "1").mkdir()
-    runner.runs.append(runner.executor.start(1, command, Bounds(5), story))
-    exit = await story.end()
+    runner.runs.append(runner.executor.start(1, command, Bounds(5), sink))
+    exit = await sink.end()
     assert (exit.code, exit.good) == (0, True)
     assert b"production" not in (runner.tasks / "1" / "output").read_bytes()
 
@@ -2854,9 +2854,9 @@ async def test_a_daemon_that_dies_at_the_start_leaves_the_secrets(runner: Runner
     (runner.tasks.parent / "secrets" / name).rename(runner.tasks / "1" / "secrets")
     assert await executor.secrets(1, name) == Secrets({"password": "x"})
     command = Command(("true",), runner.environment, secret_file=name)
-    story = Story()
-    runner.runs.append(executor.start(1, command, Bounds(5), story))
-    assert (await story.end()).code == 0
+    sink = RecordingSink()
+    runner.runs.append(executor.start(1, command, Bounds(5), sink))
+    assert (await sink.end()).code == 0
     assert await executor.secrets(1, name) is None
 
 
@@ -2884,5 +2884,5 @@ async def test_what_a_task_puts_in_place_of_its_result_is_no_obstacle(
 ) -> None:
     """The shim puts it aside, and the end is the true one."""
     task = runner.sh(f'cd "$PULSAR_TASK_FOLDER"; {IN_THE_WAY[what].format(name)}; exit 3')
-    exit = await task.story.end()
+    exit = await task.sink.end()
     assert (exit.code, exit.lost, exit.error) == (3, False, None)
