@@ -37,7 +37,7 @@ Segment = tuple[int, int, bool]
 """A part of the output that a reader gets as a whole.
 
 Its offset; the number of the line of its first byte, from 1; and whether that byte begins
-the line, or overwrites it from its begin as a terminal does after a carriage return.
+the line, or overwrites it from its start as a terminal does after a carriage return.
 """
 
 
@@ -58,7 +58,7 @@ class LineIndex:
     """The places of the lines of one output, which may grow.
 
     The output is divided into segments, in a way that does not depend on how it has grown.
-    A segment ends after the first newline that is at least `LEAST` bytes from its begin. If
+    A segment ends after the first newline that is at least `LEAST` bytes from its start. If
     there is none within `MOST` bytes, it ends after the last carriage return in that range,
     or else between two characters. What was cut out of the middle is a segment of its own,
     and counts as the line of its marker.
@@ -71,7 +71,7 @@ class LineIndex:
     _lines: "array[int]" = field(factory=lambda: array("q", [3]), init=False)
     """For each segment twice its line number, plus one if it begins that line."""
     _styles: dict[int, Style] = field(factory=dict, init=False)
-    """By offset, the style at the begin of each segment where it is not plain."""
+    """By offset, the style at the start of each segment where it is not plain."""
     _newlines: int = field(default=0, init=False)
     """The number of newlines in the open segment."""
     size: int = field(default=0, init=False)
@@ -132,7 +132,7 @@ class LineIndex:
         ]
 
     def style_at(self, offset: int) -> str:
-        """Return the style at the begin of a segment, as parameters of SGR (ECMA-48)."""
+        """Return the style at the start of a segment, as parameters of SGR (ECMA-48)."""
         return self._styles.get(offset, PLAIN).text
 
     def line_at(self, offset: int) -> int:
@@ -211,7 +211,7 @@ class LineIndex:
             self._styles[offset] = style
 
     def _forget(self, cut: Hole) -> None:
-        """Forget everything after the begin of the old and of the new gap."""
+        """Forget everything after the start of the old and of the new gap."""
         first = min(hole[0] for hole in (cut, self.cut) if hole != (0, 0))
         number = max(1, bisect_left(self._starts, first))
         for offset in self._starts[number:]:
@@ -243,7 +243,7 @@ def _end(data: bytes, at: int) -> int | None:
 
 
 def _begins(data: bytes, end: int) -> bool:
-    """Return whether the next segment begins a line, or overwrites one from its begin."""
+    """Return whether the next segment begins a line, or overwrites one from its start."""
     if data[end - 1] == ord("\r"):
         return end < len(data) and data[end] != ord("\n")
     return data[end - 1] == ord("\n")

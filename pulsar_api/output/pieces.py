@@ -63,7 +63,7 @@ async def read_pieces(
 
 
 def _between_characters(output: Output, start: int, stop: int) -> int:
-    """Return the begin of the character at ``stop``, or the end of the first character."""
+    """Return the start of the character at ``stop``, or the end of the first character."""
     begin = output.character_start(stop)
     if begin > start:
         return begin

@@ -11,7 +11,7 @@ LONGEST = 200
 
 _SEQUENCE = re.compile(rb"\x1b\[([0-9;:]{0,%d})m" % LONGEST)
 _TORN = re.compile(rb"\x1b(?:\[[0-9;:]{0,%d})?\Z" % LONGEST)
-_FAR = LONGEST + 2  # bytes of the longest begin of a sequence
+_FAR = LONGEST + 2  # bytes of the longest start of a sequence
 
 
 @frozen
@@ -26,7 +26,7 @@ class Style:
     older: int = 0
     """How many earlier sequences are in force, but too many to be kept."""
     torn: bytes = b""
-    """The begin of a sequence that may continue with the next byte."""
+    """The start of a sequence that may continue with the next byte."""
 
     def after(self, data: bytes, at: int, end: int) -> "Style":
         """Return the style after the bytes ``data[at:end]``."""
@@ -50,7 +50,7 @@ class Style:
 
     @property
     def whole(self) -> "Style":
-        """The style without the begin of a sequence."""
+        """The style without the start of a sequence."""
         return Style(self.kept, self.older)
 
     @property

@@ -12,7 +12,7 @@ For a piece of data this takes three steps:
 1. Find where texts may begin: search for their heads, the first 16 bytes (`_spans`).
 2. Near each head that was found, search for all whole texts, and return their places in
    order (`_texts`). `_mask` joins those that overlap.
-3. Hold back the longest end of the data that may be the begin of a text (`_begun`), and
+3. Hold back the longest end of the data that may be the start of a text (`_begun`), and
    search it again together with the next piece.
 
 Each shortcut was measured with ``benchmarks.mask``'s data in pieces of 512 KiB, in MB per
@@ -25,7 +25,7 @@ second of processor time, with it and without it:
   searches, the automaton would be faster: 2100 and 3400.
 - Four texts that never occur, so that the library does not look for rare bytes: 3300 and
   1600 for the same ten tokens.
-- The begin of a text at the end of the data is found by its first 4 bytes instead of by
+- The start of a text at the end of the data is found by its first 4 bytes instead of by
   trying each length (`_begun`): 560 and 110 for the key, in pieces of 4 KiB; 280 and 2 for
   a secret of 60 kB.
 - Texts that others hide anyway are dropped (`_needed`): 5 and 0.01 for the 592 beginnings
@@ -45,11 +45,11 @@ MASK = b"***"
 _HEAD = 16  # bytes of a text that are searched for first
 _TOGETHER = 28  # heads in one search, see `_quick`
 _SEARCHES = 48  # searches at most; more would be slower than one automaton for all heads
-_START = 4  # bytes by which the begin of a text at the end of the data is found
+_START = 4  # bytes by which the start of a text at the end of the data is found
 _TRIES = 64  # places that `_begun` compares at most
 _PIECE = 1 << 17  # bytes in which heads are searched for at a time
 _BLOCK = 1 << 14  # bytes in which whole texts are searched for at a time
-_WINDOW = 256  # bytes in which the begin of a text is searched for first
+_WINDOW = 256  # bytes in which the start of a text is searched for first
 
 
 def _search(texts: list[bytes], kind: MatchKind) -> BytesAhoCorasick:
@@ -98,7 +98,7 @@ def _needed(texts: set[bytes]) -> list[bytes]:
 class Masker:
     """Replaces every occurrence of some texts in one stream, see the module.
 
-    The end of the data is held back if it may be the begin of a text. These are always
+    The end of the data is held back if it may be the start of a text. These are always
     fewer bytes than the longest text has.
     """
 
@@ -132,10 +132,10 @@ class Masker:
         return self._mask(self.held, len(self.held))
 
     def _begun(self, data: bytes) -> int:
-        """Return how many bytes at the end of the data may be the begin of a text.
+        """Return how many bytes at the end of the data may be the start of a text.
 
         In rare cases it returns more than needed: if the data is full of what looks like a
-        begin, only `_TRIES` places are compared, as all of them would take quadratic time.
+        start, only `_TRIES` places are compared, as all of them would take quadratic time.
         """
         at, step, tries = max(0, len(data) - self.longest + 1), _WINDOW, 0
         while at < len(data):
@@ -149,7 +149,7 @@ class Masker:
                     return len(begun)
                 tries += 1
             at += step
-            step *= 2  # the first begin that is found is the longest one
+            step *= 2  # the first start that is found is the longest one
         for length in range(min(_START, self.longest, len(data) + 1) - 1, 0, -1):
             if data[-length:] in self.shorter:
                 return length
@@ -171,7 +171,7 @@ class Masker:
         return b"".join(pieces)
 
     def _spans(self, data: bytes) -> "Iterator[tuple[int, int]]":
-        """Yield the begin and the end of every text in the data, in order."""
+        """Yield the start and the end of every text in the data, in order."""
         view = memoryview(data)
         for at in range(0, len(data), _PIECE):
             part = view[at : at + _PIECE + _HEAD - 1]
@@ -185,7 +185,7 @@ class Masker:
                 yield from self._texts(data, at + first, at + min(last, _PIECE))
 
     def _texts(self, data: bytes, first: int, last: int) -> "Iterator[tuple[int, int]]":
-        """Yield begin and end of every text that begins in ``range(first, last)``."""
+        """Yield the start and end of every text that begins in ``range(first, last)``."""
         if self.exact is None:
             self.exact = _search(self.texts, MatchKind.Standard)
         step = max(_BLOCK, self.longest)

@@ -126,7 +126,7 @@ def read_file(name: bytes | str) -> bytes:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write a small file from its begin; a limit of sizes may split the write."""
+    """Write a small file from its start; a limit of sizes may split the write."""
     done = 0
     while done < len(data):
         done += posix.pwrite(fd, data[done:], done)
@@ -454,7 +454,7 @@ class Stream:
         """Read from the pipe and return what can be kept now; close it at its end.
 
         A character that is not complete is held back, so that one stream never prints in
-        the middle of a character of the other; so is what may be the begin of a secret.
+        the middle of a character of the other; so is what may be the start of a secret.
         """
         try:
             data = posix.read(self.fd, READ_SIZE)
@@ -643,7 +643,7 @@ class Recorder:
             self.indexed += RECORD
         skip = self.middle.end[0] - self.size
         if skip > 0:
-            # The begin of this piece would be cut as well, so it is never written.
+            # The start of this piece would be cut as well, so it is never written.
             posix.ftruncate(self.output, self.size + skip)
             self.size += skip
             self.backlog[0] = (code, data[skip:])
