@@ -47,7 +47,7 @@ def test_no_seed_breaks_a_promise() -> None:
         ),
     ],
 )
-def test_without_a_mend_a_seed_finds_the_fault(mend: str) -> None:
+def test_a_seed_finds_the_fault_of_each_fix_taken_out(mend: str) -> None:
     """So the worlds are hard enough. A crash of the program itself does not count."""
     done = simulate("--seeds", "600", "--without", mend, "--stop")
     assert done.returncode == 1, done.stdout[-5000:]

@@ -38,28 +38,28 @@ class RunAs:
 
     @classmethod
     def parse(cls, table: object) -> "RunAs":
-        """Return what a table says.
+        """Return the parsed table.
 
         Raises:
             ValueError: The table is wrong; the message is a sentence about the mistake.
         """
         if not isinstance(table, dict):
-            raise ValueError("is a list of tables: [[run-as]]")  # noqa: TRY004
+            raise ValueError("must be a list of tables: [[run-as]]")  # noqa: TRY004
         unknown = sorted(set(table) - _KEYS)
         if unknown:
             known = ", ".join(sorted(_KEYS))
-            raise ValueError(f"{unknown[0]!r} is unknown; there are {known}")
+            raise ValueError(f"{unknown[0]!r} is unknown. Use one of {known}")
         on = table.get("on")
         if not isinstance(on, list) or not on or not all(isinstance(o, str) for o in on):
-            raise ValueError('on is a list of targets, as in on = ["shop/*"]')
+            raise ValueError('on must be a list of targets, as in on = ["shop/*"]')
         texts = {name: _text(table, name) for name in ("user", "group", "home")}
         if texts["user"] is None:
             raise ValueError("user, the name of an account, is missing")
         if texts["home"] is not None and not texts["home"].startswith("/"):
-            raise ValueError("home is the path of a folder, beginning with /")
+            raise ValueError("home must be the path of a folder, beginning with /")
         umask = _text(table, "umask")
         if umask is not None and not re.fullmatch("0?[0-7]{3}", umask):
-            raise ValueError('umask is a text of three digits, as in umask = "022"')
+            raise ValueError('umask must have three digits, as in umask = "022"')
         return cls(
             tuple(Target.parse(text) for text in on),
             texts["user"],
@@ -77,16 +77,16 @@ def _limits(table: Mapping[str, object]) -> Iterator[tuple[str, str]]:
         found = re.fullmatch("([1-9][0-9]{0,14})([KMGT]?)", str(memory))
         size = int(found[1]) * _UNITS[found[2]] if found else 0
         if not _LEAST_MEMORY <= size < 1 << 63:
-            raise ValueError('memory-max is at least 1M, as in memory-max = "2G"')
+            raise ValueError('memory-max must be at least 1M, as in memory-max = "2G"')
         yield "memory.max", str(size)
     if quota is not None:
         found = re.fullmatch("([1-9][0-9]{0,5})%", str(quota))
         if not found:
-            raise ValueError('cpu-quota is a percentage of one core, as in "150%"')
+            raise ValueError('cpu-quota must be a percentage of one core, as in "150%"')
         yield "cpu.max", f"{int(found[1]) * 1000} 100000"
     if tasks is not None:
         if type(tasks) is not int or not 1 <= tasks <= _MOST_PROCESSES:
-            raise ValueError("tasks-max is a number of processes, as in tasks-max = 500")
+            raise ValueError("tasks-max must be a number of processes, as in 500")
         yield "pids.max", str(tasks)
 
 
@@ -95,7 +95,7 @@ def _text(table: Mapping[str, object], name: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or not value or "\0" in value:
-        raise ValueError(f"{name} is a text")
+        raise ValueError(f"{name} must be a text that is not empty")
     return value
 
 

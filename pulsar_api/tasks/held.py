@@ -18,7 +18,7 @@ _log = Logger()
 
 @define(eq=False)
 class HeldTargets:
-    """Gives each target back when no process of the ended task runs any more."""
+    """Gives each target back once the last process of its ended task has ended."""
 
     _queue: Queue
     _recorder: Recorder

@@ -176,10 +176,10 @@ class Executor(Protocol):
         """Remove all files with secrets from the folders of ended runs."""
 
     def note_kill(self, task_id: int, by: Principal) -> None:
-        """Note on disk, for the next daemon, who asked for a kill."""
+        """Note on disk, for the next daemon, the principal that asked for a kill."""
 
     def noted_kill(self, task_id: int) -> Principal | None:
-        """Return who asked an earlier daemon for a kill, None if nobody did."""
+        """Return the principal that asked an earlier daemon for a kill, or None."""
 
     def forget(self, task_ids: Sequence[int]) -> Deferred[None]:
         """Remove the folders of ended runs."""

@@ -109,14 +109,14 @@ def parse_template(text: str) -> Template:
     if not arguments or _PLACES.search(arguments[0]):
         presets = ", ".join((DETECTED, *PRESETS))
         raise SettingsError(
-            "--command needs a program that does not depend on the request, or one of "
-            f"the presets {presets}"
+            "--command must begin with a program, without placeholders, or be one of the "
+            f"presets {presets}"
         )
     for argument in arguments:
         for name in _PLACES.findall(argument):
             if name not in _PLACE_NAMES:
                 raise SettingsError(
-                    f"--command: {{{name}}} is unknown; there are "
+                    f"--command: {{{name}}} is unknown. Use one of "
                     + ", ".join(f"{{{known}}}" for known in sorted(_PLACE_NAMES))
                 )
         if "{variables}" in argument and argument != "{variables}":

@@ -55,7 +55,7 @@ const page = {
     shown = location.pathname + location.search;
   },
 
-  // Ask the daemon who the user is and which rights the user has.
+  // Ask the daemon for the user's name and rights.
   async meet() {
     const asked = Date.now();
     try {

@@ -212,10 +212,10 @@ COMMAND = [
         "--config-repo: git@example.com:x is not a folder; scripts needs one",
     ),
     wrong("--command", "--command cannot be split into arguments", "deploy 'it"),
-    wrong("--command", "--command: {colour} is unknown; there are", "deploy {colour}"),
+    wrong("--command", "--command: {colour} is unknown. Use one of", "deploy {colour}"),
     wrong("--command", "--command: {variables} must be an argument", "deploy x{variables}"),
-    wrong("--command", "--command needs a program", "{app} deploy"),
-    wrong("--command", "--command needs a program", " "),
+    wrong("--command", "--command must begin with a program", "{app} deploy"),
+    wrong("--command", "--command must begin with a program", " "),
     wrong("--command=", "--command: must be a non-empty string"),
 ]
 TLS = [

@@ -26,7 +26,7 @@ def kill(world: "World", _: Random) -> None:
 
 
 def kill_soon(world: "World", rng: Random) -> None:
-    """The daemon is killed at one of its next operations, in the middle of what it does."""
+    """The daemon is killed during one of its next operations."""
     daemon = world.daemon()
     if daemon is not None:
         daemon.operations = rng.randrange(40)

@@ -262,7 +262,7 @@ class SimulatedMachine:
         return Identity(1, found.number, found.changed, len(found.content))
 
     def holder(self, lock: Path) -> int:
-        """Return the number of the shim that holds a lock, 0 if nobody does."""
+        """Return the number of the shim that holds a lock, 0 if the lock is free."""
         self._open()
         found = self._daemon.world.disk.find(str(lock))
         if found.holder is None:
