@@ -110,7 +110,7 @@ OPTIONS = [
     wrong("--port http", "--port: must be a whole number"),
     wrong("--port -1", "--port: must be a whole number"),
     wrong("--port 65536", "--port: must be from 0 to 65535"),
-    wrong("--interface localhost", "--interface: 'localhost' is no IP address"),
+    wrong("--interface localhost", "--interface: 'localhost' is not an IP address"),
     wrong("--interface 192.0.2.1 --allow-anonymous", "cannot listen on 192.0.2.1 port"),
     wrong("--poll-timeout 0", "--poll-timeout: must be from 1 to 3600 seconds"),
     wrong("--kill-grace soon", "--kill-grace: must be a number of seconds"),
@@ -130,7 +130,9 @@ ENDPOINTS = [
     wrong("--listen=", "--listen: must be a non-empty string"),
     wrong("--listen tcp:{port}:colour=red", "is not an endpoint"),
     wrong("--listen tcp:99999:interface=127.0.0.1", "cannot listen on tcp:99999"),
-    wrong("--listen systemd:domain=INET:name=x", "'systemd:domain=INET:name=x' is no end"),
+    wrong(
+        "--listen systemd:domain=INET:name=x", "'systemd:domain=INET:name=x' is not an end"
+    ),
     wrong(
         "--listen ssl:{port}:privateKey=/nonexistent:interface=127.0.0.1", "/nonexistent"
     ),
@@ -139,8 +141,8 @@ ENDPOINTS = [
         ":privateKey={files}/key",
         "is not an endpoint: use tcp: with --ssl-cert and --ssl-key",
     ),
-    wrong("--listen ssl:{port}:privateKey={files}/text", "is not an endpoint: take tcp:"),
-    wrong("--listen tls:{port}", "is no folder with a certificate"),
+    wrong("--listen ssl:{port}:privateKey={files}/text", "is not an endpoint: use tcp:"),
+    wrong("--listen tls:{port}", "is not a folder with a certificate"),
     wrong("--listen fd:3", "--listen: 'fd:3' is not an endpoint: use one of tcp:"),
     wrong("--listen stdio:", "--listen: 'stdio:' is not an endpoint: use one of tcp:"),
     wrong("--listen tcp:0:interface=127.0.0.1:backlog=9999999999", "cannot listen on tcp:"),
@@ -201,8 +203,8 @@ CONFIG = [
     ),
     wrong("--config {files}/value.toml", "{files}/value.toml: max-running: must be from 1"),
     wrong("--config {files}/type.toml", "{files}/type.toml: max-running: must be a whole"),
-    wrong("--config {files}/pattern.toml", "pattern.toml: app-pattern: is no regular"),
-    wrong("--config {files}/overflow.toml", "overflow.toml: app-pattern: is no regular"),
+    wrong("--config {files}/pattern.toml", "pattern.toml: app-pattern: is not a regular"),
+    wrong("--config {files}/overflow.toml", "overflow.toml: app-pattern: is not a regular"),
 ]
 COMMAND = [
     wrong("--command scripts", "--command scripts needs --config-repo"),
@@ -226,9 +228,11 @@ TLS = [
     wrong("--ssl-key /nonexistent --ssl-cert {files}/cert", "--ssl-key: cannot read /non"),
     wrong("--ssl-key {files}/key --ssl-cert /nonexistent", "--ssl-cert: cannot read /non"),
     wrong("--ssl-key {files}/folder --ssl-cert {files}/cert", "folder: Is a directory"),
-    wrong("--ssl-key {files}/cert --ssl-cert {files}/key", "it is no private key in PEM"),
     wrong(
-        "--ssl-key {files}/public --ssl-cert {files}/cert", "it is no private key in PEM"
+        "--ssl-key {files}/cert --ssl-cert {files}/key", "it is not a private key in PEM"
+    ),
+    wrong(
+        "--ssl-key {files}/public --ssl-cert {files}/cert", "it is not a private key in PEM"
     ),
     wrong("--ssl-key {files}/key --ssl-cert {files}/text", "text holds no certificate"),
     wrong("--ssl-key {files}/key --ssl-cert {files}/empty", "empty holds no certificate"),
