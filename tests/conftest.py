@@ -38,9 +38,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Enable SIGINT for child processes, because background jobs of a shell ignore it."""
+    """Give child processes what users have: they hear SIGINT and buffer their output.
+
+    A background job of a shell ignores SIGINT.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Users have no such setting, and it hides a flush that is missing.
+    os.environ.pop("PYTHONUNBUFFERED", None)
     needs.everything = config.getoption("all")
 
 
