@@ -58,7 +58,7 @@ class Spawner:
         self.took = spawn(args, env)
 
 
-class Nobody:
+class IgnoringSink:
     """A sink that ignores the reports of a run."""
 
     def started(self, pid: int) -> None:
@@ -86,7 +86,7 @@ class Shims:
         executor = ShimExecutor(machine, Clock(), self.folder, str)
         (self.folder / str(self.number)).mkdir(parents=True)
         command = Command((TRUE,), dict(os.environ))
-        executor.start(self.number, command, Bounds(10.0), Nobody())
+        executor.start(self.number, command, Bounds(10.0), IgnoringSink())
         exit = read_exit(machine, self.folder / str(self.number))
         assert exit is not None
         assert exit.code == 0

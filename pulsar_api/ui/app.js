@@ -128,7 +128,7 @@ function greet() {
   account.replaceChildren(el('summary', {}, user),
     el('form', { method: 'post', action: '/logout', class: 'account' },
       el('p', {}, `Signed in as ${user}`),
-      signedIn ? el('button', {}, 'Sign out') : el('span', {}, 'by the browser'),
+      signedIn ? el('button', {}, 'Sign out') : el('span', {}, 'The browser sends the credentials.'),
       signedIn ? el('button', { formaction: '/logout?everywhere=1' }, 'Sign out everywhere') : null));
 }
 

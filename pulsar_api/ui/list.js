@@ -58,7 +58,7 @@ export class List {
     for (const name of FILTERS.slice(1)) {
       fields[name] = el('input', {
         name, type: 'search', autocomplete: 'off', autocapitalize: 'none', maxlength: 200,
-        placeholder: name === 'text' ? 'in any of them' : null,
+        placeholder: name === 'text' ? 'app, env, action or user' : null,
       });
     }
     for (const [name, field] of Object.entries(fields)) field.value = this.query.get(name) ?? '';

@@ -173,14 +173,14 @@ export class TaskView {
     fact('Time', this.long);
     if (task.exitCode !== null) fact('Exit code', String(task.exitCode));
     if (task.signal) fact('Signal', task.signal);
-    fact('By', task.user ?? 'nobody signed in');
+    fact('By', task.user ?? 'not signed in');
     fact('Created', when(task.createdAt));
     if (task.startedAt) fact('Started', when(task.startedAt));
     if (task.endedAt) fact('Ended', when(task.endedAt));
     this.printed = el('span', {}, bytes(this.#bytes()));
     fact('Output', this.printed);
     if (task.cpuSeconds != null) fact('Processor time', `${task.cpuSeconds.toFixed(2)} s`);
-    if (task.memoryPeak != null) fact('Memory', `${bytes(task.memoryPeak)} at most`);
+    if (task.memoryPeak != null) fact('Memory', `${bytes(task.memoryPeak)} peak`);
     if (task.pid) fact('Process', String(task.pid));
     if (task.command) fact('Command', el('code', {}, task.command));
     const variables = Object.entries(task.variables ?? {});
