@@ -137,7 +137,7 @@ def test_the_session_of_a_browser(start: Start, tmp_path: Path, tls: bool) -> No
     assert answer.headers["Location"] == "/web/job/1"
     cookie = answer.headers["Set-Cookie"]
     flags = {part.strip() for part in cookie.split(";")[1:]}
-    usual = {"Path=/", "Max-Age=604800", "HttpOnly", "SameSite=Lax"}
+    usual = {"Path=/", "Max-Age=604800", "HttpOnly", "SameSite=lax"}
     assert flags == usual | ({"Secure"} if tls else set())
     assert cookie.startswith("__Host-pulsar=" if tls else "pulsar=")
     session = session_of(answer)
