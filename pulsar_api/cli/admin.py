@@ -1,4 +1,4 @@
-"""Commands for whoever runs the daemon, on its machine: tokens, audit log, its tasks."""
+"""Commands for operators, on the machine of the daemon: tokens, audit log, tasks."""
 
 import argparse
 import getpass
@@ -39,96 +39,118 @@ _ID = re.compile(r"[1-9][0-9]{0,18}")
 
 
 class _Failed(Exception):
-    """What was asked for cannot be done; the message is for people."""
+    """The command cannot be carried out; the text is a sentence for people."""
 
 
 def add_to(commands: Any) -> None:
-    """Add these commands to a parser's."""
+    """Add these commands to those of a parser."""
     state = argparse.ArgumentParser(add_help=False)
     state.add_argument(
         "--state-dir",
         default=loading.default_state_dir(os.environ),
         metavar="DIR",
-        help="what the daemon has as --state-dir [%(default)s]",
+        help="state folder of the daemon, its --state-dir [%(default)s]",
     )
     end = commands.add_parser(
         "end-tasks",
         parents=[state],
-        help="end every task that a stopped daemon has left running",
+        help="kill every task that a stopped daemon has left running",
         description=(
-            "Ends every running task of a daemon on this machine, each with all its "
+            "Kill every running task of a daemon on this machine, each with all its "
             "processes, also while no daemon runs. The next daemon finds them killed."
         ),
     )
     end.set_defaults(local=_end_tasks)
     token = commands.add_parser(
         "token",
-        help="make, list and revoke tokens for scripts and bots",
+        help="create, list and revoke API tokens for scripts and bots",
         description=(
-            "Manages the tokens of a daemon on this machine, also while it runs. Only "
-            "the hash of a token is kept. A token is heard where the daemon has an "
-            "--auth-provider; 'tokens' is one that knows nothing else."
+            "Manage the API tokens of a daemon on this machine, also while it runs. Only "
+            "the hash of a token is stored. A daemon accepts tokens with any "
+            "--auth-provider; with 'tokens' it accepts nothing else."
         ),
     )
     kinds = token.add_subparsers(dest="kind", required=True, metavar="COMMAND")
-    create = kinds.add_parser("create", parents=[state], help="make one, and show it once")
-    create.add_argument("name", metavar="NAME", help="what it is called in lists and logs")
+    create = kinds.add_parser(
+        "create", parents=[state], help="create a token and show it once"
+    )
+    create.add_argument("name", metavar="NAME", help="name of the token in lists and logs")
     create.add_argument(
         "--may",
         type=_words,
         default=(),
         metavar="RIGHTS",
-        help=f"by commas: {', '.join(Right)}; else only what rules allow token:NAME",
+        help=f"rights by commas: {', '.join(Right)} [only those of rules for token:NAME]",
     )
     create.add_argument(
         "--on",
         action="append",
         metavar="TARGET",
-        help="where: app, app/env or app/env/action, * is wild; may be repeated [*]",
+        help="target: app, app/env or app/env/action, * is a wildcard; may be repeated [*]",
     )
     create.add_argument(
-        "--expires", type=_date, metavar="DATE", help="YYYY-MM-DD (UTC), or days from now"
+        "--expires",
+        type=_date,
+        metavar="DATE",
+        help="last day as YYYY-MM-DD (UTC), or days from now [never]",
     )
     create.set_defaults(local=_create_token)
-    listing = kinds.add_parser("list", parents=[state], help="show them, but their secret")
-    listing.add_argument("--json", action="store_true", help="for programs: lines of JSON")
+    listing = kinds.add_parser(
+        "list", parents=[state], help="list the tokens without their secrets"
+    )
+    listing.add_argument(
+        "--json", action="store_true", help="print lines of JSON, for programs"
+    )
     listing.set_defaults(local=_list_tokens)
     revoke = kinds.add_parser(
-        "revoke", parents=[state], help="let one count no more, within 10 seconds"
+        "revoke",
+        parents=[state],
+        help="revoke a token, which takes effect within 10 seconds",
     )
     revoke.add_argument("name", metavar="NAME")
     revoke.set_defaults(local=_revoke_token)
     login = commands.add_parser(
         "login",
-        help="show and change whose the listed logins of GitHub are",
+        help="list and change which GitHub accounts the listed logins are bound to",
         description=(
-            "A login of GitHub that the settings list is bound to the first account that "
-            "is let in by it. Another account that gets the login later is refused until "
-            "the login is bound to it here."
+            "A GitHub login in the settings is bound to the first account that is accepted "
+            "under it. An account that gets the login later is refused until the login is "
+            "bound to it by this command."
         ),
     )
     kinds = login.add_subparsers(dest="kind", required=True, metavar="COMMAND")
-    listing = kinds.add_parser("list", parents=[state], help="show the bound logins")
-    listing.add_argument("--json", action="store_true", help="for programs: lines of JSON")
+    listing = kinds.add_parser("list", parents=[state], help="list the bound logins")
+    listing.add_argument(
+        "--json", action="store_true", help="print lines of JSON, for programs"
+    )
     listing.set_defaults(local=_list_logins)
     rebind = kinds.add_parser(
-        "rebind", parents=[state], help="bind a login to another account, within a minute"
+        "rebind",
+        parents=[state],
+        help="bind a login to another account, which takes effect within a minute",
     )
     rebind.add_argument("login", metavar="LOGIN")
-    rebind.add_argument("id", metavar="ID", help="the number of the account at GitHub")
+    rebind.add_argument("id", metavar="ID", help="numeric id of the account at GitHub")
     rebind.set_defaults(local=_rebind_login)
     audit = commands.add_parser(
         "audit",
         parents=[state],
-        help="show who wanted what, and whether they got it",
-        description="Shows the audit log of a daemon on this machine, oldest first.",
+        help="show who asked for what, and whether it was allowed",
+        description="Show the audit log of a daemon on this machine, oldest entry first.",
     )
     audit.add_argument(
-        "--user", help="only what this user wanted: by name, token:NAME or github:ID"
+        "--user", help="show only entries of this user: a name, token:NAME or github:ID"
     )
-    audit.add_argument("--refused", action="store_true", help="only what was not allowed")
-    audit.add_argument("--limit", type=int, default=100, help="the last so many [100]")
-    audit.add_argument("--json", action="store_true", help="for programs: lines of JSON")
+    audit.add_argument("--refused", action="store_true", help="show only refusals")
+    audit.add_argument(
+        "--limit",
+        type=int,
+        default=100,
+        help="show at most this many entries, the newest [100]",
+    )
+    audit.add_argument(
+        "--json", action="store_true", help="print lines of JSON, for programs"
+    )
     audit.set_defaults(local=_audit)
 
 
@@ -158,15 +180,17 @@ def _date(text: str) -> datetime | timedelta:
     try:
         return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no date like 2027-01-31") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a date such as 2027-01-31, or a number of days"
+        ) from None
 
 
 def _state(given: argparse.Namespace) -> Path:
-    """Return the state folder, if it is for us to write: files have to stay its owner's."""
+    """Return the state folder; fail if another user owns it and its files."""
     state = Path(given.state_dir)
     if state.stat().st_uid != os.geteuid():
         raise _Failed(
-            f"{state} is another user's; run this as that one: "
+            f"{state} belongs to another user; run the command as that user: "
             f"sudo -u {state.owner()} pulsar-api ..."
         )
     return state
@@ -174,8 +198,9 @@ def _state(given: argparse.Namespace) -> Path:
 
 def _end_tasks(given: argparse.Namespace, _: _Now) -> None:
     ended = executor.end_all(Path(given.state_dir))
-    names = ", ".join(map(str, ended)) or "none runs"
-    print(f"{len(ended)} tasks are told to end: {names}")
+    names = ", ".join(map(str, ended)) or "no task is running"
+    tasks = "task" if len(ended) == 1 else "tasks"
+    print(f"Told {len(ended)} {tasks} to end: {names}")
 
 
 def _noted(state: Path, now: _Now, what: str, **more: object) -> None:
@@ -186,7 +211,9 @@ def _noted(state: Path, now: _Now, what: str, **more: object) -> None:
 
 def _create_token(given: argparse.Namespace, now: _Now) -> None:
     if not _NAME.fullmatch(given.name):
-        raise _Failed("a name is of a-z 0-9 _.- and has at most 64 characters")
+        raise _Failed(
+            f"{given.name!r} is not a name: use at most 64 of the characters a-z 0-9 _.-"
+        )
     targets = tuple(given.on or ("*",))
     if given.may or given.on:
         try:
@@ -204,10 +231,12 @@ def _create_token(given: argparse.Namespace, now: _Now) -> None:
         try:
             add_token(db, token, secret)
         except KeyError:
-            raise _Failed(f"there is a token {given.name}; revoke it first") from None
+            raise _Failed(
+                f"there is a token {given.name} already; revoke it first"
+            ) from None
     _noted(state, now, "token create", token=given.name, may=given.may, on=targets)
     print(secret)
-    print("This is the only time that it is shown.", file=sys.stderr)
+    print("Store this token now; it is not shown again.", file=sys.stderr)
 
 
 def _list_tokens(given: argparse.Namespace, _: _Now) -> None:
@@ -240,7 +269,7 @@ def _revoke_token(given: argparse.Namespace, now: _Now) -> None:
         if not remove_token(db, given.name):
             raise _Failed(f"there is no token {given.name}")
     _noted(state, now, "token revoke", token=given.name)
-    print(f"{given.name} is revoked; a daemon that runs lets nobody in by it after 10 s.")
+    print(f"{given.name} is revoked; a running daemon refuses it after at most 10 seconds.")
 
 
 def _list_logins(given: argparse.Namespace, _: _Now) -> None:
@@ -256,9 +285,9 @@ def _list_logins(given: argparse.Namespace, _: _Now) -> None:
 
 def _rebind_login(given: argparse.Namespace, now: _Now) -> None:
     if not _LOGIN.fullmatch(given.login):
-        raise _Failed(f"{given.login!r} is no login of GitHub")
+        raise _Failed(f"{given.login!r} is not a GitHub login")
     if not _ID.fullmatch(given.id):
-        raise _Failed(f"{given.id!r} is not the number of an account at GitHub")
+        raise _Failed(f"{given.id!r} is not the numeric id of a GitHub account")
     state = _state(given)
     login = Login(given.login.casefold(), given.id, now())
     with opened(state / DATABASE) as db:
@@ -266,7 +295,7 @@ def _rebind_login(given: argparse.Namespace, now: _Now) -> None:
         bind_login(db, login)
     _noted(state, now, "login rebind", login=login.name, id=login.id, before=before)
     print(
-        f"{login.name} is bound to account {login.id}; a daemon that runs knows it "
+        f"{login.name} is bound to account {login.id}; a running daemon takes it over "
         "within a minute."
     )
 
@@ -303,6 +332,6 @@ def _line(entry: dict[str, Any]) -> str:
         if isinstance(entry.get("tasks"), list):
             yield f"tasks {' to '.join(map(str, entry['tasks']))}"
 
-    # What was said from outside shows as it is, not as what a terminal makes of it.
+    # Text from outside is escaped, so that it cannot control the terminal.
     text = "  ".join(word for word in words() if word)
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

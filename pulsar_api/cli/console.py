@@ -1,4 +1,4 @@
-"""What people and scripts see of the command ``pulsar-api``: output, tables, questions."""
+"""What the command ``pulsar-api`` shows: output, tables and questions."""
 
 import json
 import os
@@ -29,17 +29,17 @@ _COLOURS = {
     "killed": "35",
     "lost": "31;1",
 }
-_QUIET = 3.0  # seconds of silence after which the time that has passed is shown
+_QUIET = 3.0  # seconds without output after which the elapsed time is shown
 _CLEAR = "\r\x1b[K"
 
 
 def exit_status(task: Task) -> int:
-    """Return the status with which a command that followed a task ends."""
+    """Return the exit status of a command that has followed a task."""
     if task.status in {"killed", "lost"}:
         return KILLED if task.status == "killed" else LOST
     if task.exit_code is None:
         return NO_CODE
-    # A program that promised a line and did not print it has failed with 0.
+    # A task can fail with exit code 0 if its program has not printed the expected line.
     return task.exit_code or (0 if task.status == "finished" else NO_CODE)
 
 
@@ -54,8 +54,7 @@ def ending(task: Task) -> str:
 class Console:
     """Writes to standard output and standard error.
 
-    On a terminal with colours, and with the time that has passed while nothing is
-    printed; in a pipe nothing but what was asked for.
+    On a terminal it uses colours and shows the elapsed time while there is no output.
     """
 
     reactor: Any
@@ -67,14 +66,14 @@ class Console:
     _ticking: IDelayedCall | None = field(default=None, init=False)
     _last: float = field(default=0.0, init=False)
     _began: float = field(default=0.0, init=False)
-    _shown: bool = field(default=False, init=False)
+    _elapsed_shown: bool = field(default=False, init=False)
 
     def value(self, value: object) -> None:
         """Print a value as one line of JSON."""
         self.write(json.dumps(value, ensure_ascii=False) + "\n")
 
     def write(self, text: str, stream: str | None = "stdout") -> None:
-        """Print what a task has printed, to the same stream."""
+        """Print output of a task to the stream that the task has printed it to."""
         self._quiet()
         self._last = self.reactor.seconds()
         file = self.err if stream == "stderr" else self.out
@@ -82,13 +81,13 @@ class Console:
         file.flush()
 
     def say(self, text: str) -> None:
-        """Tell the user something that is not of the task."""
+        """Print a message that is not output of the task."""
         self._quiet()
         self.err.write(f"pulsar-api: {text}\n".encode())
         self.err.flush()
 
     def watch(self) -> None:
-        """Show on a terminal how long it takes, while nothing is printed."""
+        """Show the elapsed time on a terminal while there is no output."""
         if not (self.err.isatty() and self.out.isatty()) or self.as_json:
             return
         self._began = self._last = self.reactor.seconds()
@@ -104,13 +103,13 @@ class Console:
         self._ticking = self.reactor.callLater(1, self._tick)
         now = self.reactor.seconds()
         if now - self._last >= _QUIET:
-            self._shown = True
+            self._elapsed_shown = True
             self.err.write(f"{_CLEAR}… {now - self._began:.0f} s".encode())
             self.err.flush()
 
     def _quiet(self) -> None:
-        if self._shown:
-            self._shown = False
+        if self._elapsed_shown:
+            self._elapsed_shown = False
             self.err.write(_CLEAR.encode())
             self.err.flush()  # before anything on the other stream
 
@@ -137,7 +136,7 @@ class Console:
             self.write("  ".join(cells).rstrip() + "\n")
 
     def task(self, task: Task) -> None:
-        """Print what is known of a task, a line each."""
+        """Print the fields of a task, one a line."""
         data = task.data
         lines = {
             "task": str(task.id),
@@ -181,7 +180,7 @@ def _processes(found: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a text that cannot steer a terminal, whoever has chosen it."""
+    """Return a text with all characters escaped that could control a terminal."""
     return "".join(
         character
         if character.isprintable()
@@ -210,7 +209,7 @@ def _took(data: Mapping[str, Any], now: float) -> str:
 
 
 class Answers(FileDescriptor):
-    """Reads lines from a terminal without a thread that could not be stopped."""
+    """Reads lines from a terminal by the reactor, as a thread could not be stopped."""
 
     def __init__(self, reactor: Any, fd: int, tell: Callable[[str], None]) -> None:
         super().__init__(reactor)
@@ -230,5 +229,5 @@ class Answers(FileDescriptor):
         self._tell(data.decode("utf-8", "replace").strip().lower())
 
     def close(self) -> None:
-        """Read no more."""
+        """Stop reading."""
         self.reactor.removeReader(self)

@@ -55,7 +55,7 @@ async def _run(reactor: Any, action: str, *, once: bool) -> None:
     try:
         daemon = _listening(reactor, folder)
     except CannotListen:
-        # Somebody else, perhaps another demonstration, has the usual port.
+        # The usual port is taken, perhaps by another demonstration.
         daemon = _listening(reactor, folder, port=0)
     daemon.startService()
 
@@ -131,7 +131,7 @@ async def _follow(reactor: Any, client: HTTPClient, url: str, action: str) -> Re
         await deferLater(reactor, 0.05)  # it is still starting
     created = await treq.json_content(response)
     say(f"POST /site/production action={action}: task {created['id']}\n")
-    version, shown = 0, 0
+    version, printed = 0, 0
     while True:
         place = f"{url}/task/{created['id']}/output?since={version}"
         answer = await treq.json_content(await client.get(place))
@@ -139,14 +139,14 @@ async def _follow(reactor: Any, client: HTTPClient, url: str, action: str) -> Re
             continue
         task = answer["task"]
         version = task["version"]
-        sys.stdout.write(task["output"][shown:])
+        sys.stdout.write(task["output"][printed:])
         sys.stdout.flush()
-        shown = len(task["output"])
+        printed = len(task["output"])
         if task["status"] not in {Status.CREATED, Status.RUNNING}:
             say("")
             return Result(task["status"], task["exitCode"])
 
 
 def say(text: str) -> None:
-    """Tell the user something at once."""
+    """Print a line at once."""
     print(text, flush=True)

@@ -1,4 +1,4 @@
-"""Gives an HTTP client bounds: in time and in bytes, whatever a server does."""
+"""An HTTP client with bounds in time and bytes, whatever a server does."""
 
 from operator import attrgetter
 from typing import Any
@@ -22,11 +22,11 @@ from twisted.web.iweb import IAgentEndpointFactory, IPolicyForHTTPS
 from zope.interface import implementer
 
 CONNECT = 10.0
-"""Seconds within which a server must take a connection."""
+"""Seconds within which a server must accept a connection."""
 HEAD = 128 << 10
-"""Bytes after which the head of an answer is taken for endless."""
+"""Bytes after which the head of a response is taken for endless."""
 RATE = 1024
-"""Bytes a second: a body that comes more slowly than this is given up in the end."""
+"""Bytes a second: a body that comes more slowly is given up in the end."""
 
 
 @frozen(str=False)
@@ -34,7 +34,7 @@ class Late(Exception):
     """A server has not answered in time."""
 
     seconds: float
-    """For how long it was waited for."""
+    """How long the client has waited."""
 
     def __str__(self) -> str:
         return f"it has not answered within {self.seconds:g} seconds"
@@ -42,20 +42,21 @@ class Late(Exception):
 
 @frozen(str=False)
 class TooLarge(Exception):
-    """A server answers with more than what was asked for can be."""
+    """A response is larger than a valid one can be."""
 
     limit: int
     """Bytes."""
 
     def __str__(self) -> str:
-        return f"the answer has more than {self.limit} bytes"
+        return f"the response has more than {self.limit} bytes"
 
 
 class Body(Protocol):
-    """Reads the body of an answer.
+    """Reads the body of a response.
 
-    ``whole`` fires with it; or fails with `Late` if less than `RATE` has come after
-    ``seconds``, or with `TooLarge`; then, and if it is cancelled, the connection is closed.
+    ``whole`` fires with it. It fails with `Late` if it comes more slowly than `RATE` after
+    ``seconds``, or with `TooLarge` beyond ``most`` bytes. Then, and when it is cancelled,
+    the connection is closed.
     """
 
     transport: Any
@@ -71,7 +72,7 @@ class Body(Protocol):
         self._look: IDelayedCall | None = clock.callLater(seconds, self._looked)
 
     def dataReceived(self, data: bytes) -> None:
-        """Take a piece."""
+        """Receive a piece."""
         self._size += len(data)
         if self.whole.called:
             return
@@ -81,7 +82,7 @@ class Body(Protocol):
             self._pieces.append(data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Take the end."""
+        """Receive the end."""
         self._look_no_more()
         if self.whole.called:
             return
@@ -117,11 +118,11 @@ class Body(Protocol):
 
 
 class _Meter(ProtocolWrapper):
-    """A connection on which no head of an answer is endless, and that is closed at once.
+    """A connection with a bound for the head of a response, and that is closed at once.
 
     Twisted's parser keeps the lines of a head without a limit. It pauses the connection
-    when a head is complete: from there on, bytes are those of a body. And it would wait
-    for a silent server to say goodbye, where there is TLS.
+    when a head is complete; from there on bytes are those of a body. With TLS it would
+    wait for a silent server to close the connection.
     """
 
     transport: Any
@@ -130,7 +131,7 @@ class _Meter(ProtocolWrapper):
     _in_head = False
 
     def write(self, data: bytes) -> None:
-        """Send a part of a request, to which an answer comes."""
+        """Send a part of a request; the next bytes are the head of its response."""
         self._in_head, self._of_head = True, 0
         self.transport.write(data)
 
@@ -139,12 +140,12 @@ class _Meter(ProtocolWrapper):
         self.write(b"".join(data))
 
     def pauseProducing(self) -> None:
-        """Want no bytes for now."""
+        """Receive no bytes for now."""
         self._in_head = False
         self.transport.pauseProducing()
 
     def dataReceived(self, data: bytes) -> None:
-        """Pass bytes on; or hang up."""
+        """Pass bytes on, or hang up."""
         self._of_head += len(data)
         if self._in_head and self._of_head > HEAD:
             self.transport.abortConnection()
@@ -152,7 +153,7 @@ class _Meter(ProtocolWrapper):
             self.wrappedProtocol.dataReceived(data)
 
     def loseConnection(self) -> None:
-        """Hang up, and wait for nobody."""
+        """Hang up without waiting for the server."""
         self.disconnecting = 1
         self.transport.abortConnection()
 
@@ -163,7 +164,7 @@ class _Metered:
     _endpoint: IStreamClientEndpoint
 
     def connect(self, factory: Any) -> Deferred[Any]:
-        """Connect, with a meter between protocol and connection."""
+        """Connect with a meter between protocol and connection."""
         metering: Any = WrappingFactory(factory)
         metering.noisy = False
         metering.protocol = _Meter
@@ -178,7 +179,7 @@ class _Endpoints:
     _policy: IPolicyForHTTPS
 
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
-        """Return where a URL is."""
+        """Return the endpoint of a URL."""
         endpoint: Any = HostnameEndpoint(
             self._reactor, uri.host.decode("ascii"), uri.port, timeout=CONNECT
         )
@@ -191,7 +192,7 @@ class _Endpoints:
 
 
 def bounded_agent(reactor: Any, policy: IPolicyForHTTPS, pool: HTTPConnectionPool) -> Agent:
-    """Return an agent whose answers have a head that ends, or fail."""
+    """Return an agent that bounds the heads of responses."""
     endpoints = _Endpoints(reactor, policy)
     agent: Agent = Agent.usingEndpointFactory(reactor, endpoints, pool)
     return agent

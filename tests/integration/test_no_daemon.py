@@ -192,9 +192,9 @@ SPACES = b" " * (1 << 18)
         (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000, "the head of its response does not"),
         (b"HTTP/1.1 200 OK\r\n", LINE, ""),
         (b"", LINE, ""),
-        (CHUNKED, b"40000\r\n" + SPACES + b"\r\n", "the answer has more than"),
-        (OK + b"\r\n", SPACES, "the answer has more than"),
-        (NOT_FOUND, SPACES, "the answer has more than"),
+        (CHUNKED, b"40000\r\n" + SPACES + b"\r\n", "the response has more than"),
+        (OK + b"\r\n", SPACES, "the response has more than"),
+        (NOT_FOUND, SPACES, "the response has more than"),
     ],
     ids=lambda value: ascii(value)[:40],
 )

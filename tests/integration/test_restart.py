@@ -367,7 +367,7 @@ def test_an_operator_can_end_what_a_stopped_daemon_has_left(
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env=fixed.environ
     )
-    assert done.stdout == f"1 tasks are told to end: {number}\n"
+    assert done.stdout == f"Told 1 task to end: {number}\n"
     fixed.start()
     assert fixed.ended(number)["status"] == "killed"
 
