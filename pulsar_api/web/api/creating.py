@@ -53,7 +53,7 @@ class CreateAPI:
         if not asked.wait:
             return reply(request, encoding.encode(fields))
         if not task.snapshot.status.ended:
-            # Who goes away meanwhile stops the waiting, not the task.
+            # A client that goes away stops the waiting, not the task.
             await task.end.after(0)
         output = output_of(self.folder, number)
         job = encoding.job_pieces(task.snapshot, output)

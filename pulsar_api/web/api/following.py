@@ -1,4 +1,4 @@
-"""Following: the raw log of a task, and events of one task or of all, as they come."""
+"""Following: the raw log of a task, and the events of one task or of all."""
 
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -33,11 +33,11 @@ from pulsar_api.web.responses import Valve, header, new_app, not_modified, probl
 _log = Logger()
 
 PING = 15.0
-"""Seconds of silence after which an event stream says that it is alive."""
+"""Seconds of silence after which an event stream sends a comment."""
 
 _BATCH = 100  # tasks that are read at a time
-_EVENT = 4096  # bytes that could be written in the time that an event takes anyway
-_TURN = 64  # chunks that are written in one turn of the reactor
+_EVENT = 4096  # the fixed cost of an event, in bytes that take the same time
+_TURN = 64  # chunks written in one turn of the reactor
 _STREAMS = {name: code for code, name in NAMES.items()}
 _LOG = "text/plain; charset=utf-8"
 _EVENTS = "text/event-stream"
@@ -45,13 +45,13 @@ _EVENTS = "text/event-stream"
 
 @frozen(eq=False)
 class FollowAPI:
-    """The routes for those who want to see it live."""
+    """The routes for following tasks live."""
 
     app: ClassVar[Klein] = new_app()
 
     access: Access
     folder: Path
-    """Where the output of task 47 is in the folder ``47``."""
+    """The folder with the output of all tasks."""
     clock: IReactorTime
     turns: TurnScheduler
 
@@ -91,7 +91,7 @@ class FollowAPI:
     async def _whole(
         self, request: Request, output: Output, start: int, size: int
     ) -> bytes:
-        """Answer with what there is, or the part of it that is asked for (RFC 9110, 14)."""
+        """Answer with the output so far, or the requested range (RFC 9110, section 14)."""
         etag = f'"{size}"'
         if not_modified(request, etag):
             return b""
@@ -104,10 +104,15 @@ class FollowAPI:
         if wanted is not None and usable and condition in {"", etag}:
             found = wanted.range_for_length(length)
             if found is None and 0 < length <= -(wanted.ranges[0][0] or 0):
-                found = (0, length)  # of more than there is all (RFC 9110, 14.1.2)
+                found = (
+                    0,
+                    length,
+                )  # a longer suffix means everything (RFC 9110, section 14.1.2)
             if found is None:
                 request.setHeader("Content-Range", f"bytes */{length}")
-                detail = f"There are {length} bytes so far; ask for some of them."
+                detail = (
+                    f"The range is outside of the output, which has {length} bytes so far."
+                )
                 title = "Range not satisfiable"
                 return problem(request, 416, "range-not-satisfiable", title, detail)
             first, end = found
@@ -154,7 +159,7 @@ class FollowAPI:
                 task.snapshot.output_size,
                 task.snapshot.revision,
             ):
-                # All is told. By this an EventSource knows not to come again.
+                # All events have been sent. 204 stops an EventSource from reconnecting.
                 request.setResponseCode(204)
                 return b""
         else:
@@ -198,7 +203,7 @@ class FollowAPI:
             return b""
         change, known = await tasks.last_change()
         if cursor is not None:
-            # Larger numbers are of another database.
+            # Larger numbers come from another database.
             change, known = min(change, cursor[0]), min(known, cursor[1])
         base = self.access.origins.base(request)
         changed = tasks.changed
@@ -228,11 +233,11 @@ class FollowAPI:
                     await self.turns.wait(tasks.caller.actor.key)
             if not more:
                 await outlet.wait(changed, seen)
-                # Of much that happens at once each stream asks a few times a second.
+                # In busy times each stream asks only a few times a second.
                 await deferLater(self.clock, COALESCE)
 
     async def _rest(self, count: int, chunk: Chunk) -> None:
-        """Let others have their turn after much was read, or written."""
+        """Wait for another turn after much was read or written."""
         if not chunk.data or count % _TURN == 0:
             await self.turns.wait()
 
@@ -268,7 +273,7 @@ def _begins_line(output: Output, offset: int) -> bool:
 
 
 def _uncut(output: Output, start: int, end: int) -> Iterable[bytes]:
-    """Yield bytes; raise OSError if they are being cut meanwhile, as zeros were read."""
+    """Yield bytes; raise OSError if they are dropped meanwhile, as zeros would be read."""
     for piece in output.pieces(start, end):
         hole_start, hole_end = output.cut()
         if start < hole_end and start + len(piece) > hole_start:
@@ -280,13 +285,13 @@ def _uncut(output: Output, start: int, end: int) -> Iterable[bytes]:
 
 
 class Outlet(Valve):
-    """Writes to one client no faster than it reads; holds back nothing meanwhile."""
+    """Writes to one client no faster than it reads."""
 
     def __init__(self, request: Request, clock: IReactorTime) -> None:
         self._request = request
         self._clock = clock
         request.registerProducer(self, True)
-        # The head goes at once: who follows sees that it is being followed.
+        # Send the head at once, so that the client sees that it is connected.
         request.write(b"")
 
     async def write(self, data: bytes) -> None:
@@ -295,7 +300,7 @@ class Outlet(Valve):
         await self.open()
 
     def reading(self, chunks: Iterable[Chunk]) -> Iterable[tuple[int, Chunk]]:
-        """Pass chunks on, counted; if one cannot be read, cut the connection."""
+        """Yield chunks with their count; cut the connection if one cannot be read."""
         try:
             yield from enumerate(chunks, 1)
         except OSError as e:
@@ -303,7 +308,7 @@ class Outlet(Valve):
             raise
 
     async def send_all(self, pieces: Iterable[bytes]) -> bytes:
-        """Write piece by piece, and end."""
+        """Write all pieces, and end the response."""
         try:
             for piece in pieces:
                 await self.write(piece)
@@ -313,12 +318,12 @@ class Outlet(Valve):
         return self.end()
 
     def end(self) -> bytes:
-        """Be done; what is left of the answer is Klein's."""
+        """Stop writing; Klein ends the response."""
         self._request.unregisterProducer()
         return b""
 
     async def wait(self, changes: Changes, seen: int) -> None:
-        """Wait for another version; meanwhile say now and then that we are alive."""
+        """Wait for another version; meanwhile send a comment every `PING` seconds."""
         while True:
             change = changes.after(seen)
             version = await change.addTimeout(PING, self._clock, lambda *_: -1)
@@ -329,13 +334,13 @@ class Outlet(Valve):
             await self.write(b":\n\n")
 
     async def break_off(self) -> None:
-        """Hang up without an end: the daemon stops, and this was not all."""
+        """Hang up in the middle, as the daemon stops."""
         transport: Any = self._request.transport
         transport.loseConnection()
         await Deferred()
 
     def _cut(self, error: OSError) -> None:
-        # Half an answer must not look whole.
+        # A partial response must not look complete.
         _log.error("Cannot read for {uri}: {e}", uri=self._request.uri, e=error)
         transport: Any = self._request.transport
         transport.abortConnection()

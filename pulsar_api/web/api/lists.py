@@ -1,4 +1,4 @@
-"""Answers with lists: whatever their size, they hold nobody up and little in memory."""
+"""Lists of tasks of any size, in bounded memory and without delaying other requests."""
 
 from array import array
 from collections import deque
@@ -27,30 +27,30 @@ from pulsar_api.web.responses import JSON, Valve, reply
 _log = Logger()
 
 SMALL = 1 << 18
-"""Bytes up to which a list is sent as a whole, with its length."""
+"""Bytes up to which a list is sent at once, with its length."""
 STALLED = 1.0
-"""Seconds that a client does not read, after which its list keeps no place."""
-_STEP = 1 << 16  # bytes that are made in one turn of the reactor, and sent at a time
-_TASK = _STEP // 16  # bytes that could be made in the time that a task takes anyway
+"""Seconds without reading after which a client loses its place."""
+_STEP = 1 << 16  # bytes that are made in one turn of the reactor, and sent at once
+_TASK = _STEP // 16  # the fixed cost of a task, in bytes that take the same time
 
 
 class Entry(NamedTuple):
     """A task in a list."""
 
     weight: int
-    """How much work its output is, in bytes; see `Output.weight`."""
+    """The cost of its output, in bytes; see `Output.weight`."""
     pieces: Iterable[bytes]
 
 
 @define(eq=False)
 class _Places:
-    """Lets one of those who have the same name go on at a time."""
+    """Lets one request with the same name go on at a time."""
 
     _locks: dict[str, DeferredLock] = field(factory=dict)
 
     @asynccontextmanager
     async def of(self, name: str) -> AsyncIterator[None]:
-        """Wait for the place of this name, and keep it as long as the block lasts."""
+        """Wait for the place of a name, and keep it for the block."""
         lock = self._locks.setdefault(name, DeferredLock())
         await lock.acquire()
         try:
@@ -66,8 +66,7 @@ class Lists:
     """Makes the lists of all callers.
 
     A caller has one search and one large list at a time, and no more turns of the reactor
-    than others, however many it asks for. A list is read and sent piece by piece, as fast
-    as its client reads.
+    than others. A list is read and sent piece by piece, as fast as its client reads.
     """
 
     _clock: IReactorTime
@@ -76,7 +75,7 @@ class Lists:
     _large: _Places = field(factory=_Places, init=False)
 
     async def next_after(self, tasks: Guard, number: int) -> TaskSnapshot | None:
-        """Return the oldest newer task that may be seen, or None."""
+        """Return the oldest newer task that the caller may see, or None."""
         name = tasks.caller.actor.key
         await self._turns.wait(name)
         if tasks.narrowed(TaskQuery()).quick:
@@ -102,11 +101,11 @@ class Lists:
         end: bytes,
         more: Callable[[int], object] = lambda _: None,
     ) -> bytes:
-        """Answer with the tasks that match and may be seen, newest first.
+        """Answer with the tasks that match and that the caller may see, newest first.
 
-        A small list is sent at once, else as fast as the client reads. ``more`` is told
-        the last number if there may be others behind it, before anything is sent. What
-        cannot be read any more breaks the answer off if it has begun.
+        ``more`` is called with the last number, before anything is sent, if there may be
+        further tasks. If a task cannot be read after the response has begun, the connection
+        is cut.
         """
         answer = _Answer(request)
         try:
@@ -114,7 +113,7 @@ class Lists:
             numbers = found.numbers
             if numbers and len(numbers) == query.limit and numbers[-1] > 1:
                 more(numbers[-1])
-            # Of what is in memory only the one who uses it up knows.
+            # Keep no other reference to the tasks, so that each is freed when it is sent.
             entries = _Entries(tasks, entry, deque(found.tasks), array("q", found.rest))
             del found, numbers
             answer.add(begin)
@@ -126,7 +125,7 @@ class Lists:
         except Exception:
             if not answer.begun:
                 raise
-            # Half a list must not look whole, whatever it is.
+            # A partial list must not look complete, whatever the error is.
             _log.failure("The list {uri} ends too early", uri=request.uri)
             transport: Any = request.transport
             transport.abortConnection()
@@ -161,7 +160,7 @@ class Lists:
     async def _flush(
         self, answer: "_Answer", entries: "_Entries", place: AsyncExitStack, name: str
     ) -> None:
-        """Send what there is if it is enough, and wait until there is room for more."""
+        """Send what there is, if it is enough, and wait until there is room for more."""
         if not answer.due:
             return
         first = not answer.begun
@@ -169,14 +168,14 @@ class Lists:
         if answer.is_head:
             return
         if first:
-            # Whoever waits for a place holds no more than what is on its way.
+            # While waiting for a place, hold no more than what has been sent.
             entries.put_back()
             await place.enter_async_context(self._large.of(name))
         reads = Deferred.fromCoroutine(answer.open())
         try:
             await reads.addTimeout(STALLED, self._clock)
         except TakesLong:
-            # A client that does not read keeps nobody else waiting.
+            # A client that does not read must not make other requests wait.
             entries.put_back()
             await place.aclose()
             await answer.open()
@@ -185,7 +184,7 @@ class Lists:
 
 @define(eq=False)
 class _Entries:
-    """The tasks of one list: some that were read, and the numbers of the others."""
+    """The tasks of one list: some that have been read, and the numbers of the others."""
 
     _tasks: Guard
     _entry: Callable[[TaskSnapshot], Entry]
@@ -198,43 +197,43 @@ class _Entries:
         return bool(self._todo or self._rest)
 
     async def next(self) -> Entry | None:
-        """Return the next one, None if it is no more."""
+        """Return the next entry; None if the task has been removed."""
         if not self._todo:
             found = await self._tasks.read(self._rest)
             self._todo, self._rest = deque(found.tasks), found.rest
         return self._entry(self._todo.popleft()) if self._todo else None
 
     def put_back(self) -> None:
-        """Hold only the numbers of those that were read."""
+        """Keep only the numbers of the tasks that have been read."""
         numbers = [task.id for task in self._todo]
         self._todo.clear()
         self._rest = array("q", [*numbers, *self._rest])
 
 
 class _Answer(Valve):
-    """One list on its way to one client."""
+    """The response with one list."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self._text: list[bytes] = []
         self._size = 0
         self.begun = False
-        """Whether some of it has been sent, as it is large."""
+        """Whether a part of it has been sent, as it is large."""
 
     def add(self, piece: bytes) -> int:
-        """Take a piece; return how long it is."""
+        """Add a piece; return its length."""
         self._text.append(piece)
         self._size += len(piece)
         return len(piece)
 
     @property
     def due(self) -> bool:
-        """Whether there is so much that it should be sent."""
+        """Whether there is enough to be sent."""
         return self._size >= _STEP if self.begun else self._size > SMALL
 
     @property
     def is_head(self) -> bool:
-        """Whether the head is all that is wanted."""
+        """Whether the request is a HEAD."""
         return self._request.method == b"HEAD"
 
     def send(self) -> None:

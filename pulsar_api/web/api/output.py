@@ -1,4 +1,4 @@
-"""Parts of an output, for who does not want all of it: lines, streams and times, search."""
+"""Parts of an output: lines, pieces with streams and times, and search."""
 
 from functools import partial
 from typing import ClassVar
@@ -23,7 +23,7 @@ from pulsar_api.web.authentication import Access, needs
 from pulsar_api.web.responses import JSON, new_app, reply
 
 _SEGMENTS = 4096  # in one answer
-_SHARED = 16  # how many answers are kept for the next who asks
+_SHARED = 16  # answers that are kept for further requests
 
 
 @frozen(eq=False)
@@ -44,7 +44,7 @@ class PartsAPI:
         task = await find(tasks, number)
         start = decoding.parse_number(query_of(request), "from", 0, MAX_ID)
         task.refresh()
-        # Of now: what comes while the index is made has another version.
+        # The current state, as what comes while the index is made has another version.
         snapshot = task.snapshot
         if request.method == b"HEAD":
             return _head(request)
@@ -58,7 +58,7 @@ class PartsAPI:
         return reply(request, body)
 
     def _body(self, index: LineIndex, snapshot: TaskSnapshot, start: int) -> bytes:
-        """Return the answer; hundreds may have waited for it, it is built once."""
+        """Return the answer, which is built once for all requests that wait for it."""
         key = _key(index, snapshot, start)
         body = self._shared.get(key)
         if body is None:
@@ -117,14 +117,14 @@ def _key(index: LineIndex, snapshot: TaskSnapshot, start: int) -> tuple[object, 
 
 
 def _lines(index: LineIndex, snapshot: TaskSnapshot, start: int) -> dict[str, object]:
-    """Return where the lines are, from the segment on that holds the byte ``start``."""
+    """Return where the lines are, from the segment that holds the byte ``start``."""
     found = index.segments(start, _SEGMENTS + 1)
-    shown = found[:_SEGMENTS]
-    styles = ((str(offset), index.style_at(offset)) for offset, _, _ in shown)
+    segments = found[:_SEGMENTS]
+    styles = ((str(offset), index.style_at(offset)) for offset, _, _ in segments)
     return {
         "size": index.size,
         "lines": index.lines,
-        "segments": shown,
+        "segments": segments,
         "styles": {offset: style for offset, style in styles if style},
         "nextFrom": found[-1][0] if len(found) > _SEGMENTS else None,
         "cut": None if index.cut == (0, 0) else index.cut,
@@ -134,7 +134,7 @@ def _lines(index: LineIndex, snapshot: TaskSnapshot, start: int) -> dict[str, ob
 
 
 def _head(request: Request) -> bytes:
-    """Answer a HEAD, for which nothing is read."""
+    """Answer a HEAD without reading anything."""
     request.setHeader("Content-Type", JSON)
     request.setHeader("Cache-Control", "no-store")
     return b""

@@ -1,4 +1,4 @@
-"""The API of the document: tasks over HTTP."""
+"""The main API: lists of tasks, one task, and the long-polls."""
 
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -29,7 +29,7 @@ from pulsar_api.web.encoding import Part
 from pulsar_api.web.responses import new_app, not_modified, reply, stream
 
 _SMALL = 1 << 18  # bytes of output up to which an answer is built at once, and shared
-_SHARED = 16  # how many such answers are kept for the next who asks
+_SHARED = 16  # such answers that are kept for further requests
 _OUTPUTS = ("full", "tail", "none")
 _UNCHANGED = encoding.encode({"changed": False})
 
@@ -42,7 +42,7 @@ class TaskAPI:
 
     access: Access
     folder: Path
-    """Where the output of task 47 is in the folder ``47``."""
+    """The folder with the output of all tasks."""
     clock: IReactorTime
     poll_timeout: float = 30.0
     lists: Lists = field()
@@ -84,13 +84,13 @@ class TaskAPI:
         since = decoding.parse_number(query, "since", created.version, MAX_ID)
         how = decoding.parse_choice(query, "output", "full", _OUTPUTS)
         seconds = self._seconds(request, query)
-        # A number from the future is from another database: take it as "from now on".
+        # A larger number comes from another database; treat it as the newest one.
         seen = min(since, created.version)
         until = self.clock.seconds() + seconds
         newest = created.version
         task = await self.lists.next_after(tasks, seen) if seen < newest else None
         while task is None:
-            seen = newest  # those that this caller may not see are none
+            seen = newest  # skips tasks that the caller may not see
             left = until - self.clock.seconds()
             if left <= 0 or await self._wait(created.after(seen), left) in {0, seen}:
                 return reply(request, _UNCHANGED)
@@ -158,7 +158,7 @@ class TaskAPI:
     async def kill(self, request: Request, tasks: Guard, number: str) -> bytes:
         how = decoding.parse_choice(query_of(request), "output", "full", _OUTPUTS)
         task = await find(tasks, number)
-        if request.method != b"HEAD":  # which promises to change nothing
+        if request.method != b"HEAD":  # HEAD must not change anything
             task = await tasks.kill(task.snapshot.id)
         part = Part.chosen(how, task.snapshot, self._output(task.snapshot))
         pieces = self._pieces(task.snapshot, self._base(request), part)
@@ -177,7 +177,7 @@ class TaskAPI:
         return encoding.task_pieces(snapshot, base, output, part)
 
     def _with_output(self, task: TaskSnapshot, part: Part) -> tuple[TaskSnapshot, Output]:
-        # How a task ended is told to who wants no more, whatever became of its output.
+        # Without output, the answer does not depend on whether that can be read.
         return (
             (task, self._output(task))
             if part.size
@@ -209,8 +209,8 @@ class TaskAPI:
         pieces = chain(json_stream.pieces(fields, task=written), [b"\n"])
         if part.size > _SMALL:
             return await respond(request, pieces, part.size)
-        # Thousands may wait for the same change: build their answer once.
-        # A note is no change of the task if it says that the output cannot be read.
+        # Thousands may wait for the same change, so its answer is built once.
+        # The note that the output cannot be read does not change the version.
         key = (snapshot.id, snapshot.version, snapshot.notes, base, part, next_offset)
         body = self._shared.get(key)
         if body is None:
@@ -219,14 +219,14 @@ class TaskAPI:
 
 
 async def find(tasks: Guard, number: str) -> Task:
-    """Return the task of a path's segment, or raise `UnknownTask` or `NotAllowed`."""
+    """Return the task with the number in a path; raises as `Guard.find`."""
     if not (number.isascii() and number.isdigit() and len(number) < 20):
         raise UnknownTask(number[:100])
     return await tasks.find(int(number))
 
 
 async def respond(request: Request, pieces: Iterable[bytes], size: int) -> bytes:
-    """Answer at once if it is small, else as fast as the client reads."""
+    """Answer at once if ``size`` is small, else as fast as the client reads."""
     if size <= _SMALL:
         return reply(request, b"".join(pieces))
     return await stream(request, iter(pieces))

@@ -1,4 +1,4 @@
-"""Tells subscribers what happens to jobs, in the words of release 0.6."""
+"""The feed of jobs: tells subscribers what happens to tasks, as release 0.6 did."""
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine
@@ -15,6 +15,7 @@ from twisted.web.server import Request
 
 from pulsar_api.bounded import BoundedDict
 from pulsar_api.concurrency.changes import Changes
+from pulsar_api.concurrency.single_flight import SingleFlight
 from pulsar_api.concurrency.turns import TurnScheduler
 from pulsar_api.errors import StoreUnavailable, UnknownTask
 from pulsar_api.output.files import output_of
@@ -34,16 +35,17 @@ _log = Logger()
 T = TypeVar("T")
 
 EVERY = 0.25
-"""Seconds: a job's output is news at most this often; its end at once."""
+"""Seconds between two changes of a running job; its end is told at once."""
 HELD = 0.1
-"""Seconds after the answer to its POST until a job's news are told.
+"""Seconds after the answer to its POST until changes of a job are told.
 
-The published client knows the number of its job only then, and drops what comes before.
+The published client learns the number of its job from the answer, and drops changes that
+come earlier.
 """
 _AGAIN = (1.0, 4.0)
 """Seconds after which the end of a job that has just been answered is told again.
 
-The published client forgets a job at its first end, so it does not hear the second one.
+The published client forgets a job at its first end, so a second one does no harm.
 """
 _BATCH = 100
 _SHARED = 16
@@ -52,32 +54,33 @@ _BIT = {kind: 1 << place for place, kind in enumerate(_KINDS)}
 
 
 class Closed(Exception):
-    """The feed has ended: the daemon stops."""
+    """The feed has ended because the daemon stops."""
 
 
 @define(eq=False)
 class Subscription:
-    """What one subscriber has not been told yet: which jobs, not what of them.
+    """The changes that one subscriber has not been told yet: which jobs, not their content.
 
-    So it costs the same however slowly it is read, and what is told is always the newest.
+    So a slow subscriber costs no more than a fast one, and always gets the newest state.
     """
 
     _feed: "Feed"
     _changes: Changes
     _sees: Callable[[TaskSnapshot], bool]
     _pending: OrderedDict[int, int] = field(factory=OrderedDict)
-    """The kinds of news of each job, as the sum of their bits."""
+    """The kinds of changes of each job, as the sum of their bits."""
     _closed: bool = False
 
     def mark(self, number: int, kind: str) -> None:
-        """Note that there is news of a job."""
+        """Note that a job has changed."""
         self._pending[number] = self._pending.get(number, 0) | _BIT[kind]
         self._changes.advance(self._changes.version + 1)
 
     async def next(self) -> Message:
-        """Return the next message as soon as there is one; raise `Closed` at the end.
+        """Return the next message as soon as there is one. Cancelling it loses nothing.
 
-        If it is cancelled nothing is lost.
+        Raises:
+            Closed: The feed has ended.
         """
         while True:
             if self._closed:
@@ -85,7 +88,7 @@ class Subscription:
             if not self._pending:
                 await self._changes.after(self._changes.version)
                 continue
-            # One event wakes all subscribers at once, and there may be many.
+            # A change wakes all subscribers at once, and there may be many.
             await self._feed.turn()
             if self._closed or not self._pending:
                 continue
@@ -103,22 +106,22 @@ class Subscription:
                 return found
 
     def close(self) -> None:
-        """Want no more."""
+        """End the subscription."""
         self._feed.leave(self)
 
     def end(self) -> None:
-        """Be told that there will be no more."""
+        """Note that the feed has ended."""
         self._closed = True
         self._changes.advance(self._changes.version + 1)
 
 
 @define(eq=False)
 class Feed:
-    """Watches all tasks as long as somebody subscribes."""
+    """Watches all tasks while there are subscribers."""
 
     _service: TaskService
     _folder: Path
-    """Where the output of task 47 is in the folder ``47``."""
+    """The folder with the output of all tasks."""
     _clock: IReactorTime
     _turns: TurnScheduler
     _subscribers: dict[Subscription, None] = field(factory=dict, init=False)
@@ -129,16 +132,17 @@ class Feed:
         factory=partial(BoundedDict, _SHARED), init=False
     )
     pieces: PieceCache = field(factory=PieceCache, init=False)
-    """Shared by subscribers that are sent the same at the same time."""
+    """Shared by subscribers that are sent the same message."""
     _ended: BoundedDict[int, Task] = field(
         factory=partial(BoundedDict, _SHARED), init=False
     )
     """Tasks whose end is being told."""
-    _made: dict[tuple[object, ...], Changes] = field(factory=dict, init=False)
-    """The messages that are being made, and who waits for them."""
+    _making: SingleFlight[tuple[object, ...], Message] = field(
+        factory=partial(SingleFlight, "A message of the feed"), init=False
+    )
 
     def subscribe(self, sees: Callable[[TaskSnapshot], bool]) -> Subscription:
-        """Return a subscription to all that happens from now on to tasks that it sees."""
+        """Return a subscription to future changes of the tasks that ``sees`` accepts."""
         found = Subscription(self, Changes(self._clock), sees)
         self._subscribers[found] = None
         if self._running is None:
@@ -146,7 +150,7 @@ class Feed:
         return found
 
     def leave(self, subscription: Subscription) -> None:
-        """Forget a subscription; with the last one stop watching."""
+        """Remove a subscription; with the last one stop watching."""
         self._subscribers.pop(subscription, None)
         if not self._subscribers and self._running is not None:
             running, self._running = self._running, None
@@ -158,7 +162,7 @@ class Feed:
             self.pieces.clear()
 
     def end(self) -> None:
-        """Tell all subscribers that there will be no more."""
+        """Tell all subscribers that the feed has ended."""
         for subscriber in list(self._subscribers):
             subscriber.end()
 
@@ -167,7 +171,7 @@ class Feed:
         return self._turns.wait()
 
     def hold(self, number: int, request: Request) -> None:
-        """Tell no change of a task until its POST was answered, and a moment longer."""
+        """Hold changes of a task back until `HELD` seconds after the answer to its POST."""
         if number in self._held:
             return
         self._held[number] = Changes(self._clock)
@@ -180,7 +184,7 @@ class Feed:
     async def message(
         self, number: int, kind: str, sees: Callable[[TaskSnapshot], bool]
     ) -> Message | None:
-        """Return what is to be said of a job now; None if it is no more, or not seen."""
+        """Return a message with the state of a job; None if it is removed or hidden."""
         try:
             task = self._ended.get(number) or await self._service.find(number)
         except UnknownTask:
@@ -189,18 +193,10 @@ class Feed:
         if not sees(snapshot):
             return None
         key = (number, kind, snapshot.version, snapshot.status)
-        while (found := self._messages.get(key)) is None:
-            made = self._made.get(key)
-            if made is not None:
-                await made.after(0)
-                continue
-            made = self._made[key] = Changes(self._clock)
-            try:
-                found = self._messages[key] = await self._make(snapshot, kind)
-            finally:
-                del self._made[key]
-                made.advance(1)
-            break
+        found = self._messages.get(key)
+        if found is None:
+            found = await self._making.do(key, partial(self._make, snapshot, kind))
+            self._messages[key] = found
         return found
 
     async def _make(self, snapshot: TaskSnapshot, kind: str) -> Message:
@@ -210,7 +206,7 @@ class Feed:
         try:
             start = await start_offset(output, self._turns, size, limit)
         except OSError:
-            start = max(0, size - limit)  # the pieces will say that it cannot be read
+            start = max(0, size - limit)  # the pieces will contain the error
         return Message(kind, snapshot, output, start, self.pieces, self._turns)
 
     async def _run(self) -> None:
@@ -262,19 +258,19 @@ class Feed:
             if await task.changes.after(seen) == seen:
                 return
         if held and self._clock.seconds() < answered + _AGAIN[0]:
-            # A client that was busy may have read this before the answer to its POST.
+            # A busy client may have read this before the answer to its POST.
             for seconds in _AGAIN:
                 await deferLater(self._clock, seconds)
                 self._tell(number, "change")
                 self._tell(number, "close")
 
     async def _surely(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Ask the service until it can answer: the database may be locked for a while."""
+        """Repeat a call until it succeeds, as the database may be locked for a while."""
         while True:
             try:
                 return await ask()
             except StoreUnavailable as e:
-                _log.error("The feed of jobs has to wait: {e}", e=e)
+                _log.error("The feed of jobs is delayed: {e}", e=e)
                 await deferLater(self._clock, 1.0)
 
     def _tell(self, number: int, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""The API of release 0.6: the same tasks, called jobs, for the clients of those days."""
+"""The API of release 0.6, in which tasks are called jobs."""
 
 import re
 from itertools import chain
@@ -30,13 +30,13 @@ RESERVED = frozenset({b"event", b"api", b"static"})
 
 @frozen(eq=False)
 class JobAPI:
-    """The routes of release 0.6 that are not those of the document."""
+    """The routes of release 0.6 that the main API does not have."""
 
     app: ClassVar[Klein] = new_app()
 
     access: Access
     folder: Path
-    """Where the output of task 47 is in the folder ``47``."""
+    """The folder with the output of all tasks."""
     feed: Feed
     listings: Listings
     lists: Lists
@@ -44,7 +44,7 @@ class JobAPI:
     @app.route("/<app>/<env>/tasks", methods=["GET"])
     @needs(Right.RUN)
     async def tasks(self, request: Request, tasks: Guard, app: str, env: str) -> bytes:
-        """Answer which actions there are, as the command itself says."""
+        """List the actions of an app, as its command does."""
         command = await tasks.listing(app, env)
         text = await self.listings.capture_output(app, command)
         return reply(request, encoding.encode(dict(_LISTED.findall(text))))
@@ -81,7 +81,7 @@ class JobAPI:
     @app.route("/job/<number>/restart", methods=["POST"])
     @needs(Right.RUN)
     async def restart(self, request: Request, tasks: Guard, number: str) -> bytes:
-        """Start a new task of the same kind; the old one stays what it is."""
+        """Create a task like an old one, which does not change."""
         old = await find(tasks, number)
         new = (await tasks.restart(old.snapshot.id)).snapshot
         self.feed.hold(new.id, request)

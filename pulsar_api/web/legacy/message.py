@@ -1,4 +1,4 @@
-"""Messages of the job feed, whose text is made piece by piece while it is sent."""
+"""Messages of the job feed, made piece by piece while they are sent."""
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -18,15 +18,15 @@ from pulsar_api.web.json_stream import escaped, opened
 _log = Logger()
 
 PIECE_BYTES = 8192
-"""Bytes of output read for one step of a piece; as JSON inside JSON up to 7 times more."""
+"""Bytes of output read for one step of a piece; up to 7 times more as nested JSON."""
 MAX_TEXT = 1 << 20
-"""Bytes of output in each text of a message; a longer output is told from further back."""
+"""Bytes of output in each text of a message; longer output loses its beginning."""
 MAX_CHANGE_TEXT = 1 << 16
-"""The same for a job that goes on: its output is told again and again."""
+"""The same for a running job, whose output is sent many times."""
 
 _MAX_ENCODED = 1.5
-"""A text may take this many times its limit as JSON; beyond, less output is told."""
-_RECORD_COST = 4  # reading a record of the index takes as long as this many bytes
+"""How many times its limit a text may take as JSON; beyond that it has less output."""
+_RECORD_COST = 4  # the cost of a record of the index, in bytes that take the same time
 _ENTRY_BYTES = 1024  # what a cached piece takes beside its text
 _MAX_CHUNKS = 256  # read in one step
 _MEASURED_BYTES = 8 * PIECE_BYTES  # measured in one turn of the reactor
@@ -35,7 +35,7 @@ _STDOUT_CODE = next(code for code, name in NAMES.items() if name == "stdout")
 
 
 class Position(NamedTuple):
-    """How far somebody has read a message."""
+    """How far a client has read a message."""
 
     part: int = _HEAD
     offset: int = 0
@@ -49,19 +49,19 @@ Piece = tuple[str, Position | None]
 
 @define(eq=False)
 class PieceCache:
-    """Keeps the pieces made last, so that readers at the same position share them."""
+    """Caches the newest pieces, so that readers at the same position share them."""
 
     max_bytes: int = 1 << 20
     misses: int = field(default=0, init=False)
     """How many pieces had to be made."""
     size: int = field(default=0, init=False)
-    """Bytes of the pieces that are kept."""
+    """Bytes of the cached pieces."""
     _kept: OrderedDict[tuple["Message", Position], Piece] = field(
         factory=OrderedDict, init=False
     )
 
     def get(self, message: "Message", position: Position) -> Piece:
-        """Return the piece at a position of a message; make it if it is not kept."""
+        """Return the piece at a position of a message; make it if it is not cached."""
         piece = self._kept.get((message, position))
         if piece is None:
             self.misses += 1
@@ -80,10 +80,10 @@ class PieceCache:
 
 @frozen(eq=False)
 class Message:
-    """A SockJS frame ``a["…"]`` that tells the state of a job.
+    """A SockJS frame ``a["…"]`` with the state of a job.
 
-    It holds no text. So it takes the same memory however many clients read it, and however
-    slowly: each client holds its position and the piece that it is sent.
+    It holds no text, so its memory does not depend on how many clients read it, and how
+    slowly. Each client holds its position and the piece that it is sent.
     """
 
     _kind: str
@@ -103,7 +103,7 @@ class Message:
             await write(text, position is None)
 
     def make_piece(self, position: Position) -> Piece:
-        """Return the piece at a position: some KiB, or less where that takes long."""
+        """Return the piece at a position: some KiB, or less where reading is slow."""
         parts: list[str] = []
         cost = 0
         behind: Position | None = position
@@ -135,7 +135,7 @@ class Message:
         text = ""
         behind = Position(position.part, end)
         try:
-            # Control characters become so long that fewer of them are one step.
+            # Control characters are so long as JSON that a step has fewer of them.
             for size in (PIECE_BYTES, PIECE_BYTES // 4):
                 if position.part == _STDOUT:
                     found, behind = self._stdout(position, end, size)
@@ -207,7 +207,7 @@ def read_text(output: Output, offset: int, end: int, size: int) -> tuple[str, in
         hole_start, hole_end = output.cut()
         text = "".join(output.text(offset, stop))
         if output.cut() == (hole_start, hole_end):
-            break  # else something was cut out meanwhile
+            break  # else output was dropped meanwhile
     if offset < hole_end and hole_start < stop:
         stop = max(stop, hole_end)
     return text, stop
