@@ -3,8 +3,8 @@
 Run as ``python -I -S shim.py FOLDER``; ``FOLDER/spec`` says what to run. The daemon may die
 and restart at any moment, so everything that matters is in files (see the docs).
 
-`Shim` is one run. It has a `Recorder` for the output, a `Command` that starts, a `Tree` of
-processes, and `Deadlines`.
+`Shim` is one run. It has a `Recorder` of the output, the `Command`, the `Tree` of its
+processes, and the `Deadlines`.
 
 Each task pays for its start, so it imports only modules that are built into the interpreter
 or very small: ``posix`` and not ``os``, ``_signal`` and not ``signal``. Nothing is imported
