@@ -563,9 +563,8 @@ async def test_a_launcher_that_owes_nothing_is_left_alone(
     assert runner.resident._process is not None
     again = runner.resident._process._next
     assert again is not None
-    assert (
-        again.getTime() - reactor.seconds() > launcher_process.REST / 2
-    )  # nobody looks often
+    # It is rarely checked.
+    assert again.getTime() - reactor.seconds() > launcher_process.REST / 2
 
 
 async def test_a_launcher_that_never_starts_is_not_missed(
