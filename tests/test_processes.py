@@ -1,6 +1,7 @@
 """Tests of what is known of processes and how they are ended: real ones only."""
 
 import os
+import pwd
 import signal
 import subprocess
 import tempfile
@@ -127,7 +128,8 @@ def test_a_name_is_shown_in_one_line(tmp_path: Path) -> None:
         comm = Path(f"/proc/{sleeper.pid}/comm")
         wait_for(lambda: "x" in comm.read_text(), "the new name")
         found = Table().entries[sleeper.pid]
-        shown = Process(sleeper.pid, found.start, "x) Z 1?(y", "root")
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        shown = Process(sleeper.pid, found.start, "x) Z 1?(y", user)
         assert proc.describe([found]) == [shown]
         sleeper.kill()
 
@@ -338,6 +340,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.needs("set-uid programs")
 def test_who_became_root_is_named(elsewhere: Elsewhere, way: str) -> None:
     """A daemon that is not root cannot signal it, and says so; all else is ended."""
     with tempfile.TemporaryDirectory() as folder:
