@@ -548,13 +548,13 @@ class TestTogether:
             ),
             (
                 {"auth-provider": "tokens", "allow-anonymous": 1},
-                "--allow-anonymous and the --auth options exclude each other",
+                "--allow-anonymous and the --auth options cannot be used together",
             ),
             ({"auth-password-file": "/nothing"}, "auth-password-file: cannot read /noth"),
             ({"auth-password-file": "/dev/null"}, "auth-password-file: /dev/null is empty"),
             (
                 {"auth-password-file": "/dev/null", "auth-password": "x"},
-                "auth-password-file and auth-password exclude each other",
+                "auth-password-file and auth-password cannot be used together",
             ),
         ],
         ids=str,

@@ -23,7 +23,7 @@ class Lines(Protocol):
         self._rest = b""
         self._waiting: Deferred[None] | None = None
         self._end: Failure | None = None
-        self._held = 0
+        self._buffered = 0
         self._paused = False
 
     def dataReceived(self, data: bytes) -> None:
@@ -34,8 +34,8 @@ class Lines(Protocol):
             self.close()
             self._end = Failure(TooLarge(_MAX_LINE))
         self._lines.extend(whole)
-        self._held += len(data)
-        if self._held > _MAX_BUFFERED and not self._paused:
+        self._buffered += len(data)
+        if self._buffered > _MAX_BUFFERED and not self._paused:
             self._paused = True
             cast("Any", self.transport).pauseProducing()
         self._wake()
@@ -67,7 +67,7 @@ class Lines(Protocol):
             self._waiting = Deferred()
             await self._waiting
         line = self._lines.popleft()
-        self._held -= len(line) + 1
+        self._buffered -= len(line) + 1
         return line
 
     def close(self) -> None:

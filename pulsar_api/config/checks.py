@@ -34,7 +34,7 @@ def _check_client_ca(settings: Settings) -> None:
         raise SettingsError(
             "--ssl-client-ca needs TLS: --ssl-key and --ssl-cert, or --ssl-pfx"
         )
-    # A door beside the one that is locked.
+    # It would be a second way in, without the check.
     for endpoint in settings.listen:
         if endpoint.startswith(("tls:", "ssl:")):
             raise SettingsError(
@@ -45,7 +45,9 @@ def _check_client_ca(settings: Settings) -> None:
 
 def _check_authentication(s: Settings) -> None:
     if s.authenticated and s.allow_anonymous:
-        raise SettingsError("--allow-anonymous and the --auth options exclude each other")
+        raise SettingsError(
+            "--allow-anonymous and the --auth options cannot be used together"
+        )
     if s.rights is not None and not s.authenticated:
         raise SettingsError("rights need --auth-provider, which authenticates the users")
     own = s.auth_username is not None, s.auth_password is not None

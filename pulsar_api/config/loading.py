@@ -16,9 +16,12 @@ CLI = "the command line"
 
 
 def load(given: Mapping[str, object], environ: Mapping[str, str]) -> Settings:
-    """Make settings of what the command line gave (names with dashes; absent: not given).
+    """Return the settings of the command line and of the file that it names.
 
-    Raises `SettingsError` with one line that names the option, or file and key.
+    ``given`` has the options of the command line, by names with dashes.
+
+    Raises:
+        SettingsError: A setting is wrong; one line names the option, or file and key.
     """
     known = {a.name.replace("_", "-"): a for a in fields(Settings)}
     path = given.get("config")
@@ -50,7 +53,7 @@ def load(given: Mapping[str, object], environ: Mapping[str, str]) -> Settings:
 
 
 def _fill_in(values: dict[str, Any], environ: Mapping[str, str]) -> None:
-    """Add the defaults that depend on something."""
+    """Add the defaults that depend on other settings or the environment."""
     values.setdefault("port", 8001 if values.get("dev") else 8081)
     values.setdefault("state_dir", default_state_dir(environ))
     auth = ("auth_username", "auth_password", "auth_method", "auth_members")
@@ -59,14 +62,16 @@ def _fill_in(values: dict[str, Any], environ: Mapping[str, str]) -> None:
 
 
 def _read_secrets(values: dict[str, Any], environ: Mapping[str, str]) -> None:
-    """Take secrets out of the files that hold them."""
+    """Read secrets from the files that have them."""
     for name in ("auth_password", "github_client_secret"):
         path = values.get(f"{name}_file")
         if path is None:
             continue
         option = f"{name}_file".replace("_", "-")
         if name in values:
-            raise SettingsError(f"{option} and {name.replace('_', '-')} exclude each other")
+            raise SettingsError(
+                f"{option} and {name.replace('_', '-')} cannot be used together"
+            )
         try:
             text = Path(_credential(path, environ)).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as e:
@@ -88,7 +93,7 @@ def _read_file(path: str) -> dict[str, object]:
 
 
 def default_state_dir(environ: Mapping[str, str]) -> str:
-    """Return where the state is if nobody says where."""
+    """Return the default of ``--state-dir``."""
     if environ.get("STATE_DIRECTORY"):
         return environ["STATE_DIRECTORY"].split(":")[0]
     home = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")

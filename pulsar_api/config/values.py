@@ -1,4 +1,4 @@
-"""Reads the value of an option; a `ValueError` says what it must be."""
+"""Parsers for the values of options; a `ValueError` says what is allowed."""
 
 import ipaddress
 import re

@@ -1,4 +1,4 @@
-"""Makes TLS options of certificate files."""
+"""Loads certificate files and makes TLS options of them."""
 
 import re
 from pathlib import Path
@@ -32,16 +32,16 @@ _DER = serialization.Encoding.DER
 
 @frozen
 class Identity:
-    """A private key, its certificate, and what leads from that to a known authority."""
+    """A private key, its certificate, and the chain to a known authority."""
 
     key: Any  # one of cryptography's many private key types
     certificate: x509.Certificate
     chain: tuple[x509.Certificate, ...] = ()
     client_authorities: tuple[x509.Certificate, ...] = ()
-    """Who connects needs a certificate of one of them; if there are none, nobody does."""
+    """CAs that have to issue the certificates of clients; empty if clients need none."""
 
     def names(self) -> frozenset[str]:
-        """Return the host names that it is for, ``*.example.com`` among them."""
+        """Return the host names of the certificate, such as ``*.example.com``."""
         try:
             found = self.certificate.extensions.get_extension_for_class(
                 x509.SubjectAlternativeName
@@ -52,12 +52,11 @@ class Identity:
         return frozenset(name.lower() for name in names)
 
     def options(self) -> CertificateOptions:
-        """Return options for a server: TLS 1.2 and 1.3, nothing older, forward secrecy.
+        """Return options for a server: TLS 1.2 and 1.3 with forward secrecy.
 
-        No session is resumed, so a key or an authority that was taken away has no
-        afterlife in a ticket.
+        Sessions are not resumed, so that no ticket outlives a removed key or authority.
         """
-        # Twisted takes cryptography's objects at run time, its annotations do not know.
+        # Twisted accepts cryptography's objects, which its annotations do not say.
         any_: Any = CertificateOptions
         options: CertificateOptions = any_(
             privateKey=self.key,
@@ -72,10 +71,12 @@ class Identity:
         if self.client_authorities:
             context = options.getContext()
             for authority in self.client_authorities:
-                context.add_client_ca(authority)  # browsers choose by these names
+                context.add_client_ca(
+                    authority
+                )  # browsers choose a certificate by these names
             store = context.get_cert_store()
             assert store is not None
-            # An authority that another one has signed is enough by itself.
+            # An intermediate authority is trusted without its root.
             store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
         return options
 
@@ -83,7 +84,7 @@ class Identity:
 def development_files() -> tuple[Path, Path]:
     """Return key and certificate for ``*.pulsar.local`` and ``localhost``.
 
-    Everybody has the key: they are for development, on loopback.
+    The key is public, so they are for development on loopback only.
     """
     package = Path(__file__).parents[1]
     for folder in (package / "ssl", package.parent / "ssl"):
@@ -93,7 +94,7 @@ def development_files() -> tuple[Path, Path]:
 
 
 def files(settings: Settings) -> tuple[Path, ...]:
-    """Return the files of which an identity is made."""
+    """Return the files that an identity is loaded from."""
     if settings.dev:
         names: tuple[str | Path | None, ...] = development_files()
     elif settings.ssl_pfx:
@@ -104,7 +105,11 @@ def files(settings: Settings) -> tuple[Path, ...]:
 
 
 def load(settings: Settings) -> Identity | None:
-    """Return what the settings name, None for plain HTTP; or raise `SettingsError`."""
+    """Return the identity of the settings; None for plain HTTP.
+
+    Raises:
+        SettingsError: A file cannot be read, or the files do not fit together.
+    """
     if not settings.secure:
         return None
     identity = _load_own(settings)
@@ -120,7 +125,7 @@ def _load_own(settings: Settings) -> Identity:
     phrase = None
     if settings.ssl_passphrase:
         data = _read("--ssl-passphrase", Path(settings.ssl_passphrase))
-        # Nothing behind a NUL ever arrives in the library, which is no passphrase of ours.
+        # The library takes a passphrase up to the first NUL.
         phrase = data.rstrip(b"\r\n").partition(b"\0")[0] or None
     if settings.dev:
         key, certificate = development_files()
@@ -133,11 +138,11 @@ def _load_own(settings: Settings) -> Identity:
 
 
 def is_development(identity: Identity) -> bool:
-    """Return whether everybody has this key."""
+    """Return whether this is the public key for development."""
     try:
         _, path = development_files()
     except SettingsError:
-        return False  # who packs it without the files has no such key
+        return False  # installed without these files
     own = x509.load_pem_x509_certificate(path.read_bytes())
     return _public(own.public_key()) == _public(identity.certificate.public_key())
 
@@ -182,7 +187,7 @@ def _certificates(option: str, path: Path) -> list[x509.Certificate]:
         found = x509.load_pem_x509_certificates(data)
     except ValueError:
         raise SettingsError(f"{option}: {path} holds no certificate in PEM form") from None
-    # One that is cut off at the end of the file is passed over in silence.
+    # The loader silently skips a certificate that is cut off at the end of the file.
     if len(found) != len(re.findall(rb"-----BEGIN [A-Z0-9 ]*CERTIFICATE-----", data)):
         raise SettingsError(f"{option}: {path} holds an incomplete certificate")
     return found
@@ -218,6 +223,6 @@ def _accepted(identity: Identity, where: str) -> None:
     try:
         identity.options().getContext()
     except (SSL.Error, crypto.Error) as e:
-        # For example a key that is too short: every connection would fail.
+        # For example the key is too short, and every connection would fail.
         why = e.args[0][0][2] if e.args and e.args[0] else "no reason given"
         raise SettingsError(f"{where}: TLS rejects it: {why}") from None

@@ -1,4 +1,4 @@
-"""What requests say: their query, body and headers, checked and made into values."""
+"""Requests as values: their query, body and headers, parsed and checked."""
 
 import json
 import math
@@ -15,25 +15,25 @@ from pulsar_api.tasks.model import Status, TaskQuery
 MAX_LIST = 1000
 """Tasks in one list."""
 MAX_TEXT = 200
-"""Characters of what is searched for."""
+"""Characters of a text to search for."""
 _MAX_FIELDS = 500
 
 
 @frozen
 class UnsupportedMedia(PulsarError):
-    """A body in a form that is not understood."""
+    """The body has an unsupported type."""
 
     content_type: str
 
     def __str__(self) -> str:
         return (
-            f"A body of type {self.content_type!r} is not understood; send "
+            f"A body of type {self.content_type!r} is not supported; send "
             "application/json or application/x-www-form-urlencoded."
         )
 
 
 def parse_query(query: bytes) -> dict[str, str]:
-    """Return the parameters of a URL; of a repeated one the last."""
+    """Return the parameters of a URL; a repeated one has its last value."""
     return _fields("query", query)
 
 
@@ -62,22 +62,27 @@ def _check_no_nul(fields: Mapping[str, str], *names: str) -> None:
 
 @frozen
 class NewTask:
-    """What the body and the query of a ``POST /:app/:env`` ask for."""
+    """The task that the body and the query of a ``POST /:app/:env`` ask for."""
 
     action: str
     variables: Mapping[str, str]
     secret: frozenset[str] = frozenset()
-    """Which of the variables are secret, beside those whose name says so."""
+    """The secret variables, beside those with a secret name."""
     wait: bool = False
-    """Whether the answer shall come with the end of the task (release 0.6)."""
+    """Whether the answer waits for the end of the task (release 0.6)."""
 
 
 _REFUSED = frozenset({"shell", "invoke"})
-"""What release 0.6 did not run, asked for by ``task``: it would be any command."""
+"""Names that release 0.6 refused for ``task``, as they can run any command."""
 
 
 def parse_new_task(content_type: str, body: bytes, query: Mapping[str, str]) -> NewTask:
-    """Read a request for a task. What the body says is preferred to the query."""
+    """Parse a request for a task; the body takes precedence over the query.
+
+    Raises:
+        InvalidInput: A field is missing or malformed.
+        UnsupportedMedia: The type of the body is not supported.
+    """
     kind = content_type.partition(";")[0].strip().lower()
     fields: dict[str, Any] = {}
     if kind == "application/json":
@@ -89,12 +94,12 @@ def parse_new_task(content_type: str, body: bytes, query: Mapping[str, str]) -> 
     name = "task" if "task" in fields and "action" not in fields else "action"
     action = fields.get(name, query.get("action"))
     if action is None:
-        raise InvalidInput("action", "is missing; say which action to run")
+        raise InvalidInput("action", "is missing; name the action to run")
     if not isinstance(action, str):
         raise InvalidInput(name, "must be a text")
     action = action.strip(" \t")
     if name == "task" and action.partition("[")[0] in _REFUSED:
-        raise InvalidInput("task", f"{action.partition('[')[0]} is not run")
+        raise InvalidInput("task", f"{action.partition('[')[0]!r} is not allowed")
     variables = "taskVariables" if "variables" not in fields else "variables"
     wait = fields.get("wait", False)
     if wait not in (True, False, "true", "false") or isinstance(wait, int | float) != (
@@ -104,14 +109,19 @@ def parse_new_task(content_type: str, body: bytes, query: Mapping[str, str]) -> 
     given = _variables(variables, fields.get(variables, {}))
     for field in fields:
         if field.startswith("secret") and field != "secret":
-            # A typing error must not make a password public.
+            # A typo must not make a password public.
             raise InvalidInput(field[:100], "is unknown; secret is a list of names")
     secret = _secret(fields.get("secret", []), given)
     return NewTask(action, given, secret, wait in (True, "true"))
 
 
 def parse_form(content_type: str, body: bytes) -> dict[str, str]:
-    """Return the fields of a form that a browser has sent."""
+    """Return the fields of a form sent by a browser.
+
+    Raises:
+        InvalidInput: The form is malformed.
+        UnsupportedMedia: The body is not a form.
+    """
     if (
         content_type.partition(";")[0].strip().lower()
         != "application/x-www-form-urlencoded"
@@ -154,7 +164,7 @@ def _form(body: bytes) -> dict[str, Any]:
 
 def _json_object(body: bytes) -> dict[str, Any]:
     def refuse(text: str) -> None:
-        raise ValueError(f"{text} is no JSON")
+        raise ValueError(f"{text} is not JSON")
 
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=refuse)
@@ -172,9 +182,9 @@ def _variables(name: str, value: object) -> dict[str, str]:
     result = {}
     for key, item in value.items():
         if isinstance(item, bool) or not isinstance(item, str | int | float):
-            raise InvalidInput(f"{name}.{key[:100]}", "must be a text or a number")
+            raise InvalidInput(f"{name}.{key[:100]}", "must be a string or a number")
         if isinstance(item, float) and not math.isfinite(item):
-            raise InvalidInput(f"{name}.{key[:100]}", "is too large a number")
+            raise InvalidInput(f"{name}.{key[:100]}", "is too large")
         try:
             result[key] = str(item)
         except ValueError:
@@ -187,7 +197,7 @@ def _secret(names: object, variables: Mapping[str, str]) -> frozenset[str]:
         raise InvalidInput("secret", "must be a list of names of variables")
     for name in names:
         if name not in variables:
-            # A typing error must not make a password public.
+            # A typo must not make a password public.
             raise InvalidInput("secret", f"there is no variable {name[:100]!r}")
     return frozenset(names)
 
@@ -236,7 +246,7 @@ def parse_choice(
 
 
 def parse_needle(query: Mapping[str, str]) -> str:
-    """Return what lines shall be searched for."""
+    """Return the text to search for."""
     text = query.get("text", "")
     if not 1 <= len(text) <= MAX_TEXT or "\n" in text:
         raise InvalidInput("text", f"must be 1 to {MAX_TEXT} characters of one line")
@@ -244,7 +254,7 @@ def parse_needle(query: Mapping[str, str]) -> str:
 
 
 def parse_task_query(query: Mapping[str, str]) -> TaskQuery:
-    """Return which tasks a list shall hold."""
+    """Return the tasks that a list is to have."""
     _check_no_nul(query, "app", "env", "user", "text")
     limit = parse_number(query, "limit", 100, MAX_LIST)
     if limit == 0:

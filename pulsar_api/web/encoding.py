@@ -1,4 +1,4 @@
-"""What answers say: tasks, jobs, events and problems as JSON."""
+"""Responses as JSON: tasks, jobs, events and problems."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ def problem(
 
 def encode(value: object) -> bytes:
     """Return a value as JSON, one line."""
-    # Half a surrogate pair, which JSON can say and UTF-8 cannot, becomes a question mark.
+    # Half a surrogate pair, which UTF-8 cannot encode, becomes a question mark.
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
@@ -48,8 +48,8 @@ def _time(seconds: float | None) -> str | None:
     return text.replace("+00:00", "Z")
 
 
-UNREADABLE = "What it printed cannot be read: its files are gone or damaged."
-"""What `with_output` notes."""
+UNREADABLE = "The output cannot be read: its files are missing or damaged."
+"""The note that `with_output` adds."""
 
 
 def with_output(snapshot: TaskSnapshot, folder: Path) -> tuple[TaskSnapshot, Output]:
@@ -113,12 +113,12 @@ def task_url(base: str, task_id: int) -> str:
 
 
 def list_head(base: str) -> bytes:
-    """Return how the answer with a list of tasks begins."""
+    """Return the beginning of a response with a list of tasks."""
     return f"{json_stream.opened({'url': f'{base}/pulsar/index.html'}, 'tasks')}{{".encode()
 
 
 LIST_TAIL = b"}}\n"
-"""How that answer ends."""
+"""The end of such a response."""
 
 
 def list_entry(
@@ -131,14 +131,14 @@ def list_entry(
 
 @frozen
 class Part:
-    """Which bytes of a task's output an answer holds."""
+    """The bytes of a task's output that a response has."""
 
     start: int
     end: int
 
     @classmethod
     def chosen(cls, how: str, snapshot: TaskSnapshot, output: Output) -> "Part":
-        """Return all of it, its tail, or nothing, as ``how`` says."""
+        """Return all of the output, its tail or nothing: ``full``, ``tail`` or ``none``."""
         size = snapshot.output_size
         if isinstance(output, Missing):
             how = "none"
@@ -147,7 +147,7 @@ class Part:
 
     @property
     def size(self) -> int:
-        """How many bytes that are."""
+        """The number of bytes."""
         return self.end - self.start
 
 
@@ -174,7 +174,7 @@ def task_pieces(
 
 
 def job_fields(snapshot: TaskSnapshot) -> dict[str, object]:
-    """Return a task as that release showed it, without what it printed."""
+    """Return a task as a job of release 0.6, without its output."""
     spec = snapshot.spec
     status = "FAILED" if snapshot.status is Status.LOST else snapshot.status.value.upper()
     if snapshot.killed_by is not None and not snapshot.status.ended:
