@@ -1,4 +1,4 @@
-"""Tests of runs: the real shim, real processes, the real reactor."""
+"""Tests of runs with the real shim, real processes and the real reactor."""
 
 import errno
 import fcntl
@@ -62,18 +62,21 @@ MEASURED = (
         *(sys.executable, shim.__file__),
     )
 )
-"""How the daemon starts a shim, but with its lines counted if those of the tests are."""
+"""The command that starts a shim.
+
+Coverage is measured in it if it is measured in the tests.
+"""
 
 
 def adjusted(*lines: str, launcher: Sequence[str] = MEASURED) -> Sequence[str]:
-    """Return how a shim is started in which lines of Python have changed something."""
+    """Return the command of a shim that runs these lines of Python before it starts."""
     begin = ("import os, sys", f"sys.path.insert(0, {str(Path(shim.__file__).parent)!r})")
     code = "\n".join([*begin, "import shim", *lines, "os._exit(shim.main(sys.argv[1]))"])
     return (*launcher[:-1], "-c", code)
 
 
 def held(go: Path) -> Sequence[str]:
-    """Return how a shim is started that waits for a file first."""
+    """Return the command of a shim that waits for a file before it starts."""
     wait = f'while ! [ -e {shlex.quote(str(go))} ]; do sleep 0.01; done; exec "$@"'
     return ("/bin/sh", "-c", wait, "sh", *MEASURED)
 
@@ -83,16 +86,16 @@ MARK = "TEST_MARK"
 MACHINE = LocalMachine(reactor)
 
 LATE = 1.0
-"""Seconds after the grace within which nothing of a task is left."""
+"""Seconds after the grace period within which all processes of a task must be gone."""
 NOISE = 2.0
-"""Seconds that a busy machine with two cores may add to what takes milliseconds."""
+"""Seconds that a busy machine with two cores may add to a step of milliseconds."""
 
 
-# -- what the tests share
+# -- helpers
 
 
 async def until(condition: Callable[[], T], what: str) -> T:
-    """Return what a condition gives as soon as that is true; the reactor goes on."""
+    """Return the first true value of a condition. The reactor runs meanwhile."""
     end = time.monotonic() + PATIENCE
     while not (value := condition()):
         assert time.monotonic() < end, f"waited in vain for {what}"
@@ -135,17 +138,17 @@ class Started:
 
     @property
     def output(self) -> bytes:
-        """What is in the output file."""
+        """Return the bytes of the output file."""
         path = self.folder / "output"
         return path.read_bytes() if path.exists() else b""
 
     @property
     def records(self) -> list[Record]:
-        """What is in the index."""
+        """Return the records of the index."""
         return list(Output(self.folder).records())
 
     def stream(self, code: int) -> bytes:
-        """Return one of the two streams, put together again."""
+        """Return the bytes of one stream, put together again."""
         whole, result, begin = self.output, b"", 0
         for record in self.records:
             if record.code in {shim.STDOUT, shim.STDERR}:
@@ -155,34 +158,34 @@ class Started:
         return result
 
     def at(self, code: int) -> float:
-        """Return when (seconds since the epoch) the first record of a kind was made."""
+        """Return the time of the first record of a kind, in seconds since the epoch."""
         clock = next(r for r in self.records if r.code == shim.CLOCK)
         found = next(r for r in self.records if r.code == code)
         return (clock.number - clock.at + found.at) / 1000
 
     @property
     def result_at(self) -> float:
-        """When the result was written."""
+        """Return the time at which the result was written."""
         return (self.folder / "exit").stat().st_mtime
 
     @property
     def shim(self) -> int:
-        """The process number of the shim, which may have no lock yet."""
+        """Return the process number of the shim, which may not hold its lock yet."""
         return int(self.run.transport.pid)  # type: ignore[attr-defined]
 
     @property
     def watcher(self) -> int:
-        """The process number of the shim."""
+        """Return the process number of the shim, read from its lock."""
         return shim_of(self.folder)
 
     async def prints(self, text: bytes) -> None:
-        """Wait until the command has printed something."""
+        """Wait until the command has printed a text."""
         await until(lambda: text in self.output, f"{text!r} in the output")
 
 
 @define
 class Runner:
-    """Starts commands whose processes can be found again by their mark."""
+    """Starts commands and finds their processes again by a mark."""
 
     tasks: Path
     mark: str = field(factory=lambda: uuid4().hex)
@@ -193,7 +196,7 @@ class Runner:
 
     @property
     def executor(self) -> ShimExecutor:
-        """The executor under test."""
+        """Return the executor under test."""
         return ShimExecutor(
             LocalMachine(reactor, self.launcher),
             reactor,
@@ -205,7 +208,7 @@ class Runner:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a command gets unless its test says otherwise."""
+        """Return the environment of a command, unless its test gives another."""
         return {"PATH": os.environ["PATH"], MARK: self.mark}
 
     def start(
@@ -242,18 +245,18 @@ class Runner:
         return self.start(*PYTHON, text, *arguments, grace=grace)
 
     def adopt(self, number: int = 1, permit: str | None = None) -> Started:
-        """Follow task 1 as a daemon does that did not start it."""
+        """Follow task 1 as a daemon does after a restart."""
         sink = RecordingSink()
         run = self.executor.adopt(number, permit, Bounds(5), sink)
         self.runs.append(run)
         return Started(run, sink, self.tasks / str(number))
 
     def left(self) -> list[int]:
-        """Return the processes of the commands that are alive."""
+        """Return the living processes of the commands."""
         return marked(f"{MARK}={self.mark}")
 
     def kill_left(self) -> bool:
-        """Kill them; return whether there was none any more."""
+        """Kill the living processes of the commands, and return whether there were none."""
         left = self.left()
         for pid in left:
             with suppress(ProcessLookupError):
@@ -263,7 +266,7 @@ class Runner:
 
 @pytest.fixture
 def runner(tmp_path: Path) -> Iterator[Runner]:
-    """Return a runner; what its commands leave ends with the test."""
+    """Yield a runner. All processes of its commands end with the test."""
     runner = Runner(tmp_path / "tasks")
     runner.tasks.mkdir()
     yield runner
@@ -273,7 +276,7 @@ def runner(tmp_path: Path) -> Iterator[Runner]:
     for lock in locks:
         end_shim(lock)
     wait_for(runner.kill_left, "the end of all that this test started")
-    # One may wait for what a failed test has not given it, even for its lock.
+    # A shim of a failed test may still wait for something, even for its lock.
     for lock in locks:
         end_shim(lock, signal.SIGKILL)
     for run in runner.runs:
@@ -283,12 +286,12 @@ def runner(tmp_path: Path) -> Iterator[Runner]:
     wait_for(lambda: not any(map(shim_lives, locks)), "the end of the shims")
 
 
-# -- how a command ends
+# -- the end of a command
 
 
 @pytest.mark.parametrize("code", [0, 1, 3, 127, 128, 143, 255])
-async def test_an_exit_code_is_reported_as_it_is(runner: Runner, code: int) -> None:
-    """Whatever a command exits with is the code of the result; nothing is a signal."""
+async def test_an_exit_code_is_reported_unchanged(runner: Runner, code: int) -> None:
+    """No exit code is read as a signal, not even one above 128."""
     started = runner.sh(f"exit {code}")
     exit = await started.sink.end()
     assert (exit.code, exit.signal, exit.error) == (code, None, None)
@@ -296,13 +299,16 @@ async def test_an_exit_code_is_reported_as_it_is(runner: Runner, code: int) -> N
 
 
 def ended_at(exit: Exit) -> float:
-    """Return when a run ended, which is known of every one that a shim saw end."""
+    """Return the time of the end, which every result of a shim has."""
     assert exit.ended_at is not None
     return exit.ended_at
 
 
-async def test_a_run_is_told_as_start_then_output_then_one_end(runner: Runner) -> None:
-    """The usual launcher works; the sink hears the pid, growing sizes, and one end."""
+async def test_a_sink_hears_a_start_then_output_then_one_end(runner: Runner) -> None:
+    """It hears one pid, growing sizes and one result.
+
+    The shim is started without changes.
+    """
     runner.launcher = SHIM_COMMAND
     begin = time.time()
     started = runner.sh("echo $$; echo no >&2; exit 3")
@@ -329,12 +335,12 @@ async def test_a_run_is_told_as_start_then_output_then_one_end(runner: Runner) -
         (64, "SIGRTMAX"),
     ],
 )
-async def test_death_by_a_signal_has_the_signals_name_and_no_code(
+async def test_a_command_killed_by_a_signal_has_the_name_of_the_signal_and_no_code(
     runner: Runner, number: int, name: str
 ) -> None:
-    """A command that a signal ended has no exit code, also with a real-time signal."""
+    """Real-time signals are among them."""
     started = runner.python(f"import os; os.kill(os.getpid(), {number})")
-    if number == signal.SIGPIPE:  # which Python ignores
+    if number == signal.SIGPIPE:  # Python ignores it
         started = runner.start("/bin/sh", "-c", "kill -PIPE $$", number=2)
     exit = await started.sink.end()
     assert (exit.code, exit.signal, exit.error) == (None, name, None)
@@ -353,16 +359,16 @@ async def test_death_by_a_signal_has_the_signals_name_and_no_code(
         (":", False),
     ],
 )
-async def test_a_promised_last_line_decides_whether_code_0_is_good(
+async def test_the_required_last_line_decides_whether_code_0_is_success(
     runner: Runner, last: str, *, good: bool
 ) -> None:
-    """Only the last line of standard output counts, and all of it."""
+    """Only the last line of standard output counts, and it must match completely."""
     started = runner.start("/bin/sh", "-c", f"echo begin; {last}", last_line="done")
     exit = await started.sink.end()
     assert (exit.code, exit.good) == (0, good)
 
 
-# -- what it is told to do
+# -- the spec of a command
 
 texts = st.text(
     st.characters(exclude_categories=["Cs"]) | st.sampled_from("\0=\udc80\udcff")
@@ -370,19 +376,19 @@ texts = st.text(
 
 
 def raw(text: str) -> bytes:
-    """Return a text as the kernel gets it."""
+    """Return a text as the kernel receives it."""
     return text.encode("utf-8", "surrogateescape")
 
 
 class NoProcess:
-    """Stands for a reactor that starts nothing, so that the file ``spec`` stays."""
+    """A reactor that starts nothing, so that the file ``spec`` is not removed."""
 
     def spawnProcess(self, *_: object, **__: object) -> None:
         """Start nothing."""
 
 
 def written(folder: str, command: Command, bounds: Bounds) -> bytes:
-    """Return what a shim is told."""
+    """Return the spec that the executor writes for a shim."""
     machine = LocalMachine(NoProcess())
     executor = ShimExecutor(machine, Clock(), Path(folder), str, 0o27, 99)
     (Path(folder) / "1").mkdir()
@@ -396,10 +402,10 @@ def written(folder: str, command: Command, bounds: Bounds) -> bytes:
     st.lists(st.text(min_size=1).map(str.encode)),
     st.text(),
 )
-def test_a_shim_reads_what_was_written_for_it(
+def test_a_shim_reads_the_spec_that_the_executor_wrote(
     arguments: list[str], environment: dict[str, str], secrets: list[bytes], line: str
 ) -> None:
-    """Whatever stands in a text, it is that text: no sign separates one from the next."""
+    """No character in a text acts as a separator."""
     command = Command(tuple(arguments), environment, last_line=line, secrets=tuple(secrets))
     with tempfile.TemporaryDirectory() as folder:
         spec = shim.Spec(written(folder, command, Bounds(1.5, 2, 3, 4)))
@@ -412,20 +418,20 @@ def test_a_shim_reads_what_was_written_for_it(
     assert spec.environment == {**pairs, raw(orphans.MARK): raw(f"{folder}/1")}
 
 
-def test_a_spec_that_was_cut_is_not_read(tmp_path: Path) -> None:
-    """Half of an environment would be another one."""
+def test_a_truncated_spec_is_refused(tmp_path: Path) -> None:
+    """A shim must not start a command with half of its environment."""
     whole = written(str(tmp_path), Command(("x", "y"), {"a": "b"}), Bounds(1))
     shim.Spec(whole)
     for length in range(len(whole)):
-        with pytest.raises(ValueError):  # noqa: PT011 - of several kinds
+        with pytest.raises(ValueError):  # noqa: PT011 - several kinds
             shim.Spec(whole[:length])
 
 
-# -- what cannot be started
+# -- commands that cannot start
 
 
 async def has_not_started(started: Started) -> str:
-    """Check that a command never ran, and return why."""
+    """Check that a command never ran, and return the reason."""
     exit = await started.sink.end()
     assert (exit.code, exit.signal, exit.lost) == (None, None, False)
     assert (started.output, started.sink.pids, started.sink.sizes) == (b"", [], [])
@@ -435,8 +441,8 @@ async def has_not_started(started: Started) -> str:
     return exit.error
 
 
-async def test_nul_sets_no_other_variable(runner: Runner) -> None:
-    """Nor ends an argument: the command is not started, and the reason says why."""
+async def test_nul_cannot_set_another_variable(runner: Runner) -> None:
+    """Nor can it end an argument. The command does not start, and the reason says why."""
     forged = {"x=1\0FORGED": "1"}, {"x": "1\0FORGED=1"}, {"a=b": "c"}
     for number, more in enumerate(forged, 1):
         environment = {**runner.environment, **more}
@@ -448,8 +454,8 @@ async def test_nul_sets_no_other_variable(runner: Runner) -> None:
     assert why == "cannot start /bin/echo: embedded null byte"
 
 
-async def test_a_command_that_is_in_no_folder_of_path_is_an_error(runner: Runner) -> None:
-    """The reason names the command; it is looked up in the PATH of the command."""
+async def test_a_command_missing_from_path_is_an_error(runner: Runner) -> None:
+    """The reason names the command. The search uses the PATH of the command."""
     why = await has_not_started(runner.start("no-such-program"))
     assert why == "cannot start no-such-program: not found in PATH"
     environment = {"PATH": "/var/empty::/nowhere"}
@@ -463,33 +469,35 @@ async def test_a_command_that_is_in_no_folder_of_path_is_an_error(runner: Runner
 
 
 async def test_an_empty_name_is_an_error(runner: Runner) -> None:
-    """A template may begin with an empty argument; that it cannot run is no riddle."""
+    """A template can begin with an argument that turns out empty."""
     why = await has_not_started(runner.start(""))
     assert why.startswith("cannot start ")
 
 
-async def test_without_path_a_usual_one_is_taken(runner: Runner) -> None:
+async def test_without_path_a_default_path_is_searched(runner: Runner) -> None:
     """A command with an empty environment is still found."""
     exit = await runner.start("true", environment={}).sink.end()
     assert (exit.code, exit.error) == (0, None)
 
 
 async def test_a_missing_file_is_an_error(runner: Runner) -> None:
-    """A name with a slash is no matter of PATH."""
+    """A name with a slash is not searched in PATH."""
     why = await has_not_started(runner.start("/no/such/file"))
     assert why == "cannot start /no/such/file: No such file or directory"
 
 
-async def test_a_name_is_shown_whole_whatever_is_in_it(runner: Runner) -> None:
-    """What separates lines in Unicode or is no UTF-8 does not cut the reason short."""
+async def test_a_reason_shows_the_whole_name_of_a_command(runner: Runner) -> None:
+    """Unicode line separators and invalid UTF-8 do not cut the reason short."""
     name = "/no/line\u2028code 0\x85\r\x0cend\udcff"
     why = await has_not_started(runner.start(name))
     assert why.startswith("cannot start /no/line")
     assert why.endswith("end\ufffd: No such file or directory")
 
 
-async def test_what_is_not_executable_is_an_error(runner: Runner, tmp_path: Path) -> None:
-    """No permission is said, also when it was found through PATH."""
+async def test_a_file_that_is_not_executable_is_an_error(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """The reason is the missing permission, even for a file found through PATH."""
     (tmp_path / "deploy").write_text("#!/bin/sh\n")
     why = await has_not_started(runner.start(str(tmp_path / "deploy")))
     assert why.endswith(": Permission denied")
@@ -498,10 +506,10 @@ async def test_what_is_not_executable_is_an_error(runner: Runner, tmp_path: Path
     assert why == "cannot start deploy: Permission denied"
 
 
-async def test_a_later_folder_of_path_may_have_what_an_earlier_one_cannot_run(
+async def test_a_file_that_is_not_executable_does_not_hide_a_later_one_in_path(
     runner: Runner, tmp_path: Path
 ) -> None:
-    """As in a shell, what is not executable does not hide what is."""
+    """A shell searches in the same way."""
     (tmp_path / "true").write_text("")
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     exit = await runner.start("true", environment=environment).sink.end()
@@ -511,7 +519,7 @@ async def test_a_later_folder_of_path_may_have_what_an_earlier_one_cannot_run(
 async def test_a_script_without_an_interpreter_line_is_an_error(
     runner: Runner, tmp_path: Path
 ) -> None:
-    """No shell steps in for what the kernel cannot run."""
+    """No shell runs a file that the kernel cannot execute."""
     path = tmp_path / "deploy"
     path.write_text("echo hello\n")
     path.chmod(0o755)
@@ -519,7 +527,9 @@ async def test_a_script_without_an_interpreter_line_is_an_error(
     assert why == f"cannot start {path}: Exec format error"
 
 
-async def test_a_folder_that_is_gone_is_an_error(runner: Runner, tmp_path: Path) -> None:
+async def test_a_missing_working_directory_is_an_error(
+    runner: Runner, tmp_path: Path
+) -> None:
     """The reason names the folder, not the command."""
     gone = str(tmp_path / "gone")
     why = await has_not_started(runner.start("true", directory=gone))
@@ -527,13 +537,13 @@ async def test_a_folder_that_is_gone_is_an_error(runner: Runner, tmp_path: Path)
 
 
 async def test_arguments_that_are_too_long_are_an_error(runner: Runner) -> None:
-    """The kernel takes no argument of 128 KiB or more, and that is what is said."""
+    """The kernel accepts no argument of 128 KiB or more, and the reason says so."""
     why = await has_not_started(runner.start("true", "x" * (1 << 17)))
     assert why == "cannot start true: Argument list too long"
 
 
-async def test_a_task_folder_that_cannot_be_made_is_an_error(runner: Runner) -> None:
-    """The sink is told, not before ``start`` has returned."""
+async def test_a_task_folder_that_cannot_be_created_is_an_error(runner: Runner) -> None:
+    """The sink hears of it only after ``start`` has returned."""
     runner.tasks.rmdir()
     runner.tasks.write_text("a file")
     started = runner.start("true")
@@ -544,10 +554,10 @@ async def test_a_task_folder_that_cannot_be_made_is_an_error(runner: Runner) -> 
     started.run.kill()
 
 
-async def test_a_compiled_shim_is_a_copy_of_our_own(
+async def test_a_compiled_shim_is_a_copy(
     runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An upgrade of the package does not change what a running daemon starts."""
+    """An upgrade of the package does not change the shims of a running daemon."""
     source = tmp_path / "shim.py"
     shutil.copyfile(shim.__file__, source)
     monkeypatch.setattr(shim, "__file__", str(source))
@@ -556,22 +566,22 @@ async def test_a_compiled_shim_is_a_copy_of_our_own(
     assert (await runner.start("true").sink.end()).code == 0
 
 
-def test_without_room_for_a_copy_the_shim_of_the_package_is_used(tmp_path: Path) -> None:
-    """A daemon has to start also when the disk is full."""
+def test_without_space_for_a_copy_the_shim_of_the_package_runs(tmp_path: Path) -> None:
+    """A daemon must be able to start on a full disk."""
     (tmp_path / "file").touch()
     assert programs.compiled(tmp_path / "file").shim == SHIM_COMMAND
 
 
 async def test_a_shim_that_cannot_be_started_is_an_error(runner: Runner) -> None:
-    """The command has not run and never will; killing it is harmless."""
+    """The command has not run and never will. A kill is harmless."""
     runner.launcher = ("/no/such/python", shim.__file__)
     started = runner.start("true")
     started.run.kill()
     assert "No such file" in await has_not_started(started)
 
 
-async def test_what_a_broken_shim_complains_of_is_the_reason(runner: Runner) -> None:
-    """The last line of its standard error says why nothing was started."""
+async def test_the_complaint_of_a_broken_shim_is_the_reason(runner: Runner) -> None:
+    """The last line of its standard error explains why the command did not start."""
     runner.launcher = ("/bin/sh", "-c", "echo one >&2; echo two >&2; exit 3")
     why = await has_not_started(runner.start("true"))
     assert why == "cannot start the process that watches the command: two"
@@ -580,18 +590,18 @@ async def test_what_a_broken_shim_complains_of_is_the_reason(runner: Runner) -> 
     assert why == "cannot start the process that watches the command: exit status 3"
 
 
-# -- what a command finds
+# -- the environment of a command
 
 
-async def test_standard_input_is_at_its_end(runner: Runner) -> None:
-    """Whoever reads gets nothing at once."""
+async def test_standard_input_is_empty(runner: Runner) -> None:
+    """A command that reads it gets the end of the file at once."""
     started = runner.sh("cat; readlink /proc/self/fd/0")
     assert (await started.sink.end()).code == 0
     assert started.output == b"/dev/null\n"
 
 
 async def test_the_environment_is_exactly_the_given_one(runner: Runner) -> None:
-    """Only the mark by which a lost task's processes are known is added."""
+    """The shim adds only the mark that identifies the processes of a lost task."""
     environment = {
         "PATH": os.environ["PATH"],
         "EMPTY": "",
@@ -608,8 +618,8 @@ async def test_the_environment_is_exactly_the_given_one(runner: Runner) -> None:
     assert set(started.output.split(b"\0")) == {*wanted, mark, b""}
 
 
-async def test_arguments_arrive_as_they_are(runner: Runner) -> None:
-    """Each is one argument, also an empty one or one with everything in it."""
+async def test_arguments_arrive_unchanged(runner: Runner) -> None:
+    """Each is one argument, even if it is empty or full of special characters."""
     arguments = ["", "a b", "*", "$(id)", "--", "-x", "two\nlines", "✓", "\udcff", ""]
     started = runner.start("printf", "%s\\0", *arguments)
     await started.sink.end()
@@ -617,8 +627,13 @@ async def test_arguments_arrive_as_they_are(runner: Runner) -> None:
     assert started.output.split(b"\0")[:-1] == wanted
 
 
-async def test_a_command_starts_in_its_folder(runner: Runner, tmp_path: Path) -> None:
-    """A relative name is looked for there; without a folder it is the root."""
+async def test_a_command_starts_in_its_working_directory(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """A relative name is looked up there.
+
+    Without a directory the command starts in the root.
+    """
     folder = tmp_path / "here"
     folder.mkdir()
     (folder / "run").write_text("#!/bin/sh\npwd -P\n")
@@ -631,8 +646,8 @@ async def test_a_command_starts_in_its_folder(runner: Runner, tmp_path: Path) ->
     assert started.output == b"/\n"
 
 
-async def test_umask_and_open_files_are_those_that_were_ordered(runner: Runner) -> None:
-    """The daemon's own, which may differ, are not inherited."""
+async def test_umask_and_limit_of_open_files_come_from_the_executor(runner: Runner) -> None:
+    """A command does not inherit those of the daemon."""
     runner.umask, runner.files = 0o027, 77
     started = runner.sh("umask; ulimit -Sn; ulimit -Hn")
     await started.sink.end()
@@ -642,25 +657,25 @@ async def test_umask_and_open_files_are_those_that_were_ordered(runner: Runner) 
 
 
 async def test_no_signal_is_ignored_or_blocked_in_a_command(runner: Runner) -> None:
-    """Python ignores SIGPIPE; what it starts must not."""
+    """Python ignores SIGPIPE, and a command must not inherit that."""
     started = runner.start("grep", "-E", "Sig(Ign|Blk)", "/proc/self/status")
     await started.sink.end()
     blocked, ignored = (int(line.split()[1], 16) for line in started.output.splitlines())
-    # 32 and 33 belong to the C library, which sets them as it likes.
+    # 32 and 33 belong to the C library, which sets them as it needs.
     assert (blocked, ignored & ~(3 << 31)) == (0, 0)
 
 
-async def test_a_command_has_no_descriptors_but_the_three(runner: Runner) -> None:
-    """No lock, no pipe of somebody else, no database."""
+async def test_a_command_has_only_descriptors_0_to_2(runner: Runner) -> None:
+    """It inherits no lock, no pipe of another task and no database."""
     started = runner.python(
         "import os; print(sorted(map(int, os.listdir('/proc/self/fd'))))"
     )
     await started.sink.end()
-    assert started.output == b"[0, 1, 2, 3]\n"  # 3 is the folder that it reads
+    assert started.output == b"[0, 1, 2, 3]\n"  # 3 is the folder that is listed
 
 
 async def test_a_command_leads_a_process_group_of_its_own(runner: Runner) -> None:
-    """So that what it sends to its group does not reach the shim."""
+    """A signal that it sends to its group does not reach the shim."""
     started = runner.python(
         "import os, signal; print(os.getpgrp() == os.getpid(), flush=True);"
         "os.killpg(0, signal.SIGKILL)"
@@ -669,8 +684,11 @@ async def test_a_command_leads_a_process_group_of_its_own(runner: Runner) -> Non
     assert (started.output, exit.signal) == (b"True\n", "SIGKILL")
 
 
-async def test_what_to_run_is_not_on_disk_once_it_runs(runner: Runner) -> None:
-    """The environment may hold secrets; only the result files stay, for their owner."""
+async def test_the_spec_is_removed_before_the_command_runs(runner: Runner) -> None:
+    """The environment may hold secrets.
+
+    Only result files stay, readable by their owner alone.
+    """
     started = runner.sh("echo ready; exec sleep 60")
     await started.prints(b"ready")
     names = {path.name: path.stat().st_mode & 0o777 for path in started.folder.iterdir()}
@@ -680,11 +698,11 @@ async def test_what_to_run_is_not_on_disk_once_it_runs(runner: Runner) -> None:
     assert sorted(os.listdir(started.folder)) == ["exit", "lock", "output", "output.idx"]
 
 
-# -- what it prints
+# -- output
 
 
-async def test_both_streams_can_be_told_apart_to_the_byte(runner: Runner) -> None:
-    """The index gives back each stream as it was written, and both cover the output."""
+async def test_both_streams_are_restored_to_the_byte(runner: Runner) -> None:
+    """The index returns each stream as it was written, and the streams cover all output."""
     started = runner.python(
         """
 import os, random
@@ -707,10 +725,10 @@ for number in range(3000):
     assert len(started.output) == len(wanted[1]) + len(wanted[2])
 
 
-async def test_what_comes_one_after_the_other_is_kept_in_that_order(
+async def test_output_with_pauses_is_kept_in_order(
     runner: Runner,
 ) -> None:
-    """With time between them, pieces of both streams stand as they were printed."""
+    """With time between them, pieces of both streams are stored as they were printed."""
     started = runner.python(
         """
 import os, sys, time
@@ -728,8 +746,8 @@ for number in range(10):
     assert codes == [shim.STDOUT, shim.STDERR] * 5
 
 
-async def test_times_never_go_back(runner: Runner) -> None:
-    """The index begins with a clock and the start; then its times only grow."""
+async def test_times_never_decrease(runner: Runner) -> None:
+    """The index begins with the clock and the start."""
     started = runner.sh("for i in 1 2 3 4 5; do echo $i; sleep 0.02; done")
     begin = time.time()
     exit = await started.sink.end()
@@ -742,10 +760,10 @@ async def test_times_never_go_back(runner: Runner) -> None:
     assert begin - 1 < started.at(shim.STDOUT) <= ended_at(exit) + 0.01
 
 
-async def test_a_character_that_the_pipe_cuts_in_two_comes_out_whole(
+async def test_a_character_split_between_two_reads_stays_whole(
     runner: Runner, tmp_path: Path
 ) -> None:
-    """The other stream prints in between, and does not cut into the character."""
+    """The other stream prints in between, and its bytes do not split the character."""
     go = tmp_path / "go"
     started = runner.python(
         """
@@ -769,8 +787,8 @@ os.write(1, b"\\xacb\\n")
     assert started.stream(shim.STDERR) == b"xy"
 
 
-async def test_bytes_that_are_no_text_stay_as_they_are(runner: Runner) -> None:
-    """On disk nothing is changed; read as text they become U+FFFD."""
+async def test_invalid_utf_8_is_kept(runner: Runner) -> None:
+    """The bytes on disk are unchanged. Read as text they become U+FFFD."""
     data = b"ok \xff\xfe \xc3( \xed\xa0\x80 \xe2\x82"
     started = runner.python(f"import os; os.write(1, {data!r})")
     exit = await started.sink.end()
@@ -779,10 +797,10 @@ async def test_bytes_that_are_no_text_stay_as_they_are(runner: Runner) -> None:
     assert "".join(Output(started.folder).text(0, 100)) == data.decode("utf-8", "replace")
 
 
-async def test_a_slow_daemon_is_told_the_newest_size(
+async def test_a_slow_daemon_receives_the_newest_size(
     runner: Runner, tmp_path: Path
 ) -> None:
-    """More news than the pipe to the daemon holds neither stops the command nor is lost."""
+    """The command goes on, and no note is lost, while the pipe to the daemon is full."""
     go, wrote = tmp_path / "go", tmp_path / "wrote"
     started = runner.python(
         """
@@ -811,19 +829,23 @@ while not os.path.exists(go):
 # -- background children
 
 
-async def test_a_background_child_delays_the_end_by_the_patience(runner: Runner) -> None:
-    """It holds the pipes and is silent: then the run is over, and that is said."""
+async def test_a_background_child_delays_the_end_by_the_patience_only(
+    runner: Runner,
+) -> None:
+    """A silent child holds the pipes. The run ends all the same, and its result says so."""
     started = runner.sh("echo one; sleep 60 & echo two; exit 5")
     exit = await started.sink.end()
     assert (exit.code, exit.forced, exit.open) == (5, False, True)
     assert started.output == b"one\ntwo\n"
     took = started.result_at - ended_at(exit)
     assert shim.PATIENCE - 0.1 < took < shim.PATIENCE + NOISE
-    assert len(runner.left()) == 1  # nobody asked to end it
+    assert len(runner.left()) == 1  # the run ended by itself
 
 
-async def test_what_a_background_child_prints_soon_is_kept(runner: Runner) -> None:
-    """It ends within the patience, and the run then does not wait longer."""
+async def test_output_of_a_background_child_within_the_patience_is_kept(
+    runner: Runner,
+) -> None:
+    """When the child ends within the patience, the run ends with it."""
     started = runner.sh("echo soon; (sleep 0.2; echo late) & exit 0")
     exit = await started.sink.end()
     assert started.output == b"soon\nlate\n"
@@ -832,10 +854,10 @@ async def test_what_a_background_child_prints_soon_is_kept(runner: Runner) -> No
 
 
 @pytest.mark.parametrize("pause", [0.4, 1])
-async def test_the_last_of_the_output_may_take_its_time(
+async def test_each_line_of_a_background_child_renews_the_patience(
     runner: Runner, pause: float
 ) -> None:
-    """Who prints line by line gets the patience anew with each line."""
+    """Output that comes line by line is not cut off."""
     filter = f'while read -r l; do sleep {pause}; echo "[log] $l"; done'
     script = f"exec > >({filter}); for i in 1 2 3 4 5 6; do echo $i; done"
     started = runner.start("/bin/bash", "-c", script)
@@ -844,8 +866,8 @@ async def test_the_last_of_the_output_may_take_its_time(
     assert (exit.code, exit.open) == (0, False)
 
 
-def test_patience_with_the_pipes_has_a_bound(tmp_path: Path) -> None:
-    """However often somebody prints; silence ends it earlier."""
+def test_the_patience_for_open_pipes_is_limited(tmp_path: Path) -> None:
+    """The limit holds however often a child prints. Silence ends the patience earlier."""
     told = written(str(tmp_path), Command(("true",), {}), Bounds(5))
     tree = shim.Tree(b"")
     deadlines = shim.Deadlines(shim.Spec(told), shim.Recorder(-1, 0), tree)
@@ -857,12 +879,12 @@ def test_patience_with_the_pipes_has_a_bound(tmp_path: Path) -> None:
     assert deadlines.pipes_until() == 1000 + shim.LONGEST
 
 
-async def test_a_background_child_that_prints_for_ever_cannot_keep_the_run(
+async def test_a_background_child_that_prints_for_ever_does_not_keep_the_run_alive(
     runner: Runner,
 ) -> None:
-    """What it has printed so far is kept, to the byte that the result says."""
+    """Its output so far is kept, up to the size in the result."""
     runner.launcher = adjusted("shim.LONGEST = 1.5")
-    # In small pieces, so that there are very many of them when the run ends.
+    # Small pieces, so that very many of them wait when the run ends.
     started = runner.sh("while :; do echo more; done & exit 6")
     exit = await started.sink.end()
     assert (exit.code, exit.error, exit.open) == (6, None, True)
@@ -872,12 +894,12 @@ async def test_a_background_child_that_prints_for_ever_cannot_keep_the_run(
     assert [process.pid for process in exit.left] == runner.left()
 
 
-async def test_what_is_in_the_pipes_when_the_patience_ends_is_kept(
+async def test_output_in_the_pipes_at_the_end_of_the_patience_is_kept(
     runner: Runner, tmp_path: Path
 ) -> None:
-    """It was printed before the end of the run, even if the shim came late to read it."""
+    """It was printed before the run ended, even if the shim reads it late."""
     go, wrote = tmp_path / "go", tmp_path / "wrote"
-    # O_DIRECT makes a pipe return what was written by one write(2) at a time.
+    # With O_DIRECT each read of a pipe returns the bytes of one write(2).
     started = runner.python(
         """
 import fcntl, os, sys, time
@@ -906,10 +928,10 @@ time.sleep(60)
     assert started.output == b"".join(b"%03d\n" % number for number in range(200))
 
 
-def test_any_number_of_pieces_may_wait_to_be_written(
+def test_any_number_of_pieces_can_wait_to_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are written in their order, each with its record."""
+    """They are written in order, each with its record."""
     monkeypatch.chdir(tmp_path)
     here = os.open(".", os.O_RDONLY)
     told = written(str(tmp_path), Command(("true",), {}), Bounds(5))
@@ -931,7 +953,7 @@ def test_any_number_of_pieces_may_wait_to_be_written(
     assert records[-1].number == (tmp_path / "output").stat().st_size
 
 
-async def test_streams_may_be_closed_early(runner: Runner) -> None:
+async def test_a_command_may_close_its_streams_early(runner: Runner) -> None:
     """The end of both streams is not the end of the command."""
     started = runner.sh("echo a; exec >&-; echo b >&2; exec 2>&-; sleep 0.3; exit 4")
     exit = await started.sink.end()
@@ -940,7 +962,7 @@ async def test_streams_may_be_closed_early(runner: Runner) -> None:
     assert ended_at(exit) - started.at(shim.STDERR) > 0.2
 
 
-# -- what a task leaves behind
+# -- processes that outlive a task
 
 SERVER = """
 import os, sys, time
@@ -954,20 +976,22 @@ for number in range(40):
 os.mkdir(sys.argv[2])
 time.sleep(60)
 """
-"""A server that is left behind and prints more than the pipes hold."""
+"""A background server that prints more than the pipes hold."""
 
 
 def descriptors(pid: int) -> list[str]:
-    """Return what the descriptors of a process are."""
+    """Return the targets of a process's descriptors."""
     found = []
     for path in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # that of this very listing
+        with suppress(FileNotFoundError):  # the descriptor of this listing
             found.append(str(path.readlink()))
     return sorted(found)
 
 
-async def test_what_a_task_leaves_behind_lives_on(runner: Runner, tmp_path: Path) -> None:
-    """Somebody reads what it prints, else it would die of SIGPIPE or wait for ever."""
+async def test_a_process_that_outlives_its_task_lives_on(
+    runner: Runner, tmp_path: Path
+) -> None:
+    """The shim reads its output, else it would die of SIGPIPE or block for ever."""
     go, wrote = tmp_path / "go", tmp_path / "wrote"
     runner.launcher = adjusted("shim.PATIENCE = 0.2")
     started = runner.python(SERVER, str(go), str(wrote))
@@ -976,13 +1000,13 @@ async def test_what_a_task_leaves_behind_lives_on(runner: Runner, tmp_path: Path
     go.touch()
     await until(wrote.exists, "the end of what it prints")
     assert len(runner.left()) == 1
-    # What is printed after the end of a task is not kept.
+    # Output after the end of a task is discarded.
     assert started.output == b"up\n"
     assert exit.output_size == 3
 
 
-async def test_a_result_says_what_still_runs(runner: Runner) -> None:
-    """Number, time of start, name and user; whether or not it holds the pipes."""
+async def test_a_result_names_the_processes_that_still_run(runner: Runner) -> None:
+    """It gives number, start time, name and user, whether or not they hold the pipes."""
     started = runner.sh("sleep 60 >/dev/null 2>&1 & echo $!; exit 3")
     exit = await started.sink.end()
     (left,) = exit.left
@@ -992,8 +1016,8 @@ async def test_a_result_says_what_still_runs(runner: Runner) -> None:
     assert str(left) == f"{left.pid} sleep ({left.user})"
 
 
-async def test_who_has_ended_is_not_left(runner: Runner) -> None:
-    """A process that only waits for its parent does not count, its parent does."""
+async def test_a_zombie_is_not_listed_in_a_result(runner: Runner) -> None:
+    """Its parent, which has not waited for it, is listed."""
     started = runner.python(
         """
 import os, time
@@ -1010,8 +1034,10 @@ time.sleep(60)
     assert [process.pid for process in exit.left] == runner.left()
 
 
-async def test_who_goes_on_without_its_first_thread_is_left(runner: Runner) -> None:
-    """It looks like a process that has ended, and runs."""
+async def test_a_process_without_its_main_thread_is_listed_in_a_result(
+    runner: Runner,
+) -> None:
+    """It looks like a zombie, but its other threads run."""
     code = HEADLESS.replace("import ctypes", "import os, ctypes").replace(
         "threading.Thread", "os.fork() and (time.sleep(0.5), os._exit(0))\nthreading.Thread"
     )
@@ -1022,8 +1048,8 @@ async def test_who_goes_on_without_its_first_thread_is_left(runner: Runner) -> N
     assert len(exit.left) == 1
 
 
-async def test_the_name_of_what_is_left_is_one_line(runner: Runner) -> None:
-    """Whatever a process calls itself; and nothing of its arguments is told."""
+async def test_the_name_of_a_listed_process_is_one_line(runner: Runner) -> None:
+    """Any name stays on one line, and arguments are not shown."""
     started = runner.python(
         """
 import os, time
@@ -1041,15 +1067,15 @@ time.sleep(60)
     assert b"s3cret" not in (started.folder / "exit").read_bytes()
 
 
-async def test_a_result_names_at_most_fifty(runner: Runner) -> None:
-    """It stays small, however many are left."""
+async def test_a_result_names_at_most_fifty_processes(runner: Runner) -> None:
+    """A result stays small however many processes run."""
     script = "for i in $(seq 60); do sleep 60 >/dev/null 2>&1 & done"
     exit = await runner.sh(script).sink.end()
     assert len({process.pid for process in exit.left}) == shim.LISTED == 50
 
 
 def test_a_user_without_a_name_is_a_number(tmp_path: Path) -> None:
-    """A result may name whoever has no account here."""
+    """A process in a result can belong to a user without an account on this machine."""
     lines = ["ended 1.5", "cause kill", "forced 1", "size 7", "open 1", "signal 9"]
     left = ["left 12 345 54321 one", "left 13 346 0 two words", "left 14 347 0 "]
     (tmp_path / "exit").write_text("\n".join([*lines, *left, ""]))
@@ -1066,8 +1092,8 @@ def test_a_user_without_a_name_is_a_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "script", ["exit 127", "kill -9 $$", "sleep 60 >/dev/null 2>&1 & exit 0"]
 )
-async def test_damaged_result_is_lost(runner: Runner, script: str) -> None:
-    """A part of it, or what has two outcomes, is never taken for a result."""
+async def test_a_damaged_result_is_lost(runner: Runner, script: str) -> None:
+    """A part of a result, or one with two outcomes, is never accepted."""
     started = runner.sh(script)
     exit = await started.sink.end()
     path = started.folder / "exit"
@@ -1083,10 +1109,11 @@ async def test_damaged_result_is_lost(runner: Runner, script: str) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["code 127", "signal 9", "error cannot start x"])
-def test_result_of_an_older_shim_is_read_if_it_is_whole(
-    tmp_path: Path, outcome: str
-) -> None:
-    """It has no last line that says so; but every line has an end."""
+def test_a_complete_result_of_an_older_shim_is_read(tmp_path: Path, outcome: str) -> None:
+    """It has no final line that marks it as complete.
+
+    Each of its lines must have an end.
+    """
     path = tmp_path / "exit"
     whole = f"ended 1.5\ncause itself\nforced 0\nsize 0\n{outcome}\n"
     path.write_text(whole)
@@ -1101,7 +1128,7 @@ def test_result_of_an_older_shim_is_read_if_it_is_whole(
 
 
 async def test_a_shim_that_stays_holds_nothing_of_its_task(runner: Runner) -> None:
-    """Nobody is alive in the folder, which can go; it ends with the last process."""
+    """It holds no lock, so the folder can be removed. It ends with the last process."""
     before = descriptors(os.getpid())
     started = runner.start(
         *("/bin/sh", "-c", "sleep 60 & exit 3"),
@@ -1123,8 +1150,8 @@ async def test_a_shim_that_stays_holds_nothing_of_its_task(runner: Runner) -> No
     assert started.sink.exits == [exit]
 
 
-async def test_a_shim_that_stays_costs_nothing(runner: Runner) -> None:
-    """It sleeps until something is printed or ends, also without any pipe."""
+async def test_a_shim_that_stays_uses_no_processor_time(runner: Runner) -> None:
+    """It sleeps until a process prints or ends, even without any pipe."""
     script = "exec 3>&1; sleep 60 & exec 3>&-; sleep 60 >/dev/null 2>&1 & exit 3"
     started = runner.sh(script)
     await started.sink.end()
@@ -1138,8 +1165,10 @@ async def test_a_shim_that_stays_costs_nothing(runner: Runner) -> None:
     assert shim.process(watcher)[0] > 0
 
 
-async def test_a_kill_after_the_end_leaves_alone_what_is_left(runner: Runner) -> None:
-    """Neither the daemon nor a signal from the shell ends it any more."""
+async def test_a_kill_after_the_end_spares_the_processes_that_outlive_the_task(
+    runner: Runner,
+) -> None:
+    """Neither the daemon nor a signal from a shell ends the shim then."""
     started = runner.sh("sleep 60 >/dev/null 2>&1 & exit 3")
     exit = await started.sink.end()
     watcher = started.watcher
@@ -1153,10 +1182,12 @@ async def test_a_kill_after_the_end_leaves_alone_what_is_left(runner: Runner) ->
     assert (await runner.adopt().sink.end()) == exit
 
 
-async def test_who_leaves_nothing_pays_nothing(runner: Runner) -> None:
-    """Nobody looks through all processes if the kernel knows that there is no child."""
+async def test_a_task_without_children_skips_the_search_for_processes(
+    runner: Runner,
+) -> None:
+    """The shim does not scan all processes if the kernel says that there is no child."""
     runner.launcher = adjusted("shim.descendants = None", "shim.Shim.terminate = None")
-    # The orphan has been reaped when the command ends.
+    # The orphan is reaped before the command ends.
     orphan = "p=$(sh -c 'exit 0 & echo $!'); while kill -0 $p 2>/dev/null; do :; done"
     exit = await runner.sh(f"sleep 0.1 & wait; {orphan}; exit 3").sink.end()
     assert (exit.code, exit.left, exit.open) == (3, (), False)
@@ -1166,7 +1197,7 @@ async def test_who_leaves_nothing_pays_nothing(runner: Runner) -> None:
 
 
 def switches(pid: int) -> int:
-    """Return how often a process was given a processor so far."""
+    """Return how often a process has been scheduled so far."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
 
@@ -1197,7 +1228,7 @@ if os.fork() == 0:
     os._exit(0)
 time.sleep(60)
 """
-# Two that watch each other: whoever sees the other gone starts a new one.
+# Two processes that watch each other: each starts a new one when the other is gone.
 GUARDS = """
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -1223,7 +1254,7 @@ while time.monotonic() < until:
             os.setsid()
     time.sleep(0.0005)
 """
-# One that is never there when somebody looks: each lives as long as a fork takes.
+# A process that is never found twice: each instance lives as long as one fork takes.
 RUNNER = """
 import os, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -1236,7 +1267,7 @@ while time.monotonic() < until:
     if os.fork():
         os._exit(0)
 """
-# Begets a process each millisecond, and so also while TERM goes round.
+# Starts a process each millisecond, even while TERM is being sent.
 PARENT = """
 import os, time
 for number in range(20000):
@@ -1247,7 +1278,7 @@ for number in range(20000):
         os.write(1, b"ready")
     time.sleep(0.001)
 """
-# The thread that the process began with has ended; another one goes on.
+# The main thread has ended, and another one runs.
 HEADLESS = """
 import ctypes, threading, time
 def work():
@@ -1260,11 +1291,11 @@ ctypes.CDLL(None).syscall(60, 0)
 
 
 def killed_in_time(started: Started, runner: Runner, grace: float) -> None:
-    """Check that all is gone, soon enough by the times in the files."""
-    # Whoever is not gone when the sink is told of the end was forgotten.
+    """Check by the times in the files that all processes were gone soon enough."""
+    # A process that lives when the sink hears of the end was overlooked.
     assert runner.left() == []
-    # TERM and the result have times of the shim; what it has to do in between takes
-    # milliseconds, so that all of NOISE is for other work of the machine.
+    # The shim notes the times of TERM and of the result. Its own work in between takes
+    # milliseconds, so all of NOISE is for other work of the machine.
     took = started.result_at - started.at(shim.TERM_SENT)
     assert took < grace + LATE + NOISE
 
@@ -1274,8 +1305,8 @@ def killed_in_time(started: Started, runner: Runner, grace: float) -> None:
     [OBEYS, CHILD, GRANDCHILD, ESCAPED, ORPHAN, STOPPED_CHILD],
     ids=["itself", "child", "grandchild", "own session", "orphan", "stopped child"],
 )
-async def test_kill_ends_the_whole_tree_by_term(runner: Runner, script: str) -> None:
-    """Child, grandchild, own session, orphan, stopped: TERM reaches all of them."""
+async def test_a_kill_ends_the_whole_tree_with_term(runner: Runner, script: str) -> None:
+    """TERM reaches children, grandchildren, own sessions, orphans and stopped processes."""
     started = runner.sh(script, grace=30)
     await started.prints(b"ready")
     started.run.kill()
@@ -1290,10 +1321,10 @@ async def test_kill_ends_the_whole_tree_by_term(runner: Runner, script: str) -> 
     [(IGNORES, (None, "SIGKILL")), (STUBBORN_CHILD, (None, "SIGTERM"))],
     ids=["itself", "child"],
 )
-async def test_who_ignores_term_is_killed_after_the_grace(
+async def test_a_process_that_ignores_term_is_killed_after_the_grace_period(
     runner: Runner, script: str, end: tuple[int | None, str]
 ) -> None:
-    """Not before it, and the result says that force was needed."""
+    """It is not killed earlier, and the result says that force was needed."""
     started = runner.sh(script, grace=0.5)
     await started.prints(b"ready")
     started.run.kill()
@@ -1304,8 +1335,10 @@ async def test_who_ignores_term_is_killed_after_the_grace(
     assert started.at(shim.KILL_SENT) - started.at(shim.TERM_SENT) >= 0.49
 
 
-async def test_who_answers_term_by_exit_0_was_killed_all_the_same(runner: Runner) -> None:
-    """The code is kept, the cause says that somebody asked."""
+async def test_a_command_that_answers_term_with_exit_0_counts_as_killed(
+    runner: Runner,
+) -> None:
+    """The result keeps the code, and its cause is the kill."""
     started = runner.sh(EXITS_0)
     await started.prints(b"ready")
     started.run.kill()
@@ -1315,7 +1348,7 @@ async def test_who_answers_term_by_exit_0_was_killed_all_the_same(runner: Runner
 
 
 async def test_a_stopped_command_is_ended_by_term(runner: Runner) -> None:
-    """It is woken to hear it; no force is needed."""
+    """The shim continues it so that it receives TERM. No force is needed."""
     started = runner.sh("echo ready; kill -STOP $$; sleep 60", grace=30)
     await started.prints(b"ready")
     pid = started.sink.pids[0]
@@ -1332,8 +1365,8 @@ async def test_a_stopped_command_is_ended_by_term(runner: Runner) -> None:
     [DAEMON, GUARDS, RUNNER, HEADLESS],
     ids=["daemon", "guards", "runner", "headless"],
 )
-async def test_nobody_escapes_a_kill(runner: Runner, script: str) -> None:
-    """Neither a daemon that ignores TERM nor what starts itself anew for ever."""
+async def test_no_process_escapes_a_kill(runner: Runner, script: str) -> None:
+    """Neither a daemon that ignores TERM nor a process that restarts itself escapes."""
     started = runner.python(script, grace=0.5)
     await started.prints(b"ready")
     started.run.kill()
@@ -1342,8 +1375,8 @@ async def test_nobody_escapes_a_kill(runner: Runner, script: str) -> None:
     killed_in_time(started, runner, 0.5)
 
 
-async def test_term_also_reaches_who_is_born_while_it_goes_round(runner: Runner) -> None:
-    """Nobody here ignores TERM, so nobody has to be killed."""
+async def test_term_reaches_processes_that_start_meanwhile(runner: Runner) -> None:
+    """None of them ignores TERM, so none needs KILL."""
     started = runner.python(PARENT, grace=3)
     await started.prints(b"ready")
     started.run.kill()
@@ -1352,8 +1385,8 @@ async def test_term_also_reaches_who_is_born_while_it_goes_round(runner: Runner)
     killed_in_time(started, runner, 0)
 
 
-async def test_a_kill_that_is_repeated_changes_nothing(runner: Runner) -> None:
-    """The grace begins with the first; also after the end a kill is harmless."""
+async def test_a_repeated_kill_changes_nothing(runner: Runner) -> None:
+    """The grace period begins with the first. A kill after the end is harmless."""
     started = runner.sh(IGNORES, grace=1)
     await started.prints(b"ready")
     started.run.kill()
@@ -1366,8 +1399,8 @@ async def test_a_kill_that_is_repeated_changes_nothing(runner: Runner) -> None:
     assert len(started.sink.exits) == 1
 
 
-async def test_a_kill_at_the_very_moment_of_the_end_is_harmless(runner: Runner) -> None:
-    """Between the death of the shim and the news of it there is nobody to signal."""
+async def test_a_kill_at_the_moment_of_the_end_is_harmless(runner: Runner) -> None:
+    """The shim is dead, and the daemon does not know it yet."""
     started = runner.sh("exit 3")
     wait_for((started.folder / "exit").exists, "the result")  # the reactor stands still
     while not started.sink.exits:
@@ -1377,7 +1410,7 @@ async def test_a_kill_at_the_very_moment_of_the_end_is_harmless(runner: Runner) 
     assert started.sink.exits[0].code == 3
 
 
-async def test_a_kill_before_the_shim_can_hear_it_is_not_lost(
+async def test_a_kill_before_the_shim_listens_is_not_lost(
     runner: Runner, tmp_path: Path
 ) -> None:
     """It is sent as soon as the shim says that it listens."""
@@ -1390,7 +1423,7 @@ async def test_a_kill_before_the_shim_can_hear_it_is_not_lost(
     go.touch()
     exit = await started.sink.end()
     assert (exit.cause, exit.lost) == (Cause.KILL, False)
-    if exit.signal is None:  # it has heard it before it started the command
+    if exit.signal is None:  # TERM came before the command started
         assert exit.error == "The command was not started."
         assert shim.STARTED not in [record.code for record in started.records]
     else:
@@ -1398,10 +1431,13 @@ async def test_a_kill_before_the_shim_can_hear_it_is_not_lost(
         killed_in_time(started, runner, 0)
 
 
-async def test_a_kill_after_the_command_ends_its_background_children(
+async def test_a_kill_after_the_command_ended_ends_its_background_children(
     runner: Runner,
 ) -> None:
-    """Within the patience they are still its tree: the task was killed, with its code."""
+    """Within the patience they belong to the task.
+
+    It counts as killed and keeps its code.
+    """
     started = runner.sh("sleep 60 & exit 7", grace=30)
     await command_has_ended(started)
     started.run.kill()
@@ -1410,8 +1446,8 @@ async def test_a_kill_after_the_command_ends_its_background_children(
     assert runner.left() == []
 
 
-async def test_kill_between_last_look_and_result_counts(runner: Runner) -> None:
-    """Until the result is written the task has not ended."""
+async def test_a_kill_between_the_last_check_and_the_result_counts(runner: Runner) -> None:
+    """The task has not ended until its result is written."""
     runner.launcher = adjusted(
         "def finish(self, error='', do=shim.Shim.finish):",
         "    import signal",
@@ -1427,13 +1463,16 @@ async def test_kill_between_last_look_and_result_counts(runner: Runner) -> None:
 
 
 async def command_has_ended(started: Started) -> None:
-    """Wait until the command has ended and its shim has noticed."""
+    """Wait until the command has ended and its shim has noticed it."""
     pid = await until(lambda: started.sink.pids, "the start")
     await until(lambda: not Path(f"/proc/{pid[0]}").exists(), "the end of the command")
 
 
-async def test_waiting_for_a_stubborn_tree_costs_nothing(runner: Runner) -> None:
-    """The command has obeyed, a child has not: until the grace is over the shim sleeps."""
+async def test_a_shim_sleeps_while_it_waits_for_a_stubborn_tree(runner: Runner) -> None:
+    """The command has obeyed TERM and a child has not.
+
+    The shim waits for the grace period.
+    """
     started = runner.sh(STUBBORN_CHILD, grace=60)
     await started.prints(b"ready")
     started.run.kill()
@@ -1449,7 +1488,7 @@ async def test_waiting_for_a_stubborn_tree_costs_nothing(runner: Runner) -> None
 
 
 def test_a_signal_never_reaches_a_stranger() -> None:
-    """A process number that somebody else has been given meanwhile is left alone."""
+    """A process that received a reused number is left alone."""
     with subprocess.Popen(["sleep", "60"]) as sleeper:
         parent, start = shim.process(sleeper.pid)
         assert parent == os.getpid()
@@ -1462,8 +1501,8 @@ def test_a_signal_never_reaches_a_stranger() -> None:
         assert shim.process(sleeper.pid) == (0, 0)
 
 
-def test_the_name_of_a_process_does_not_confuse(tmp_path: Path) -> None:
-    """It may hold what looks like the fields that come after it."""
+def test_any_name_of_a_process_is_parsed(tmp_path: Path) -> None:
+    """A name can look like the fields that follow it in ``/proc``."""
     path = tmp_path / "x) Z 1 (y"
     path.symlink_to(shutil.which("sleep") or "")
     with subprocess.Popen([path, "60"]) as sleeper:
@@ -1473,27 +1512,27 @@ def test_the_name_of_a_process_does_not_confuse(tmp_path: Path) -> None:
         sleeper.kill()
 
 
-# -- who may not be signalled
+# -- processes that cannot be signalled
 
 
 def _may_become_root() -> bool:
-    """Return whether a program here can become root (setuid), with root to arrange it."""
+    """Return whether this machine allows a setuid program, and this user is root."""
     lines = Path("/proc/self/status").read_text().splitlines()
     gained = "NoNewPrivs:\t0" in lines
     return os.geteuid() == 0 and gained and not os.statvfs("/tmp").f_flag & os.ST_NOSUID
 
 
-if _may_become_root():  # else these tests do not exist
+if _may_become_root():  # these tests need root
 
     @pytest.fixture
     def become_root(runner: Runner) -> Iterator[str]:
-        """Return a program that becomes root; shims and commands are not it."""
+        """Return a program that becomes root. Shims and commands run as another user."""
         with tempfile.TemporaryDirectory(dir="/tmp") as folder:
             os.chmod(folder, 0o755)
             program = Path(folder) / "become-root"
             shutil.copyfile(shutil.which("setpriv") or "", program)
             program.chmod(0o4755)
-            # The folder is entered before, as those above are root's.
+            # The shim enters the folder first, because the folders above belong to root.
             nobody = (
                 "os.chdir(sys.argv[1])",
                 "for name in ('.', *os.listdir('.')): os.chown(name, 65534, 65534)",
@@ -1507,8 +1546,10 @@ if _may_become_root():  # else these tests do not exist
     def _root(left: Sequence[Process]) -> list[tuple[str, str]]:
         return [(process.command, process.user) for process in left]
 
-    async def test_who_cannot_be_killed_is_named(runner: Runner, become_root: str) -> None:
-        """A process that became root runs on, and nobody says otherwise."""
+    async def test_a_process_that_cannot_be_killed_is_named(
+        runner: Runner, become_root: str
+    ) -> None:
+        """It became root and runs on, and the result does not deny that."""
         started = runner.sh(f"{become_root} & echo ready; wait", grace=0.2)
         await started.prints(b"ready")
         await until(lambda: _is_root(runner), "the process to become root")
@@ -1522,7 +1563,7 @@ if _may_become_root():  # else these tests do not exist
             f"Killed by me; TERM and KILL were sent, but these processes still run: {name}."
         )
         assert judge(exit, person("me")) == (Status.KILLED, reason)
-        # It is still watched over.
+        # The shim still watches it.
         assert shim.process(exit.left[0].pid)[0] == started.watcher
         os.kill(exit.left[0].pid, signal.SIGKILL)
         await until(lambda: not shim_lives(started.folder / "lock"), "the shim's end")
@@ -1531,7 +1572,7 @@ if _may_become_root():  # else these tests do not exist
     async def test_a_command_that_cannot_be_killed_has_no_code(
         runner: Runner, become_root: str, cause: Cause
     ) -> None:
-        """Status and reason are those of who ended it, and say that it has not ended."""
+        """Status and reason name the kill, and say that the command has not ended."""
         started = runner.start(
             *("/bin/sh", "-c", f"exec {become_root}"),
             grace=0.2,
@@ -1549,10 +1590,10 @@ if _may_become_root():  # else these tests do not exist
         assert status is (Status.KILLED if cause is Cause.KILL else Status.FAILED)
         assert f"still run: {exit.left[0]}." in str(reason)
 
-    async def test_who_cannot_be_killed_and_ends_by_itself_is_not_named(
+    async def test_an_unkillable_process_that_ends_by_itself_is_not_named(
         runner: Runner, become_root: str
     ) -> None:
-        """Within the time that there is for it; the shim does not rush meanwhile."""
+        """It ends within the time limit for it, and the shim sleeps meanwhile."""
         script = become_root.replace("sleep 1234", "sleep 2")
         runner.launcher = [*runner.launcher]
         runner.launcher[-1] = runner.launcher[-1].replace("KILL_PATIENCE = 1", "x = 0")
@@ -1563,10 +1604,10 @@ if _may_become_root():  # else these tests do not exist
         assert (exit.left, exit.forced, exit.cause) == ((), True, Cause.KILL)
         assert runner.left() == []
 
-    async def test_process_that_survives_a_kill_after_the_end_is_named(
+    async def test_a_process_that_survives_a_kill_after_the_end_is_named(
         runner: Runner, become_root: str
     ) -> None:
-        """The command has ended by then; the task is killed, and its target is held."""
+        """The command has ended by then. The task is killed, and its target is held."""
         started = runner.sh(f"{become_root} & exit 0", grace=0.2)
         await until(lambda: _is_root(runner), "the process to become root")
         await command_has_ended(started)
@@ -1585,11 +1626,11 @@ if _may_become_root():  # else these tests do not exist
         )
 
 
-# -- bounds
+# -- time limits
 
 
-async def test_a_command_that_takes_too_long_is_ended(runner: Runner) -> None:
-    """The total time counts however much it prints."""
+async def test_a_command_beyond_its_total_time_is_ended(runner: Runner) -> None:
+    """The limit holds however much the command prints."""
     script = "trap 'exit 0' TERM; while :; do echo x; sleep 0.05; done"
     started = runner.start("/bin/sh", "-c", script, total=0.5, silence=10)
     exit = await started.sink.end()
@@ -1599,9 +1640,9 @@ async def test_a_command_that_takes_too_long_is_ended(runner: Runner) -> None:
     assert 500 <= term.at < 500 + NOISE * 1000
 
 
-async def test_a_command_that_is_silent_for_too_long_is_ended(runner: Runner) -> None:
-    """Each piece of output, on either stream, begins the time anew."""
-    # A busy machine may let the pauses of a tenth grow eightfold.
+async def test_a_silent_command_is_ended(runner: Runner) -> None:
+    """Each piece of output on either stream restarts the limit."""
+    # On a busy machine the pauses of 0.1 s can grow eightfold.
     script = "for i in 1 2 3 4 5; do echo $i; sleep 0.1; echo $i >&2; sleep 0.1; done"
     started = runner.start("/bin/sh", "-c", f"{script}; sleep 60", silence=0.9)
     exit = await started.sink.end()
@@ -1613,20 +1654,22 @@ async def test_a_command_that_is_silent_for_too_long_is_ended(runner: Runner) ->
     assert 890 <= term.at - last < 900 + NOISE * 1000
 
 
-async def test_who_ends_in_time_is_not_touched_by_the_clocks(runner: Runner) -> None:
-    """Bounds that have not run out say nothing."""
+async def test_a_command_that_ends_in_time_is_not_affected_by_its_limits(
+    runner: Runner,
+) -> None:
+    """Unused limits leave no trace in the result."""
     started = runner.start("/bin/sh", "-c", "exit 9", total=30, silence=30)
     exit = await started.sink.end()
     assert (exit.code, exit.cause) == (9, Cause.ITSELF)
 
 
-# -- never twice
+# -- a task starts at most once
 
 
 async def test_a_second_start_of_the_same_task_does_nothing(
     runner: Runner, tmp_path: Path
 ) -> None:
-    """While the first runs it follows that one; afterwards it finds its result."""
+    """While the task runs, the second run follows it. Afterwards it finds the result."""
     count = tmp_path / "count"
     script = f"echo x >> {shlex.quote(str(count))}; echo ready; exec sleep 60"
     first = runner.sh(script)
@@ -1638,7 +1681,7 @@ async def test_a_second_start_of_the_same_task_does_nothing(
     assert (await first.sink.end()).signal == "SIGTERM"
     assert (await second.sink.end()).signal == "SIGTERM"
     third = runner.sh(script)
-    assert (await third.sink.end()).signal == "SIGTERM"  # the result that there is
+    assert (await third.sink.end()).signal == "SIGTERM"  # the existing result
     assert count.read_text() == "x\n"
 
 
@@ -1672,7 +1715,7 @@ reactor.run()
 
 
 def start_and_die(runner: Runner, script: str, grace: float = 5) -> None:
-    """Start task 1 by a daemon that is killed as soon as the command runs."""
+    """Start task 1 from a daemon that is killed as soon as the command runs."""
     settings = (str(runner.tasks), runner.mark, str(grace), "|".join(runner.launcher))
     command = [sys.executable, "-c", _STARTER, *settings, "/bin/sh", "-c", script]
     done = subprocess.run(command, check=False)
@@ -1680,7 +1723,7 @@ def start_and_die(runner: Runner, script: str, grace: float = 5) -> None:
 
 
 def start_and_stop(runner: Runner, script: str) -> None:
-    """Run task 1 by a daemon that stops when it hears of the end."""
+    """Run task 1 from a daemon that stops when it hears of the end."""
     stopping = _STARTER.replace("os.kill(os.getpid(), signal.SIGKILL)", "pass").replace(
         'sys.exit(f"ended: {exit}")', "reactor.stop()"
     )
@@ -1689,8 +1732,10 @@ def start_and_stop(runner: Runner, script: str) -> None:
     subprocess.run(command, check=True, timeout=PATIENCE)
 
 
-async def test_what_is_left_is_nobodys_when_its_shim_is_killed(runner: Runner) -> None:
-    """The task has ended, and its folder may be gone: nothing is lost or swept."""
+async def test_processes_that_outlived_a_task_are_free_when_their_shim_is_killed(
+    runner: Runner,
+) -> None:
+    """The task has ended, so it is not lost, and the daemon does not kill its processes."""
     started = runner.sh("sleep 60 >/dev/null 2>&1 & exit 3")
     exit = await started.sink.end()
     watcher = started.watcher
@@ -1702,8 +1747,10 @@ async def test_what_is_left_is_nobodys_when_its_shim_is_killed(runner: Runner) -
     assert started.sink.exits == [exit]
 
 
-async def test_a_daemon_does_not_wait_for_what_a_task_has_left(runner: Runner) -> None:
-    """It hears of the end while the shim stays, and can stop itself."""
+async def test_a_daemon_does_not_wait_for_processes_that_outlive_a_task(
+    runner: Runner,
+) -> None:
+    """It hears of the end while the shim stays, and it can stop."""
     start_and_stop(runner, "sleep 60 >/dev/null 2>&1 & exit 3")
     assert len(runner.left()) == 1
     exit = await runner.adopt().sink.end()
@@ -1718,12 +1765,14 @@ HELD_NEWS = {
         "exec 9>/proc/$PPID/fd/1 8>/proc/$PPID/fd/2; sleep 0.3; kill -9 $PPID; sleep 60"
     ),
 }
-"""What holds the pipe from its shim to the daemon."""
+"""A task's process that holds the pipe from its shim to the daemon."""
 
 
 @pytest.mark.parametrize("how", HELD_NEWS)
-async def test_pipe_held_by_a_task_does_not_delay_its_end(runner: Runner, how: str) -> None:
-    """The daemon does not wait until nobody can write to it, and closes it."""
+async def test_a_task_that_holds_the_pipe_of_its_shim_does_not_delay_its_end(
+    runner: Runner, how: str
+) -> None:
+    """The daemon closes the pipe without waiting for its other end."""
     before = descriptors(os.getpid())
     started = runner.sh(HELD_NEWS[how])
     exit = await started.sink.end()
@@ -1733,8 +1782,8 @@ async def test_pipe_held_by_a_task_does_not_delay_its_end(runner: Runner, how: s
     await until(lambda: descriptors(os.getpid()) == before, "the last pipe to close")
 
 
-async def test_kill_finds_a_result_that_nobody_was_told_of(runner: Runner) -> None:
-    """Should the news that the task has ended be lost."""
+async def test_a_kill_finds_a_result_that_was_not_announced(runner: Runner) -> None:
+    """The note of the end was lost."""
     launcher = adjusted("shim.OVER = shim.CLOCK")
     runner.launcher = launcher
     started = runner.sh(HELD_NEWS["after the end"])
@@ -1745,10 +1794,10 @@ async def test_kill_finds_a_result_that_nobody_was_told_of(runner: Runner) -> No
     assert (await started.sink.end()).cause is Cause.ITSELF
 
 
-async def test_a_run_goes_on_without_its_daemon_and_is_followed_by_the_next(
+async def test_a_run_outlives_its_daemon_and_the_next_daemon_follows_it(
     runner: Runner, tmp_path: Path
 ) -> None:
-    """The pid, the output and the end are told as if nothing had happened."""
+    """The new daemon hears the pid, the output and the end as the old one would have."""
     go = shlex.quote(str(tmp_path / "go"))
     wait = f"while ! [ -e {go} ]; do sleep 0.01; done"
     start_and_die(runner, f"echo one; {wait}; echo two; exit 8")
@@ -1764,7 +1813,7 @@ async def test_a_run_goes_on_without_its_daemon_and_is_followed_by_the_next(
 
 
 async def test_an_adopted_run_can_be_killed(runner: Runner) -> None:
-    """The whole ladder, by a daemon that is not the parent."""
+    """The kill climbs the whole ladder, although the daemon is not the parent."""
     start_and_die(runner, IGNORES, 0.5)
     adopted = runner.adopt()
     await adopted.prints(b"ready")
@@ -1776,8 +1825,8 @@ async def test_an_adopted_run_can_be_killed(runner: Runner) -> None:
     adopted.run.kill()
 
 
-async def test_a_run_that_ended_meanwhile_has_its_result(runner: Runner) -> None:
-    """Whoever adopts it is told all of it: start, output, end."""
+async def test_a_run_that_ended_without_a_daemon_has_its_result(runner: Runner) -> None:
+    """A daemon that adopts it hears of its start, output and end."""
     start_and_die(runner, "echo one; exit 8")
     wait_for((runner.tasks / "1" / "exit").exists, "the result")
     adopted = runner.adopt()
@@ -1786,8 +1835,8 @@ async def test_a_run_that_ended_meanwhile_has_its_result(runner: Runner) -> None
     assert (len(adopted.sink.pids), adopted.sink.sizes) == (1, [4])
 
 
-async def test_an_adopted_run_keeps_its_promise(runner: Runner) -> None:
-    """The promised line is judged by whoever reads the result, which holds it."""
+async def test_an_adopted_run_is_judged_by_its_last_line(runner: Runner) -> None:
+    """The result holds the required line, so any daemon can compare it."""
     first = runner.start("/bin/sh", "-c", "echo bad", last_line="good\n")
     assert not (await first.sink.end()).good
     assert set(os.listdir(first.folder)) == {"exit", "lock", "output", "output.idx"}
@@ -1795,10 +1844,10 @@ async def test_an_adopted_run_keeps_its_promise(runner: Runner) -> None:
 
 
 @pytest.mark.parametrize(("printed", "good"), [("good", True), ("bad", False)])
-async def test_promise_of_an_older_shim_is_kept(
+async def test_the_required_line_of_an_older_shim_counts(
     runner: Runner, printed: str, *, good: bool
 ) -> None:
-    """It stands in a file beside a result that has none."""
+    """An older shim stores it in a file beside the result."""
     first = runner.start("echo", printed)
     await first.sink.end()
     (first.folder / "promise").write_text("good")
@@ -1808,10 +1857,8 @@ async def test_promise_of_an_older_shim_is_kept(
     assert (await runner.adopt().sink.end()).good is good
 
 
-async def test_who_stops_following_is_told_nothing_more(
-    runner: Runner, tmp_path: Path
-) -> None:
-    """The run itself goes on, and the next who adopts it hears of its end."""
+async def test_a_detached_run_reports_nothing_more(runner: Runner, tmp_path: Path) -> None:
+    """The run goes on, and the next daemon that adopts it hears of its end."""
     go = shlex.quote(str(tmp_path / "go"))
     first = runner.sh(f"echo one; while ! [ -e {go} ]; do sleep 0.01; done; exit 2")
     await until(lambda: first.sink.sizes, "the first line")
@@ -1827,20 +1874,20 @@ async def test_who_stops_following_is_told_nothing_more(
 
 
 def late_shim(folder: Path) -> int:
-    """Return how a shim ends that comes when a daemon has taken its place."""
+    """Return the exit status of a shim that starts after a daemon has barred it."""
     done = subprocess.run([*SHIM_COMMAND, str(folder)], check=False, stdout=subprocess.PIPE)
     return done.returncode
 
 
-async def test_a_run_that_never_began_starts_under_its_permit(
+async def test_a_run_that_never_started_starts_under_its_permit(
     runner: Runner, tmp_path: Path
 ) -> None:
-    """No shim has begun, the permit is of this boot and of these folders: start it."""
+    """No shim has started, and the permit is from this boot and these folders."""
     permit = await runner.executor.permit(1)
     exit = await runner.adopt(permit=permit).sink.end()
     assert (exit.unstarted, exit.lost) == (True, False)
     assert exit.error == "The daemon ended before the command was started."
-    # A daemon that dies before it has started it asks once more.
+    # A daemon that dies before the start asks once more.
     assert (await runner.adopt(permit=permit).sink.end()).unstarted
     ran = tmp_path / "ran"
     started = runner.start("touch", str(ran))
@@ -1850,7 +1897,7 @@ async def test_a_run_that_never_began_starts_under_its_permit(
 
 
 def _restored(tasks: Path) -> None:
-    """Put a copy of the task's folder in its place, as a restore does."""
+    """Replace the task's folder by a copy, as a restore does."""
     shutil.copytree(tasks / "1", tasks.parent / "copy")
     shutil.rmtree(tasks / "1")
     shutil.copytree(tasks.parent / "copy", tasks / "1")
@@ -1863,7 +1910,7 @@ def _other_boot(tasks: Path) -> None:
 
 
 def _moved_state(tasks: Path) -> None:
-    """Let the state be another folder with the same tasks in it."""
+    """Replace the state folder by another with the same tasks."""
     other = tasks.parent.with_name("other")
     tasks.parent.rename(other)
     tasks.parent.mkdir()
@@ -1881,7 +1928,7 @@ def _folder_is_a_file(tasks: Path) -> None:
 
 
 def _begun(tasks: Path, *removed: str) -> None:
-    """Have a shim run to its end; then remove these of its files, or all but the permit."""
+    """Run a shim to its end, then remove these files, or all but the permit."""
     folder = tasks / "1"
     executor = ShimExecutor(MACHINE, Clock(), tasks, lambda: "name")
     executor._write_spec(folder, Command(("true",), {}), Bounds(5))
@@ -1914,14 +1961,14 @@ DOUBTS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("doubt", list(DOUBTS))
 async def test_a_start_in_doubt_is_lost(runner: Runner, tmp_path: Path, doubt: str) -> None:
-    """Nothing but a valid permit without a lock proves that no command was started."""
+    """Only a valid permit without a lock proves that no command was started."""
     runner.tasks = tmp_path / "state" / "tasks"
     runner.tasks.mkdir(parents=True)
     permit = await runner.executor.permit(1)
     DOUBTS[doubt](runner.tasks)
     exit = await runner.adopt(permit=permit).sink.end()
     assert (exit.unstarted, exit.lost) == (False, True)
-    # Nor does a shim begin that comes late: one that the dead daemon has started.
+    # A late shim that the dead daemon has started does not start the command either.
     folder = runner.tasks / "1"
     if folder.is_dir():
         assert late_shim(folder) == shim.TAKEN
@@ -1929,7 +1976,7 @@ async def test_a_start_in_doubt_is_lost(runner: Runner, tmp_path: Path, doubt: s
 
 @pytest.mark.parametrize("left", ["lock", "exit", "begun", "output"])
 async def test_a_folder_in_use_gets_no_permit(runner: Runner, left: str) -> None:
-    """A database that was restored gives a number again; the old result is nobody's."""
+    """A restored database can assign a number again, but not claim the old result."""
     (runner.tasks / "1").mkdir(parents=True)
     (runner.tasks / "1" / left).touch()
     with pytest.raises(FolderInUse, match="another run"):
@@ -1938,8 +1985,8 @@ async def test_a_folder_in_use_gets_no_permit(runner: Runner, left: str) -> None
     assert await runner.executor.permitted() == set()
 
 
-async def test_who_was_permitted_to_start_is_known(runner: Runner, tmp_path: Path) -> None:
-    """Also after a line that a power cut has torn."""
+async def test_a_permitted_task_is_known(runner: Runner, tmp_path: Path) -> None:
+    """It is known even after a line that a power cut has torn."""
     runner.tasks = tmp_path / "state" / "tasks"
     runner.tasks.mkdir(parents=True)
     assert await runner.executor.permitted() == set()
@@ -1966,10 +2013,10 @@ RESTORED: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("how", RESTORED)
-async def test_a_list_of_permits_that_was_restored_is_known(
+async def test_a_restored_list_of_permits_is_detected(
     runner: Runner, tmp_path: Path, how: str
 ) -> None:
-    """By its file, its size, or when it was changed; that it has grown is usual."""
+    """File, size and time of change reveal it. A list that has only grown is valid."""
     runner.tasks = tmp_path / "state" / "tasks"
     runner.tasks.mkdir(parents=True)
     clock = SteadyClock(lambda: 0.0, lambda: 0.0, "a boot")
@@ -1984,7 +2031,7 @@ async def test_a_list_of_permits_that_was_restored_is_known(
     third = now()
     assert not first.elsewhere(second)
     assert not second.elsewhere(third)
-    await deferLater(reactor, 0.02)  # the kernel's clock for files has steps
+    await deferLater(reactor, 0.02)  # file times of the kernel have steps
     RESTORED[how](runner.tasks.parent / "permits")
     assert third.elsewhere(now())
 
@@ -1999,24 +2046,24 @@ LocalMachine(None).append(Path(sys.argv[1]), b"\\n%019d\\n" % 3)
 
 
 def _kill_in(call: str, permits: Path) -> None:
-    """Add a permit in a process that is killed when it makes a system call."""
+    """Add a permit in a process that is killed at a system call."""
     program = [sys.executable, "-c", KILLED, str(permits), call]
     killed = subprocess.run(program, check=False, timeout=PATIENCE)
     assert killed.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("call", ["ftruncate", "pwrite", "fsync"])
-async def test_kill_in_the_middle_of_a_permit_looks_like_no_copy(
+async def test_a_kill_while_a_permit_is_added_does_not_look_like_a_restore(
     runner: Runner, tmp_path: Path, call: str
 ) -> None:
-    """The list keeps its size and its times, or it has grown."""
+    """The list keeps its size and times, or it has grown."""
     runner.tasks = tmp_path / "state" / "tasks"
     runner.tasks.mkdir(parents=True)
     permits = runner.tasks.parent / "permits"
     clock = SteadyClock(lambda: 0.0, lambda: 0.0, "a boot")
     await runner.executor.permit(1)
     before = clock.reading(runner.executor.place())
-    await deferLater(reactor, 0.02)  # the kernel's clock for files has steps
+    await deferLater(reactor, 0.02)  # file times of the kernel have steps
     _kill_in(call, permits)
     assert not before.elsewhere(clock.reading(runner.executor.place()))
     assert await runner.executor.permitted() == ({1, 3} if call == "fsync" else {1})
@@ -2024,10 +2071,10 @@ async def test_kill_in_the_middle_of_a_permit_looks_like_no_copy(
     assert {1, 4} <= await runner.executor.permitted()
 
 
-async def test_reading_of_a_place_does_not_see_half_a_permit(
+async def test_a_reader_of_the_list_does_not_see_half_a_permit(
     tmp_path: Path, runner: Runner
 ) -> None:
-    """A permit of another thread may be on its way."""
+    """Another thread may be adding a permit."""
     runner.tasks = tmp_path / "state" / "tasks"
     runner.tasks.mkdir(parents=True)
     executor = runner.executor
@@ -2040,7 +2087,7 @@ async def test_reading_of_a_place_does_not_see_half_a_permit(
 
 @frozen
 class Syncing(LocalMachine):
-    """Notes what is synced."""
+    """Records which files are synced."""
 
     synced: list[Path] = field(factory=list, init=False)
 
@@ -2050,10 +2097,10 @@ class Syncing(LocalMachine):
         self.synced.append(path)
 
 
-async def test_a_list_of_permits_that_is_new_is_synced_with_its_folder(
+async def test_a_new_list_of_permits_is_synced_with_its_folder(
     tmp_path: Path,
 ) -> None:
-    """Else a power cut takes it away, and with it that a start was allowed."""
+    """Otherwise a power cut could remove it, and the permission to start with it."""
     machine, tasks = Syncing(reactor), tmp_path / "tasks"
     tasks.mkdir()
     executor = ShimExecutor(machine, reactor, tasks, lambda: uuid4().hex)
@@ -2067,15 +2114,15 @@ async def test_a_list_of_permits_that_is_new_is_synced_with_its_folder(
 
 
 async def test_a_permit_of_another_task_proves_nothing(runner: Runner) -> None:
-    """It has to be the one on record."""
+    """The permit must be the one on record."""
     permit = await runner.executor.permit(1)
     await runner.executor.permit(2)
     exit = await runner.adopt(2, permit).sink.end()
     assert exit.lost
 
 
-async def test_who_is_killed_before_it_began_is_barred(runner: Runner) -> None:
-    """From then on no shim begins; but of one that has begun it is not said."""
+async def test_a_task_killed_before_its_start_is_barred(runner: Runner) -> None:
+    """No shim starts it afterwards. A task that has started cannot be barred."""
     await runner.executor.permit(1)
     assert runner.executor.prevent_start(1)
     assert late_shim(runner.tasks / "1") == shim.TAKEN
@@ -2084,11 +2131,11 @@ async def test_who_is_killed_before_it_began_is_barred(runner: Runner) -> None:
     assert not runner.executor.prevent_start(2)
 
 
-async def test_a_run_that_may_have_begun_is_lost(runner: Runner) -> None:
-    """A shim that took its orders and died before it noted a start may have started it."""
+async def test_a_run_that_may_have_started_is_lost(runner: Runner) -> None:
+    """A shim that died after it read its spec may have started the command."""
     folder = runner.tasks / "1"
     folder.mkdir(parents=True)
-    # As a shim leaves it that is killed in the moment when it has started the command.
+    # The files of a shim that is killed right after it has started the command.
     (folder / "lock").write_text("4711\n")
     (folder / "output").touch()
     (folder / "output.idx").touch()
@@ -2097,7 +2144,10 @@ async def test_a_run_that_may_have_begun_is_lost(runner: Runner) -> None:
 
 
 async def test_a_run_whose_shim_is_killed_is_lost(runner: Runner) -> None:
-    """Nobody can know how the command ends, and that is said; its output is kept."""
+    """The result of the command cannot be known, and the reason says so.
+
+    Its output is kept.
+    """
     started = runner.sh("echo ready; exec sleep 60")
     await started.prints(b"ready")
     os.kill(started.watcher, signal.SIGKILL)
@@ -2107,7 +2157,7 @@ async def test_a_run_whose_shim_is_killed_is_lost(runner: Runner) -> None:
 
 
 async def test_an_adopted_run_whose_shim_is_killed_is_lost(runner: Runner) -> None:
-    """Whether it was killed before the adoption or after it."""
+    """The shim is killed before or after the adoption."""
     start_and_die(runner, "echo ready; exec sleep 60")
     adopted = runner.adopt()
     await until(lambda: adopted.sink.sizes, "the output")
@@ -2118,16 +2168,16 @@ async def test_an_adopted_run_whose_shim_is_killed_is_lost(runner: Runner) -> No
     assert later.lost
 
 
-async def test_damaged_cut_does_not_hide_how_a_task_ended(runner: Runner) -> None:
-    """The next daemon takes the result; a kill still reaches what runs."""
+async def test_a_damaged_cut_file_does_not_hide_a_result(runner: Runner) -> None:
+    """The next daemon finds the result, and a kill still reaches a running task."""
     start_and_die(runner, "echo ready; sleep 0.5; exit 3")
     (runner.tasks / "1" / "cut").touch()
     exit = await runner.adopt().sink.end()
     assert (exit.code, exit.output_size) == (3, 6)
 
 
-async def test_damaged_cut_does_not_hide_that_a_shim_was_killed(runner: Runner) -> None:
-    """The task is lost, and what is left of it is killed."""
+async def test_a_damaged_cut_file_does_not_hide_the_death_of_a_shim(runner: Runner) -> None:
+    """The task is lost, and its remaining processes are killed."""
     start_and_die(runner, "echo ready; exec sleep 60")
     (runner.tasks / "1" / "cut").touch()
     adopted = runner.adopt()
@@ -2136,17 +2186,17 @@ async def test_damaged_cut_does_not_hide_that_a_shim_was_killed(runner: Runner) 
     assert runner.left() == []
 
 
-# -- what can pass
+# -- scarce resources
 
 
 def idles(pid: int) -> bool:
-    """Return whether a process sleeps as a shim does that waits for something."""
+    """Return whether a process sleeps like a shim that waits for something."""
     place = Path(f"/proc/{pid}/wchan").read_bytes()
     return b"poll" in place or b"nanosleep" in place
 
 
 async def waits(started: Started) -> None:
-    """Wait until the shim of a task waits for something; fail if the run ends instead."""
+    """Wait until the shim of a task waits for something. Fail if the run ends instead."""
     await until(lambda: started.sink.exits or idles(started.shim), "the shim to wait")
     assert started.sink.exits == []
 
@@ -2156,7 +2206,10 @@ async def waits(started: Started) -> None:
     [(b"4711 99\n", 4711), (b"4711\n", 4711), (b"", 0), (b"\xffx 1\n", 0), (b"0 0", 0)],
 )
 def test_a_lock_names_its_shim(tmp_path: Path, content: bytes, number: int) -> None:
-    """By the first number in it, else by what the kernel knows of who holds it."""
+    """The first number in it names the shim.
+
+    Without one, the kernel knows the owner of the lock.
+    """
     assert alive(MACHINE, tmp_path) == 0
     with (tmp_path / "lock").open("wb", buffering=0) as lock:
         lock.write(content)
@@ -2165,8 +2218,8 @@ def test_a_lock_names_its_shim(tmp_path: Path, content: bytes, number: int) -> N
         assert alive(MACHINE, tmp_path) == (number or os.getpid())
 
 
-async def test_a_lock_says_which_process_holds_it(runner: Runner) -> None:
-    """Its number and when it was started: together they mean nobody else."""
+async def test_a_lock_identifies_its_process(runner: Runner) -> None:
+    """Its number and its start time together identify it, even if the number is reused."""
     started = runner.sh("echo ready; exec sleep 60")
     await started.prints(b"ready")
     number, start = map(int, (started.folder / "lock").read_text().split())
@@ -2175,10 +2228,10 @@ async def test_a_lock_says_which_process_holds_it(runner: Runner) -> None:
 
 
 @pytest.mark.parametrize("linked", [False, True])
-async def test_what_a_shim_with_our_number_has_left_is_in_nobodys_way(
+async def test_files_of_an_earlier_shim_with_the_same_number_are_replaced(
     runner: Runner, *, linked: bool
 ) -> None:
-    """The machine stopped when its lock was half made, or had just been made."""
+    """The machine stopped while the lock was half written or had just been created."""
     link = "ln lock.$$ lock;" if linked else ""
     leave = f'for it; do :; done; (cd "$it"; echo "$$ 1" >lock.$$; {link}); exec "$@"'
     runner.launcher = ("/bin/sh", "-c", leave, "sh", *MEASURED)
@@ -2189,8 +2242,8 @@ async def test_what_a_shim_with_our_number_has_left_is_in_nobodys_way(
     assert list(started.folder.glob("lock.*")) == []
 
 
-async def test_no_signal_of_a_task_ends_its_shim(runner: Runner) -> None:
-    """Only TERM says something to it; KILL and STOP nobody can ignore."""
+async def test_no_signal_from_a_task_ends_its_shim(runner: Runner) -> None:
+    """It acts on TERM only. KILL and STOP cannot be ignored."""
     started = runner.python(
         """
 import os, signal
@@ -2205,16 +2258,16 @@ os._exit(3)
 
 
 def limit(started: Started, which: int, value: int) -> None:
-    """Change a limit of a shim while it runs, as an operator does by prlimit(1)."""
+    """Change a limit of a running shim, as prlimit(1) does."""
     resource.prlimit(started.shim, which, (value, resource.getrlimit(which)[1]))
 
 
-# It has 0 to 2, two for signals, the folder, the lock, both files, four ends of pipes, and
-# opens others for a moment.
+# It has 0 to 2, two for signals, the folder, the lock, both files, four pipe ends, and for
+# a moment others.
 @pytest.mark.parametrize("files", range(4, 13))
-async def test_without_descriptors_a_shim_waits(runner: Runner, files: int) -> None:
-    """At whichever step: the task is not to blame, and goes on when there are some."""
-    # What counts the lines opens files of its own while modules are loaded.
+async def test_a_shim_without_descriptors_waits(runner: Runner, files: int) -> None:
+    """At each step it waits until there are some, and the task goes on."""
+    # Coverage opens files of its own while modules are loaded.
     launcher = SHIM_COMMAND if files == 4 else MEASURED
     runner.launcher = ("prlimit", f"--nofile={files}:", *launcher)
     started = runner.sh("echo ready; exit 3")
@@ -2224,8 +2277,8 @@ async def test_without_descriptors_a_shim_waits(runner: Runner, files: int) -> N
     assert (exit.code, exit.error, started.output) == (3, None, b"ready\n")
 
 
-async def test_without_descriptors_a_shim_waits_to_mask_secrets(runner: Runner) -> None:
-    """It can load what it masks them with only when there are some."""
+async def test_a_shim_without_descriptors_waits_to_load_its_masker(runner: Runner) -> None:
+    """The masker is loaded once descriptors are available."""
     runner.launcher = ("prlimit", "--nofile=9:", *MEASURED)
     secrets = (b"s3cret",)
     command = Command(("echo", "a s3cret."), runner.environment, secrets=secrets)
@@ -2241,7 +2294,7 @@ async def test_without_descriptors_a_shim_waits_to_mask_secrets(runner: Runner) 
 
 
 def short(function: str, number: int, go: Path) -> Sequence[str]:
-    """Return how a shim is started of whose calls one fails until there is a file."""
+    """Return the command of a shim in which one call fails until a file exists."""
     return adjusted(
         "import os.path, posix",
         f"def fail(*given, do=posix.{function}, **named):",
@@ -2254,10 +2307,10 @@ def short(function: str, number: int, go: Path) -> Sequence[str]:
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.ENFILE])
 @pytest.mark.parametrize("function", ["posix_spawn", "chdir"])
-async def test_start_that_the_machine_has_no_room_for_is_tried_again(
+async def test_a_start_without_resources_is_tried_again(
     runner: Runner, tmp_path: Path, function: str, number: int
 ) -> None:
-    """Of processes, memory and open files there may be enough later."""
+    """Processes, memory and open files can be available later."""
     go = tmp_path / "go"
     runner.launcher = short(function, number, go)
     started = runner.sh("echo ready; exit 3")
@@ -2269,7 +2322,7 @@ async def test_start_that_the_machine_has_no_room_for_is_tried_again(
     assert (exit.code, exit.error, started.output) == (3, None, b"ready\n")
 
 
-async def test_kill_works_while_there_is_no_room_for_the_command(
+async def test_a_kill_works_while_there_are_no_resources_for_the_command(
     runner: Runner, tmp_path: Path
 ) -> None:
     """The command never runs."""
@@ -2282,12 +2335,12 @@ async def test_kill_works_while_there_is_no_room_for_the_command(
     assert started.sink.pids == []
 
 
-# With ten it waits for a pipe, and can write the result all the same.
+# With ten descriptors it waits for a pipe, and can still write the result.
 @pytest.mark.parametrize("files", [6, 8, 10])
 async def test_a_kill_works_while_a_shim_waits_before_the_start(
     runner: Runner, tmp_path: Path, files: int
 ) -> None:
-    """The command never runs, and the result says who ended what."""
+    """The command never runs, and the result names the cause of its end."""
     runner.launcher = ("prlimit", f"--nofile={files}:", *MEASURED)
     ran = tmp_path / "ran"
     started = runner.start("touch", str(ran), total=0.1)
@@ -2306,12 +2359,13 @@ async def test_a_kill_works_while_a_shim_waits_before_the_start(
     assert not (started.folder / "spec").exists()
 
 
-# With 11 there is one, which is not enough to signal a process, and none but it.
+# With 11 it has one descriptor left, which is too few to signal a process besides itself.
 @pytest.mark.parametrize("files", [3, 11])
-async def test_a_kill_without_descriptors_is_done_when_there_are_some(
-    runner: Runner, files: int
-) -> None:
-    """Whom a shim cannot look for is not taken for gone; the grace begins later."""
+async def test_a_kill_without_descriptors_is_done_later(runner: Runner, files: int) -> None:
+    """A shim that cannot look for processes does not assume that they are gone.
+
+    The grace period begins later.
+    """
     started = runner.sh(IGNORES, grace=0.5)
     await started.prints(b"ready")
     limit(started, resource.RLIMIT_NOFILE, files)
@@ -2326,8 +2380,10 @@ async def test_a_kill_without_descriptors_is_done_when_there_are_some(
     assert (runner.left(), exit.left) == ([], ())
 
 
-async def test_a_soft_limit_of_file_sizes_is_the_commands(runner: Runner) -> None:
-    """The shim writes more than that; the command has it as it was."""
+async def test_the_soft_limit_of_file_sizes_holds_for_the_command_only(
+    runner: Runner,
+) -> None:
+    """The shim can write larger files, and the command has the limit unchanged."""
     runner.launcher = ("prlimit", "--fsize=1000:", *MEASURED)
     show = "prlimit --fsize --noheadings --output=SOFT"
     started = runner.sh(f"{show}; {show} --pid=$PPID; printf '%5000s' end; exit 3")
@@ -2339,9 +2395,9 @@ async def test_a_soft_limit_of_file_sizes_is_the_commands(runner: Runner) -> Non
 
 
 def sized(most: int) -> Sequence[str]:
-    """Return how a shim is started that cannot raise its limit of file sizes.
+    """Return the command of a shim that cannot raise its limit of file sizes.
 
-    Hard limits, which are meant, can be lifted by few.
+    It stands for a hard limit, which few users can raise.
     """
     return adjusted(
         "import resource",
@@ -2351,12 +2407,12 @@ def sized(most: int) -> Sequence[str]:
     )
 
 
-# 0: it cannot write its lock. 1000: of the 63rd record a half fits.
+# 0: it cannot write its lock. 1000: half of the 63rd record fits.
 @pytest.mark.parametrize("most", [0, 1000])
-async def test_a_hard_limit_of_file_sizes_is_like_a_full_disk(
+async def test_a_hard_limit_of_file_sizes_acts_like_a_full_disk(
     runner: Runner, most: int
 ) -> None:
-    """The command waits until it is lifted, and nothing is lost."""
+    """The command waits until the limit is raised, and nothing is lost."""
     runner.launcher = sized(most)
     output, index = (runner.tasks / "1" / name for name in ("output", "output.idx"))
     started = runner.python(
@@ -2385,7 +2441,7 @@ os._exit(3)
 
 
 async def test_a_kill_works_at_a_limit_of_file_sizes(runner: Runner) -> None:
-    """The tree ends at once, the result is there when it can be written."""
+    """The tree ends at once. The result is written when the limit allows it."""
     runner.launcher = sized(1000)
     started = runner.sh("while :; do echo more; done", grace=30)
     output = started.folder / "output"
@@ -2403,17 +2459,17 @@ async def test_a_kill_works_at_a_limit_of_file_sizes(runner: Runner) -> None:
 
 
 def _may_mount() -> bool:
-    """Return whether this process may mount a small disk (CAP_SYS_ADMIN)."""
+    """Return whether this process can mount a small disk (CAP_SYS_ADMIN)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     able = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff"))
     return bool(able >> 21 & 1)
 
 
-if _may_mount():  # else these tests do not exist: nothing else is full so truly
+if _may_mount():  # these tests need a disk that is really full
 
     @pytest.fixture
     def disk(tmp_path: Path) -> Iterator[Path]:
-        """Return a disk of 4 MiB."""
+        """Yield a disk of 4 MiB."""
         path = tmp_path / "disk"
         path.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
@@ -2440,7 +2496,7 @@ sys.exit(3)
     async def _full(
         disk: Path, runner: Runner, told: Path, grace: float, silence: float = 0
     ) -> Started:
-        """Start somebody who prints 8 MiB, and return when nothing moves any more."""
+        """Start a command that prints 8 MiB, and return when the disk is full."""
         runner.tasks = disk / "tasks"
         runner.tasks.mkdir(exist_ok=True)
         (disk / "filler").write_bytes(bytes(2 << 20))
@@ -2452,7 +2508,7 @@ sys.exit(3)
             return free.f_bavail == 0
 
         await until(full, "the disk to be full")
-        # The pipe takes another MiB.
+        # The pipe holds another MiB.
         await until(lambda: _sleeps(started.sink.pids[0]), "the command to stall")
         return started
 
@@ -2461,10 +2517,10 @@ sys.exit(3)
             Path(f"/proc/{pid}/syscall").read_bytes().split()[:2] == [b"1", b"0x1"]
         )
 
-    async def test_on_a_full_disk_a_command_waits_and_nothing_is_lost(
+    async def test_a_command_waits_on_a_full_disk_and_nothing_is_lost(
         runner: Runner, disk: Path, tmp_path: Path
     ) -> None:
-        """When there is room again it goes on; every byte and the exit code are there."""
+        """It goes on when there is space. All bytes and the exit code are kept."""
         told = tmp_path / "told"
         started = await _full(disk, runner, told, grace=5)
         before = int(told.read_text())
@@ -2479,17 +2535,20 @@ sys.exit(3)
         assert started.output == TALK
         assert started.stream(shim.STDOUT) == TALK
 
-    async def test_on_a_full_disk_a_kill_works(
+    async def test_a_kill_works_on_a_full_disk(
         runner: Runner, disk: Path, tmp_path: Path
     ) -> None:
-        """The tree ends at once; the result, and what was printed, when there is room."""
+        """The tree ends at once.
+
+        The result and the output are written when there is space.
+        """
         told = tmp_path / "told"
         started = await _full(disk, runner, told, grace=30)
         started.run.kill()
         await until(lambda: not runner.left(), "the end of the tree")
         assert started.sink.exits == []
         assert not (started.folder / "exit").exists()
-        # It waits for room without a rush.
+        # It sleeps while it waits for space.
         await deferLater(reactor, shim.PATIENCE + 0.1)
         before = switches(started.watcher)
         await deferLater(reactor, 1)
@@ -2501,10 +2560,10 @@ sys.exit(3)
         assert len(started.output) >= int(told.read_text()) << 17
         assert TALK.startswith(started.output)
 
-    async def test_a_full_disk_is_not_the_silence_of_the_command(
+    async def test_a_full_disk_does_not_count_as_silence(
         runner: Runner, disk: Path, tmp_path: Path
     ) -> None:
-        """It would print if it could; the clock of silence does not run against it."""
+        """The command would print if it could, so the silence limit is paused."""
         started = await _full(disk, runner, tmp_path / "told", 5, silence=1)
         await deferLater(reactor, 1.5)
         _enlarge(disk)
@@ -2512,8 +2571,8 @@ sys.exit(3)
         assert (exit.code, exit.cause) == (3, Cause.ITSELF)
         assert started.output == TALK
 
-    async def test_a_result_waits_for_room_on_the_disk(runner: Runner, disk: Path) -> None:
-        """A command that prints nothing may end while the disk is full."""
+    async def test_a_result_waits_for_disk_space(runner: Runner, disk: Path) -> None:
+        """A command that prints nothing can end while the disk is full."""
         runner.tasks = disk / "tasks"
         runner.tasks.mkdir(exist_ok=True)
         started = runner.sh("echo ready; exec sleep 60")
@@ -2534,7 +2593,7 @@ sys.exit(3)
         assert (exit.signal, exit.cause) == ("SIGTERM", Cause.KILL)
 
     def _leave_inodes(disk: Path, free: int) -> None:
-        """Leave so few inodes on a disk."""
+        """Leave so many free inodes on a disk."""
         _remount(disk, "nr_inodes=32")
         fillers = [disk / str(number) for number in range(32)]
         with suppress(OSError):
@@ -2545,10 +2604,10 @@ sys.exit(3)
 
     @pytest.mark.parametrize("free", range(3))
     @pytest.mark.parametrize("killed", [False, True])
-    async def test_without_inodes_a_task_waits(
+    async def test_a_task_without_inodes_waits(
         runner: Runner, disk: Path, tmp_path: Path, free: int, *, killed: bool
     ) -> None:
-        """For its lock, for its files, or to write its result; it does not fail."""
+        """It waits for its lock, its files or its result, and does not fail."""
         runner.tasks = disk / "tasks"
         runner.tasks.mkdir(exist_ok=True)
         go, ran = tmp_path / "go", tmp_path / "ran"
@@ -2565,16 +2624,16 @@ sys.exit(3)
         exit = await started.sink.end()
         assert not (free == 0 and killed and ran.exists())
         if exit.cause is Cause.KILL:
-            # It may also have come when only the result was left to be written.
+            # An inode may also have been freed when only the result was missing.
             assert (killed, exit.code) == (True, 3 if ran.exists() else None)
         else:
             assert (exit.code, exit.error, ran.read_text()) == (3, None, "x\n")
 
     @pytest.mark.parametrize("free", [3, 4])
-    async def test_three_inodes_are_enough_for_a_shim(
+    async def test_a_shim_needs_three_inodes(
         runner: Runner, disk: Path, tmp_path: Path, free: int
     ) -> None:
-        """Its result gets the inode of what it was told to run."""
+        """The result gets the inode of the spec."""
         runner.tasks = disk / "tasks"
         runner.tasks.mkdir(exist_ok=True)
         go = tmp_path / "go"
@@ -2590,21 +2649,21 @@ if _may_mount() and os.path.exists("/dev/loop-control"):
 
     @define
     class Machine:
-        """A disk that forgets whatever it has not been made to keep."""
+        """A disk that loses everything that was not synced."""
 
         image: Path
         disk: Path
 
         def boot(self) -> None:
-            """Take the disk up."""
+            """Mount the disk."""
             self._run("mount", "-o", "loop", str(self.image), str(self.disk))
 
         def stop(self) -> None:
-            """Take it down."""
+            """Unmount the disk."""
             self._run("umount", str(self.disk))
 
         def cut_power(self) -> None:
-            """Let ext4 write nothing more, not even its log."""
+            """Make ext4 write nothing more, not even its journal."""
             shutdown, no_log_flush = 0x8004587D, 2  # EXT4_IOC_SHUTDOWN
             fd = os.open(self.disk, os.O_RDONLY)
             try:
@@ -2617,7 +2676,7 @@ if _may_mount() and os.path.exists("/dev/loop-control"):
 
     @pytest.fixture
     def machine(tmp_path: Path) -> Iterator[Machine]:
-        """Return a machine with a disk of 16 MiB."""
+        """Yield a disk of 16 MiB that can lose its power."""
         machine = Machine(tmp_path / "image", tmp_path / "disk")
         machine.disk.mkdir()
         with machine.image.open("wb") as file:
@@ -2627,10 +2686,10 @@ if _may_mount() and os.path.exists("/dev/loop-control"):
         yield machine
         subprocess.run(["umount", "--lazy", str(machine.disk)], check=True)
 
-    async def test_a_power_cut_leaves_the_lock_of_what_has_begun(
+    async def test_the_lock_of_a_started_task_survives_a_power_cut(
         runner: Runner, machine: Machine
     ) -> None:
-        """Else nobody could tell that it has, and it would be started again."""
+        """Without it the task would look as if it had not started, and start again."""
         runner.tasks = machine.disk / "tasks"
         runner.tasks.mkdir()
         started = runner.sh("echo ready; exec sleep 60")
@@ -2646,17 +2705,17 @@ if _may_mount() and os.path.exists("/dev/loop-control"):
         assert (started.folder / "lock").read_text() == content
 
 
-# -- the rest of the module
+# -- other parts of the module
 
 
 async def test_capture_output_returns_standard_output() -> None:
-    """Standard output only, and standard input is at its end."""
+    """Standard error is discarded, and standard input is empty."""
     command = Command(("sh", "-c", "cat; echo no >&2; echo $X; pwd"), {"X": "1.2"}, "/tmp")
     assert await capture.capture_output(reactor, reactor, command) == "1.2\n/tmp\n"
 
 
 async def test_capture_output_of_a_missing_or_slow_command_is_empty() -> None:
-    """Neither a missing program nor one that takes too long is an error."""
+    """Neither is an error."""
     missing = Command(("no-such-program",), {})
     assert await capture.capture_output(reactor, reactor, missing) == ""
     begin = time.monotonic()
@@ -2667,7 +2726,7 @@ async def test_capture_output_of_a_missing_or_slow_command_is_empty() -> None:
 
 
 async def test_a_cancelled_capture_kills_its_command() -> None:
-    """Its client has gone away."""
+    """The client of the request has gone away."""
     mark = f"TEST_CAPTURE={time.monotonic()}"
     slow = Command(("sleep", "60"), dict([mark.split("=")]))
     asked = Deferred.fromCoroutine(capture.capture_output(reactor, reactor, slow))
@@ -2683,7 +2742,7 @@ async def test_a_cancelled_capture_kills_its_command() -> None:
 def test_the_limit_of_open_files_is_raised_as_far_as_allowed(
     soft: int, hard: int, wanted: int
 ) -> None:
-    """Both limits are told: the old one is for the tasks."""
+    """The function returns both limits, because tasks get the old one."""
     code = (
         "import resource; from pulsar_api.execution import processes;"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}));"
@@ -2699,7 +2758,10 @@ def test_the_limit_of_open_files_is_raised_as_far_as_allowed(
 
 
 async def test_secrets_are_masked_before_they_are_on_disk(runner: Runner) -> None:
-    """In both streams, over pieces, at the very end; the records are of what is kept."""
+    """Masking covers both streams, splits across pieces and the very end.
+
+    Records match the file.
+    """
     code = (
         "import os, time\n"
         "for piece in (b'is s3c', b'ret and ', b'pass', b'word\\nlast: s3cre', b't'):\n"
@@ -2717,10 +2779,10 @@ async def test_secrets_are_masked_before_they_are_on_disk(runner: Runner) -> Non
     assert exit.output_size == len(started.output) == started.records[-1].number
 
 
-async def test_what_is_held_back_is_not_lost_with_a_child_in_the_background(
+async def test_held_back_output_is_not_lost_with_a_background_child(
     runner: Runner,
 ) -> None:
-    """What may be the begin of a secret is written when the patience is over."""
+    """A possible prefix of a secret is written when the patience is over."""
     command = Command(
         ("/bin/sh", "-c", "printf 'it is s3cr'; sleep 60 & exit 3"),
         runner.environment,
@@ -2734,8 +2796,10 @@ async def test_what_is_held_back_is_not_lost_with_a_child_in_the_background(
     assert (runner.tasks / "1" / "output").read_bytes() == b"it is s3cr"
 
 
-def test_the_library_of_the_masker_stands_behind_what_python_has(tmp_path: Path) -> None:
-    """What else is installed beside it cannot take the place of a module of Python."""
+def test_the_library_of_the_masker_comes_after_the_modules_of_python(
+    tmp_path: Path,
+) -> None:
+    """Packages installed beside it cannot replace a standard module."""
     (tmp_path / "ahocorasick_rs").symlink_to(Path(ahocorasick_rs.__file__).parent)
     (tmp_path / "bisect.py").write_text("raise SystemExit('the wrong one')")
     code = (
@@ -2750,8 +2814,8 @@ def test_the_library_of_the_masker_stands_behind_what_python_has(tmp_path: Path)
     assert (done.stdout, done.stderr) == ("b'a ***.' True\n", "")
 
 
-def test_a_c_library_without_mallopt_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is one of glibc's own; a task runs without it."""
+def test_a_c_library_without_mallopt_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only glibc has that function."""
     with pytest.raises(OSError, match="no_such_function"):
         shim.c_function("no_such_function")
     call = shim.c_function
@@ -2761,8 +2825,8 @@ def test_a_c_library_without_mallopt_is_no_problem(monkeypatch: pytest.MonkeyPat
     shim.keep_memory()
 
 
-async def test_a_promised_line_with_a_secret_in_it_is_kept(runner: Runner) -> None:
-    """It is compared as it was printed: with the mask."""
+async def test_a_required_last_line_with_a_secret_is_recognised(runner: Runner) -> None:
+    """It is compared in its masked form."""
     line = "Executed task deploy for site on production!"
     arguments = ("/bin/sh", "-c", f"echo '{line}'")
     secrets = (b"production",)
@@ -2776,7 +2840,7 @@ async def test_a_promised_line_with_a_secret_in_it_is_kept(runner: Runner) -> No
 
 
 async def test_kept_secrets_are_read_again_and_removed(runner: Runner) -> None:
-    """Only their owner can read the file, which has a name that nobody can guess."""
+    """Only their owner can read the file, and its name cannot be guessed."""
     executor = runner.executor
     secrets = {"password": "pässword\n"}
     assert await executor.secrets(7, "unknown") is None
@@ -2786,7 +2850,7 @@ async def test_kept_secrets_are_read_again_and_removed(runner: Runner) -> None:
     assert (folder / name).stat().st_mode & 0o777 == 0o600
     assert folder.stat().st_mode & 0o777 == 0o700
     assert await executor.secrets(7, name) == Secrets(secrets, forms(secrets.values()))
-    # A retry brings them again, under the name that is on record.
+    # A retry stores them again, under the name on record.
     (folder / name).unlink()
     assert await executor.keep_secrets({"password": "new"}, name) == name
     found = await executor.secrets(7, name)
@@ -2798,8 +2862,8 @@ async def test_kept_secrets_are_read_again_and_removed(runner: Runner) -> None:
     assert await executor.secrets(7, name) is None
 
 
-async def test_a_secret_that_cannot_be_removed_keeps_no_other(runner: Runner) -> None:
-    """What is in the way of one is not in the way of those beside it."""
+async def test_a_secret_that_cannot_be_removed_does_not_keep_others(runner: Runner) -> None:
+    """The removal goes on with the next file."""
     folder = runner.tasks.parent / "secrets"
     (folder / "in the way").mkdir(parents=True)
     for number in range(5):
@@ -2808,10 +2872,10 @@ async def test_a_secret_that_cannot_be_removed_keeps_no_other(runner: Runner) ->
     assert [path.name for path in folder.iterdir()] == ["in the way"]
 
 
-async def test_a_daemon_that_cannot_see_the_secrets_that_are_left_does_not_start(
+async def test_a_daemon_that_cannot_list_old_secrets_does_not_start(
     runner: Runner,
 ) -> None:
-    """Nobody would look again; that there are none is no reason."""
+    """Otherwise they would stay on disk, because nothing looks for them again."""
     folder = runner.tasks.parent / "secrets"
     await runner.executor.forget_other_secrets(set())
     folder.symlink_to(folder)
@@ -2819,8 +2883,8 @@ async def test_a_daemon_that_cannot_see_the_secrets_that_are_left_does_not_start
         await runner.executor.forget_other_secrets(set())
 
 
-async def test_secrets_that_cannot_be_kept_leave_nothing(runner: Runner) -> None:
-    """Not even under the name that they have while they are written."""
+async def test_secrets_that_cannot_be_stored_leave_no_file(runner: Runner) -> None:
+    """Not even the temporary file stays."""
     folder = runner.tasks.parent / "secrets"
     (folder / "name" / "in the way").mkdir(parents=True)
     with pytest.raises(StoreUnavailable):
@@ -2829,7 +2893,7 @@ async def test_secrets_that_cannot_be_kept_leave_nothing(runner: Runner) -> None
 
 
 async def test_secrets_in_the_folders_of_ended_tasks_are_removed(runner: Runner) -> None:
-    """Those of tasks, with all that may hold them; what a task has printed stays."""
+    """All files that may hold them go. The output of the task stays."""
     for number in (1, 2):
         (runner.tasks / str(number)).mkdir()
         for name in ("secrets", "secrets.tmp", "spec", "spec.tmp", "output"):
@@ -2839,15 +2903,17 @@ async def test_secrets_in_the_folders_of_ended_tasks_are_removed(runner: Runner)
     assert len(list((runner.tasks / "2").iterdir())) == 5
 
 
-async def test_a_folder_that_cannot_be_used_bars_nobody(runner: Runner) -> None:
-    """Then nobody knows whether a shim begins, and it is tried again later."""
+async def test_a_folder_that_cannot_be_used_bars_no_task(runner: Runner) -> None:
+    """The daemon cannot tell then whether a shim starts, and tries again later."""
     (runner.tasks / "1").symlink_to("1")
     with pytest.raises(StoreUnavailable):
         runner.executor.prevent_start(1)
 
 
-async def test_a_daemon_that_dies_at_the_start_leaves_the_secrets(runner: Runner) -> None:
-    """They are in the task's folder then, where the shim removes them."""
+async def test_a_daemon_that_dies_at_the_start_leaves_the_secrets_for_the_shim(
+    runner: Runner,
+) -> None:
+    """They are in the task's folder, where the shim removes them."""
     executor = runner.executor
     name = await executor.keep_secrets({"password": "x"})
     await executor.permit(1)
@@ -2861,7 +2927,7 @@ async def test_a_daemon_that_dies_at_the_start_leaves_the_secrets(runner: Runner
 
 
 async def test_secrets_that_cannot_be_kept_are_an_error(runner: Runner) -> None:
-    """And nothing is left of them."""
+    """No file of them stays."""
     (runner.tasks.parent / "secrets").touch()
     with pytest.raises(StoreUnavailable):
         await runner.executor.keep_secrets({"password": "x"})
@@ -2879,10 +2945,10 @@ IN_THE_WAY = {
 
 @pytest.mark.parametrize("name", ["exit", "exit.tmp"])
 @pytest.mark.parametrize("what", IN_THE_WAY)
-async def test_what_a_task_puts_in_place_of_its_result_is_no_obstacle(
+async def test_an_obstacle_in_place_of_the_result_is_moved_aside(
     runner: Runner, what: str, name: str
 ) -> None:
-    """The shim puts it aside, and the end is the true one."""
+    """The task itself created it. The shim writes the true result."""
     task = runner.sh(f'cd "$PULSAR_TASK_FOLDER"; {IN_THE_WAY[what].format(name)}; exit 3')
     exit = await task.sink.end()
     assert (exit.code, exit.lost, exit.error) == (3, False, None)
