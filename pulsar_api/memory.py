@@ -1,4 +1,4 @@
-"""Gives memory back to the kernel after there was much to do."""
+"""Returns memory to the kernel after heavy work."""
 
 import ctypes
 import gc

@@ -1,1 +1,1 @@
-"""Makes the settings of options, file and environment."""
+"""Builds the settings from options, file and environment."""

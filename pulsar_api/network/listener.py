@@ -1,4 +1,4 @@
-"""Opens ports: tried before the daemon starts, which fails if one cannot be opened."""
+"""Opens ports, and tries them first: without one of them the daemon does not start."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The query for tasks that are older, or more, than what is kept."""
+"""The query for tasks that retention removes, by age or by number."""
 
 from pulsar_api.storage.schema import MAX_INTEGER
 from pulsar_api.tasks.interfaces import Keep

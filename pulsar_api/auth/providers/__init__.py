@@ -1,1 +1,1 @@
-"""Where users are known: tokens and a password of our own, or GitHub."""
+"""The providers that know users: tokens and a password of our own, or GitHub."""

@@ -1,4 +1,4 @@
-"""Visits: clients of SockJS, whatever their transport; who they are, what they are sent."""
+"""Visits of SockJS clients over any transport: who they are, what they are sent."""
 
 import json
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""The site: how many connections and requests it serves; and no access log."""
+"""The site: limits on connections and requests, and no access log."""
 
 from collections import OrderedDict
 from typing import Any, cast
