@@ -114,6 +114,7 @@ def test_api_page_has_every_field_of_a_task(start: Start) -> None:
     assert documented - set(daemon.task(number)) <= {"outputOffset", "outputCut"}
 
 
+@pytest.mark.needs("curl")
 def test_team_on_github_deploys_by_the_five_steps(start: Start, tmp_path: Path) -> None:
     """With the settings and the commands as they are, but a GitHub of ours."""
     scripts = tmp_path / "apps" / "shop"

@@ -258,7 +258,7 @@ def test_a_task_whose_secrets_are_gone_is_not_started_again(start: Start) -> Non
     daemon.ended(number)
     refused = problem(daemon.post(f"/job/{number}/restart"), 409)
     assert refused["type"].endswith(":secrets-gone")
-    assert "create a new one" in refused["detail"]
+    assert "Create a new task" in refused["detail"]
 
 
 def test_a_key_does_not_compare_secret_values(start: Start) -> None:

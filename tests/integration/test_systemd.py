@@ -171,4 +171,6 @@ def test_a_socket_that_everybody_reaches_is_refused(
         before=activated(wide),
         busy=wide.getsockname()[1],
     )
-    assert said.startswith("will not listen on 0.0.0.0: nobody would be asked")
+    assert said.startswith(
+        "will not listen on 0.0.0.0: callers would not have to authenticate"
+    )
