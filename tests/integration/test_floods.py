@@ -126,6 +126,7 @@ def streams(folder: Path) -> dict[int, str]:
     return {code: digest.hexdigest() for code, digest in found.items()}
 
 
+@pytest.mark.long
 def test_a_gigabyte_without_a_line_end_is_kept_and_disturbs_nobody(
     daemon: Daemon, tmp_path: Path
 ) -> None:
@@ -151,6 +152,7 @@ for number in range(1000):
     assert found.hexdigest() == expected.hexdigest()
 
 
+@pytest.mark.long
 def test_a_million_lines_are_kept_and_disturb_nobody(
     daemon: Daemon, tmp_path: Path
 ) -> None:
