@@ -1,4 +1,4 @@
-"""What a task's output and its index take on disk, and what is read of what was cut."""
+"""Tests of cut outputs: the space that they take on disk, and how they are read."""
 
 import errno
 import os
@@ -37,27 +37,27 @@ KIB = 1 << 10
 OUT, ERR = shim.STDOUT, shim.STDERR
 BOTH = (OUT, ERR)
 LEAST = 64 * KIB
-"""Bytes that an index may have, whatever the limit."""
+"""Bytes that an index may have, however small the limit is."""
 SLACK = 6 * shim.BLOCK
-"""Blocks that hold a few bytes, or where the rest of a file is."""
+"""Bytes for partly filled blocks, and for those with the map of the file."""
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-"""Where a file is synced at once, which is done thousands of times."""
+"""A folder where a sync is instant, because the tests make thousands of them."""
 
 NUMBERS = b"".join(b"%07d\n" % number for number in range(1 << 20))
-"""Bytes that are nowhere the same."""
+"""Bytes that repeat nowhere."""
 
 Burst = tuple[tuple[int, ...], int, int]
-"""Which streams take turns, how many bytes they print each time, and how often."""
+"""The streams that take turns, the bytes printed each time, and the number of times."""
 
 
 def on_disk(path: Path) -> int:
-    """Return the bytes that a file takes."""
+    """Return the bytes that a file takes on disk."""
     return path.stat().st_blocks * 512
 
 
 def ordered(folder: Path, limit: int, *arguments: str) -> None:
-    """Write what a shim is to run, into its folder."""
+    """Write the spec of a shim into its folder."""
     executor = ShimExecutor(MACHINE, Clock(), folder.parent, str)
     environment = {"PATH": os.environ["PATH"]}
     bounds = Bounds(5, max_output=limit)
@@ -66,14 +66,14 @@ def ordered(folder: Path, limit: int, *arguments: str) -> None:
 
 @define
 class Feed:
-    """A shim without a command, which is told what the two streams brought."""
+    """A shim without a command. The test plays the two streams."""
 
     folder: Path
     limit: int
     watcher: shim.Shim = field(init=False)
     recorder: shim.Recorder = field(init=False)
     streams: bytearray = field(factory=bytearray)
-    """Of each byte the stream that printed it."""
+    """The stream of each byte."""
 
     def __attrs_post_init__(self) -> None:
         ordered(self.folder, self.limit, "true")
@@ -91,12 +91,12 @@ class Feed:
 
     @property
     def size(self) -> int:
-        """How many bytes were printed."""
+        """The number of bytes printed."""
         return len(self.streams)
 
     @property
     def output(self) -> Output:
-        """What readers have."""
+        """The output as readers see it."""
         return Output(self.folder)
 
     def keep(self, code: int, size: int) -> None:
@@ -111,13 +111,13 @@ class Feed:
             self.keep(codes[number % len(codes)], size)
 
     def check_disk(self) -> None:
-        """Both files together take a small multiple of the limit."""
+        """Check that both files together take a small multiple of the limit."""
         index = on_disk(self.folder / "output.idx")
         assert index <= max(self.limit, LEAST) + SLACK
         assert on_disk(self.folder / "output") <= self.limit + self.limit // 16 + SLACK
 
     def close(self) -> None:
-        """Close what a shim leaves open."""
+        """Close the descriptors of the shim."""
         for stream in self.watcher.command.streams:
             os.close(stream.write_end)
             os.close(stream.fd)
@@ -127,7 +127,7 @@ class Feed:
 
 @pytest.fixture
 def feeds() -> Iterator[Callable[[int], Feed]]:
-    """Return how a feed is made, in a folder of its own."""
+    """Yield a function that creates a feed in a folder of its own."""
     made: list[Feed] = []
 
     def make(limit: int) -> Feed:
@@ -144,14 +144,14 @@ def feeds() -> Iterator[Callable[[int], Feed]]:
 
 @define
 class Follower:
-    """Reads on as an output grows, and compares each byte and its stream."""
+    """Follows a growing output, and compares each byte and its stream."""
 
     feed: Feed
     stream: int | None = None
     timed: bool = False
     offset: int = 0
     seen: bytearray = field(factory=bytearray)
-    """Of each byte whether it was read (1), or said to be cut (2)."""
+    """For each byte, 1 if it was read, and 2 if a marker reported it as cut."""
     reader: Reader = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -160,7 +160,7 @@ class Follower:
         self.reader = Reader(output, self.offset, record, self.stream, timed=self.timed)
 
     def look(self) -> None:
-        """Read what there is now."""
+        """Read all new output."""
         feed, begin = self.feed, max(self.offset, len(self.seen))
         self.seen += bytes(feed.size - len(self.seen))
         for chunk in self.reader.read(feed.size):
@@ -172,7 +172,7 @@ class Follower:
             assert set(feed.streams[chunk.start : end]) <= {chunk.stream}
             assert self.stream in {None, chunk.stream}
             self.seen[chunk.start : end] = b"\1" * len(chunk.data)
-        # As numbers of bits, or it takes minutes.
+        # Comparing large integers takes seconds, and comparing bytes would take minutes.
         wanted = BOTH if self.stream is None else (self.stream,)
         ours = bytes(code in wanted for code in range(256))
         missed = bytes(code == 0 for code in range(256))
@@ -181,20 +181,20 @@ class Follower:
         assert lost.bit_count() == 0
 
     def marked(self, chunk: Chunk) -> None:
-        """Take the line that says what was cut; an empty chunk says nothing."""
+        """Check a marker of a cut. An empty chunk is no marker."""
         if not chunk.data:
             return
         begin, cut = self.feed.output.cut()
         start, end = map(int, re.findall(rb"\d+", chunk.data))
         text = f"\n[bytes {start} to {end} were cut: --max-output-size]\n"
         assert chunk.data.decode() == text
-        # More may have been cut since.
+        # The cut may have grown since.
         assert begin <= start == chunk.start < end <= cut <= self.feed.size
         self.seen[chunk.start : end] = b"\2" * (end - chunk.start)
 
 
 def check_readers(feed: Feed) -> None:
-    """Whoever begins to read now gets what was printed, or a line that says it is gone."""
+    """Check that a new reader gets each byte, or a marker that reports it as cut."""
     output, size = feed.output, feed.size
     start, end = output.cut()
     whole = bytes(feed.streams)
@@ -225,7 +225,7 @@ def check_readers(feed: Feed) -> None:
     assert news[-1] == records[-1]
 
 
-# What a stream brings at once: tiny, usual, more than a limit.
+# Sizes of pieces: tiny, usual, larger than the limit.
 BURSTS = st.lists(
     st.tuples(
         st.sampled_from([(OUT,), (ERR,), (OUT, ERR), (OUT, OUT, ERR)]),
@@ -241,10 +241,10 @@ BURSTS = st.lists(
 @given(bursts=BURSTS, limit=st.sampled_from([1, 10_000, 64 * KIB, 100 * KIB, 256 * KIB]))
 @example(bursts=[((OUT, ERR), 1, 20_000)], limit=100 * KIB)
 @example(bursts=[((OUT, ERR), 1, 5000), ((ERR,), 300_000, 2)], limit=64 * KIB)
-def test_begin_and_end_are_what_was_printed_however_it_was(
+def test_start_and_end_of_an_output_are_kept_for_any_pattern_of_printing(
     bursts: list[Burst], limit: int
 ) -> None:
-    """By the right stream; both files are bounded, and followers miss nothing, always."""
+    """Streams are told apart, both files are bounded, and followers miss nothing."""
     with TemporaryDirectory(dir=MEMORY) as name:
         feed = Feed(Path(name), limit)
         try:
@@ -269,7 +269,7 @@ def test_begin_and_end_are_what_was_printed_however_it_was(
 def test_tiny_pieces_cost_a_small_multiple_of_the_limit(
     feeds: Callable[[int], Feed], codes: tuple[int, ...], limit: int
 ) -> None:
-    """Also of one stream alone: a byte of output takes sixteen of the index."""
+    """A single stream needs no more. A byte of output takes sixteen in the index."""
     feed = feeds(limit)
     for _ in range(10):
         feed.burst((codes, 1, 2000))
@@ -279,7 +279,7 @@ def test_tiny_pieces_cost_a_small_multiple_of_the_limit(
 
 
 def test_without_a_limit_nothing_is_cut(feeds: Callable[[int], Feed]) -> None:
-    """Neither of the output nor of its index."""
+    """Output and index stay whole."""
     feed = feeds(0)
     feed.burst(((OUT, ERR), 1, 10_000))
     feed.burst(((OUT,), 300_000, 3))
@@ -288,10 +288,10 @@ def test_without_a_limit_nothing_is_cut(feeds: Callable[[int], Feed]) -> None:
     Follower(feed).look()
 
 
-def test_of_a_piece_larger_than_the_limit_the_middle_is_never_written(
+def test_the_middle_of_a_piece_larger_than_the_limit_is_never_written(
     feeds: Callable[[int], Feed],
 ) -> None:
-    """Its begin is where characters do not break, its end is kept."""
+    """Its start ends between two characters, and its end is kept."""
     feed = feeds(10_000)
     data = "€".encode() * 200_000
     feed.recorder.keep(OUT, data)
@@ -304,13 +304,13 @@ def test_of_a_piece_larger_than_the_limit_the_middle_is_never_written(
     assert (written[:start], written[end:]) == (data[:start], data[end:] + b"end")
     chunks = Reader(feed.output).read(feed.output.size())
     assert [chunk.stream for chunk in chunks if chunk.data] == [OUT, None, OUT, ERR]
-    # The record of the begin ends with a character, so nothing before it is broken.
+    # The record of the start ends with a character, so that no character is split.
     first = next(r for r in feed.output.records() if r.code == OUT)
     assert first.number == 4098
 
 
-def test_what_was_sent_to_a_command_is_still_known(feeds: Callable[[int], Feed]) -> None:
-    """Its record is written again when it would be cut, with its own time; once."""
+def test_the_record_of_a_sent_signal_survives_a_cut(feeds: Callable[[int], Feed]) -> None:
+    """The record is written again with its own time, exactly once."""
     feed = feeds(64 * KIB)
     feed.burst(((OUT, ERR), 1, 5000))
     feed.recorder.note(shim.TERM_SENT, feed.size)
@@ -323,17 +323,17 @@ def test_what_was_sent_to_a_command_is_still_known(feeds: Callable[[int], Feed])
     check_readers(feed)
 
 
-# -- when it cannot be done
+# -- failures
 
 
 @pytest.mark.parametrize("good", [0, 1, 2, 3, 6, 7])
-def test_where_no_hole_can_be_made_all_is_kept_and_it_is_said(
+def test_without_holes_all_output_is_kept_and_one_message_says_so(
     feeds: Callable[[int], Feed],
     good: int,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """From the first or a later cut on; what was cut before stays announced."""
+    """Cuts fail from the first on, or from a later one. Earlier cuts stay marked."""
     feed = feeds(32 * KIB)
     real, left = shim.punch, iter(range(good))
 
@@ -355,8 +355,8 @@ def test_where_no_hole_can_be_made_all_is_kept_and_it_is_said(
     assert capfd.readouterr().err.count("fallocate(2) has failed") == 1
 
 
-def test_nobody_may_be_there_to_be_told() -> None:
-    """The daemon is gone, and the task goes on."""
+def test_a_shim_can_complain_without_a_daemon() -> None:
+    """The daemon has ended, and the task goes on."""
     read_end, write_end = os.pipe()
     os.close(read_end)
     kept = os.dup(2)
@@ -369,10 +369,10 @@ def test_nobody_may_be_there_to_be_told() -> None:
         os.close(write_end)
 
 
-def test_a_cut_waits_for_room_on_the_disk(
+def test_a_cut_waits_for_disk_space(
     feeds: Callable[[int], Feed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was printed meanwhile comes after it, and nothing is lost but what is cut."""
+    """Output that is printed meanwhile comes after it. Only cut bytes are lost."""
     feed = feeds(64 * KIB)
     real = shim.put
 
@@ -390,46 +390,47 @@ def test_a_cut_waits_for_room_on_the_disk(
     check_readers(feed)
 
 
-# -- reading while it is cut
+# -- reading during a cut
 
 MOST = 25_000
-"""Bytes that are printed in all, each of them a piece."""
+"""The number of bytes printed in all, each of them a piece."""
 
 
 @frozen
 class Moving(Output):
-    """An output out of which more is cut just before or behind a look at what was cut."""
+    """An output whose cut grows just before or after a reader asks for it."""
 
     feed: Feed
     turns: Iterator[str]
-    """When it is: a word of 0 and 1, again and again."""
+    """Whether the cut grows at each point: a repeated word of 0 and 1."""
 
     def holes(self) -> Cut:
-        """Say what is cut between the one and the other."""
+        """Return the cut, which can grow before and after it is read."""
         self.go_on()
         found = super().holes()
         self.go_on()
         return found
 
     def go_on(self) -> None:
-        """Print so much that more is cut."""
+        """Print so much that the cut grows."""
         if next(self.turns) == "1" and self.feed.size < MOST:
             self.feed.burst(((OUT, ERR), 1, 1500))
 
 
 @pytest.fixture(params=["01", "10", "0010", "0001", "1001000"])
 def moving(request: pytest.FixtureRequest, feeds: Callable[[int], Feed]) -> Moving:
-    """Return an output that has been cut, and will be."""
+    """Return an output with a cut that will grow."""
     feed = feeds(64 * KIB)
     feed.burst(((OUT, ERR), 1, 6000))
     return Moving(feed.folder, feed, cycle(request.param))
 
 
 @pytest.mark.parametrize("stream", [None, OUT, ERR])
-def test_what_is_cut_while_it_is_read_is_not_believed(
-    moving: Moving, stream: int | None
-) -> None:
-    """Neither a record nor a byte that was read as zeros; who follows misses nothing."""
+def test_data_read_during_a_cut_is_discarded(moving: Moving, stream: int | None) -> None:
+    """Neither records nor bytes that were read as zeros count.
+
+    A follower misses nothing.
+    """
     feed = moving.feed
     followers = []
     for offset in (0, 3000, 5900):
@@ -446,10 +447,10 @@ def test_what_is_cut_while_it_is_read_is_not_believed(
 
 
 @pytest.mark.parametrize("ask", [Output.records, lambda o: (r for _, r in o.news(0))])
-def test_records_that_are_cut_while_they_are_read_are_passed_over(
+def test_records_cut_while_they_are_read_are_skipped(
     moving: Moving, ask: Callable[[Output], Iterator[Record]]
 ) -> None:
-    """Each that is read was written, in its order."""
+    """Each record that is read was written, and they come in order."""
     records = list(ask(moving))
     assert [record.code for record in records[:2]] == [shim.CLOCK, shim.STARTED]
     numbers = [record.number for record in records[2:]]
@@ -458,19 +459,19 @@ def test_records_that_are_cut_while_they_are_read_are_passed_over(
     assert numbers[-1] >= 6000
 
 
-def test_a_search_for_a_record_is_not_misled_by_a_cut(moving: Moving) -> None:
-    """What it finds is the record of the byte, or one before it."""
+def test_a_cut_does_not_mislead_the_search_for_a_record(moving: Moving) -> None:
+    """It finds the record of the byte, or an earlier one."""
     for _ in range(10):
         offset = moving.feed.size - 100
         # Each piece is one byte, and two other records come first.
         assert moving.record_at(offset) <= offset + 2
 
 
-# -- what is not read
+# -- holes
 
 
-def test_nobody_reads_through_a_hole(tmp_path: Path) -> None:
-    """A terabyte of records that are gone: whoever reads goes round them."""
+def test_readers_skip_a_hole(tmp_path: Path) -> None:
+    """A terabyte of records is missing, and no reader reads through it."""
     begin, end = b"begin\n", b"middle\nend\n"
     size, records = 1 << 40, (1 << 40) // shim.RECORD
 
@@ -516,11 +517,11 @@ def test_nobody_reads_through_a_hole(tmp_path: Path) -> None:
     assert output.began() == 1_700_000_000_000
     assert output.index_size() == 5 * shim.RECORD
     assert output.weight() == len(begin) + len(end) + 4 * 5 * shim.RECORD
-    # Of records that nobody knows to be cut the search gives up, too.
+    # The search also gives up on missing records that no cut file names.
     (tmp_path / "cut").unlink()
     assert output.record_at(size - 1) <= records + 1
     (tmp_path / "cut").write_text(cut)
-    # A cursor that somebody made up.
+    # Forged cursors.
     for offset, number in ((0, 1000), (3, records), (7, records + 1), (0, 1 << 62)):
         text = b"".join(c.data for c in Reader(output, offset, number).read(size))
         assert text.endswith(b"end\n")
@@ -530,11 +531,11 @@ def test_nobody_reads_through_a_hole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pieces", "cut", "line"),
     [
-        # The last line of standard output stands before what was cut, in it, and behind.
+        # The last line of standard output is before the cut, inside it, or after it.
         ([(OUT, b"one\n"), (ERR, b"x" * 90)], (50, 60), b"one"),
         ([(ERR, b"x" * 50), (OUT, b"one\n"), (ERR, b"x" * 90)], (50, 60), b""),
         ([(OUT, b"one\n"), (ERR, b"x" * 50), (OUT, b"two\n")], (10, 20), b"two"),
-        # Of one that was cut in part the rest is known.
+        # The rest of a partly cut line is returned.
         (
             [(OUT, b"one" * 20), (ERR, b"x"), (OUT, b"two\n")],
             (10, 30),
@@ -542,10 +543,10 @@ def test_nobody_reads_through_a_hole(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_last_line_is_made_of_what_is_left(
+def test_the_last_line_is_read_from_the_remaining_bytes(
     tmp_path: Path, pieces: list[tuple[int, bytes]], cut: tuple[int, int], line: bytes
 ) -> None:
-    """By an older shim, which cuts no index."""
+    """An older shim wrote the output, without a cut of the index."""
     data, index = b"", b""
     for code, text in pieces:
         data += text
@@ -569,15 +570,18 @@ for _ in range(int(sys.argv[1])):
     os.write(2, b"e")
 print("the last line")
 """
-"""Prints one byte on each stream in turn, so many times.
+"""Prints one byte on each stream in turn, a given number of times.
 
-With O_DIRECT a pipe returns what was written by one write(2) at a time, so that each byte
-is a piece by itself, however slowly it is read.
+With O_DIRECT each read of a pipe returns the bytes of one write(2), so that each byte is a
+piece of its own, however slowly it is read.
 """
 
 
 def test_a_task_that_alternates_takes_a_small_multiple_of_the_limit(tmp_path: Path) -> None:
-    """However long it goes on; the record of its end says how much of the index is left."""
+    """It holds however long the task runs.
+
+    The result names the remaining size of the index.
+    """
     limit, folder = 100_000, tmp_path / "1"
     folder.mkdir()
     ordered(folder, limit, sys.executable, "-IS", "-c", ALTERNATES, "35000")

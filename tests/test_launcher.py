@@ -1,4 +1,4 @@
-"""Shims that the launcher forks, and what happens to them if it fails."""
+"""Tests of the launcher, the shims that it forks, and its failures."""
 
 import errno
 import os
@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def changed(*lines: str) -> Sequence[str]:
-    """Return how a launcher is started in which lines of Python have changed something."""
+    """Return the command of a launcher that runs these lines of Python before it starts."""
     code = [
         "import os, posix, signal, sys, time",
         f"sys.path.insert(0, {str(ROOT)!r})",
@@ -55,7 +55,7 @@ def changed(*lines: str) -> Sequence[str]:
 
 @define
 class Residents(Runner):
-    """Runs commands below shims that a launcher forks, unless a test says otherwise."""
+    """Runs commands under shims that a launcher forks, unless a test changes that."""
 
     resident: Launcher | None = None
 
@@ -67,7 +67,7 @@ class Residents(Runner):
 
     @property
     def pid(self) -> int:
-        """The process number of the launcher that works."""
+        """The process number of the present launcher."""
         assert self.resident is not None
         assert self.resident._process is not None
         transport: Any = self.resident._process.transport
@@ -81,41 +81,41 @@ class Residents(Runner):
         await self.works()
 
     async def works(self) -> None:
-        """Wait until there is one that is ready."""
+        """Wait until a launcher is ready."""
         assert self.resident is not None
         await until(lambda: self.resident and self.resident._works, "a launcher")
 
     async def end(self, started: Started) -> Exit:
-        """Wait for the end of a run, and until its pipes are closed."""
+        """Return the result of a run once its pipes are closed."""
         exit = await started.sink.end()
         await deferLater(reactor, 0)
         return exit
 
     def prepare(self, number: int, *arguments: str) -> Path:
-        """Make the folder of a task that something else starts, and return it."""
+        """Create the folder of a task that something else starts, and return it."""
         folder = self.tasks / str(number)
         folder.mkdir()
         self.executor._write_spec(folder, Command(arguments, self.environment), Bounds(1))
         return folder
 
     def starts(self) -> list[str]:
-        """Return the shims of the commands that were started."""
+        """Return the shims that started a command."""
         path = self.tasks.parent / "starts"
         return path.read_text().split() if path.exists() else []
 
     async def first(self) -> str:
-        """Wait for the note of the first command and return its shim."""
+        """Wait for the first command and return its shim."""
         return (await until(self.starts, "the note of a start"))[0]
 
     def count(self, then: str = "", number: int = 1) -> Started:
-        """Start a line of shell that first notes that it was started."""
+        """Start a line of shell that first notes its start."""
         note = f"echo $PPID >> {self.tasks.parent}/starts"
         return self.start("/bin/sh", "-c", f"{note}; {then}", number=number)
 
 
 @pytest.fixture
 def runner(tmp_path: Path) -> Iterator[Residents]:
-    """Return a runner; what its commands leave ends with the test."""
+    """Yield a runner. All processes of its commands end with the test."""
     runner = Residents(tmp_path / "tasks")
     runner.tasks.mkdir()
     yield runner
@@ -132,7 +132,7 @@ def runner(tmp_path: Path) -> Iterator[Residents]:
 
 @pytest.fixture
 def log() -> Iterator[list[str]]:
-    """Return what is logged, as it is shown."""
+    """Return the log messages as text."""
     texts: list[str] = []
 
     @implementer(ILogObserver)
@@ -156,7 +156,7 @@ def descriptors() -> dict[str, str]:
 
 @define(eq=False)
 class Heard(ProcessProtocol):
-    """Remembers what a transport tells."""
+    """Records the events that a transport reports."""
 
     events: list[str] = field(factory=list)
     text: dict[int, bytes] = field(factory=lambda: {1: b"", 2: b""})
@@ -187,11 +187,11 @@ class Heard(ProcessProtocol):
         return self.reason
 
 
-# -- a shim as any other
+# -- a forked shim
 
 
-async def test_a_task_below_a_forked_shim_ends_as_it_does(runner: Residents) -> None:
-    """Its shim is a child of the launcher; output, records and code are as ever."""
+async def test_a_task_under_a_forked_shim_ends_normally(runner: Residents) -> None:
+    """Its shim is a child of the launcher. Output, records and code are the usual ones."""
     await runner.begin()
     started = runner.count("echo one; echo two >&2; exit 3")
     exit = await runner.end(started)
@@ -212,13 +212,14 @@ for fd in fd/*; do readlink $fd; done |
     sed 's/:.*//; s/lock.*/lock/; s:/dev/null:pipe:' | sort
 readlink cwd exe root
 """
-"""What one can see of a shim; its descriptor 0 is a pipe or ``/dev/null``.
+"""Return the visible properties of a shim. Its descriptor 0 is a pipe or ``/dev/null``.
 
-While it starts a command it blocks signals for a moment (posix_spawn(3))."""
+While it starts a command it blocks signals for a moment (posix_spawn(3)).
+"""
 
 
-async def test_a_forked_shim_is_like_one_of_its_own_interpreter(runner: Residents) -> None:
-    """The same signals, limits, rights, session and descriptors."""
+async def test_a_forked_shim_equals_one_with_its_own_interpreter(runner: Residents) -> None:
+    """Signals, limits, rights, session and descriptors are the same."""
     await runner.begin()
     forked = runner.start("/bin/sh", "-c", LOOK, number=1)
     await forked.sink.end()
@@ -231,8 +232,10 @@ async def test_a_forked_shim_is_like_one_of_its_own_interpreter(runner: Resident
     assert b"socket" not in forked.output
 
 
-async def test_the_process_table_shows_whose_shim_it_is(runner: Residents) -> None:
-    """So no process of a dead launcher is taken for what a task has left."""
+async def test_the_process_table_shows_the_folder_of_a_forked_shim(
+    runner: Residents,
+) -> None:
+    """Processes of a dead launcher are therefore not mistaken for orphans of a task."""
     await runner.begin()
     started = runner.count("sleep 60")
     await until(runner.starts, "the start")
@@ -248,7 +251,7 @@ async def test_the_process_table_shows_whose_shim_it_is(runner: Residents) -> No
 async def test_the_launcher_is_in_the_session_and_group_of_the_daemon(
     runner: Residents,
 ) -> None:
-    """As a shim is that has just been started; and no signal but KILL ends it."""
+    """A new shim is there, too. Only KILL ends the launcher."""
     await runner.begin()
     pid = runner.pid
     assert os.getsid(pid) == os.getsid(0)
@@ -260,8 +263,8 @@ async def test_the_launcher_is_in_the_session_and_group_of_the_daemon(
         assert int(started.output) == pid
 
 
-async def test_a_shim_does_not_notice_the_end_of_the_launcher(runner: Residents) -> None:
-    """The launcher ends with the daemon's socket; its shims go on to their results."""
+async def test_shims_outlive_the_launcher(runner: Residents) -> None:
+    """The launcher ends with the socket of the daemon. Its shims go on to their results."""
     await runner.begin()
     go = runner.tasks.parent / "go"
     started = runner.count(f"while ! [ -e {go} ]; do sleep 0.01; done; exit 5")
@@ -280,7 +283,7 @@ async def test_a_shim_does_not_notice_the_end_of_the_launcher(runner: Residents)
 
 
 async def both(runner: Residents, folder: Path) -> list[Heard]:
-    """Start a shim by the launcher and by `spawnProcess`, and return what they told."""
+    """Start a shim by the launcher and by `spawnProcess`, and return what both reported."""
     heard = [Heard(), Heard()]
     assert runner.resident is not None
     assert runner.resident.spawn(heard[0], folder)
@@ -290,10 +293,10 @@ async def both(runner: Residents, folder: Path) -> list[Heard]:
     return heard
 
 
-async def test_a_transport_tells_what_that_of_spawn_process_tells(
+async def test_a_transport_reports_the_same_as_one_of_spawn_process(
     runner: Residents,
 ) -> None:
-    """A shim that fails shows why; its end comes last, with the true status."""
+    """A failing shim shows its reason. Its end comes last, with the true status."""
     await runner.begin()
     for one in await both(runner, runner.tasks / "none"):
         assert isinstance(one.reason, ProcessTerminated)
@@ -309,8 +312,8 @@ async def test_a_transport_tells_what_that_of_spawn_process_tells(
     verifyObject(IProcessTransport, (await both(runner, runner.tasks))[0].transport)
 
 
-async def test_a_transport_knows_code_0_and_death_by_a_signal(runner: Residents) -> None:
-    """`ProcessDone` is for code 0 only; KILL is the one signal that ends a shim."""
+async def test_a_transport_reports_code_0_and_death_by_a_signal(runner: Residents) -> None:
+    """`ProcessDone` stands for code 0 only. KILL is the only signal that ends a shim."""
     await runner.begin()
     assert runner.resident is not None
     done, killed = Heard(), Heard()
@@ -323,8 +326,8 @@ async def test_a_transport_knows_code_0_and_death_by_a_signal(runner: Residents)
     assert (killed.reason.exitCode, killed.reason.signal) == (None, signal.SIGKILL)
 
 
-async def test_a_kill_goes_by_the_launcher(runner: Residents) -> None:
-    """And ends the tree, as ever."""
+async def test_a_kill_goes_through_the_launcher(runner: Residents) -> None:
+    """It ends the whole tree."""
     await runner.begin()
     started = runner.count("sleep 60 & sleep 60")
     await until(lambda: started.sink.pids, "the start")
@@ -334,13 +337,13 @@ async def test_a_kill_goes_by_the_launcher(runner: Residents) -> None:
     assert runner.left() == []
 
 
-# -- what is scarce
+# -- scarce resources
 
 
-async def test_without_descriptors_a_start_fails_at_once_and_leaks_nothing(
+async def test_a_start_without_descriptors_fails_at_once_and_leaks_nothing(
     runner: Residents,
 ) -> None:
-    """As with `spawnProcess`: an `OSError` before anything was started."""
+    """It raises an `OSError` before anything starts, as `spawnProcess` does."""
     await runner.begin()
     assert runner.resident is not None
     before = descriptors()
@@ -358,8 +361,8 @@ async def test_without_descriptors_a_start_fails_at_once_and_leaks_nothing(
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
-async def test_a_fork_that_fails_can_be_tried_again(runner: Residents, number: int) -> None:
-    """No process was made, and the task waits for room, as without a launcher."""
+async def test_a_failed_fork_is_tried_again(runner: Residents, number: int) -> None:
+    """No process exists yet. The task waits for resources as without a launcher."""
     fail = f"def fork(): raise OSError({number}, 'no')"
     await runner.begin(changed(fail, "posix.fork = fork"))
     before = descriptors()
@@ -370,8 +373,8 @@ async def test_a_fork_that_fails_can_be_tried_again(runner: Residents, number: i
     await until(lambda: descriptors() == before, "the end of the pipes")
 
 
-async def test_a_full_socket_holds_up_nobody(runner: Residents) -> None:
-    """What cannot be sent waits in its turn, with its pipes; nothing is lost or left."""
+async def test_a_full_socket_does_not_block_the_daemon(runner: Residents) -> None:
+    """Messages wait in order, with their pipes. None is lost, and no descriptor leaks."""
     await runner.begin()
     assert runner.resident is not None
     before = descriptors()
@@ -389,22 +392,22 @@ async def test_a_full_socket_holds_up_nobody(runner: Residents) -> None:
     assert descriptors() == before
 
 
-async def test_a_folder_with_too_long_a_name_is_left_to_an_interpreter(
+async def test_a_folder_with_too_long_a_name_gets_its_own_interpreter(
     runner: Residents,
 ) -> None:
-    """There is no room for it in the process table."""
+    """The name does not fit into the process table."""
     await runner.begin()
     assert runner.resident is not None
     assert not runner.resident.spawn(Heard(), runner.tasks / ("n" * 200))
 
 
-# -- a launcher that dies
+# -- the death of a launcher
 
 
 async def test_a_launcher_that_dies_before_a_fork_starts_nothing(
     runner: Residents, log: list[str]
 ) -> None:
-    """The start is made again by somebody else, and by nobody else."""
+    """The task is started once, by another launcher."""
     await runner.begin(changed("posix.fork = die"))
     exit = await runner.end(runner.count("exit 7"))
     assert exit.code == 7
@@ -412,10 +415,10 @@ async def test_a_launcher_that_dies_before_a_fork_starts_nothing(
     assert any("another one is started" in text for text in log)
 
 
-async def test_a_launcher_that_dies_after_a_fork_starts_nothing_twice(
+async def test_a_launcher_that_dies_after_a_fork_does_not_start_a_task_twice(
     runner: Residents,
 ) -> None:
-    """The shim that it has forked has the lock; the second finds that, or the files."""
+    """The forked shim has the lock. A second shim finds the lock, or its files."""
     tell = "tell = launcher.Launcher.tell"
     dies = "launcher.Launcher.tell = lambda s, n, w, v: die() if n else tell(s, n, w, v)"
     await runner.begin(changed(tell, dies))
@@ -428,8 +431,13 @@ async def test_a_launcher_that_dies_after_a_fork_starts_nothing_twice(
 
 
 @pytest.mark.parametrize("first", ["forked", "again"])
-async def test_of_two_shims_only_one_begins(runner: Residents, first: str) -> None:
-    """The launcher dies between the fork and the lock; either shim may be the faster."""
+async def test_only_one_of_two_shims_starts_the_command(
+    runner: Residents, first: str
+) -> None:
+    """The launcher dies between the fork and the lock.
+
+    Each of the shims is the faster once.
+    """
     go, gone = runner.tasks.parent / "go", runner.tasks.parent / "gone"
     await runner.begin(changed(*NEVER_TOLD, WAITS.format(go=str(go), gone=str(gone))))
     if first == "forked":
@@ -449,7 +457,7 @@ async def test_of_two_shims_only_one_begins(runner: Residents, first: str) -> No
 
 
 async def test_a_running_task_outlives_its_launcher(runner: Residents) -> None:
-    """It is followed by its lock where its status belongs to somebody else."""
+    """The daemon follows its lock, because the exit status goes to another process."""
     await runner.begin()
     go, again = runner.tasks.parent / "go", runner.tasks.parent / "again"
     runner.launcher = ("/bin/sh", "-c", f'touch {again}; exec "$@"', "sh", *MEASURED)
@@ -463,8 +471,8 @@ async def test_a_running_task_outlives_its_launcher(runner: Residents) -> None:
     assert not again.exists()
 
 
-async def test_a_task_whose_launcher_is_dead_can_be_killed(runner: Residents) -> None:
-    """Asked for before or after the death, it is done."""
+async def test_a_task_of_a_dead_launcher_can_be_killed(runner: Residents) -> None:
+    """The kill comes before the death, and is carried out after it."""
     await runner.begin()
     started = runner.count("sleep 60")
     await until(lambda: started.sink.pids, "the start")
@@ -476,8 +484,8 @@ async def test_a_task_whose_launcher_is_dead_can_be_killed(runner: Residents) ->
     assert runner.left() == []
 
 
-async def test_without_a_launcher_a_status_is_unknown(runner: Residents) -> None:
-    """That is said as any other end, when the pipes are closed."""
+async def test_without_a_launcher_an_exit_status_is_unknown(runner: Residents) -> None:
+    """The transport reports that like any other end, after the pipes have closed."""
     await runner.begin()
     assert runner.resident is not None
     heard = Heard()
@@ -490,10 +498,10 @@ async def test_without_a_launcher_a_status_is_unknown(runner: Residents) -> None
         heard.transport.signalProcess("TERM")
 
 
-async def test_a_stopped_launcher_is_killed_and_holds_up_no_start_for_long(
+async def test_a_stopped_launcher_is_killed_and_delays_a_start_briefly(
     runner: Residents, monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
-    """The start that it owes is made by somebody else."""
+    """Another launcher makes the pending start."""
     await runner.begin()
     monkeypatch.setattr(launcher_process, "TICK", 0.05)
     os.kill(runner.pid, signal.SIGSTOP)
@@ -502,10 +510,10 @@ async def test_a_stopped_launcher_is_killed_and_holds_up_no_start_for_long(
     assert any("does not answer" in text for text in log)
 
 
-async def test_a_launcher_that_not_even_kill_ends_is_left(
+async def test_a_launcher_that_survives_kill_is_abandoned(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it has forked, or forks later, finds the lock taken, or takes it."""
+    """Each shim that it forks takes the lock, or finds it taken."""
     await runner.begin()
     monkeypatch.setattr(launcher_process, "TICK", 0.05)
     monkeypatch.setattr(launcher_process.LauncherProcess, "kill", lambda _: None)
@@ -513,14 +521,14 @@ async def test_a_launcher_that_not_even_kill_ends_is_left(
     os.kill(pid, signal.SIGSTOP)
     started = runner.count("sleep 0.5; exit 15")
     await until(runner.starts, "the start")
-    os.kill(pid, signal.SIGCONT)  # it forks what it had not read yet
+    os.kill(pid, signal.SIGCONT)  # it forks for the message in its socket
     exit = await runner.end(started)
     assert (exit.code, len(runner.starts())) == (15, 1)
     await until(lambda: Entry.of(pid) is None, "the end of the launcher")
 
 
-async def test_a_start_in_doubt_that_fails_lets_no_other_begin(runner: Residents) -> None:
-    """Before its task is called ended, the lock is taken from whoever comes late."""
+async def test_a_failed_start_in_doubt_bars_late_shims(runner: Residents) -> None:
+    """The daemon takes the lock before it reports the end of the task."""
     go, gone = runner.tasks.parent / "go", runner.tasks.parent / "gone"
     await runner.begin(changed(*NEVER_TOLD, WAITS.format(go=str(go), gone=str(gone))))
     runner.launcher = ("/bin/sh", "-c", "echo no >&2; exit 3")
@@ -533,10 +541,13 @@ async def test_a_start_in_doubt_that_fails_lets_no_other_begin(runner: Residents
     assert runner.starts() == []
 
 
-async def test_a_stopped_launcher_hides_no_death_of_a_shim(
+async def test_a_stopped_launcher_does_not_hide_the_death_of_a_shim(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pipes are closed and no status comes: it is asked, and found out."""
+    """The pipes have closed without a status.
+
+    The daemon asks the launcher and gets no answer.
+    """
     await runner.begin()
     monkeypatch.setattr(launcher_process, "TICK", 0.05)
     started = runner.count("sleep 60")
@@ -548,29 +559,32 @@ async def test_a_stopped_launcher_hides_no_death_of_a_shim(
     assert runner.left() == []
 
 
-async def test_a_launcher_that_owes_nothing_is_left_alone(
+async def test_an_idle_launcher_is_left_alone(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also while a shim stays with what its task has left, without its pipes."""
+    """It is idle while a shim without pipes watches the remaining processes of its task."""
     await runner.begin()
     monkeypatch.setattr(launcher_process, "TICK", 0.02)
     pid = runner.pid
     started = runner.count("(exec >/dev/null 2>&1; sleep 60) & exit 0")
     assert (await runner.end(started)).code == 0
-    await deferLater(reactor, 0.5)  # twenty-five ticks
+    await deferLater(reactor, 0.5)  # 25 ticks
     assert runner.pid == pid
     assert runner.resident is not None
     assert runner.resident._process is not None
     again = runner.resident._process._next
     assert again is not None
-    # It is rarely checked.
+    # The next check is far away.
     assert again.getTime() - reactor.seconds() > launcher_process.REST / 2
 
 
-async def test_a_launcher_that_never_starts_is_not_missed(
+async def test_tasks_run_without_a_launcher_until_one_starts(
     runner: Residents, monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
-    """Tasks start interpreters; that is said once; it is tried again, and works then."""
+    """Each starts an interpreter, and one message says so.
+
+    Later the launcher starts and works.
+    """
     monkeypatch.setattr(launcher, "PAUSE", 0.3)
     program = runner.tasks.parent / "python"
     command = (str(program), *Programs().launcher[1:])
@@ -588,10 +602,10 @@ async def test_a_launcher_that_never_starts_is_not_missed(
     assert (exit.code, len(entry)) == (13, 2)
 
 
-async def test_a_launcher_that_dies_again_and_again_is_given_up_for_a_while(
+async def test_a_launcher_that_dies_repeatedly_is_not_restarted_for_a_while(
     runner: Residents, log: list[str]
 ) -> None:
-    """Each start goes on, once."""
+    """Each pending start is made, once."""
     await runner.begin()
     resident = runner.resident
     assert resident is not None
@@ -614,17 +628,20 @@ def main(folder, main=shim.main):
     return done
 shim.main = main
 """
-"""A shim that begins when its test wants it, and leaves its status."""
+"""A shim that starts when its test allows it, and writes its exit status to a file."""
 
 NEVER_TOLD = (
     "tell = launcher.Launcher.tell",
     "launcher.Launcher.tell = lambda s, n, w, v: die() if n else tell(s, n, w, v)",
 )
-"""A launcher that dies as soon as it has forked."""
+"""A launcher that dies right after a fork."""
 
 
-async def test_a_task_that_was_called_lost_is_not_begun_later(runner: Residents) -> None:
-    """By the first shim of a start in doubt; the second one spoke, but got no lock."""
+async def test_a_task_reported_as_lost_does_not_start_later(runner: Residents) -> None:
+    """The second shim of a start in doubt reported itself without the lock.
+
+    The first must not start.
+    """
     go, gone = runner.tasks.parent / "go", runner.tasks.parent / "gone"
     await runner.begin(changed(*NEVER_TOLD, WAITS.format(go=str(go), gone=str(gone))))
     ready = "".join(f"\\{byte:03o}" for byte in shim.bare(shim.READY))
@@ -637,10 +654,10 @@ async def test_a_task_that_was_called_lost_is_not_begun_later(runner: Residents)
     assert (gone.read_text(), runner.starts()) == (str(shim.TAKEN), [])
 
 
-async def test_a_start_in_doubt_that_cannot_be_repeated_is_killed(
+async def test_a_start_in_doubt_that_cannot_be_repeated_can_be_killed(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As long as nothing can be forked it is tried a few times a second, not more."""
+    """While no process can be forked, it is tried a few times a second."""
     flag = runner.tasks.parent / "flag"
     forks = f"""
 def fork():
@@ -671,10 +688,10 @@ posix.fork = fork
     assert runner.starts() == []
 
 
-async def test_a_shim_that_ends_unseen_is_asked_for(
+async def test_the_daemon_asks_for_a_shim_whose_end_it_cannot_see(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its task holds its pipes open, and its launcher is stopped."""
+    """The task holds the pipes of the dead shim open, and the launcher is stopped."""
     await runner.begin()
     monkeypatch.setattr(launcher_process, "TICK", 0.05)
     monkeypatch.setattr(launcher_process, "REST", 0.2)
@@ -686,10 +703,10 @@ async def test_a_shim_that_ends_unseen_is_asked_for(
     assert (await runner.end(started)).lost
 
 
-async def test_without_room_to_watch_a_pipe_nothing_is_started(
+async def test_without_resources_to_watch_a_pipe_nothing_starts(
     runner: Residents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What could not be started at all is told as that, and leaves nothing open."""
+    """The start reports its failure, and leaves nothing open."""
     await runner.begin()
     before = descriptors()
     real = reactor.addReader

@@ -1,4 +1,4 @@
-"""Where the lines of an output are, for any bytes in any steps of growth, cut or not."""
+"""Tests of the line index, for any bytes that grow in any steps, with or without a cut."""
 
 import gc
 import re
@@ -25,7 +25,7 @@ T = TypeVar("T")
 Run = tuple[bytes, int]
 Rows = list[Segment]
 
-# Runs of something, long enough that segments end in every way that there is.
+# Runs of one text. They are long enough that segments end in every possible way.
 RUN = st.tuples(
     st.sampled_from(
         [
@@ -41,17 +41,17 @@ FEW = settings(max_examples=40)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder that the examples of a property write one after the other."""
+    """Return a folder that the examples of a property share, one after the other."""
     return tmp_path_factory.mktemp("task")
 
 
 def joined(runs: list[Run]) -> bytes:
-    """Return each of the texts repeated up to so many bytes, one after the other."""
+    """Join the texts, each repeated up to a number of bytes."""
     return b"".join((text * length)[:length] for text, length in runs)
 
 
 def written(folder: Path, data: bytes, cut: tuple[int, int] = (0, 0)) -> Output:
-    """Write an output, of which a part may be cut out as the shim does it."""
+    """Write an output. A part may be cut out, as the shim does it."""
     start, end = cut
     (folder / "cut").unlink(missing_ok=True)
     if cut != (0, 0):
@@ -61,10 +61,10 @@ def written(folder: Path, data: bytes, cut: tuple[int, int] = (0, 0)) -> Output:
 
 
 class Turns(Clock):
-    """A clock that goes one turn of the reactor further with each `turn`."""
+    """A clock on which each `turn` is one turn of the reactor."""
 
     def callLater(self, delay: float, *call: Any, **more: Any) -> Any:
-        """Take what is for the next turn as for a second later."""
+        """Schedule a call of the next turn one second later."""
         return super().callLater(delay + 1, *call, **more)
 
     def turn(self) -> None:
@@ -73,7 +73,7 @@ class Turns(Clock):
 
 
 def done(clock: Turns, wanted: Awaitable[T]) -> T:
-    """Return what a coroutine gives when the clock has gone on far enough."""
+    """Return the result of a coroutine, which may take many turns."""
     found: list[Any] = []
 
     async def run() -> None:
@@ -96,7 +96,7 @@ def rows(index: LineIndex, start: int = 0) -> Rows:
 
 
 def naive_end(data: bytes, start: int, stop: int) -> int | None:
-    """Return where a segment ends, by the definition, byte by byte."""
+    """Return the end of a segment by its definition, byte by byte."""
     for at in range(start + LEAST, min(start + MOST, stop)):
         if data[at : at + 1] == b"\n":
             return at + 1
@@ -105,12 +105,12 @@ def naive_end(data: bytes, start: int, stop: int) -> int | None:
     for at in range(start + MOST - 1, start + LEAST - 1, -1):
         if is_return(data[:stop], at):
             return at + 1
-    # Which byte begins a character, `test_output` knows.
+    # `test_output` tests where a character begins.
     return begin_of_character(data, start + MOST)
 
 
 def is_return(data: bytes, at: int) -> bool:
-    """Return whether there is a carriage return, and something else than a newline."""
+    """Return whether this byte is a carriage return that no newline follows."""
     return data[at : at + 1] == b"\r" and data[at + 1 : at + 2] not in {b"", b"\n"}
 
 
@@ -143,10 +143,10 @@ def naive(data: bytes, cut: tuple[int, int] = (0, 0)) -> Rows:
 @example(runs=[(b"a", LEAST), (b"\r", 1), (b"a", LEAST + 1)], ends=[MOST])
 @example(runs=[(b"a", LEAST - 1), (b"\r", 1), (b"a", LEAST + 1)], ends=[MOST])
 @example(runs=[(b"a", MOST - 2), (b"\r", 1), (b"\r\n", 2)], ends=[MOST, MOST + 1])
-def test_segments_are_the_same_however_the_output_has_grown(
+def test_segments_do_not_depend_on_how_the_output_grew(
     folder: Path, runs: list[Run], ends: list[int]
 ) -> None:
-    """And those that the definition gives; what was told of a closed one stays true."""
+    """They match the definition, and a closed segment never changes."""
     data = joined(runs)
     clock = Turns()
     index = LineIndex(written(folder, data), TurnScheduler(clock))
@@ -172,10 +172,13 @@ def test_segments_are_the_same_however_the_output_has_grown(
 @example(runs=[(b"a", 10)], numbers=(0, 3, 5), at=4)
 @example(runs=[(b"a", 10)], numbers=(2, 3, 10), at=4)
 @example(runs=[(b"a", 2 * MOST)], numbers=(MOST, MOST + 1, MOST + 2), at=4)
-def test_what_is_cut_out_is_a_segment_and_the_line_that_says_so(
+def test_a_cut_is_one_segment_and_its_marker_line(
     folder: Path, runs: list[Run], numbers: tuple[int, int, int], at: int
 ) -> None:
-    """Whenever it is, and when it becomes more; before it all stays as it was."""
+    """It holds for an early and a late cut and for a growing one.
+
+    Segments before it stay.
+    """
     data = joined(runs)
     start, *ends = sorted(number % (len(data) + 1) for number in numbers)
     clock = Turns()
@@ -197,14 +200,14 @@ def test_what_is_cut_out_is_a_segment_and_the_line_that_says_so(
         if at >= end:
             line += 2 + data[end:at].count(b"\n")
         assert index.line_at(at) == line
-    # The shim could not make the hole after all.
+    # As if the shim had failed to make the hole.
     written(folder, data)
     done(clock, index.reach(len(data)))
     assert rows(index) == naive(data)
 
 
-def test_a_progress_bar_has_segments_that_write_over_it(tmp_path: Path) -> None:
-    """Each begins with a whole state of it, in the one line that it is."""
+def test_a_progress_bar_is_split_where_it_overwrites_itself(tmp_path: Path) -> None:
+    """Each segment begins with a complete state of the bar. All of it is one line."""
     data = b"".join(b"\rprogress %d" % number for number in range(100_000)) + b"\ndone"
     index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
     done(clock, index.reach(len(data)))
@@ -235,7 +238,7 @@ STYLED = st.lists(
 
 
 def naive_style(parts: list[bytes]) -> str:
-    """Return what is in force behind some bytes, by the definition."""
+    """Return the style after some bytes, by its definition."""
     found: list[bytes] = []
     for part in parts:
         for sequence in re.findall(rb"\x1b\[([0-9;:]*)m", part):
@@ -263,13 +266,13 @@ def naive_style(parts: list[bytes]) -> str:
 )
 @example(styled=[(b"\x1b[31m", 1, b"a", MOST)] * 3, end=0, hole=(2, 2 * MOST))
 @example(styled=[(b"\x1b[1;4m", 21, b"a", MOST)] * 2, end=0, hole=(MOST + 30, MOST + 80))
-def test_what_is_in_force_at_the_begin_of_a_segment_is_known(
+def test_the_style_at_the_start_of_a_segment_is_known(
     folder: Path,
     styled: list[tuple[bytes, int, bytes, int]],
     end: int,
     hole: tuple[int, int],
 ) -> None:
-    """However the output has grown, and whatever was cut out, which changes nothing."""
+    """It does not depend on how the output grew, and a cut does not change it."""
     data = b"".join(a * n + (b * m)[:m] for a, n, b, m in styled)
     end %= len(data) + 1
     low, high = sorted(number % (len(data) + 1) for number in hole)
@@ -289,7 +292,7 @@ def test_what_is_in_force_at_the_begin_of_a_segment_is_known(
 
 
 def test_many_colours_cost_an_index_little(tmp_path: Path) -> None:
-    """Of each segment no more is kept than could be told, and the begin of a sequence."""
+    """A segment keeps no more than an answer can show, and the start of a sequence."""
     colours = [b"\x1b[%s%03dm" % (b"1;" * 98, number) for number in range(20)]
     whole = b"".join([*colours, b"\n"]).rjust(LEAST + 1, b"x")
     torn = b"".join([*colours, b"\x1b[", b"1;" * 99]).rjust(MOST, b"x")
@@ -306,11 +309,11 @@ def test_many_colours_cost_an_index_little(tmp_path: Path) -> None:
         assert size / len(index) < 800
 
 
-# -- those who wait
+# -- concurrent callers
 
 
-def test_a_part_that_is_cut_while_it_is_read_is_not_taken_for_zeros(tmp_path: Path) -> None:
-    """What is counted is what is there in the end."""
+def test_a_part_cut_while_it_is_read_is_not_read_as_zeros(tmp_path: Path) -> None:
+    """The index describes the output as it is in the end."""
     data = b"a line\n" * (4 * lines.STEP // 7)
     clock = Turns()
     index = LineIndex(written(tmp_path, data), TurnScheduler(clock))
@@ -324,17 +327,17 @@ def test_a_part_that_is_cut_while_it_is_read_is_not_taken_for_zeros(tmp_path: Pa
 
 
 class Shrinking(Output):
-    """An output out of which something is cut while it is read for the first time."""
+    """An output that is cut while it is read for the first time."""
 
     def pieces(self, start: int, end: int) -> Iterator[bytes]:
-        """Yield what is there, of what is being cut zeros."""
+        """Yield the pieces of the output, with zeros for the part being cut."""
         if self.cut() == (0, 0):
             written(self.folder, (self.folder / "output").read_bytes(), (1000, 2 * LEAST))
         return super().pieces(start, end)
 
 
-def test_what_has_been_read_while_it_was_cut_is_not_believed(tmp_path: Path) -> None:
-    """It may have been zeros."""
+def test_bytes_read_during_a_cut_are_discarded(tmp_path: Path) -> None:
+    """They can be zeros."""
     data = b"a line\n" * LEAST
     written(tmp_path, data)
     index = LineIndex(Shrinking(tmp_path), TurnScheduler(clock := Turns()))
@@ -342,8 +345,8 @@ def test_what_has_been_read_while_it_was_cut_is_not_believed(tmp_path: Path) -> 
     assert rows(index) == naive(data, (1000, 2 * LEAST))
 
 
-def test_segments_are_asked_for_by_a_byte_in_them(tmp_path: Path) -> None:
-    """The first is the one that holds it; of one behind the end the last."""
+def test_segments_are_found_by_a_byte_in_them(tmp_path: Path) -> None:
+    """The first is the one with that byte. Beyond the end it is the last one."""
     data = b"x" * 1023 + b"\n"
     data *= 300
     index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
@@ -358,15 +361,15 @@ def test_segments_are_asked_for_by_a_byte_in_them(tmp_path: Path) -> None:
     assert rows(index, 10**15) == found[-1:]
 
 
-def test_an_output_that_has_lost_its_end_is_not_waited_for(tmp_path: Path) -> None:
-    """After a power cut more was promised than is there."""
+def test_an_index_does_not_wait_for_a_missing_end(tmp_path: Path) -> None:
+    """After a power cut an output can be shorter than its size on record."""
     index = LineIndex(written(tmp_path, b"one\ntwo"), TurnScheduler(clock := Turns()))
     done(clock, index.reach(1000))
     assert (index.size, index.lines) == (7, 1)
 
 
-def test_callers_at_the_same_time_share_one_scan(tmp_path: Path) -> None:
-    """A step in a turn for all of them; who goes away stops nobody else."""
+def test_concurrent_callers_share_one_scan(tmp_path: Path) -> None:
+    """Each turn makes one step for all of them. A caller that leaves stops no other."""
     data = b"a line\n" * (8 * lines.STEP // 7)
     index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
     first, second, third = (
@@ -391,12 +394,12 @@ def test_callers_at_the_same_time_share_one_scan(tmp_path: Path) -> None:
 
 
 def waiting(index: LineIndex, size: int, number: int) -> list[Deferred[None]]:
-    """Let so many wait for a size."""
+    """Start a number of callers that wait for a size."""
     return [Deferred.fromCoroutine(index.reach(size)) for _ in range(number)]
 
 
-def test_hundreds_may_wait_for_a_cold_index(tmp_path: Path) -> None:
-    """They are woken in several turns, so that others get theirs in between."""
+def test_hundreds_of_callers_can_wait_for_a_cold_index(tmp_path: Path) -> None:
+    """They are woken over several turns, with turns of other work in between."""
     data = b"a line\n" * 1000
     index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
     all_of_them = waiting(index, len(data), 500)
@@ -410,8 +413,8 @@ def test_hundreds_may_wait_for_a_cold_index(tmp_path: Path) -> None:
     assert not index.busy
 
 
-def test_of_hundreds_who_wait_any_may_go_away(tmp_path: Path) -> None:
-    """Also the first, before and while they are woken; with the last the looking ends."""
+def test_any_of_hundreds_of_waiters_can_leave(tmp_path: Path) -> None:
+    """The first can leave, before or while they are woken. The scan ends with the last."""
     data = b"a line\n" * (3 * lines.STEP // 7)
     index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
     gone = waiting(index, len(data), 250)
@@ -440,8 +443,8 @@ def test_of_hundreds_who_wait_any_may_go_away(tmp_path: Path) -> None:
     assert rows(other) == naive(data)
 
 
-def test_an_output_that_cannot_be_read_is_an_error_for_all_who_wait(tmp_path: Path) -> None:
-    """And later it can be asked for again."""
+def test_an_unreadable_output_is_an_error_for_all_waiters(tmp_path: Path) -> None:
+    """A later call tries again."""
     data = b"a line\n" * 1000
     index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
     all_of_them = waiting(index, len(data), 300)
@@ -460,8 +463,8 @@ def test_an_output_that_cannot_be_read_is_an_error_for_all_who_wait(tmp_path: Pa
     assert gone.type is FileNotFoundError
 
 
-def test_who_wants_more_than_is_being_looked_at_gets_it(tmp_path: Path) -> None:
-    """Though others are content with less."""
+def test_a_caller_that_needs_more_than_the_present_scan_gets_it(tmp_path: Path) -> None:
+    """Others need less."""
     data = b"a line\n" * (3 * lines.STEP // 7)
     index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
     (first,) = waiting(index, 100, 1)
@@ -476,8 +479,8 @@ def test_who_wants_more_than_is_being_looked_at_gets_it(tmp_path: Path) -> None:
     assert [sizes[one] for one in (first, second, third)] == [100, len(data), 100]
 
 
-def test_who_is_woken_while_it_is_looked_at_again_waits_again(tmp_path: Path) -> None:
-    """More was cut, so what was known is not."""
+def test_a_waiter_woken_during_a_new_scan_waits_again(tmp_path: Path) -> None:
+    """The output was cut again, so the index is out of date."""
     data = b"a line\n" * (2 * lines.STEP // 7)
     index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
     sizes: list[int] = []
@@ -492,8 +495,8 @@ def test_who_is_woken_while_it_is_looked_at_again_waits_again(tmp_path: Path) ->
     assert sizes == [len(data)] * 250
 
 
-def test_who_goes_away_gives_up_their_turn(tmp_path: Path) -> None:
-    """The next one has it."""
+def test_a_caller_that_leaves_gives_up_its_turn(tmp_path: Path) -> None:
+    """The next caller gets it."""
     index = LineIndex(written(tmp_path, b"a line\n"), TurnScheduler(clock := Turns()))
     done(clock, index.reach(7))
     first, second = (Deferred.fromCoroutine(search(index, "a", 0)) for _ in range(2))
@@ -502,8 +505,8 @@ def test_who_goes_away_gives_up_their_turn(tmp_path: Path) -> None:
     assert second.called
 
 
-def test_of_many_who_have_much_to_do_one_does_a_step_in_a_turn(tmp_path: Path) -> None:
-    """Each in turn, whether they look for lines or for a text."""
+def test_each_turn_makes_one_step_of_one_scan(tmp_path: Path) -> None:
+    """Scans for lines and searches for a text take turns."""
     data = b"a line\n" * (4 * lines.STEP // 7)
     turns = TurnScheduler(clock := Turns())
     indexes = [LineIndex(written(tmp_path, data), turns) for _ in range(5)]
@@ -524,8 +527,8 @@ def test_of_many_who_have_much_to_do_one_does_a_step_in_a_turn(tmp_path: Path) -
     assert clock.seconds() - begun >= 5 * 4
 
 
-def test_only_some_tasks_are_remembered(tmp_path: Path) -> None:
-    """Those that were asked for last, and all that are being looked at."""
+def test_a_limited_number_of_indexes_is_cached(tmp_path: Path) -> None:
+    """Those used last are kept, and all that are in use."""
     indexes = LineIndexes(tmp_path, TurnScheduler(Turns()))
     first = [indexes.of(number) for number in range(lines.KEPT)]
     assert indexes.of(0) is first[0]
@@ -539,8 +542,8 @@ def test_only_some_tasks_are_remembered(tmp_path: Path) -> None:
     looking.addErrback(lambda failure: failure.trap(CancelledError) and None).cancel()
 
 
-def test_an_index_with_colours_is_forgotten_sooner(tmp_path: Path) -> None:
-    """As it costs more."""
+def test_an_index_with_colours_is_dropped_sooner(tmp_path: Path) -> None:
+    """It needs more memory."""
     indexes = LineIndexes(tmp_path, TurnScheduler(clock := Turns()), most=200)
     for number, begin in enumerate((b"", b"\x1b[31m")):
         (tmp_path / str(number)).mkdir()
@@ -549,7 +552,7 @@ def test_an_index_with_colours_is_forgotten_sooner(tmp_path: Path) -> None:
         index = indexes.of(number)
         done(clock, index.reach(len(data)))
         assert len(index) == 100
-        # It alone may cost what it does; with another one it must not.
+        # A single index may exceed the limit. With a second one it is dropped.
         assert indexes.of(number) is index
         indexes.of(7)
         assert (indexes.of(number) is index) is (number == 0)
@@ -559,7 +562,7 @@ def test_an_index_with_colours_is_forgotten_sooner(tmp_path: Path) -> None:
 
 
 def naive_search(data: bytes, needle: bytes, start: int, cut: tuple[int, int]) -> Any:
-    """Return the line and the place of the first match in each line, from a byte on."""
+    """Return line and offset of the first match in each line, from a byte on."""
     found: dict[int, tuple[int, int]] = {}
     wanted = needle.lower()
     parts = [(0, data)]
@@ -586,7 +589,7 @@ SHORT = st.lists(st.sampled_from([b"a", b"B", b"ab", b"\n", "é".encode()]), max
     step=st.integers(1, 7),
 )
 @example(data=b"a\nxx\na\na", text="a", start=0, cut=(2, 4), step=7)
-def test_a_search_finds_each_line_that_has_the_text(
+def test_a_search_finds_each_line_with_the_text(
     folder: Path,
     data: bytes,
     text: str,
@@ -594,7 +597,7 @@ def test_a_search_finds_each_line_that_has_the_text(
     cut: tuple[int, int],
     step: int,
 ) -> None:
-    """In turns of whatever size, so that matches lie over their borders."""
+    """Steps have any size, so that matches cross their borders."""
     low, high = sorted(number % (len(data) + 1) for number in cut)
     hole = (low, high) if low < high else (0, 0)
     index = LineIndex(written(folder, data, hole), TurnScheduler(clock := Turns()))
@@ -612,10 +615,10 @@ def test_a_search_finds_each_line_that_has_the_text(
     far=st.integers(1, 9),
     step=st.integers(1, 9),
 )
-def test_a_search_goes_on_where_it_has_stopped(
+def test_a_search_continues_where_it_stopped(
     folder: Path, data: bytes, most: int, far: int, step: int
 ) -> None:
-    """All together finds the same lines, whatever it is that was too much."""
+    """All parts together find the same lines, whichever limit stops them."""
     index = LineIndex(written(folder, data), TurnScheduler(clock := Turns()))
     done(clock, index.reach(len(data)))
     lines_found: set[int] = set()
@@ -630,8 +633,8 @@ def test_a_search_goes_on_where_it_has_stopped(
     assert sorted(lines_found) == [n for n, _ in naive_search(data, b"ab", 0, (0, 0))]
 
 
-def test_a_search_stops_when_more_is_cut_meanwhile(tmp_path: Path) -> None:
-    """What follows has other numbers; it can be asked for again."""
+def test_a_search_stops_at_a_further_cut(tmp_path: Path) -> None:
+    """The line numbers after it have changed. The caller can ask again."""
     data = b"a line\n" * (3 * lines.STEP // 7)
     index = LineIndex(written(tmp_path, data), TurnScheduler(clock := Turns()))
     done(clock, index.reach(len(data)))
