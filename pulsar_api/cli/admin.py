@@ -28,7 +28,7 @@ from pulsar_api.auth.credentials import (
 )
 from pulsar_api.auth.rights import Caller, Grant, Right
 from pulsar_api.config import loading
-from pulsar_api.errors import StoreUnavailable
+from pulsar_api.errors import SettingsError, StoreUnavailable
 from pulsar_api.execution import executor
 from pulsar_api.principal import Principal
 
@@ -46,10 +46,15 @@ def add_to(commands: Any) -> None:
     """Add these commands to those of a parser."""
     state = argparse.ArgumentParser(add_help=False)
     state.add_argument(
+        "--config",
+        metavar="FILE",
+        help="settings of the daemon, which name its state folder",
+    )
+    state.add_argument(
         "--state-dir",
-        default=loading.default_state_dir(os.environ),
         metavar="DIR",
-        help="state folder of the daemon, its --state-dir [%(default)s]",
+        help="state folder of the daemon, its --state-dir "
+        f"[{loading.default_state_dir(os.environ)}]",
     )
     end = commands.add_parser(
         "end-tasks",
@@ -160,14 +165,30 @@ def run(given: argparse.Namespace, now: Callable[[], float]) -> int:
     ``now`` gives the seconds since the epoch.
     """
     try:
+        given.state_dir = _state_dir(given)
         given.local(given, now)
-    except (_Failed, StoreUnavailable) as e:
+    except (_Failed, SettingsError, StoreUnavailable) as e:
         print("pulsar-api:", e, file=sys.stderr)
         return 1
     except OSError as e:
         print(f"pulsar-api: {e.filename or given.state_dir}: {e.strerror}", file=sys.stderr)
         return 1
     return 0
+
+
+def _state_dir(given: argparse.Namespace) -> str:
+    """Return the state folder, which every daemon marks with a file ``lock``."""
+    found: str | None = given.state_dir
+    if found is None and given.config is not None:
+        found = loading.state_dir(given.config, os.environ)
+    if found is None:
+        found = loading.default_state_dir(os.environ)
+    if Path(found).is_dir() and not (Path(found) / "lock").exists():
+        raise _Failed(
+            f"{found} is not the state folder of a daemon; give its --state-dir, or its "
+            "settings by --config"
+        )
+    return found
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -92,6 +92,17 @@ def _read_file(path: str) -> dict[str, object]:
         raise SettingsError(f"--config: {path} is not TOML: {e}") from None
 
 
+def state_dir(config: str, environ: Mapping[str, str]) -> str:
+    """Return the state folder of a daemon with this file of settings.
+
+    Raises `SettingsError` if the file cannot be read, or names no folder as a text.
+    """
+    found = _read_file(config).get("state-dir", default_state_dir(environ))
+    if not isinstance(found, str):
+        raise SettingsError(f"{config}: state-dir: must be a text, the path of a folder")
+    return found
+
+
 def default_state_dir(environ: Mapping[str, str]) -> str:
     """Return the default of ``--state-dir``."""
     if environ.get("STATE_DIRECTORY"):

@@ -273,6 +273,7 @@ def test_what_is_wrong_with_a_token_is_said(
     tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
     """In one line, and nothing is made."""
+    (tmp_path / "lock").touch()
     done = zygote.run(
         [*PULSAR_API, "token", *arguments, "--state-dir", str(tmp_path)],
         capture_output=True,
@@ -288,6 +289,7 @@ def test_what_is_wrong_with_a_token_is_said(
 @pytest.mark.needs("root")
 def test_a_token_is_for_the_owner_of_the_state_to_make(tmp_path: Path) -> None:
     """Else root would leave files that the daemon cannot write."""
+    (tmp_path / "lock").touch()
     os.chown(tmp_path, 12345, 12345)
     done = zygote.run(
         [*PULSAR_API, "token", "create", "x", "--state-dir", str(tmp_path)],
@@ -296,7 +298,45 @@ def test_a_token_is_for_the_owner_of_the_state_to_make(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "lock"]
+
+
+def test_commands_for_operators_find_the_state_folder_in_the_settings(
+    static: Daemon, tmp_path: Path
+) -> None:
+    """So what systemd gives the daemon is typed once."""
+    settings = tmp_path / "pulsar-api.toml"
+    settings.write_text(f'state-dir = "{static.state}"\nport = 1\n')
+    for command in (("token", "create", "ci"), ("token", "list"), ("audit",)):
+        done = zygote.run(
+            [*PULSAR_API, *command, "--config", str(settings)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout
+    assert "token create" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["audit", "token list", "token create x", "end-tasks"])
+def test_a_folder_without_a_daemon_is_refused(tmp_path: Path, command: str) -> None:
+    """An empty list would look as if nobody had done anything."""
+    for options in (
+        ("--state-dir", str(tmp_path)),
+        ("--config", str(tmp_path / "pulsar-api.toml")),
+    ):
+        (tmp_path / "pulsar-api.toml").write_text(f'state-dir = "{tmp_path}"\n')
+        done = zygote.run(
+            [*PULSAR_API, *command.split(), *options],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        expected = f"pulsar-api: {tmp_path} is not the state folder of a daemon"
+        assert done.stderr.startswith(expected)
+        assert done.stderr.count("\n") == 1
+        assert [p.name for p in tmp_path.iterdir()] == ["pulsar-api.toml"]
 
 
 def is_cut(response: HTTPResponse) -> bool:
