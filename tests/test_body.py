@@ -1,4 +1,4 @@
-"""Bodies: who is refused is told at the head, and nobody takes more room than there is."""
+"""Tests of request bodies: early refusals, and limits of memory and time."""
 
 import re
 from typing import Any
@@ -35,7 +35,7 @@ from pulsar_api.web.server.site import (
 
 
 class Desk(Resource):
-    """Reads a body, refuses it, or waits until it is known who sends it."""
+    """A resource that reads a body, refuses it, or waits for the caller's identity."""
 
     isLeaf = True
 
@@ -46,7 +46,7 @@ class Desk(Resource):
         self.seen: list[BodyRequest] = []
 
     def render(self, request: BodyRequest) -> bytes | int:
-        """Answer, by the path."""
+        """Respond as the path says."""
         self.seen.append(request)
         if request.path == b"/refuse":
             request.setResponseCode(401)
@@ -55,7 +55,7 @@ class Desk(Resource):
         return NOT_DONE_YET
 
     async def read(self, request: Any) -> None:
-        """Read the body and say how long it is."""
+        """Read the body and respond with its length."""
         who: str | None = request.getClientAddress().host
         if request.path == b"/wait":
             self.waiting.append(Deferred())
@@ -71,7 +71,7 @@ class Desk(Resource):
         request.finish()
 
     def failed(self, failure: Failure, request: Any) -> None:
-        """Answer with a problem, as our applications do."""
+        """Respond with a problem, as the applications do."""
         if failure.check(CancelledError):
             return
         error = failure.value
@@ -84,13 +84,13 @@ class Desk(Resource):
 
 
 class Transport(StringTransport):
-    """A connection that tells its protocol when it is cut."""
+    """A connection that tells its protocol when it is aborted."""
 
     protocol: Any
     aborted = False
 
     def abortConnection(self) -> None:
-        """Cut it at once."""
+        """Close the connection at once."""
         self.aborted = True
         self.protocol.connectionLost(Failure(ConnectionDone()))
 
@@ -107,44 +107,44 @@ class Client:
         self.channel.makeConnection(self.transport)
 
     def send(self, data: bytes) -> bytes:
-        """Send something, unless the daemon has stopped reading; return what was said."""
+        """Send data, unless the daemon has closed the connection. Return all responses."""
         if not self.cut:
             self.channel.dataReceived(data)
         return self.said
 
     def post(self, path: str, *lines: str, body: bytes = b"") -> bytes:
-        """Send a request whose body may come later."""
+        """Send a request. Its body may follow later."""
         head = [f"POST {path} HTTP/1.1", "Host: localhost", *lines, "", ""]
         return self.send("\r\n".join(head).encode() + body)
 
     def leave(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self.channel.connectionLost(Failure(ConnectionDone()))
 
     @property
     def said(self) -> bytes:
-        """What was said so far."""
+        """All data that was received."""
         return bytes(self.transport.value())
 
     @property
     def statuses(self) -> list[int]:
-        """The statuses of all answers."""
+        """The statuses of all responses."""
         return [int(found) for found in re.findall(rb"HTTP/1\.1 (\d{3}) ", self.said)]
 
     @property
     def cut(self) -> bool:
-        """Whether the daemon has hung up."""
+        """Whether the daemon has closed the connection."""
         return bool(self.transport.aborted)
 
     @property
     def reads(self) -> bool:
-        """Whether the daemon takes what is sent."""
+        """Whether the daemon reads."""
         return bool(self.transport.producerState == "producing")
 
 
 @define(eq=False)
 class World:
-    """A site with that desk; time stands still."""
+    """A site with that resource. Time stands still."""
 
     clock: Clock = field(factory=Clock)
     desk: Any = field(factory=Desk)
@@ -162,7 +162,7 @@ class World:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is held for anybody."""
+        """Whether the site holds no bytes and no requests."""
         site = self.site
         held = site.bodies.used, site.bodies.held, site.unidentified.total
         return held == (0, {}, 0) and not site.unidentified.held and not site.serving
@@ -170,12 +170,12 @@ class World:
 
 @pytest.fixture
 def world() -> World:
-    """Return a new one."""
+    """Return a new world."""
     return World()
 
 
 def length(number: int) -> str:
-    """Return the header that announces a body."""
+    """Return the header with the length of a body."""
     return f"Content-Length: {number}"
 
 
@@ -183,11 +183,11 @@ CHUNKED = "Transfer-Encoding: chunked"
 PROMISE = "Expect: 100-continue"
 
 
-# -- who is refused
+# -- refused requests
 
 
-def test_who_is_refused_is_told_before_the_body_comes(world: World) -> None:
-    """What comes of a small one is thrown away, and the connection goes on."""
+def test_a_refusal_comes_before_the_body(world: World) -> None:
+    """A small body is discarded, and the connection stays open."""
     client = world.connect()
     client.post("/refuse", length(1000))
     assert client.statuses == [401]
@@ -206,10 +206,10 @@ def test_who_is_refused_is_told_before_the_body_comes(world: World) -> None:
     "lines", [[length(MAX_DISCARDED + 1)], [CHUNKED], [length(10), PROMISE], [length(10)]]
 )
 @pytest.mark.parametrize("more", ["Connection: close", "X: y"])
-def test_a_body_that_is_not_worth_waiting_for_ends_the_connection(
+def test_a_refused_body_that_is_not_awaited_ends_the_connection(
     world: World, lines: list[str], more: str
 ) -> None:
-    """Not at once: who is still sending can read why."""
+    """It ends after a pause, in which a client that still sends can read the response."""
     client = world.connect()
     client.post("/refuse", *lines, more)
     assert client.statuses == [401]
@@ -225,8 +225,8 @@ def test_a_body_that_is_not_worth_waiting_for_ends_the_connection(
     assert world.idle
 
 
-def test_who_does_not_send_the_rest_is_cut(world: World) -> None:
-    """Nobody waits for what nobody wants longer than for a body."""
+def test_a_client_that_does_not_send_the_rest_is_cut(world: World) -> None:
+    """The deadline of an unwanted body is that of any body."""
     client = world.connect()
     client.post("/refuse", length(1000), body=b"x")
     world.clock.advance(BODY_DEADLINE - 1)
@@ -238,21 +238,19 @@ def test_who_does_not_send_the_rest_is_cut(world: World) -> None:
 
 
 @pytest.mark.parametrize("size", [MAX_BODY + 1, 10**12])
-def test_a_body_that_announces_itself_as_too_large_is_refused(
-    world: World, size: int
-) -> None:
-    """Before anybody looks who sends it."""
+def test_a_body_announced_as_too_large_is_refused(world: World, size: int) -> None:
+    """The refusal comes before authentication."""
     client = world.connect()
     client.post("/read", length(size), body=b"x" * 1000)
     assert client.statuses == [413]
     assert world.desk.seen == []
 
 
-# -- who is not refused
+# -- accepted requests
 
 
-def test_a_body_is_asked_for_when_somebody_wants_it(world: World) -> None:
-    """Not before it is known who sends it."""
+def test_100_continue_is_sent_when_the_body_is_wanted(world: World) -> None:
+    """It is not sent before the caller is identified."""
     client = world.connect()
     client.post("/wait", length(4), PROMISE)
     assert client.said == b""
@@ -264,7 +262,7 @@ def test_a_body_is_asked_for_when_somebody_wants_it(world: World) -> None:
     assert world.idle
 
 
-def test_little_of_a_body_is_taken_before_somebody_wants_it(world: World) -> None:
+def test_little_of_a_body_is_read_before_it_is_wanted(world: World) -> None:
     """The rest waits at the client."""
     client = world.connect()
     client.post("/wait", length(MAX_BODY), body=b"x" * EAGER)
@@ -273,7 +271,7 @@ def test_little_of_a_body_is_taken_before_somebody_wants_it(world: World) -> Non
     assert not client.reads
     assert world.site.bodies.used == 0
     assert world.site.unidentified.total > EAGER
-    world.clock.advance(10 * BODY_DEADLINE)  # which has not begun
+    world.clock.advance(10 * BODY_DEADLINE)  # which has not started
     world.desk.waiting[0].callback(None)
     assert client.reads
     assert world.site.bodies.used == EAGER + 1
@@ -284,8 +282,8 @@ def test_little_of_a_body_is_taken_before_somebody_wants_it(world: World) -> Non
     assert world.idle
 
 
-def test_a_small_body_is_there_when_it_is_wanted(world: World) -> None:
-    """Also with a request behind it."""
+def test_a_small_body_is_ready_when_it_is_wanted(world: World) -> None:
+    """The next request can follow it at once."""
     client = world.connect()
     client.post("/wait", length(3), body=b"\1\2\3POST /read HTTP/1.1\r\n\r\n")
     world.desk.waiting[0].callback(None)
@@ -295,8 +293,8 @@ def test_a_small_body_is_there_when_it_is_wanted(world: World) -> None:
 
 
 @pytest.mark.parametrize("lines", [[length(10)], [CHUNKED]])
-def test_a_body_that_is_too_slow_is_told_so(world: World, lines: list[str]) -> None:
-    """However steadily it trickles; then the connection ends."""
+def test_a_body_that_is_too_slow_answers_408(world: World, lines: list[str]) -> None:
+    """A steady trickle does not help. The connection ends afterwards."""
     client = world.connect()
     client.post("/read", *lines)
     for _ in range(3):
@@ -313,8 +311,11 @@ def test_a_body_that_is_too_slow_is_told_so(world: World, lines: list[str]) -> N
 
 
 @pytest.mark.parametrize(("path", "most"), [("/read", MAX_BODY), ("/form", FORM)])
-def test_a_body_has_a_bound(world: World, path: str, most: int) -> None:
-    """Announced or not; of somebody who is not known it is a small one."""
+def test_the_size_of_a_body_is_limited(world: World, path: str, most: int) -> None:
+    """The limit holds with and without an announced length.
+
+    It is small for unidentified callers.
+    """
     client = world.connect()
     client.post(path, CHUNKED, body=b"%x\r\n" % most + b"x" * most + b"\r\n")
     assert client.said == b""
@@ -328,8 +329,8 @@ def test_a_body_has_a_bound(world: World, path: str, most: int) -> None:
     assert exact.statuses == [200]
 
 
-def test_what_is_no_chunk_is_no_body(world: World) -> None:
-    """Nothing else is said after that, whoever wanted it."""
+def test_an_invalid_chunk_answers_400(world: World) -> None:
+    """No other response follows, whatever the state of the request."""
     client = world.connect()
     client.post("/read", CHUNKED, body=b"1\r\nx\r\nzz\r\n")
     assert client.statuses == [400]
@@ -366,8 +367,10 @@ STREAM = b"".join(
 
 
 @given(st.lists(st.integers(0, len(STREAM)), max_size=40))
-def test_however_it_is_cut_a_stream_of_requests_is_the_same(cuts: list[int]) -> None:
-    """Where a body ends the next request begins, whether anybody wanted it or not."""
+def test_any_split_of_a_stream_of_requests_gives_the_same_responses(
+    cuts: list[int],
+) -> None:
+    """The next request begins at the end of a body, wanted or not."""
     world = World()
     client = world.connect()
     ends = [*sorted(cuts), len(STREAM)]
@@ -383,11 +386,11 @@ def test_however_it_is_cut_a_stream_of_requests_is_the_same(cuts: list[int]) -> 
     assert world.clock.getDelayedCalls() == []
 
 
-# -- room
+# -- memory
 
 
-def test_all_bodies_together_have_so_much_room(world: World) -> None:
-    """For one caller a third of it; who finds none is told to come back."""
+def test_memory_for_all_bodies_is_limited(world: World) -> None:
+    """One caller gets a third of it. Beyond that the response is 503 with Retry-After."""
     held = []
     for number in range(BODY_MEMORY // 3 // MAX_BODY):
         held.append(world.connect())
@@ -418,10 +421,10 @@ def test_all_bodies_together_have_so_much_room(world: World) -> None:
 
 @pytest.mark.parametrize("path", ["/read", "/wait", "/form", "/refuse"])
 @pytest.mark.parametrize("lines", [[length(100_000)], [CHUNKED]])
-def test_nothing_is_held_for_who_has_gone(
+def test_nothing_is_held_for_a_client_that_has_left(
     world: World, path: str, lines: list[str]
 ) -> None:
-    """Whatever became of the request."""
+    """The state of its request does not matter."""
     client = world.connect()
     begin = b"2000\r\n" if lines == [CHUNKED] else b""
     client.post(path, *lines, body=begin + b"x" * 8192)
@@ -433,8 +436,8 @@ def test_nothing_is_held_for_who_has_gone(
     assert world.clock.getDelayedCalls() == []
 
 
-def test_of_strangers_who_holds_most_gives_way(world: World) -> None:
-    """Whoever sends little, and whoever is known, is not disturbed."""
+def test_the_stranger_that_holds_most_is_cut(world: World) -> None:
+    """Strangers with little data stay, and so do identified callers."""
     known = world.connect()
     known.post("/read", length(MAX_BODY), body=b"x" * (MAX_BODY - 1))
     small = world.connect()
@@ -458,8 +461,8 @@ def test_of_strangers_who_holds_most_gives_way(world: World) -> None:
     assert world.idle
 
 
-def test_a_line_of_a_head_counts_for_more_than_its_bytes(world: World) -> None:
-    """What Twisted makes of it is many times larger."""
+def test_a_header_line_counts_for_more_than_its_bytes(world: World) -> None:
+    """The objects of Twisted are many times larger."""
     client = world.connect()
     lines = b"".join(b"a%d:b\r\n" % number for number in range(MAX_HEADERS - 1))
     client.send(b"GET /read HTTP/1.1\r\n" + lines)
@@ -468,8 +471,8 @@ def test_a_line_of_a_head_counts_for_more_than_its_bytes(world: World) -> None:
     assert world.idle
 
 
-def test_who_is_known_is_no_stranger_until_the_next_request(world: World) -> None:
-    """A long-poll of somebody who is let in costs no stranger's room."""
+def test_an_identified_caller_is_no_stranger_until_its_next_request(world: World) -> None:
+    """The long-poll of an accepted caller takes no memory of strangers."""
     client = world.connect()
     client.post("/wait", length(0), body=b"GET /rea")
     assert world.site.unidentified.total > 0
@@ -481,8 +484,8 @@ def test_who_is_known_is_no_stranger_until_the_next_request(world: World) -> Non
     assert world.idle
 
 
-def test_a_head_has_so_many_names_and_short_ones(world: World) -> None:
-    """Twisted would keep ten thousand long ones for ever."""
+def test_number_and_length_of_header_names_are_limited(world: World) -> None:
+    """Twisted would cache ten thousand long names for ever."""
     good = world.connect()
     good.post("/read", *(f"X{n}: y" for n in range(MAX_HEADERS - 1)))
     assert good.statuses == [200]
@@ -497,8 +500,8 @@ def test_a_head_has_so_many_names_and_short_ones(world: World) -> None:
     assert longer.statuses == [400]
 
 
-def test_parameters_and_cookies_are_not_kept_as_twisted_reads_them(world: World) -> None:
-    """Thousands of them fit into a head, and take a hundred times its bytes."""
+def test_parameters_and_cookies_are_not_kept_as_twisted_parses_them(world: World) -> None:
+    """A head can hold thousands, which would take a hundred times its bytes."""
     client = world.connect()
     client.send(
         b"GET /wait?" + b"&".join(b"a%d" % n for n in range(1000)) + b" HTTP/1.1\r\n"
@@ -513,8 +516,8 @@ def test_parameters_and_cookies_are_not_kept_as_twisted_reads_them(world: World)
     world.desk.waiting[0].cancel()
 
 
-def test_a_head_after_a_body_has_its_deadline(world: World) -> None:
-    """Its own, from its first byte on."""
+def test_a_head_after_a_body_has_a_deadline_of_its_own(world: World) -> None:
+    """The deadline starts with its first byte."""
     client = world.connect()
     client.post("/read", length(1), body=b"x")
     world.clock.advance(HEAD_DEADLINE)

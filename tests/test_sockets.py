@@ -1,4 +1,4 @@
-"""What a client of SockJS can cost, in bytes and objects; time stands still."""
+"""Tests of the bytes and objects that a SockJS client can use. Time stands still."""
 
 import json
 import socket
@@ -67,22 +67,22 @@ DENIED = 'c[403,"Access denied"]'
 
 
 class Line(Transport):
-    """A connection whose other end reads when the test says so.
+    """A connection whose client reads when the test says so.
 
-    Its consumer's half is that of Twisted: above its measure it stops who writes.
+    Like Twisted's transports it pauses its producer above the size of its buffer.
     """
 
     bufferSize = 65536
 
     def write(self, data: bytes) -> None:
-        """Keep it, and say if that is too much."""
+        """Store the data, and pause the producer if there is too much."""
         line: Any = super()
         line.write(data)
         if self.producer is not None and len(line.value()) > self.bufferSize:
             self.producer.pauseProducing()
 
     def read(self) -> bytes:
-        """Return what was written, all of it; there is room again."""
+        """Return all data written so far, and resume the producer."""
         line: Any = super()
         data: bytes = line.value()
         line.clear()
@@ -91,7 +91,7 @@ class Line(Transport):
         return data
 
     def unregisterProducer(self) -> None:
-        """Forget who writes."""
+        """Forget the producer."""
         self.producer = None
 
 
@@ -114,7 +114,7 @@ class Client:
         self.channel.makeConnection(self.line)
 
     def shake(self, more: str = "", behind: bytes = b"") -> bytes:
-        """Ask for a WebSocket and return the answer; send something in the same piece."""
+        """Ask for a WebSocket and return the response head. Append data to the request."""
         self.channel.dataReceived(
             f"GET {PATH}/websocket HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
             "Connection: keep-alive, Upgrade\r\nSec-WebSocket-Version: 13\r\n"
@@ -126,16 +126,16 @@ class Client:
         return bytes(head)
 
     def say(self, event: Event) -> None:
-        """Send something."""
+        """Send an event."""
         self.give(self.ws.send(event))
 
     def give(self, data: bytes) -> None:
-        """Send bytes, if the daemon takes any."""
+        """Send bytes, unless the daemon has closed the connection."""
         if not self.cut:
             self.channel.dataReceived(data)
 
     def frames(self) -> list[str]:
-        """Read what there is and return the texts that are whole."""
+        """Return the complete texts that were received."""
         self._receive(self.line.read())
         texts, self.texts = self.texts, []
         return texts
@@ -153,13 +153,13 @@ class Client:
 
     @property
     def cut(self) -> bool:
-        """Whether the daemon has hung up."""
+        """Whether the daemon has closed the connection."""
         return bool(self.line.disconnected)
 
 
 @define
 class World:
-    """A site with SockJS alone, which asks who one is; no processes, no network."""
+    """A site that serves SockJS alone, with authentication but no processes or network."""
 
     folder: Path
     clock: Clock = field(factory=Clock)
@@ -220,13 +220,13 @@ class World:
         return self.executor.run(CASE.successResultOf(made).snapshot.id)
 
     def pass_turns(self, number: int = 20) -> None:
-        """Let so many turns of the reactor pass, but no time."""
+        """Let a number of reactor turns pass, without any time."""
         for _ in range(number):
             self.turns.turn()
             self.clock.advance(0)
 
     def close(self) -> None:
-        """Hang up on all, and check that nothing is left of them."""
+        """Close all connections, and check that nothing is left of them."""
         for client in self.clients:
             if not client.cut:
                 client.line.abortConnection()
@@ -241,7 +241,7 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    """Return a world in which nothing is left behind."""
+    """Yield a world, and check that nothing is left at the end."""
     world = World(tmp_path)
     yield world
     world.close()
@@ -257,7 +257,7 @@ def masked(event: Event) -> bytes:
 
 PING, PONG = masked(Ping(b"x" * 125)), masked(Pong(b""))
 EMPTY = b"\x00\x80" + bytes(4)
-"""A fragment without a byte, which is not the last one."""
+"""An empty fragment, which is not the last of its message."""
 SENT: dict[str, Callable[[], Iterator[bytes]]] = {
     "pings": lambda: iter(lambda: PING, b""),
     "empty pings": lambda: iter(lambda: masked(Ping(b"")), b""),
@@ -278,14 +278,17 @@ def _begun(first: bytes, rest: bytes) -> Iterator[bytes]:
 
 
 def _fragments(fragment: bytes) -> Iterator[bytes]:
-    # What nobody asked for once made the daemon count anew.
+    # A pong that answers nothing once made the daemon restart its count.
     return _begun(masked(TextMessage('["', message_finished=False)), PONG + fragment)
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["stranger", "known"])
 @pytest.mark.parametrize("kind", SENT)
-def test_flood_is_cut_after_its_burst(world: World, kind: str, *, known: bool) -> None:
-    """At once so many bytes are taken, and then the connection is cut: nothing is left."""
+def test_a_flood_is_cut_after_its_burst(world: World, kind: str, *, known: bool) -> None:
+    """The daemon accepts that many bytes at once.
+
+    Then it closes the connection and keeps nothing.
+    """
     client = world.connect(BEARER if known else "")
     sent = frames = 0
     for data in SENT[kind]():
@@ -301,8 +304,8 @@ def test_flood_is_cut_after_its_burst(world: World, kind: str, *, known: bool) -
 
 
 @pytest.mark.parametrize("kind", ["pings", "pongs", "messages"])
-def test_slow_sender_stays_connected(world: World, kind: str) -> None:
-    """For as long as it likes, if it reads."""
+def test_a_slow_sender_stays_connected(world: World, kind: str) -> None:
+    """It can go on for ever, if it reads."""
     client = world.connect(BEARER)
     data = next(SENT[kind]())
     pause = (len(data) + FRAME_COST) / BYTES_PER_SECOND
@@ -317,7 +320,7 @@ def test_slow_sender_stays_connected(world: World, kind: str) -> None:
 def test_slow_fragments_are_cut_at_the_size_of_a_message(
     world: World, fragment: bytes
 ) -> None:
-    """However slowly they come and whatever comes between them."""
+    """Neither a slow pace nor other frames in between prevent that."""
     client = world.connect(BEARER)
     sent = 0
     for data in _fragments(fragment):
@@ -330,8 +333,8 @@ def test_slow_fragments_are_cut_at_the_size_of_a_message(
     assert MAX_MESSAGE - 500 <= sent <= MAX_MESSAGE + 500
 
 
-def test_longest_token_is_heard(world: World) -> None:
-    """In pieces as well."""
+def test_the_longest_token_is_accepted(world: World) -> None:
+    """It can come in pieces."""
     secret = "x" * 4096
     world.provider.known[secret] = "bob"
     data = masked(TextMessage(json.dumps([json.dumps({"token": secret})])))
@@ -355,10 +358,8 @@ def test_longest_token_is_heard(world: World) -> None:
     ],
     ids=["bytes", "no-json", "close", "no-frame", "unmasked", "odd-close"],
 )
-def test_refused_client_is_cut_though_it_does_not_hang_up(
-    world: World, data: bytes
-) -> None:
-    """What it left unread goes with it; what it sends meanwhile is not looked at."""
+def test_a_refused_client_that_stays_is_cut(world: World, data: bytes) -> None:
+    """Its unread data is dropped, and its further messages are ignored."""
     client = world.connect(BEARER)
     client.give(data)
     for _ in range(100):
@@ -372,8 +373,8 @@ def test_refused_client_is_cut_though_it_does_not_hang_up(
     assert world.site.connections == 0
 
 
-def test_silent_client_is_denied_and_cut(world: World) -> None:
-    """After ten seconds."""
+def test_a_silent_client_is_denied_and_cut(world: World) -> None:
+    """It has ten seconds to identify itself."""
     client = world.connect()
     world.clock.advance(ANSWER)
     assert client.frames() == [DENIED]
@@ -381,8 +382,8 @@ def test_silent_client_is_denied_and_cut(world: World) -> None:
     assert client.cut
 
 
-def test_oldest_of_too_many_unidentified_clients_is_denied(world: World) -> None:
-    """Not those who are known by now, nor those who have just come."""
+def test_the_oldest_of_too_many_unidentified_clients_is_denied(world: World) -> None:
+    """Identified clients and the newest ones stay."""
     by_request = world.connect(BEARER)
     by_message = world.connect()
     by_message.say(TOKEN)
@@ -398,8 +399,8 @@ def test_oldest_of_too_many_unidentified_clients_is_denied(world: World) -> None
         assert client.frames()[0].startswith('a["')
 
 
-def test_message_behind_the_handshake_is_heard(world: World) -> None:
-    """In the same piece; nor can anything be hidden there from being counted."""
+def test_a_message_right_after_the_handshake_is_heard(world: World) -> None:
+    """It can come in the same piece, and its bytes count."""
     client = world.channel()
     assert client.shake(behind=masked(TOKEN)).startswith(b"HTTP/1.1 101 ")
     world.create()
@@ -415,8 +416,8 @@ def test_message_behind_the_handshake_is_heard(world: World) -> None:
     "more",
     ["Upgrade: h2c\r\n", "Sec-WebSocket-Key: x\r\n", "Sec-WebSocket-Version: 8\r\n"],
 )
-def test_wrong_handshake_is_refused(world: World, more: str) -> None:
-    """With a sentence, and the connection can be used for something better."""
+def test_a_wrong_handshake_is_refused(world: World, more: str) -> None:
+    """The response explains it, and the connection can be used for another request."""
     client = world.channel()
     if more.startswith("Upgrade"):
         client.channel.dataReceived(
@@ -430,17 +431,17 @@ def test_wrong_handshake_is_refused(world: World, more: str) -> None:
     assert client.line.read().endswith(b"Welcome to SockJS!\n")
 
 
-# -- what a client does not read
+# -- clients that do not read
 
 
-def test_client_that_does_not_read_is_not_read_from(world: World) -> None:
-    """Its pings wait in its own machine, and it goes on when it reads."""
+def test_the_daemon_does_not_read_from_a_client_that_does_not_read(world: World) -> None:
+    """Its pings wait on its own machine, and are answered when it reads again."""
     client = world.connect(BEARER)
     client.line.producer.pauseProducing()
     assert client.line.producerState == "paused"
     world.create().start()
     world.pass_turns()
-    # One part of a frame was on its way.
+    # Part of one frame was already sent.
     assert len(client.line.value()) <= 4 * PIECE_BYTES
     client.line.producer.resumeProducing()
     assert client.line.producerState == "producing"
@@ -451,8 +452,8 @@ def test_client_that_does_not_read_is_not_read_from(world: World) -> None:
     ]
 
 
-def test_client_that_never_reads_is_cut(world: World) -> None:
-    """After a minute, in which it may give its place to others."""
+def test_a_client_that_never_reads_is_cut(world: World) -> None:
+    """It has a minute, and counts as idle meanwhile."""
     client = world.connect(BEARER)
     client.line.producer.pauseProducing()
     assert list(world.site.idle) == [client.channel]
@@ -463,8 +464,8 @@ def test_client_that_never_reads_is_cut(world: World) -> None:
     assert world.site.connections == 0
 
 
-def test_silence_is_broken_by_heartbeats(world: World) -> None:
-    """And a ping is answered."""
+def test_heartbeats_break_the_silence(world: World) -> None:
+    """Pings are answered, too."""
     client = world.connect(BEARER)
     world.clock.advance(HEARTBEAT)
     assert client.frames() == ["h"]
@@ -473,8 +474,8 @@ def test_silence_is_broken_by_heartbeats(world: World) -> None:
     assert client.others == [Pong(b"are you there")]
 
 
-def test_crowd_that_does_not_read_takes_one_piece_each(world: World) -> None:
-    """Of a message of megabytes; and each hears all of it when it reads on."""
+def test_each_client_that_does_not_read_holds_one_piece(world: World) -> None:
+    """The message has a megabyte. Each client gets all of it once it reads."""
     size = 1 << 20
     (world.folder / "1").mkdir()
     printed(world.folder / "1", [(shim.STDOUT, b"0123456789abcde\n" * (size // 16))])
@@ -488,7 +489,7 @@ def test_crowd_that_does_not_read_takes_one_piece_each(world: World) -> None:
     world.pass_turns(2000)
     for client in crowd:
         assert BUFFER < len(client.line.value()) <= BUFFER + 4 * PIECE_BYTES
-    # What they wait for is made when they ask for it.
+    # Further pieces are made when a client asks for them.
     assert world.sockjs.feed.pieces.size <= world.sockjs.feed.pieces.max_bytes
     last = crowd[-1]
     heard: list[str] = []
@@ -503,8 +504,8 @@ def test_crowd_that_does_not_read_takes_one_piece_each(world: World) -> None:
     assert not any(client.cut for client in crowd)
 
 
-def test_revoked_client_is_cut_in_the_middle_of_a_message(world: World) -> None:
-    """It is cut in the middle: half a message cannot be ended well."""
+def test_a_revoked_client_is_cut_in_the_middle_of_a_message(world: World) -> None:
+    """Half a message has no valid end."""
     (world.folder / "1").mkdir()
     printed(world.folder / "1", [(shim.STDOUT, b"x" * 500_000)])
     client = world.connect(BEARER)
@@ -524,13 +525,13 @@ def test_revoked_client_is_cut_in_the_middle_of_a_message(world: World) -> None:
     assert len(client.line.value()) == 0
 
 
-# -- what of Twisted is not public
+# -- private parts of Twisted
 
 
-def test_upgraded_channel_ends_as_a_channel(
+def test_an_upgraded_channel_is_cleaned_up(
     world: World,
 ) -> None:
-    """``HTTPChannel._protocolUpgradeForWebsockets``; without a circle afterwards."""
+    """It uses ``HTTPChannel._protocolUpgradeForWebsockets``. No reference cycle remains."""
     client = world.connect()
     own = {"dataReceived", "rawDataReceived", "connectionLost"}
     assert own <= set(vars(client.channel))
@@ -540,8 +541,8 @@ def test_upgraded_channel_ends_as_a_channel(
     assert (world.site.connections, world.site.serving) == (0, 0)
 
 
-def test_buffer_is_limited_with_and_without_tls() -> None:
-    """In Twisted by ``FileDescriptor.bufferSize``, and in the kernel."""
+def test_the_buffer_is_limited_with_and_without_tls() -> None:
+    """``FileDescriptor.bufferSize`` limits it in Twisted, and SO_SNDBUF in the kernel."""
 
     @define
     class Channel:
@@ -560,24 +561,24 @@ def test_buffer_is_limited_with_and_without_tls() -> None:
         assert size == 2 * KERNEL_BUFFER
 
 
-def test_handshake_with_a_body_is_refused(world: World) -> None:
-    """The bytes of the body would be taken for frames."""
+def test_a_handshake_with_a_body_is_refused(world: World) -> None:
+    """The bytes of the body would be read as frames."""
     said = world.channel().shake("Content-Length: 11\r\n", behind=PING[:11])
     assert said.startswith(b"HTTP/1.1 400 ")
 
 
-def test_sockets_that_stay_open_do_not_count_as_heads_of_strangers(world: World) -> None:
-    """So hundreds of them leave room for the heads of others, and none gives way."""
+def test_open_sockets_do_not_count_as_heads_of_strangers(world: World) -> None:
+    """Hundreds of them leave room for the heads of other clients, and none is cut."""
     clients = [world.connect(f"Cookie: a={'x' * 8000}\r\n") for _ in range(600)]
     assert world.site.unidentified.total == 0
     assert not any(client.cut for client in clients)
 
 
-# -- sessions by HTTP
+# -- sessions over HTTP
 
 
 def post(client: Client, name: str, route: str, body: str = "") -> bytes:
-    """Send a request and return what was answered at once."""
+    """Send a request and return the response so far."""
     client.channel.dataReceived(
         f"POST /websocket/000/{name}/{route} HTTP/1.1\r\nHost: localhost\r\n"
         f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
@@ -586,7 +587,7 @@ def post(client: Client, name: str, route: str, body: str = "") -> bytes:
 
 
 def test_unknown_sessions_make_room_for_new_ones(world: World) -> None:
-    """Those that were denied already as well."""
+    """Denied sessions make room, too."""
     client = world.channel()
     for n in range(SESSIONS + 10):
         assert post(client, f"session{n}", "xhr").endswith(b"\r\n\r\no\n")
@@ -596,8 +597,10 @@ def test_unknown_sessions_make_room_for_new_ones(world: World) -> None:
 
 
 @pytest.mark.parametrize("route", ["xhr", "xhr_streaming"])
-def test_known_client_is_no_stranger_while_it_waits(world: World, route: str) -> None:
-    """Its head counts until it is known who it is."""
+def test_an_identified_client_does_not_count_as_a_stranger_while_it_waits(
+    world: World, route: str
+) -> None:
+    """Its head counts until it is identified."""
     client, other = world.channel(), world.channel()
     post(client, "joe", "xhr")
     post(client, "joe", route)
@@ -609,8 +612,8 @@ def test_known_client_is_no_stranger_while_it_waits(world: World, route: str) ->
     assert not client.cut
 
 
-def test_endless_body_that_nobody_wants_is_not_read_for_ever(world: World) -> None:
-    """It takes neither memory nor time."""
+def test_reading_of_an_endless_unwanted_body_stops(world: World) -> None:
+    """The body uses neither memory nor time."""
     client = world.channel()
     post(client, "joe", "xhr")
     client.channel.dataReceived(
@@ -625,8 +628,8 @@ def test_endless_body_that_nobody_wants_is_not_read_for_ever(world: World) -> No
     assert client.line.producerState == "paused"
 
 
-def test_too_long_message_or_name_is_refused(world: World) -> None:
-    """Before it is known who sends it."""
+def test_a_message_or_name_that_is_too_long_is_refused(world: World) -> None:
+    """The refusal comes before authentication."""
     client = world.channel()
     post(client, "short", "xhr")
     said = post(client, "short", "xhr_send", json.dumps(["x" * MAX_MESSAGE]))

@@ -1,4 +1,4 @@
-"""One contract for every `TaskStore`, and what only the real database has to stand."""
+"""Tests of the contract of `TaskStore`, and of faults of the real database."""
 
 import os
 import sqlite3
@@ -31,7 +31,7 @@ SPEC = TaskSpec("site", "production", "deploy", {"branch": "main"}, person("alic
 
 
 def new(spec: TaskSpec, created_at: float, key: str | None = None) -> NewTask:
-    """Return what is recorded of a new task when no clock is wrong."""
+    """Return the record of a new task when no clock is wrong."""
     return NewTask(spec, created_at, created_at, key)
 
 
@@ -44,7 +44,7 @@ async def sqlite(tmp_path: Path) -> AsyncIterator[SQLiteStore]:
 
 
 def simulated() -> SimulatedStore:
-    """Return a store as the simulation has it, of a daemon that never dies."""
+    """Return the store of the simulation, for a daemon that never dies."""
 
     def soon(call: Callable[..., object], *args: object) -> None:
         reactor.callLater(0, call, *args)
@@ -66,30 +66,30 @@ def store(request: pytest.FixtureRequest) -> TaskStore:
     return found
 
 
-async def test_a_new_task_is_what_was_asked_for(store: TaskStore) -> None:
-    """It is created, has a number, and is found again just so."""
+async def test_a_new_task_has_the_values_of_its_request(store: TaskStore) -> None:
+    """It is created, has a number, and is found with the same values."""
     created = await store.create(new(SPEC, 12.5))
     assert (created.spec, created.created_at) == (SPEC, 12.5)
     assert created.status is Status.CREATED
     assert await store.load(created.id) == created
 
 
-async def test_which_variables_are_secret_is_kept(store: TaskStore) -> None:
-    """Their names, not their values."""
+async def test_the_names_of_secret_variables_are_stored(store: TaskStore) -> None:
+    """Their values are not."""
     variables = {"password": "***", "branch": "main"}
     spec = evolve(SPEC, variables=variables, secret_names=frozenset({"password"}))
     created = await store.create(new(spec, 1.0))
     assert (await store.load(created.id)).spec == spec
 
 
-async def test_numbers_count_up(store: TaskStore) -> None:
-    """Also when many are created at once."""
+async def test_numbers_increase(store: TaskStore) -> None:
+    """They do so for concurrent creations, too."""
     found = await gatherResults([store.create(new(SPEC, 0.0)) for _ in range(50)])
     assert [task.id for task in found] == list(range(1, 51))
 
 
-async def test_what_is_saved_is_found(store: TaskStore) -> None:
-    """Every field that changes comes back."""
+async def test_a_saved_task_is_found(store: TaskStore) -> None:
+    """All fields that can change are read back."""
     created = await store.create(new(SPEC, 1.0))
     ended = evolve(
         created,
@@ -110,8 +110,8 @@ async def test_what_is_saved_is_found(store: TaskStore) -> None:
     assert await store.load(created.id) == ended
 
 
-async def test_an_older_record_never_replaces_a_newer(store: TaskStore) -> None:
-    """Records of one task may be saved in any order."""
+async def test_an_older_record_never_replaces_a_newer_one(store: TaskStore) -> None:
+    """Records of one task can be saved in any order."""
     created = await store.create(new(SPEC, 1.0))
     newer = evolve(created, revision=3, status=Status.FINISHED)
     await store.save(newer)
@@ -120,14 +120,14 @@ async def test_an_older_record_never_replaces_a_newer(store: TaskStore) -> None:
 
 
 async def test_an_unknown_number_is_an_error(store: TaskStore) -> None:
-    """It says which number."""
+    """The error has the number."""
     with pytest.raises(UnknownTask) as raised:
         await store.load(5)
     assert raised.value.task_id == "5"
 
 
 async def test_lists_are_newest_first_and_bounded(store: TaskStore) -> None:
-    """``before`` goes on where the last page ended."""
+    """``before`` continues after the last page."""
     for _ in range(5):
         await store.create(new(SPEC, 0.0))
     first = await store.select(TaskQuery(limit=2))
@@ -146,10 +146,10 @@ async def test_lists_are_newest_first_and_bounded(store: TaskStore) -> None:
         (TaskQuery(app="site", status=Status.CREATED), [4, 3]),
     ],
 )
-async def test_lists_can_be_narrowed(
+async def test_lists_can_be_filtered(
     store: TaskStore, query: TaskQuery, found: list[int]
 ) -> None:
-    """By state, app, env and user, also together."""
+    """The filters are state, app, env and user, alone or combined."""
     first = await store.create(new(SPEC, 0.0))
     await store.create(new(evolve(SPEC, app="shop"), 0.0))
     await store.create(new(evolve(SPEC, env="staging"), 0.0))
@@ -177,7 +177,7 @@ async def test_lists_can_be_narrowed(
     ],
 )
 async def test_lists_can_be_searched(store: TaskStore, text: str, found: list[int]) -> None:
-    """In app, env, action and user; no character is wild."""
+    """The search covers app, env, action and user, without wildcards."""
     spec = TaskSpec("site", "prod", "deploy")
     await store.create(new(spec, 0.0))
     await store.create(new(evolve(spec, app="my-shop"), 0.0))
@@ -195,8 +195,10 @@ async def test_lists_can_be_searched(store: TaskStore, text: str, found: list[in
     assert [task.id for task in page] == [n for n in found if n == 2]
 
 
-async def test_the_next_task_after_a_number_is_the_oldest(store: TaskStore) -> None:
-    """None if there is no newer one."""
+async def test_the_next_task_after_a_number_is_the_oldest_newer_one(
+    store: TaskStore,
+) -> None:
+    """The result is None if there is no newer task."""
     for _ in range(3):
         await store.create(new(SPEC, 0.0))
     found = await store.after(1)
@@ -208,10 +210,10 @@ async def test_the_next_task_after_a_number_is_the_oldest(store: TaskStore) -> N
 HOLDER = Process(4711, 12, "sleep 1000", "root")
 
 
-async def test_unfinished_tasks_and_holders_are_taken_up_oldest_first(
+async def test_unfinished_tasks_and_holders_are_loaded_oldest_first(
     store: TaskStore,
 ) -> None:
-    """Each with a revision that no daemon can have announced before, on record."""
+    """Each gets a revision on record that no daemon has announced before."""
     tasks = [await store.create(new(SPEC, 0.0)) for _ in range(5)]
     await store.save(evolve(tasks[1], status=Status.FINISHED, revision=2, ended_at=1.0))
     await store.save(evolve(tasks[2], status=Status.RUNNING, revision=2))
@@ -227,7 +229,7 @@ async def test_unfinished_tasks_and_holders_are_taken_up_oldest_first(
 
 
 async def test_the_last_reading_of_the_clocks_is_kept(store: TaskStore) -> None:
-    """One, in place of the one before; it is the writer's, so it is the newest."""
+    """It replaces the one before. The writer makes it, so it is the newest."""
     assert await store.reading() is None
     for wall in (1.5, 2.5):
         reading = Reading("boot", 100.0, wall, 3.5, "1 2 3")
@@ -236,7 +238,7 @@ async def test_the_last_reading_of_the_clocks_is_kept(store: TaskStore) -> None:
 
 
 async def test_the_newest_time_in_the_records_is_found(store: TaskStore) -> None:
-    """Of a creation or of an end; None without records."""
+    """It is that of a creation or an end, or None without records."""
     assert await store.newest_time() is None
     first = await store.create(new(SPEC, 10.0))
     await store.create(new(SPEC, 11.0))
@@ -245,8 +247,8 @@ async def test_the_newest_time_in_the_records_is_found(store: TaskStore) -> None
     assert await store.newest_time() == 30.0
 
 
-async def test_ages_and_keys_are_by_the_steady_clock(store: TaskStore) -> None:
-    """Whatever the wall clock said when the task was created and ended."""
+async def test_ages_and_keys_use_the_steady_clock(store: TaskStore) -> None:
+    """The wall clock at creation and end does not matter."""
     wrong = 32_000_000.0
     task = await store.create(NewTask(SPEC, wrong, 100.0, "key"))
     assert await store.by_key("key", person("alice"), 99.0) == task
@@ -259,7 +261,7 @@ async def test_ages_and_keys_are_by_the_steady_clock(store: TaskStore) -> None:
 
 
 async def test_a_task_that_holds_its_target_is_kept(store: TaskStore) -> None:
-    """Somebody has to see which processes hold it."""
+    """An operator must be able to see which processes hold it."""
     task = await store.create(new(SPEC, 0.0))
     await store.create(new(SPEC, 0.0))
     ended = evolve(task, status=Status.KILLED, revision=2, ended_at=1.0, ended_steady=1.0)
@@ -271,8 +273,10 @@ async def test_a_task_that_holds_its_target_is_kept(store: TaskStore) -> None:
     assert await store.expired(Keep(seconds=1), 1e6, 10) == [1]
 
 
-async def test_a_key_finds_its_task_for_a_time(store: TaskStore) -> None:
-    """By who asks for it since when."""
+async def test_an_idempotency_key_finds_its_task_for_a_limited_time(
+    store: TaskStore,
+) -> None:
+    """Each caller has keys of its own."""
     created = await store.create(new(SPEC, 100.0, "key"))
     await store.create(new(SPEC, 100.0))
     assert await store.by_key("key", person("alice"), 99.0) == created
@@ -294,12 +298,12 @@ async def test_a_key_finds_its_task_for_a_time(store: TaskStore) -> None:
         (Keep(tasks=1), [2, 3]),
     ],
 )
-async def test_only_ended_tasks_beyond_the_bounds_are_expired(
+async def test_only_ended_tasks_beyond_the_limits_are_expired(
     store: TaskStore, keep: Keep, found: list[int]
 ) -> None:
-    """Oldest first; running ones and those whose key counts are not among them.
+    """They are listed oldest first, without running tasks and those with a valid key.
 
-    An output counts as far as it is kept, and its index with it.
+    An output counts with its remaining size and its index.
     """
     limit = 2 if keep == Keep(tasks=1) else 10
     for number in range(1, 6):
@@ -312,8 +316,8 @@ async def test_only_ended_tasks_beyond_the_bounds_are_expired(
     assert await store.expired(keep, 90.0, limit) == found
 
 
-async def test_what_is_forgotten_is_gone_unless_it_runs(store: TaskStore) -> None:
-    """And its number is not used again."""
+async def test_a_removed_task_is_gone_unless_it_runs(store: TaskStore) -> None:
+    """Its number is not used again."""
     first = await store.create(new(SPEC, 0.0))
     await store.create(new(SPEC, 0.0))
     await store.save(evolve(first, status=Status.FAILED, revision=2, ended_at=1.0))
@@ -325,14 +329,14 @@ async def test_what_is_forgotten_is_gone_unless_it_runs(store: TaskStore) -> Non
     assert (await store.create(new(SPEC, 0.0))).id == 3
 
 
-async def test_change_during_the_first_look_makes_no_database_older(
+async def test_a_change_during_the_first_check_does_not_make_the_database_look_older(
     tmp_path: Path,
 ) -> None:
-    """Each thread looks once; the writer does not wait for it."""
+    """Each thread checks once, and the writer does not wait for it."""
     store = SQLiteStore(tmp_path / "tasks.db", reactor.callFromThread)
 
     class Meanwhile(sqlite3.Connection):
-        """A connection that another thread writes behind, after each read."""
+        """A connection during whose reads another thread writes."""
 
         def execute(self, *arguments: Any) -> sqlite3.Cursor:
             found = super().execute(*arguments)
@@ -345,7 +349,7 @@ async def test_change_during_the_first_look_makes_no_database_older(
 
 
 async def test_an_older_database_in_place_of_ours_is_refused(tmp_path: Path) -> None:
-    """Its numbers would be given again; a copy that knows as much is as good as ours."""
+    """It would assign numbers again. A copy with the same state is accepted."""
     path, older, same = (tmp_path / name for name in ("tasks.db", "older", "same"))
     store = SQLiteStore(path, reactor.callFromThread)
 
@@ -376,8 +380,11 @@ async def test_an_older_database_in_place_of_ours_is_refused(tmp_path: Path) -> 
     await store.close()
 
 
-async def test_reserved_numbers_are_given_to_nobody(store: TaskStore) -> None:
-    """Also before the first task, and a lower one changes nothing."""
+async def test_reserved_numbers_are_not_assigned(store: TaskStore) -> None:
+    """They can be reserved before the first task.
+
+    Reserving a lower number changes nothing.
+    """
     assert await store.reserve(7) == 0
     assert await store.reserve(3) == 7
     assert (await store.create(new(SPEC, 0.0))).id == 8
@@ -385,8 +392,8 @@ async def test_reserved_numbers_are_given_to_nobody(store: TaskStore) -> None:
     assert (await store.create(new(SPEC, 0.0))).id == 21
 
 
-async def test_news_are_what_was_recorded_since(store: TaskStore) -> None:
-    """New tasks first, then changes in their order; each once, and none is passed over."""
+async def test_news_are_the_records_since_a_version(store: TaskStore) -> None:
+    """New tasks come first, then changes in order. None is repeated or skipped."""
     assert await store.last_change() == (0, 0)
     first = await store.create(new(SPEC, 0.0))
     second = await store.create(new(SPEC, 0.0))
@@ -399,7 +406,7 @@ async def test_news_are_what_was_recorded_since(store: TaskStore) -> None:
     found = await store.news(change, known, 10)
     assert found.created == [evolve(third, revision=3)]
     assert [(task.id, task.revision) for _, task in found.changed] == [(1, 2), (3, 3)]
-    # Not before all that is new is known.
+    # Not before all news are known.
     assert (await store.news(change, 0, 2)).changed == []
     rest = await store.news(found.changed[0][0], 3, 10)
     assert rest.created == []
@@ -408,7 +415,7 @@ async def test_news_are_what_was_recorded_since(store: TaskStore) -> None:
 
 
 async def test_numbers_are_never_used_again(tmp_path: Path) -> None:
-    """Not even after the newest row is gone and the database was closed."""
+    """They stay used after the newest row is removed and the database is closed."""
     path = tmp_path / "tasks.db"
     store = SQLiteStore(path, reactor.callFromThread)
     await store.create(new(SPEC, 0.0))
@@ -422,8 +429,8 @@ async def test_numbers_are_never_used_again(tmp_path: Path) -> None:
     await again.close()
 
 
-async def test_close_writes_what_was_given(tmp_path: Path) -> None:
-    """Nobody has to wait for the answer for a record to be kept."""
+async def test_close_writes_all_pending_records(tmp_path: Path) -> None:
+    """A record is kept even if no caller waits for it."""
     path = tmp_path / "tasks.db"
     store = SQLiteStore(path, reactor.callFromThread)
     waiting = [store.create(new(SPEC, 0.0)) for _ in range(100)]
@@ -434,8 +441,8 @@ async def test_close_writes_what_was_given(tmp_path: Path) -> None:
     db.close()
 
 
-async def test_who_stopped_waiting_does_no_harm(sqlite: SQLiteStore) -> None:
-    """A client may go away while its record is written."""
+async def test_a_cancelled_write_does_no_harm(sqlite: SQLiteStore) -> None:
+    """A client can leave while its record is written."""
     gone = sqlite.create(new(SPEC, 0.0))
     gone.addErrback(lambda _: None)
     gone.cancel()
@@ -443,7 +450,7 @@ async def test_who_stopped_waiting_does_no_harm(sqlite: SQLiteStore) -> None:
 
 
 async def test_commits_wait_for_the_disk(sqlite: SQLiteStore) -> None:
-    """WAL with full synchronisation: what was answered is there after a power cut."""
+    """WAL with full synchronisation keeps an answered write over a power cut."""
 
     def look(db: sqlite3.Connection) -> tuple[str, int]:
         mode = db.execute("PRAGMA journal_mode").fetchone()[0]
@@ -452,10 +459,13 @@ async def test_commits_wait_for_the_disk(sqlite: SQLiteStore) -> None:
     assert await sqlite._writer.do(look) == ("wal", 2)
 
 
-async def test_a_locked_database_is_an_error_and_heals(
+async def test_a_locked_database_is_an_error_and_recovers(
     sqlite: SQLiteStore, tmp_path: Path
 ) -> None:
-    """Somebody else holds the write lock: an error with a sentence; later it works."""
+    """Another process holds the write lock.
+
+    The error explains that, and a later write works.
+    """
     await sqlite._writer.do(lambda db: db.execute("PRAGMA busy_timeout = 1").fetchall())
     other = sqlite3.connect(tmp_path / "tasks.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -466,8 +476,8 @@ async def test_a_locked_database_is_an_error_and_heals(
     assert (await sqlite.create(new(SPEC, 0.0))).id == 1
 
 
-async def test_a_full_database_says_that_it_is_full(sqlite: SQLiteStore) -> None:
-    """The client can be told that the disk is full, and what was there stays."""
+async def test_a_full_disk_is_reported_as_such(sqlite: SQLiteStore) -> None:
+    """The client gets that reason, and existing records stay."""
     await sqlite.create(new(SPEC, 0.0))
     await sqlite._writer.do(lambda db: db.execute("PRAGMA max_page_count = 1").fetchall())
     big = evolve(SPEC, variables={"x": "y" * 100_000})
@@ -477,8 +487,8 @@ async def test_a_full_database_says_that_it_is_full(sqlite: SQLiteStore) -> None
     assert len(await sqlite.select(TaskQuery())) == 1
 
 
-def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
-    """Nothing is done to it: only a person may set it aside."""
+def test_a_file_that_is_not_a_database_is_refused(tmp_path: Path) -> None:
+    """The daemon does not touch it. Only a person may move it away."""
     path = tmp_path / "tasks.db"
     path.write_bytes(b"this is my diary" * 100)
     with pytest.raises(StoreUnavailable, match=r"tasks\.db"):
@@ -486,8 +496,8 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     assert path.read_bytes() == b"this is my diary" * 100
 
 
-def test_file_that_is_refused_is_not_left_open(tmp_path: Path) -> None:
-    """Neither by who makes it nor by who only opens it, while the error is looked at."""
+def test_a_refused_file_is_closed(tmp_path: Path) -> None:
+    """Both ways of opening it close it, even while the error is still referenced."""
     path = tmp_path / "tasks.db"
     path.write_bytes(b"this is my diary" * 100)
 
@@ -504,7 +514,7 @@ def test_file_that_is_refused_is_not_left_open(tmp_path: Path) -> None:
 
 
 def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
-    """An old daemon must not write into what it does not understand."""
+    """An old daemon must not write a format that it does not know."""
     path = tmp_path / "tasks.db"
     prepare(path)
     with sqlite3.connect(path) as db:
@@ -519,8 +529,8 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 @given(st.dictionaries(texts, texts, max_size=5), texts | st.none())
 @settings(max_examples=25, deadline=None)
-async def test_any_text_comes_back(variables: dict[str, str], user: str | None) -> None:
-    """Whatever is in variables and names, from the closed and reopened file."""
+async def test_any_text_is_read_back(variables: dict[str, str], user: str | None) -> None:
+    """Texts in variables and names survive closing and reopening the file."""
     by = None if user is None else person(user)
     spec = TaskSpec("site", "production", "deploy", variables, by)
     with TemporaryDirectory() as folder:
@@ -534,8 +544,8 @@ async def test_any_text_comes_back(variables: dict[str, str], user: str | None) 
     assert found.spec == spec
 
 
-async def test_a_database_of_an_older_version_is_brought_up(tmp_path: Path) -> None:
-    """What is in it stays, and the new columns are there."""
+async def test_a_database_of_an_older_version_is_upgraded(tmp_path: Path) -> None:
+    """Its records stay, and new columns are added."""
     path = tmp_path / "tasks.db"
     with sqlite3.connect(path) as db:
         db.executescript(f"{SCHEMA[0]}; PRAGMA user_version = 1")
@@ -553,10 +563,10 @@ async def test_a_database_of_an_older_version_is_brought_up(tmp_path: Path) -> N
     await store.close()
 
 
-async def test_a_row_that_makes_no_sense_is_an_error_of_its_own(
+async def test_an_invalid_row_is_an_error_for_its_task_only(
     sqlite: SQLiteStore, tmp_path: Path
 ) -> None:
-    """Who asks for it is told; the others are served, and the threads live on."""
+    """Other tasks are served, and the threads go on."""
     await sqlite.create(new(SPEC, 1.0))
     await sqlite.create(new(SPEC, 2.0))
     with sqlite3.connect(tmp_path / "tasks.db") as db:
@@ -582,10 +592,10 @@ async def test_a_row_that_makes_no_sense_is_an_error_of_its_own(
         ((("[sb]*", "*", "*"),), []),
     ],
 )
-async def test_only_what_counts_is_listed(
+async def test_lists_are_limited_to_visible_tasks(
     store: TaskStore, within: Within, apps: list[str]
 ) -> None:
-    """Page by page, and as the next one."""
+    """Pages and the next task obey the limit."""
     for app, env in (("shop", "production"), ("blog", "production"), ("shop", "staging")):
         await store.create(new(TaskSpec(app, env, "deploy"), 1.0))
     found = await store.select(TaskQuery(within=within))
@@ -600,7 +610,7 @@ async def test_only_what_counts_is_listed(
 
 
 async def test_notes_of_a_new_task_are_on_record(store: TaskStore) -> None:
-    """Before anything happens to it."""
+    """They are written with its creation."""
     task = await store.create(evolve(new(SPEC, 0.0), notes=("odd",)))
     assert task.notes == ("odd",)
     assert (await store.load(task.id)).notes == ("odd",)
