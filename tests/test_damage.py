@@ -1,4 +1,4 @@
-"""What a task does to its own files takes nothing from the daemon or from other tasks."""
+"""Tests of damaged task files. They harm neither the daemon nor other tasks."""
 
 import fcntl
 import os
@@ -39,9 +39,9 @@ from tests import needs
 MACHINE = LocalMachine(reactor)
 NOBODY = 65534
 HUGE = 1 << 40
-"""Bytes of a file that is larger than the disk."""
+"""Size in bytes of a file that is larger than the disk."""
 LIMIT = 20
-"""Seconds after which something hangs; all of it takes milliseconds."""
+"""Seconds after which a test counts as hanging. All of them need milliseconds."""
 
 NAMES = (
     *("output", "output.idx", "cut", "exit", "lock", "start", "begun", "sessions"),
@@ -52,7 +52,7 @@ NAMES = (
 
 @pytest.fixture(autouse=True)
 def _does_not_hang() -> Iterator[None]:
-    """Fail rather than hang: the reactor is this thread."""
+    """Fail instead of hanging, because the reactor would hang with this thread."""
 
     def late(_: int, frame: FrameType | None) -> None:
         pytest.fail(f"hangs at {frame}")
@@ -64,7 +64,7 @@ def _does_not_hang() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-# -- what can stand in place of a file
+# -- obstacles and wrong contents
 
 
 def _fifo(path: Path) -> None:
@@ -73,7 +73,7 @@ def _fifo(path: Path) -> None:
 
 def _socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
-        # The name of a socket is short.
+        # The path of a socket must be short.
         folder = os.open(path.parent, os.O_PATH)
         sock.bind(f"/proc/self/fd/{folder}/{path.name}")
         os.close(folder)
@@ -121,7 +121,7 @@ NO_FILES: dict[str, Callable[[Path], None]] = {
     "a dangling link": _link("/nowhere/at/all"),
     "a link to itself": lambda path: path.symlink_to(path.name),
 }
-"""What is no regular file."""
+"""Things that are not regular files."""
 CONTENTS: dict[str, Callable[[Path], None]] = {
     "nothing": _content(b""),
     "zeros": _content(bytes(5000)),
@@ -134,12 +134,12 @@ CONTENTS: dict[str, Callable[[Path], None]] = {
     "a hole": _huge,
     "a hole around a few bytes": _huge_with_data,
 }
-"""What no shim writes."""
+"""Contents that no shim writes."""
 DAMAGES = {**NO_FILES, **CONTENTS}
 
 
 def damage(path: Path, how: str) -> None:
-    """Put something in place of a file."""
+    """Replace a file by an obstacle or by wrong contents."""
     with suppress(FileNotFoundError):
         path.unlink()
     DAMAGES[how](path)
@@ -147,7 +147,7 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.fixture
 def task(tmp_path: Path) -> Path:
-    """Return the folder of a task whose shim is dead and has left all of its files."""
+    """Return the folder of a task whose shim has ended, with all of its files."""
     folder = tmp_path / "tasks" / "1"
     folder.mkdir(parents=True)
     fill(folder)
@@ -155,7 +155,7 @@ def task(tmp_path: Path) -> Path:
 
 
 def fill(folder: Path) -> None:
-    """Write the files of a task as its shim leaves them."""
+    """Write the files of a task as its shim does."""
     index = [(shim.CLOCK, 1_700_000_000_000, 0), (shim.STARTED, 4711, 1)]
     index += [(shim.STDOUT, 4, 5), (shim.STDERR, 8, 6), (shim.STDOUT, 12, 7)]
     records = [
@@ -179,36 +179,36 @@ def fill(folder: Path) -> None:
 
 
 class Sink:
-    """Remembers how a run has ended."""
+    """A sink that remembers the result of a run."""
 
     def __init__(self) -> None:
         self.exits: list[Exit] = []
 
     def started(self, pid: int) -> None:
-        """Be told of a start."""
+        """Check the number."""
         assert 0 <= pid <= LARGEST
 
     def printed(self, size: int) -> None:
-        """Be told of output."""
+        """Check the size."""
         assert 0 <= size <= LARGEST
 
     def ended(self, exit: Exit) -> None:
-        """Be told of the end."""
+        """Remember the result."""
         self.exits.append(exit)
 
 
 class Alone(LocalMachine):
-    """A machine on which no process is of these tasks, so that there is none to end."""
+    """A machine without processes of these tasks."""
 
     def end(
         self, folder: Path, *, numbers: bool, cgroup: str
     ) -> Deferred[tuple[Process, ...]]:
-        """Find nothing."""
+        """Return that no process is left."""
         return succeed(())
 
 
 def adopted(folder: Path) -> Exit:
-    """Return how the next daemon finds a task to have ended."""
+    """Return the result of a task that the next daemon finds."""
     clock, sink = Clock(), Sink()
     executor = ShimExecutor(Alone(reactor), clock, folder.parent, lambda: "name")
     run = executor.adopt(int(folder.name), None, Bounds(5), sink)
@@ -221,7 +221,7 @@ def adopted(folder: Path) -> Exit:
 
 
 def read_all(folder: Path) -> None:
-    """Read an output in every way that there is; nothing but `OSError` comes of it."""
+    """Read an output in every possible way. No error but `OSError` may come out."""
     output = Output(folder)
     turns = TurnScheduler(Clock())
     size = 0
@@ -265,8 +265,8 @@ def _reach(index: LineIndex, size: int) -> None:
 
 @pytest.mark.parametrize("how", NO_FILES)
 @pytest.mark.parametrize("name", NAMES)
-def test_replaced_file_is_damaged(task: Path, name: str, how: str) -> None:
-    """It is neither missing nor something that may be there later."""
+def test_a_replaced_file_is_damaged(task: Path, name: str, how: str) -> None:
+    """It does not count as missing or as not yet written."""
     damage(task / name, how)
     with pytest.raises(files.Damaged):
         MACHINE.read(task / name)
@@ -276,10 +276,10 @@ def test_replaced_file_is_damaged(task: Path, name: str, how: str) -> None:
 
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", [*NAMES, "the folder"])
-def test_damage_to_a_file_ends_its_task_in_a_true_state(
+def test_a_task_with_a_damaged_file_has_a_true_result(
     task: Path, name: str, how: str
 ) -> None:
-    """Its own result if that can be read, else it is lost; every way to read it ends."""
+    """Its result is read or counts as lost. All reads come to an end."""
     if name == "the folder":
         shutil.rmtree(task)
         DAMAGES[how](task)
@@ -294,8 +294,8 @@ def test_damage_to_a_file_ends_its_task_in_a_true_state(
 
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", NAMES)
-def test_damage_to_a_file_without_a_result_is_lost(task: Path, name: str, how: str) -> None:
-    """Nobody knows how it ended, whatever else is in its folder."""
+def test_a_task_without_a_result_is_lost(task: Path, name: str, how: str) -> None:
+    """The other files of its folder, damaged or not, do not tell its result."""
     (task / "exit").unlink()
     damage(task / name, how)
     assert adopted(task).lost
@@ -310,8 +310,8 @@ def test_damage_to_a_file_without_a_result_is_lost(task: Path, name: str, how: s
         "\n".join(["left 1 2 0 x"] * 51),
     ],
 )
-def test_result_with_impossible_numbers_is_damaged(task: Path, line: str) -> None:
-    """They would be in every list, and in a database that cannot hold them."""
+def test_a_result_with_impossible_numbers_is_damaged(task: Path, line: str) -> None:
+    """The database could not store them."""
     text = (task / "exit").read_text()
     name = line.partition(" ")[0]
     lines = [one for one in text.splitlines() if not one.startswith(f"{name} ")]
@@ -324,8 +324,8 @@ def test_result_with_impossible_numbers_is_damaged(task: Path, line: str) -> Non
     assert exit.lost
 
 
-def test_lock_that_is_damaged_while_it_is_held_names_its_holder(task: Path) -> None:
-    """The kernel knows who holds it; so a kill still finds the shim."""
+def test_a_damaged_lock_that_is_held_names_its_holder(task: Path) -> None:
+    """The kernel knows the holder, so a kill still finds the shim."""
     for how in CONTENTS:
         damage(task / "lock", how)
         with (task / "lock").open("r+b") as lock:
@@ -338,15 +338,15 @@ def test_lock_that_is_damaged_while_it_is_held_names_its_holder(task: Path) -> N
                 assert found[0] == os.getpid()
 
 
-def test_time_of_a_record_is_never_in_the_future(task: Path) -> None:
-    """Else sessions of strangers would count as the task's."""
+def test_the_time_of_a_record_is_never_in_the_future(task: Path) -> None:
+    """Otherwise later sessions of strangers would count as the task's."""
     (task / "output.idx").write_bytes(b"\xff" * 16)
     assert sessions.last_sign(task, 5) <= proc.now()
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_files_are_made_whatever_stands_in_their_place(tmp_path: Path, how: str) -> None:
-    """And nothing is written anywhere else; a folder is an error."""
+def test_files_are_created_in_place_of_any_obstacle(tmp_path: Path, how: str) -> None:
+    """No other file is written. A folder is an error."""
     path = tmp_path / "file"
     damage(path, how)
     if how == "a folder":
@@ -360,8 +360,10 @@ def test_files_are_made_whatever_stands_in_their_place(tmp_path: Path, how: str)
 
 
 @pytest.mark.parametrize("how", NO_FILES)
-async def test_permits_that_are_no_file_stop_no_start(tmp_path: Path, how: str) -> None:
-    """They are set aside, and the next start of a task makes new ones."""
+async def test_a_list_of_permits_that_is_no_file_prevents_no_start(
+    tmp_path: Path, how: str
+) -> None:
+    """It is moved aside, and the start of the next task creates a new one."""
     (tmp_path / "tasks").mkdir()
     executor = ShimExecutor(MACHINE, Clock(), tmp_path / "tasks", lambda: "name")
     damage(tmp_path / "permits", how)
@@ -373,8 +375,8 @@ async def test_permits_that_are_no_file_stop_no_start(tmp_path: Path, how: str) 
     assert await executor.permitted() == {48}
 
 
-async def test_folder_with_an_impossible_number_is_no_task(tmp_path: Path) -> None:
-    """Else no number would be left for the next one."""
+async def test_a_folder_with_an_impossible_number_is_not_a_task(tmp_path: Path) -> None:
+    """Otherwise no number would be left for the next task."""
     for name in ("7", "08", "9" * 19, "9" * 200, "x", "\u0663"):
         (tmp_path / name).mkdir()
     executor = ShimExecutor(MACHINE, Clock(), tmp_path, lambda: "name")
@@ -382,16 +384,16 @@ async def test_folder_with_an_impossible_number_is_no_task(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-async def test_damaged_secrets_are_none(task: Path, how: str) -> None:
-    """So the task that waits for them fails, and does not wait for ever."""
+async def test_damaged_secrets_count_as_missing(task: Path, how: str) -> None:
+    """The task that waits for them fails instead of waiting for ever."""
     damage(task / "secrets", how)
     executor = ShimExecutor(MACHINE, Clock(), task.parent, lambda: "name")
     assert await executor.secrets(1, None) is None
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-async def test_folder_of_an_ended_task_is_removed(task: Path, how: str) -> None:
-    """Whatever its lock is."""
+async def test_the_folder_of_an_ended_task_is_removed(task: Path, how: str) -> None:
+    """The state of its lock does not matter."""
     damage(task / "lock", how)
     executor = ShimExecutor(MACHINE, Clock(), task.parent, lambda: "name")
     await executor.forget([1])
@@ -400,8 +402,8 @@ async def test_folder_of_an_ended_task_is_removed(task: Path, how: str) -> None:
 
 @pytest.mark.parametrize("mine", [True, False])
 @pytest.mark.needs("root")
-def test_file_that_its_owner_may_not_read_is_read(tmp_path: Path, *, mine: bool) -> None:
-    """The daemon owns it, so it gives itself the right again; what is root's is damaged."""
+def test_a_file_without_read_permission_is_read(tmp_path: Path, *, mine: bool) -> None:
+    """The daemon owns it and restores the permission. A file of root is damaged."""
     folder = tmp_path / "1"
     folder.mkdir()
     (folder / "exit").write_text("text")
@@ -411,7 +413,7 @@ def test_file_that_its_owner_may_not_read_is_read(tmp_path: Path, *, mine: bool)
     (folder / "exit").chmod(0)
     folder.chmod(0)
     before = Path.cwd()
-    # The folders above are closed to that user.
+    # The parent folders are closed to that user.
     os.chdir(tmp_path)
     tmp_path.chmod(0o755)
     os.seteuid(NOBODY)
@@ -426,7 +428,7 @@ def test_file_that_its_owner_may_not_read_is_read(tmp_path: Path, *, mine: bool)
         os.chdir(before)
 
 
-# What a fuzzer puts into the files: parts of what belongs there, and numbers at the edges.
+# Fuzzed contents: parts of valid files, and numbers at the limits.
 NUMBER = st.one_of(
     st.integers(-(1 << 70), 1 << 70),
     st.sampled_from([0, -1, 1 << 31, 1 << 53, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]),
@@ -461,7 +463,7 @@ DATA = st.one_of(
     st.binary(max_size=200),
     st.lists(RECORD, max_size=20).map(b"".join),
     WORDS,
-    st.integers(0, 500).map(lambda n: n),  # what was there, cut off there
+    st.integers(0, 500).map(lambda n: n),  # the valid contents, cut at this byte
 )
 
 
@@ -470,12 +472,12 @@ DATA = st.one_of(
     st.dictionaries(st.sampled_from(NAMES), DATA, max_size=5),
     st.dictionaries(st.sampled_from(NAMES), st.sampled_from(list(DAMAGES)), max_size=2),
 )
-def test_any_files_of_a_task_are_read_to_an_end(
+def test_reading_any_files_of_a_task_comes_to_an_end(
     tmp_path_factory: pytest.TempPathFactory,
     contents: dict[str, bytes | int],
     damages: dict[str, str],
 ) -> None:
-    """Its end is true, and nothing but `OSError` comes of reading its output."""
+    """The result is plausible, and reading the output raises no error but `OSError`."""
     signal.alarm(LIMIT)
     folder = tmp_path_factory.mktemp("fuzz") / "tasks" / "1"
     folder.mkdir(parents=True)

@@ -1,4 +1,7 @@
-"""What is told to the clients of release 0.6, and when; time stands still."""
+"""Tests of the messages to clients of release 0.6, and of their times.
+
+Time stands still.
+"""
 
 import json
 from collections.abc import Awaitable, Callable
@@ -33,7 +36,7 @@ SPEC = TaskSpec("site", "production", "deploy")
 
 @define
 class FakeRequest:
-    """A request that is answered when the test says so."""
+    """A request whose response ends when the test says so."""
 
     done: Deferred[None] = field(factory=Deferred)
 
@@ -43,7 +46,7 @@ class FakeRequest:
 
 @define
 class World:
-    """A feed of a service without processes or disk."""
+    """A feed for a service without processes or disk."""
 
     folder: Path
     clock: Clock = field(factory=Clock)
@@ -77,14 +80,14 @@ class World:
         self.clock.advance(0)
 
     def run(self, deferred: Deferred[Any], turns: int = 500) -> None:
-        """Let turns pass until it has fired, or as many as that."""
+        """Let turns pass until a Deferred has fired, or at most this many."""
         for _ in range(turns):
             if deferred.called:
                 break
             self.turn()
 
     def text(self, message: Message) -> Any:
-        """Return what a message says: the JSON inside its frame."""
+        """Return the JSON inside the frame of a message."""
         parts: list[str] = []
 
         async def write(text: str, _: bool) -> None:  # noqa: FBT001
@@ -97,7 +100,7 @@ class World:
         return json.loads(inner)
 
     def told(self, subscription: Subscription) -> list[str]:
-        """Return what there is to tell now: kinds and states."""
+        """Return the kinds and states of all messages that are due now."""
         found: list[str] = []
         while True:
             waiting = Deferred.fromCoroutine(subscription.next())
@@ -112,12 +115,12 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
-    """Return a world."""
+    """Return a new world."""
     return World(tmp_path)
 
 
-def test_a_job_is_told_from_its_creation_to_its_end(world: World) -> None:
-    """Its start is told, and its end at once."""
+def test_a_job_is_reported_from_creation_to_end(world: World) -> None:
+    """Its end is reported at once."""
     subscription = world.feed.subscribe(lambda _: True)
     run = world.create()
     run.start()
@@ -127,8 +130,8 @@ def test_a_job_is_told_from_its_creation_to_its_end(world: World) -> None:
     subscription.close()
 
 
-def test_what_runs_already_is_told_too(world: World) -> None:
-    """Who subscribes late hears of its end."""
+def test_a_running_job_is_reported_to_a_new_subscriber(world: World) -> None:
+    """The subscriber hears of its end."""
     run = world.create()
     run.start()
     subscription = world.feed.subscribe(lambda _: True)
@@ -137,8 +140,8 @@ def test_what_runs_already_is_told_too(world: World) -> None:
     subscription.close()
 
 
-def test_output_is_news_a_few_times_a_second(world: World) -> None:
-    """However often something is printed."""
+def test_output_is_reported_a_few_times_a_second(world: World) -> None:
+    """The number of prints does not matter."""
     subscription = world.feed.subscribe(lambda _: True)
     run = world.create()
     run.start()
@@ -154,8 +157,8 @@ def test_output_is_news_a_few_times_a_second(world: World) -> None:
     subscription.close()
 
 
-def test_a_slow_subscriber_hears_the_newest_only(world: World) -> None:
-    """What it has not read costs a few words for each job."""
+def test_a_slow_subscriber_hears_only_the_newest_state(world: World) -> None:
+    """Unread messages take a few words of memory for each job."""
     subscription = world.feed.subscribe(lambda _: True)
     run = world.create()
     run.start()
@@ -168,8 +171,8 @@ def test_a_slow_subscriber_hears_the_newest_only(world: World) -> None:
     subscription.close()
 
 
-def test_nothing_is_told_before_the_post_is_answered(world: World) -> None:
-    """The published client does not know the number before."""
+def test_no_change_is_reported_before_the_response_to_the_post(world: World) -> None:
+    """Until then the published client does not know the number of the job."""
     subscription = world.feed.subscribe(lambda _: True)
     request: Any = FakeRequest()
     world.feed.hold(1, request)
@@ -184,7 +187,7 @@ def test_nothing_is_told_before_the_post_is_answered(world: World) -> None:
     world.clock.advance(HELD / 2)
     end = ["job.change FINISHED", "job.close FINISHED"]
     assert world.told(subscription) == end
-    # A busy client may read that before the answer; so it is said again, twice.
+    # A busy client can read these before the response, so they are sent twice more.
     world.clock.advance(1)
     assert world.told(subscription) == end
     world.clock.advance(4)
@@ -194,8 +197,8 @@ def test_nothing_is_told_before_the_post_is_answered(world: World) -> None:
     subscription.close()
 
 
-def test_nobody_watches_when_nobody_listens(world: World) -> None:
-    """With the last subscriber all of it ends."""
+def test_without_subscribers_the_feed_watches_nothing(world: World) -> None:
+    """It stops with the last subscriber."""
     first, second = (
         world.feed.subscribe(lambda _: True),
         world.feed.subscribe(lambda _: True),
@@ -213,7 +216,7 @@ def test_nobody_watches_when_nobody_listens(world: World) -> None:
 
 
 def test_the_end_of_the_daemon_ends_every_subscription(world: World) -> None:
-    """Who waits is told."""
+    """Waiting subscribers are told."""
     subscription = world.feed.subscribe(lambda _: True)
     waiting = Deferred.fromCoroutine(subscription.next())
     world.feed.end()
@@ -223,8 +226,8 @@ def test_the_end_of_the_daemon_ends_every_subscription(world: World) -> None:
     subscription.close()
 
 
-def test_silence_is_broken_by_a_heartbeat(world: World) -> None:
-    """So that nobody between takes the connection for dead; nothing is lost by it."""
+def test_a_heartbeat_breaks_the_silence(world: World) -> None:
+    """It keeps proxies from closing the connection. No message is lost."""
     subscription = world.feed.subscribe(lambda _: True)
     frame = Deferred.fromCoroutine(next_frame(subscription, world.clock))
     world.clock.advance(HEARTBEAT)
@@ -238,8 +241,8 @@ def test_silence_is_broken_by_a_heartbeat(world: World) -> None:
     subscription.close()
 
 
-def test_a_database_that_is_locked_ends_no_feed(world: World) -> None:
-    """What has happened meanwhile is told when it can be read."""
+def test_a_locked_database_does_not_end_a_feed(world: World) -> None:
+    """Changes are reported once they can be read."""
     subscription = world.feed.subscribe(lambda _: True)
     run = world.create()
     run.start()
@@ -258,14 +261,14 @@ def test_a_database_that_is_locked_ends_no_feed(world: World) -> None:
 
 
 def tiny(folder: Path, number: int) -> None:
-    """Write a flood of the tiniest pieces as what a task has printed."""
+    """Write an output that consists of very many pieces of one byte."""
     (folder / "1").mkdir()
     pieces = [(shim.STDOUT, b"x"), (shim.STDERR, b"y")] * (number // 2)
     printed(folder / "1", pieces)
 
 
-def test_a_flood_of_tiny_pieces_is_read_in_many_turns(world: World) -> None:
-    """By one for all; who goes away meanwhile has lost nothing, and the others have it."""
+def test_a_flood_of_tiny_pieces_is_read_over_many_turns(world: World) -> None:
+    """One scan serves all subscribers. A cancelled wait loses no message."""
     first, second = (world.feed.subscribe(lambda _: True) for _ in range(2))
     tiny(world.folder, 100_000)
     run = world.create()
@@ -288,14 +291,14 @@ def test_a_flood_of_tiny_pieces_is_read_in_many_turns(world: World) -> None:
     assert messages[0] is messages[1]
     turns = world.turns.seconds()
     assert world.text(messages[0])["job"]["stdout"] == "x" * 50_000
-    # Two records for each byte of it, some thousands in a turn.
+    # Each byte of it has two records, and a turn reads some thousands.
     assert world.turns.seconds() - turns > 100_000 / BLOCK / 2
     first.close()
     second.close()
 
 
-def test_crowd_shares_one_message_and_its_pieces(world: World) -> None:
-    """Whose pieces are made once, however many are sent them at the same time."""
+def test_a_crowd_shares_one_message_and_its_pieces(world: World) -> None:
+    """Pieces are made once for all subscribers that receive them at the same time."""
     (world.folder / "1").mkdir()
     printed(world.folder / "1", [(shim.STDOUT, b"0123456789abcde\n" * (MAX_TEXT // 16))])
     crowd = [world.feed.subscribe(lambda _: True) for _ in range(50)]
@@ -333,8 +336,8 @@ def test_crowd_shares_one_message_and_its_pieces(world: World) -> None:
     assert world.feed.pieces.size == 0
 
 
-def test_turn_wakes_one_subscriber(world: World) -> None:
-    """However many wake at the same time: others wait for one of them only."""
+def test_each_turn_wakes_one_subscriber(world: World) -> None:
+    """Many wake at the same time. Other work waits for one of them only."""
     crowd = [world.feed.subscribe(lambda _: True) for _ in range(20)]
     world.create()
     waiting = [Deferred.fromCoroutine(member.next()) for member in crowd]
@@ -350,7 +353,7 @@ def test_turn_wakes_one_subscriber(world: World) -> None:
 
 
 CONTROL = bytes(range(1, 9))
-"""Characters that JSON inside JSON says with seven bytes each."""
+"""Characters that nested JSON encodes in seven bytes each."""
 
 
 @pytest.mark.parametrize(
@@ -368,10 +371,10 @@ CONTROL = bytes(range(1, 9))
 @pytest.mark.parametrize(
     ("kind", "most"), [("close", MAX_TEXT), ("change", MAX_CHANGE_TEXT)]
 )
-def test_message_is_bounded_by_its_encoded_size(
+def test_a_message_is_limited_by_its_encoded_size(
     world: World, data: bytes, kind: str, most: int
 ) -> None:
-    """Not by the bytes that were printed; it says where the rest is."""
+    """The number of printed bytes does not matter. The message says where the rest is."""
     data += b"end\n"
     (world.folder / "1").mkdir()
     printed(world.folder / "1", [(shim.STDOUT, data)])
@@ -401,8 +404,8 @@ def test_message_is_bounded_by_its_encoded_size(
     subscription.close()
 
 
-def test_slow_reader_hears_the_same_without_cached_pieces(world: World) -> None:
-    """What it needs is made again; a slow one costs no memory, and hears the same."""
+def test_a_slow_reader_gets_the_same_text_without_cached_pieces(world: World) -> None:
+    """Pieces are made again for it, so that it takes no memory."""
     (world.folder / "1").mkdir()
     lines = b"".join(b"%07d\n" % n for n in range(MAX_TEXT // 8))
     printed(world.folder / "1", [(shim.STDOUT, lines)])
@@ -438,8 +441,8 @@ def test_slow_reader_hears_the_same_without_cached_pieces(world: World) -> None:
     subscription.close()
 
 
-def test_output_that_goes_away_ends_with_a_note(world: World) -> None:
-    """What was begun is ended as JSON, and says so."""
+def test_a_message_about_a_removed_output_ends_with_a_note(world: World) -> None:
+    """The JSON that has begun is completed."""
     (world.folder / "1").mkdir()
     printed(world.folder / "1", [(shim.STDOUT, b"x" * 100_000)])
     subscription = world.feed.subscribe(lambda _: True)
@@ -466,8 +469,8 @@ def test_output_that_goes_away_ends_with_a_note(world: World) -> None:
     subscription.close()
 
 
-def test_cut_output_is_told_with_its_marker(world: World) -> None:
-    """In both texts, where it was."""
+def test_a_cut_output_is_reported_with_a_marker(world: World) -> None:
+    """Both texts have it at the place of the cut."""
     (world.folder / "1").mkdir()
     printed(
         world.folder / "1", [(shim.STDOUT, b"a" * 50_000), (shim.STDERR, b"b" * 50_000)]

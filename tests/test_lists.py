@@ -1,4 +1,4 @@
-"""Lists over HTTP: complete, in little memory, one large one of a caller at a time."""
+"""Tests of lists over HTTP: complete, in little memory, one large list per caller."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ from tests.fakes import ROWS, FakeExecutor, MemoryStore
 
 CASE = SynchronousTestCase()
 LARGE = 60_000
-"""Characters of a variable of each task."""
+"""Characters in a variable of each task."""
 JOE, EVE = "192.0.2.1", "192.0.2.2"
 
 
@@ -40,7 +40,7 @@ class Turns(Clock):
     """A clock that can let one turn of the reactor pass."""
 
     def turn(self) -> None:
-        """Call what is due now, and not what that wants to be called later."""
+        """Run the calls that are due now, without those that they schedule."""
         due = [call for call in self.calls if call.getTime() <= self.seconds()]
         for call in due:
             if call.active():
@@ -56,7 +56,7 @@ class Turns(Clock):
 
 @define(eq=False)
 class CountingStore(MemoryStore):
-    """Counts what is read of it, and can break."""
+    """A store that counts the tasks that are read, and can break."""
 
     read_rows: int = 0
 
@@ -68,64 +68,64 @@ class CountingStore(MemoryStore):
 
 
 class Transport(StringTransport):
-    """A connection that tells its protocol when it is cut."""
+    """A connection that tells its protocol when it is aborted."""
 
     protocol: Any
     aborted = False
 
     def abortConnection(self) -> None:
-        """Cut it at once."""
+        """Close the connection at once."""
         self.aborted = True
         self.protocol.connectionLost(Failure(ConnectionDone()))
 
 
 @define(eq=False)
 class Client:
-    """Somebody who has asked for something."""
+    """A client that has sent a request."""
 
     channel: Any
     transport: Transport = field(factory=Transport)
 
     def ask(self, path: str, method: str = "GET", version: str = "1.1") -> None:
-        """Ask."""
+        """Send a request."""
         self.transport.protocol = self.channel
         self.channel.makeConnection(self.transport)
         head = f"{method} {path} HTTP/{version}\r\nHost: localhost\r\n\r\n"
         self.channel.dataReceived(head.encode())
 
     def stop(self) -> None:
-        """Read no more."""
+        """Stop reading."""
         producer: Any = self.transport.producer
         producer.pauseProducing()
 
     def go_on(self) -> None:
-        """Read again."""
+        """Go on reading."""
         producer: Any = self.transport.producer
         producer.resumeProducing()
 
     @property
     def said(self) -> bytes:
-        """What came so far."""
+        """All data that was received."""
         transport: Any = self.transport
         return bytes(transport.value())
 
     def leave(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self.channel.connectionLost(Failure(ConnectionDone()))
 
     @property
     def head(self) -> bytes:
-        """What came before the body."""
+        """The head of the response."""
         return self.said.partition(b"\r\n\r\n")[0]
 
     @property
     def received(self) -> int:
-        """How many bytes came."""
+        """The number of bytes received."""
         return len(self.said)
 
     @property
     def body(self) -> bytes | None:
-        """The body, None if it has not ended."""
+        """The body of the response, or None if it has not ended."""
         rest = self.said.partition(b"\r\n\r\n")[2]
         if b"Transfer-Encoding: chunked" not in self.head:
             return rest
@@ -140,7 +140,7 @@ class Client:
 
 @define(eq=False)
 class World:
-    """The tasks of a daemon, none of them real; time stands still."""
+    """A daemon with fake tasks. Time stands still."""
 
     folder: Path
     clock: Turns = field(factory=Turns)
@@ -177,18 +177,18 @@ class World:
             CASE.successResultOf(self.store.save(ended))
 
     def client(self, host: str = JOE) -> Client:
-        """Return a new client, which is a caller by its address."""
+        """Return a new client, whose address is its caller."""
         return Client(self.site.buildProtocol(IPv4Address("TCP", host, 40000)))
 
     def ask(self, path: str, host: str = JOE, **more: str) -> Client:
-        """Return a client that has asked."""
+        """Return a client that has sent a request."""
         client = self.client(host)
         client.transport.peerAddr = IPv4Address("TCP", host, 40000)
         client.ask(path, **more)
         return client
 
     def turns(self, number: int = 1) -> None:
-        """Let the reactor do some turns."""
+        """Let a number of reactor turns pass."""
         for _ in range(number):
             self.clock.turn()
 
@@ -200,14 +200,14 @@ class World:
 
     @property
     def calls(self) -> int:
-        """How many delayed calls there are but for those of connections."""
+        """The number of delayed calls without those of connections."""
         names = [getattr(call.func, "__name__", "") for call in self.clock.calls]
         return len([name for name in names if "imeout" not in name and "imed" not in name])
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
-    """Return a new one."""
+    """Return a new world."""
     return World(tmp_path)
 
 
@@ -215,17 +215,15 @@ LIST = "/tasks?limit=1000&output=none"
 
 
 def numbers(client: Client) -> list[int]:
-    """Return the numbers of the tasks in a whole answer, in their order."""
+    """Return the numbers of the tasks in a complete response, in order."""
     assert client.body is not None
     return [int(number) for number in json.loads(client.body)["tasks"]]
 
 
 @pytest.mark.parametrize("size", [0, 10, LARGE])
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_a_list_has_all_tasks_whatever_its_size(
-    world: World, size: int, version: str
-) -> None:
-    """Newest first; a small one comes with its length, as ever."""
+def test_a_list_has_all_tasks_at_any_size(world: World, size: int, version: str) -> None:
+    """They are listed newest first. A short list has a Content-Length."""
     world.fill(20, size)
     client = world.ask(LIST, version=version)
     world.turns(200)
@@ -233,15 +231,15 @@ def test_a_list_has_all_tasks_whatever_its_size(
     assert client.head.startswith(f"HTTP/{version} 200 OK".encode())
     assert (b"Content-Length: " in client.head) == (size < LARGE)
     assert b"Link" not in client.head
-    # Who cannot tell a whole answer from a cut one by HTTP/1.0 can by its end.
+    # HTTP/1.0 cannot show that a response is complete, but the end of the JSON can.
     assert client.body is not None
     assert client.body.endswith(b"}}\n")
     assert client.transport.disconnecting == (version == "1.0")
     assert world.idle
 
 
-def test_the_next_page_is_named_before_anything_is_sent(world: World) -> None:
-    """By the last number of the whole list, which is not read yet."""
+def test_the_next_page_is_named_before_the_first_byte(world: World) -> None:
+    """Its link has the last number of the whole list, which has not been read yet."""
     world.fill(20)
     client = world.ask("/tasks?limit=12&output=none&app=site")
     while not client.received:
@@ -253,15 +251,15 @@ def test_the_next_page_is_named_before_anything_is_sent(world: World) -> None:
     assert numbers(client) == list(range(20, 8, -1))
 
 
-def test_an_empty_list_is_one(world: World) -> None:
-    """Also of jobs, of which one may ask for none."""
+def test_an_empty_list_is_a_list(world: World) -> None:
+    """Its JSON is complete."""
     client = world.ask(LIST)
     world.turns(3)
     assert json.loads(client.body or b"")["tasks"] == {}
 
 
-def test_a_client_that_does_not_read_is_waited_for(world: World) -> None:
-    """Meanwhile no more is read for it than it needs next."""
+def test_the_daemon_waits_for_a_client_that_does_not_read(world: World) -> None:
+    """Meanwhile it reads no more than the next part."""
     world.fill(200)
     client = world.ask(LIST)
     while not client.received:
@@ -281,7 +279,7 @@ def test_a_client_that_does_not_read_is_waited_for(world: World) -> None:
 
 
 def test_a_caller_has_one_large_list_at_a_time(world: World) -> None:
-    """Others have theirs meanwhile, and all get small ones."""
+    """Other callers get theirs meanwhile, and all get short ones."""
     world.fill(50)
     first, second = world.ask(LIST), world.ask(LIST)
     while not (first.received and second.received):
@@ -301,8 +299,8 @@ def test_a_caller_has_one_large_list_at_a_time(world: World) -> None:
     assert world.idle
 
 
-def test_who_does_not_read_keeps_no_place(world: World) -> None:
-    """It goes on later, where it was."""
+def test_a_client_that_does_not_read_gives_up_its_place(world: World) -> None:
+    """Its list continues later at the same task."""
     world.fill(50)
     stuck, second = world.ask(LIST), world.ask(LIST)
     while not second.received:
@@ -321,8 +319,8 @@ def test_who_does_not_read_keeps_no_place(world: World) -> None:
 
 
 @pytest.mark.parametrize("when", [0, 1, 3, 12, 20])
-def test_nothing_is_left_of_who_goes_away(world: World, when: int) -> None:
-    """Whatever its list was doing; the next one begins."""
+def test_nothing_is_left_of_a_client_that_leaves(world: World, when: int) -> None:
+    """Its list can be in any state. The next one starts."""
     world.fill(50)
     clients = [world.ask(LIST) for _ in range(3)]
     world.turns(when)
@@ -333,8 +331,8 @@ def test_nothing_is_left_of_who_goes_away(world: World, when: int) -> None:
     assert world.idle
 
 
-def test_who_asks_for_many_lists_has_no_more_turns_than_others(world: World) -> None:
-    """A list of somebody else is there after some turns, not after all of them."""
+def test_a_caller_with_many_lists_gets_no_more_turns_than_others(world: World) -> None:
+    """The list of another caller is complete after a few turns."""
     world.fill(30)
     many = [world.ask(LIST) for _ in range(50)]
     world.turns(10)
@@ -349,10 +347,10 @@ def test_who_asks_for_many_lists_has_no_more_turns_than_others(world: World) -> 
         client.leave()
 
 
-def test_half_a_list_does_not_look_whole(
+def test_half_a_list_does_not_look_complete(
     world: World, logged_failures: list[LogEvent]
 ) -> None:
-    """The connection is cut when what is missing cannot be read."""
+    """The connection is aborted when the rest cannot be read."""
     world.fill(50)
     client = world.ask(LIST)
     while not client.received:
@@ -366,8 +364,8 @@ def test_half_a_list_does_not_look_whole(
     assert world.idle
 
 
-def test_what_cannot_be_read_at_all_is_a_problem(world: World) -> None:
-    """Before anything is sent there is time to say so."""
+def test_a_list_that_cannot_be_read_is_a_problem(world: World) -> None:
+    """The error occurs before the first byte, so the response can report it."""
     world.fill(20, 10)
     world.store.broken = True
     client = world.ask(LIST)
@@ -376,8 +374,8 @@ def test_what_cannot_be_read_at_all_is_a_problem(world: World) -> None:
     assert json.loads(client.body or b"")["type"].endswith(":store-unavailable")
 
 
-def test_the_head_of_a_large_list_costs_no_more_than_that(world: World) -> None:
-    """Nothing is read only to be left out."""
+def test_the_head_of_a_large_list_costs_little(world: World) -> None:
+    """The daemon reads no tasks for it."""
     world.fill(200)
     client = world.ask(LIST, method="HEAD")
     world.turns(100)
@@ -387,8 +385,8 @@ def test_the_head_of_a_large_list_costs_no_more_than_that(world: World) -> None:
     assert world.idle
 
 
-def test_tasks_that_go_meanwhile_are_left_out(world: World) -> None:
-    """Retention does not wait for who reads."""
+def test_tasks_removed_meanwhile_are_left_out(world: World) -> None:
+    """Retention does not wait for readers."""
     world.fill(50)
     client = world.ask(LIST)
     while not client.received:
@@ -398,8 +396,8 @@ def test_tasks_that_go_meanwhile_are_left_out(world: World) -> None:
     assert numbers(client) == list(range(50, 20, -1))
 
 
-def test_the_next_task_since_a_number_takes_its_turn(world: World) -> None:
-    """Of many who ask for it at once one is answered in a turn, others in between."""
+def test_requests_for_the_next_task_take_turns(world: World) -> None:
+    """Of many concurrent requests one is answered per turn, with other work in between."""
     world.fill(3, 10)
     CASE.successResultOf(Deferred.fromCoroutine(world.api.access.service.start()))
     many = [world.ask("/tasks/created?since=0&timeout=0") for _ in range(50)]

@@ -1,4 +1,4 @@
-"""Tests of what a killed shim leaves: real shims, real processes."""
+"""Tests of the orphans of a killed shim, with real shims and processes."""
 
 import os
 import signal
@@ -33,16 +33,16 @@ from tests.shims import (
 
 @pytest.fixture
 def history(trees: Trees) -> ProcessHistory:
-    """Return the history of a daemon."""
+    """Return the process history of a daemon."""
     return ProcessHistory(trees.tasks)
 
 
 def perl(text: str) -> str:
-    """Return a line of shell that runs a program of one line."""
+    """Return a line of shell that runs a one-line program."""
     return f"perl -e '{text}'"
 
 
-# What is found without that anybody has looked before.
+# Processes that are found without an earlier look at them.
 BY_ITSELF = {
     "mark": "echo $$; exec sleep 60",
     "session": "echo $$; exec env -i sleep 60",
@@ -69,10 +69,10 @@ BY_ITSELF = {
 
 
 @pytest.mark.parametrize("script", BY_ITSELF.values(), ids=BY_ITSELF.keys())
-def test_orphans_are_known_by_what_they_carry(
+def test_orphans_are_recognised_by_mark_session_and_parent(
     trees: Trees, history: ProcessHistory, script: str
 ) -> None:
-    """The mark in the environment, the shim's session, or being below such a process."""
+    """The mark is in the environment. The session is that of the shim."""
     tree = trees.sh(script)
     count = script.count("echo ") or 1
     wait_for(lambda: tree.output.count("\n") == count, "the start")
@@ -85,7 +85,7 @@ def test_orphans_are_known_by_what_they_carry(
     assert found.find() == []
 
 
-# What was seen while the shim lived.
+# Processes that the daemon saw while the shim lived.
 REMEMBERED = {
     "session": "(setsid env -i sh -c 'echo $$; exec sleep 60' &)",
     "session without a leader": (
@@ -104,10 +104,10 @@ REMEMBERED = {
 
 @pytest.mark.parametrize("daemon", ["same", "next"])
 @pytest.mark.parametrize("script", REMEMBERED.values(), ids=REMEMBERED.keys())
-def test_orphans_are_known_by_what_is_remembered(
+def test_orphans_are_recognised_by_remembered_sessions_and_processes(
     trees: Trees, history: ProcessHistory, script: str, daemon: str
 ) -> None:
-    """Also by a daemon that never saw the shim alive: it reads what another one wrote."""
+    """The next daemon never saw the shim alive, and reads the sessions file."""
     tree = trees.sh(script + "; sleep 60")
     tree.pids(1)
     history.sample({1: tree.key})
@@ -120,10 +120,10 @@ def test_orphans_are_known_by_what_is_remembered(
     assert tree.left() == []
 
 
-def test_what_is_written_is_for_this_boot_and_for_nobody_else(
+def test_a_sessions_file_is_valid_for_this_boot_only(
     trees: Trees, history: ProcessHistory
 ) -> None:
-    """After another boot the numbers are those of others."""
+    """After another boot its numbers belong to other processes."""
     tree = trees.sh("(setsid env -i sh -c 'echo $$; exec sleep 60' &); sleep 60")
     (sleeper,) = tree.pids(1)
     history.sample({1: tree.key})
@@ -152,10 +152,10 @@ def test_what_is_written_is_for_this_boot_and_for_nobody_else(
     assert not lives(sleeper)
 
 
-def test_what_is_written_stays_enough_for_the_next_daemon(
+def test_a_sessions_file_is_renewed_for_the_next_daemon(
     trees: Trees, history: ProcessHistory
 ) -> None:
-    """It is written anew when nobody lives any more by whom a session would be known."""
+    """It is rewritten when no process by which a session is recognised lives any more."""
     tree = trees.sh(
         "(setsid env -i sh -c 'sh -c \""
         "echo \\$\\$; sleep 1.5; sleep 60 & echo \\$!\" &' &); sleep 60"
@@ -164,15 +164,15 @@ def test_what_is_written_stays_enough_for_the_next_daemon(
     history.sample({1: tree.key})
     (sleeper,) = set(tree.pids(2)) - {before}
     wait_for(lambda: not lives(before), "its end")
-    # Whoever was in its session at the first look is gone, and its leader was then.
+    # The process of the first look is gone, and the leader of its session was gone by then.
     history.sample({1: tree.key})
     tree.kill_shim()
     assert ProcessHistory(trees.tasks).orphans(1, tree.key).end() == []
     assert not lives(sleeper)
 
 
-def test_a_session_is_known_by_the_start_of_its_leader() -> None:
-    """Its number alone may have been given to somebody else in the meantime."""
+def test_a_session_is_identified_by_the_start_of_its_leader() -> None:
+    """Its number alone can have been reused."""
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as sleeper:
         table = Table()
         known = Session.of(table, sleeper.pid)
@@ -188,10 +188,8 @@ def test_a_session_is_known_by_the_start_of_its_leader() -> None:
 
 @pytest.mark.parametrize("leader", ["alive", "dead"])
 @pytest.mark.needs("a namespace of processes")
-def test_a_number_that_came_round_again_is_a_strangers(
-    elsewhere: Elsewhere, leader: str
-) -> None:
-    """Whether its process lives or only the session that it has made."""
+def test_a_reused_number_belongs_to_a_stranger(elsewhere: Elsewhere, leader: str) -> None:
+    """Either its process is alive, or only the session of that process."""
     found = elsewhere(
         """
         history = ProcessHistory(tmp / "tasks")
@@ -230,8 +228,8 @@ def test_a_number_that_came_round_again_is_a_strangers(
     assert found == [[[], []], 2 if leader == "dead" else 4, True]
 
 
-def test_strangers_are_not_touched(trees: Trees, history: ProcessHistory) -> None:
-    """Neither those of another task nor who has nothing to do with any."""
+def test_strangers_are_left_alone(trees: Trees, history: ProcessHistory) -> None:
+    """Some belong to another task, others to none."""
     tree = trees.sh("env -i sleep 60 & echo $!; setsid sleep 60 & echo $!; wait")
     other = trees.sh("env -i sleep 60 & echo $!; setsid sleep 60 & echo $!; wait", 2)
     tree.pids(2)
@@ -253,10 +251,10 @@ def test_strangers_are_not_touched(trees: Trees, history: ProcessHistory) -> Non
             stranger.kill()
 
 
-def test_the_tasks_of_another_daemon_are_not_touched(
+def test_the_tasks_of_another_daemon_are_left_alone(
     trees: Trees, history: ProcessHistory, tmp_path: Path
 ) -> None:
-    """A task may have started one, so their shims were below its own."""
+    """A task can start a daemon, whose shims are then below its own."""
     others = Trees(tmp_path / "others")
     folder = others.prepare("/bin/sh", "-c", "env -i sleep 60 & echo $!; echo $$; wait")
     begin = f"env -i {PYTHON} -I -S {shim.__file__} {folder}"
@@ -283,10 +281,10 @@ def test_the_tasks_of_another_daemon_are_not_touched(
             proc.send(key, signal.SIGKILL)
 
 
-def test_a_daemon_that_a_task_has_started_does_not_end_itself(
+def test_a_daemon_that_a_task_started_does_not_kill_itself(
     trees: Trees, tmp_path: Path
 ) -> None:
-    """Nor what it has started, although all of it has the mark of that task."""
+    """Its children survive, too, although all of them carry the mark of the task."""
     go, done = tmp_path / "go", tmp_path / "done"
     text = f"""
 import os, subprocess, sys, time
@@ -316,13 +314,13 @@ time.sleep(60)
     assert set(tree.left()) == {daemon, *tree.printed[2:]}
 
 
-def test_who_is_born_while_the_others_are_ended_is_ended(
+def test_a_process_that_starts_during_the_kill_is_killed(
     trees: Trees, history: ProcessHistory
 ) -> None:
-    """Although nothing speaks for it when the one that begot it is no more."""
+    """Nothing identifies it once its parent is gone."""
     life = f"60.{uuid4().int % 10**9}"
     begets = f"setsid env -i /bin/sleep {life} & sleep 0.002"
-    # Nothing is printed, or it would end by SIGPIPE.
+    # It prints nothing, or it would die of SIGPIPE.
     tree = trees.sh(f"exec >&- 2>&-; for n in $(seq 3000); do {begets}; done; sleep 60")
     wait_for(lambda: len(with_argument(life)) > 20, "the start")
     tree.kill_shim()
@@ -333,8 +331,10 @@ def test_who_is_born_while_the_others_are_ended_is_ended(
     assert left == []
 
 
-def test_a_bomb_without_its_shim_is_ended(trees: Trees, history: ProcessHistory) -> None:
-    """255 that have no environment and sessions of their own, and go on begetting."""
+def test_a_fork_bomb_without_its_shim_is_ended(
+    trees: Trees, history: ProcessHistory
+) -> None:
+    """Its 255 processes have no environment and sessions of their own, and keep forking."""
     bomb = f"# {uuid4().hex}{BOMB}"
     tree = trees("/bin/sh", "-c", bomb, bomb, "7")
     tree.pids(255)
@@ -346,7 +346,7 @@ def test_a_bomb_without_its_shim_is_ended(trees: Trees, history: ProcessHistory)
 def test_one_that_runs_from_child_to_child_is_ended(
     trees: Trees, history: ProcessHistory, tmp_path: Path
 ) -> None:
-    """It is in no table, as each lives as long as a fork takes; but it has a session."""
+    """Each process lives as long as a fork takes, so its session identifies it."""
     count = tmp_path / "count"
     run = ("/usr/bin/env", "-i", PYTHON, "-I", "-S", "-c", RUNNER, str(count), "plain")
     tree = trees(*run)
@@ -356,10 +356,10 @@ def test_one_that_runs_from_child_to_child_is_ended(
     assert not runs(count)
 
 
-def test_memory_is_bounded(
+def test_the_size_of_the_history_is_limited(
     trees: Trees, history: ProcessHistory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a task with too many sessions and processes the oldest are remembered."""
+    """With too many sessions and processes the oldest ones are remembered."""
     monkeypatch.setattr(process_history, "MOST_SESSIONS", 2)
     monkeypatch.setattr(process_history, "MOST_PROCESSES", 3)
     tree = trees.sh("for n in 1 2 3 4; do setsid sleep 60 & echo $!; done; wait")
@@ -372,10 +372,10 @@ def test_memory_is_bounded(
     assert history._known == {}
 
 
-def test_a_folder_that_cannot_be_written_disturbs_nobody(
+def test_a_folder_that_cannot_be_written_is_no_obstacle(
     trees: Trees, history: ProcessHistory
 ) -> None:
-    """What could not be written is at the next look."""
+    """The next look writes the file."""
     tree = trees.sh("echo $$; exec sleep 60")
     tree.pids(1)
     away = tree.folder.with_name("away")
@@ -386,13 +386,13 @@ def test_a_folder_that_cannot_be_written_disturbs_nobody(
     assert set(read_sessions(tree.folder)) == {tree.key[0]}
 
 
-# -- a daemon that gets what loses its parent
+# -- a daemon that is a subreaper
 
 
-def test_what_nobody_has_ever_seen_becomes_a_child_of_the_daemon(
+def test_a_process_that_was_never_seen_becomes_a_child_of_the_daemon(
     elsewhere: Elsewhere,
 ) -> None:
-    """And is ended with its task; what others have left there before is not."""
+    """It is ended with its task. Earlier orphans of other tasks stay."""
     found = elsewhere(
         """
         processes.become_subreaper()
@@ -439,8 +439,10 @@ def test_what_nobody_has_ever_seen_becomes_a_child_of_the_daemon(
     assert found == [[], [], True, True, None, None, None, False]
 
 
-def test_what_an_ended_task_has_left_is_nobodys_orphan(elsewhere: Elsewhere) -> None:
-    """All shims are killed at once, and of ended tasks nothing is remembered."""
+def test_processes_that_outlived_an_ended_task_are_not_orphans(
+    elsewhere: Elsewhere,
+) -> None:
+    """All shims are killed at once, and the daemon remembers nothing of ended tasks."""
     found = elsewhere(
         """
         processes.become_subreaper()
@@ -464,13 +466,13 @@ def test_what_an_ended_task_has_left_is_nobodys_orphan(elsewhere: Elsewhere) -> 
     assert found == [[], [], True]
 
 
-def test_one_with_the_mark_that_is_older_than_the_shim_is_not_touched(
+def test_a_process_with_the_mark_that_is_older_than_the_shim_is_left_alone(
     trees: Trees, history: ProcessHistory
 ) -> None:
-    """It is of a task of that number in a state that was set aside."""
+    """It belongs to a task with the same number in a state folder that was moved away."""
     mark = {MARK: str(trees.tasks / "1")}
     with subprocess.Popen(["sleep", "60"], start_new_session=True, env=mark) as older:
-        time.sleep(0.05)  # ticks of the kernel, by which starts are told apart
+        time.sleep(0.05)  # clock ticks of the kernel, which tell starts apart
         tree = trees.sh("setsid sleep 60 & echo $!; wait")
         tree.pids(1)
         tree.kill_shim()
@@ -480,10 +482,10 @@ def test_one_with_the_mark_that_is_older_than_the_shim_is_not_touched(
         older.kill()
 
 
-def test_one_that_runs_through_sessions_becomes_a_child_of_the_daemon(
+def test_a_chain_of_sessions_becomes_a_child_of_the_daemon(
     elsewhere: Elsewhere,
 ) -> None:
-    """Each generation for a moment; one of them is hit."""
+    """Each generation is its child for a moment, and one of them is caught."""
     found = elsewhere(
         """
         processes.become_subreaper()

@@ -1,4 +1,4 @@
-"""Tests of what is read from a task's output files, most of them for any bytes at all."""
+"""Tests of reading a task's output files, most of them for any bytes."""
 
 import codecs
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from pulsar_api.output.timestamps import Timed
 from pulsar_api.shim import shim
 
 Piece = tuple[int, bytes]
-"""Something that was printed: the stream and the bytes."""
+"""A piece of output: its stream and its bytes."""
 
 # Bytes of every kind that matters to UTF-8, so that near misses are frequent.
 ODD = st.lists(
@@ -38,7 +38,7 @@ OTHER = (shim.CLOCK, shim.STARTED, shim.TERM_SENT, shim.KILL_SENT)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder that the examples of a property write one after the other."""
+    """Return a folder that the examples of a property share, one after the other."""
     return tmp_path_factory.mktemp("task")
 
 
@@ -48,13 +48,13 @@ def encoded(code: int, number: int, at: int = 0) -> bytes:
 
 
 def printed(folder: Path, pieces: Sequence[Piece]) -> Output:
-    """Write the files as the shim does, with a record of another kind here and there."""
+    """Write the files as the shim does, with a few records of other kinds."""
     output, index = bytearray(), bytearray(encoded(shim.CLOCK, 1_700_000_000_000))
     for number, (code, data) in enumerate(pieces):
         output += data
         index += encoded(code, len(output), number)
         if number % 3 == 0:
-            # Its number is no offset, but may look like one.
+            # Its number is no offset, but can look like one.
             index += encoded(OTHER[number % 4], len(output) // 2, number)
     (folder / "output").write_bytes(output)
     (folder / "output.idx").write_bytes(index)
@@ -62,7 +62,7 @@ def printed(folder: Path, pieces: Sequence[Piece]) -> Output:
 
 
 def replaced(data: bytes) -> str:
-    """Return bytes as text the way readers shall see it."""
+    """Return bytes as the text that readers shall see."""
     return data.decode("utf-8", "replace")
 
 
@@ -71,10 +71,10 @@ def replaced(data: bytes) -> str:
 
 @given(data=ANY, at=st.integers(0, 45))
 @example(data=b"\x80\x80\x80\x80\x80", at=4)
-def test_no_character_is_cut_where_an_answer_begins(
+def test_an_answer_never_begins_inside_a_character(
     folder: Path, data: bytes, at: int
 ) -> None:
-    """Decoding from there gives the end of the whole text, for any bytes and offset."""
+    """For any bytes and offset, decoding from there gives the end of the whole text."""
     output = printed(folder, [(shim.STDOUT, data)])
     start = output.character_start(at)
     assert at - 3 <= start <= at
@@ -83,10 +83,10 @@ def test_no_character_is_cut_where_an_answer_begins(
 
 
 @given(text=st.text(max_size=20), at=st.integers(0, 80))
-def test_in_a_text_an_answer_begins_with_the_character_at_the_offset(
+def test_an_answer_begins_with_the_character_at_its_offset(
     folder: Path, text: str, at: int
 ) -> None:
-    """It is the last begin of a character that is not after the offset."""
+    """The offset can be in the middle of the character."""
     data = text.encode()
     output = printed(folder, [(shim.STDOUT, data)])
     begins = [len(text[:number].encode()) for number in range(len(text) + 1)]
@@ -98,10 +98,10 @@ def test_in_a_text_an_answer_begins_with_the_character_at_the_offset(
 
 
 @given(data=ANY, ends=st.tuples(st.integers(0, 45), st.integers(0, 45)))
-def test_text_is_the_bytes_decoded_as_a_whole(
+def test_text_equals_the_bytes_decoded_as_a_whole(
     folder: Path, data: bytes, ends: tuple[int, int]
 ) -> None:
-    """Of any part; what is not UTF-8 becomes U+FFFD; an empty part is empty."""
+    """Each part can be read. Invalid UTF-8 becomes U+FFFD, and an empty part is empty."""
     output = printed(folder, [(shim.STDOUT, data)])
     assert "".join(output.text(*ends)) == replaced(data[slice(*ends)])
     assert "".join(output.text(0, output.size())) == replaced(data)
@@ -112,14 +112,14 @@ def test_text_is_the_bytes_decoded_as_a_whole(
 def test_a_character_between_two_reads_is_whole(
     tmp_path: Path, before: int, character: str
 ) -> None:
-    """Wherever 64 KiB end."""
+    """A read ends after 64 KiB."""
     text = "x" * before + character + "y" * PIECE
     output = printed(tmp_path, [(shim.STDOUT, text.encode())])
     assert "".join(output.text(0, output.size())) == text
 
 
 def test_pieces_are_bounded_and_give_all_bytes(tmp_path: Path) -> None:
-    """Nothing larger than 64 KiB is held at a time."""
+    """No piece is larger than 64 KiB."""
     data = bytes(range(256)) * 1024
     output = printed(tmp_path, [(shim.STDOUT, data)])
     pieces = list(output.pieces(3, len(data) + 10))
@@ -131,10 +131,10 @@ def test_pieces_are_bounded_and_give_all_bytes(tmp_path: Path) -> None:
 
 
 @given(pieces=PIECES, first=st.integers(0, 20), cut=st.integers(0, 15))
-def test_records_come_as_they_were_written(
+def test_records_are_read_as_they_were_written(
     folder: Path, pieces: list[Piece], first: int, cut: int
 ) -> None:
-    """From any number on; one that is only half there is not there yet."""
+    """Reading starts at any number. An incomplete record is ignored."""
     output = printed(folder, pieces)
     index = output.folder / "output.idx"
     data = index.read_bytes()
@@ -151,13 +151,13 @@ def test_records_come_as_they_were_written(
     number=st.integers(0, 2**64 - 1),
     at=st.integers(0, 2**56 - 1),
 )
-def test_a_record_keeps_what_the_shim_put_into_it(code: int, number: int, at: int) -> None:
+def test_a_record_keeps_the_values_of_the_shim(code: int, number: int, at: int) -> None:
     """Any size of output and any time fit."""
     assert Record.parse(encoded(code, number, at)) == Record(code, number, at)
 
 
-def test_what_does_not_exist_yet_is_empty(tmp_path: Path) -> None:
-    """Before a task has printed there are no files, and that is no error."""
+def test_missing_files_are_empty(tmp_path: Path) -> None:
+    """A task that has not printed yet has no files."""
     output = Output(tmp_path / "gone")
     assert output.size() == 0
     assert list(output.records()) == []
@@ -172,7 +172,7 @@ def test_what_does_not_exist_yet_is_empty(tmp_path: Path) -> None:
 
 
 def last(data: bytes) -> bytes:
-    """Return the last line of a stream, said in the simplest way."""
+    """Return the last line of a stream, in the simplest way."""
     return data.removesuffix(b"\n").split(b"\n")[-1]
 
 
@@ -180,17 +180,17 @@ def last(data: bytes) -> bytes:
 def test_the_last_line_is_that_of_standard_output_alone(
     folder: Path, pieces: list[Piece]
 ) -> None:
-    """However the two streams are mixed, also in the middle of a line."""
+    """The streams can be mixed in any way, even within a line."""
     output = printed(folder, pieces)
     stdout = b"".join(data for code, data in pieces if code == shim.STDOUT)
     assert output.last_line() == last(stdout)
 
 
 @given(pieces=PIECES, limit=st.integers(1, 6))
-def test_of_a_long_last_line_the_end_is_returned(
+def test_the_end_of_a_long_last_line_is_returned(
     folder: Path, pieces: list[Piece], limit: int
 ) -> None:
-    """One that is not longer than the limit comes whole, of others at least so much."""
+    """A line up to the limit is returned whole, a longer one by its last bytes."""
     output = printed(folder, pieces)
     stdout = b"".join(data for code, data in pieces if code == shim.STDOUT)
     found, wanted = output.last_line(limit), last(stdout)
@@ -198,11 +198,11 @@ def test_of_a_long_last_line_the_end_is_returned(
     assert len(found) >= min(limit, len(wanted))
 
 
-def test_the_last_line_may_be_far_from_the_end_of_the_index(tmp_path: Path) -> None:
-    """Thousands of pieces on standard error after it do not hide it, nor belong to it."""
+def test_the_last_line_can_be_far_from_the_end_of_the_index(tmp_path: Path) -> None:
+    """Thousands of pieces on standard error after it neither hide it nor belong to it."""
     pieces = [(shim.STDOUT, b"one\ntwo\n"), *[(shim.STDERR, b"x\n")] * 10_000]
     assert printed(tmp_path, pieces).last_line() == b"two"
-    # It begins where the 4096 records before it end, which are read at once.
+    # It begins before the last 4096 records, which are read at once.
     codes = [shim.STDERR] * 5000 + [shim.STDOUT] + [shim.STDERR] * 4095
     records = [encoded(code, number) for number, code in enumerate(codes, 1)]
     (tmp_path / "output").write_bytes(b"x" * 5000 + b"3" + b"x" * 4095)
@@ -210,7 +210,7 @@ def test_the_last_line_may_be_far_from_the_end_of_the_index(tmp_path: Path) -> N
     assert Output(tmp_path).last_line() == b"3"
 
 
-def test_the_last_line_may_have_come_byte_by_byte(tmp_path: Path) -> None:
+def test_the_last_line_can_consist_of_single_bytes(tmp_path: Path) -> None:
     """A thousand pieces make one line."""
     pieces = [(shim.STDOUT, b"one\n")]
     for number in range(1000):
@@ -218,12 +218,12 @@ def test_the_last_line_may_have_come_byte_by_byte(tmp_path: Path) -> None:
     assert printed(tmp_path, pieces).last_line() == b"0123456789" * 100
 
 
-# -- the shim's own rule for characters
+# -- how the shim treats characters
 
 
 @given(data=ANY, at=st.integers(0, 45))
-def test_what_the_shim_holds_back_makes_characters_whole(data: bytes, at: int) -> None:
-    """A piece that ends where it says never cuts a character, and it holds back little."""
+def test_bytes_that_the_shim_holds_back_complete_characters(data: bytes, at: int) -> None:
+    """No piece ends inside a character, and few bytes are held back."""
     arrived = data[:at]
     held = shim.incomplete(arrived)
     assert 0 <= held <= 3
@@ -233,7 +233,7 @@ def test_what_the_shim_holds_back_makes_characters_whole(data: bytes, at: int) -
 
 @given(data=ANY)
 def test_the_shim_holds_back_all_that_a_decoder_would_wait_for(data: bytes) -> None:
-    """What Python's decoder keeps for later never ends a piece."""
+    """No piece ends with bytes that Python's decoder would keep for later."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(data)
     kept, _ = decoder.getstate()
@@ -241,14 +241,14 @@ def test_the_shim_holds_back_all_that_a_decoder_would_wait_for(data: bytes) -> N
 
 
 @given(text=st.text(max_size=20))
-def test_the_shim_holds_back_nothing_of_a_whole_text(text: str) -> None:
-    """Whoever prints whole characters is never delayed."""
+def test_the_shim_holds_back_nothing_of_a_complete_text(text: str) -> None:
+    """A command that prints whole characters is never delayed."""
     assert shim.incomplete(text.encode()) == 0
 
 
 @given(text=st.text(min_size=1, max_size=10), at=st.integers(0, 40))
-def test_the_shim_holds_back_exactly_the_begin_of_a_character(text: str, at: int) -> None:
-    """No byte more, so that what was printed is seen at once."""
+def test_the_shim_holds_back_exactly_the_start_of_a_character(text: str, at: int) -> None:
+    """All other bytes are visible at once."""
     data = text.encode()[:at]
     whole = data.decode("utf-8", "ignore").encode()
     assert shim.incomplete(data) == len(data) - len(whole)
@@ -261,7 +261,7 @@ def test_the_shim_holds_back_exactly_the_begin_of_a_character(text: str, at: int
 def test_two_streams_never_cut_into_each_others_characters(
     folder: Path, texts: tuple[str, str], turns: list[tuple[int, int]]
 ) -> None:
-    """However they arrive, both together are one text with every character of each."""
+    """In any order of arrival the output is one text with every character of each."""
     left = dict(zip((shim.STDOUT, shim.STDERR), map(str.encode, texts), strict=True))
     turns += [(code, len(data)) for code, data in left.items()]
     held = dict.fromkeys(left, b"")
@@ -277,14 +277,14 @@ def test_two_streams_never_cut_into_each_others_characters(
     assert sorted("".join(output.text(0, output.size()))) == sorted("".join(texts))
 
 
-# -- reading on
+# -- readers
 
 
 @given(pieces=PIECES, steps=st.lists(st.integers(0, 40), max_size=6), timed=st.booleans())
-def test_a_reader_goes_on_where_another_has_stopped(
+def test_a_reader_continues_where_another_has_stopped(
     folder: Path, pieces: Sequence[Piece], steps: list[int], *, timed: bool
 ) -> None:
-    """Whatever was known of the size meanwhile; every byte once, with its stream."""
+    """It returns each byte once, with its stream, whatever sizes were known in between."""
     output = printed(folder, pieces)
     size = output.size()
     found: dict[int | None, bytes] = {shim.STDOUT: b"", shim.STDERR: b""}
@@ -307,7 +307,7 @@ def test_a_reader_goes_on_where_another_has_stopped(
 
 @given(pieces=PIECES)
 def test_a_record_is_found_by_its_offset(folder: Path, pieces: Sequence[Piece]) -> None:
-    """To read from there gives what a reader from the beginning gives from there."""
+    """Reading from there gives the same as a reader that started at the beginning."""
     output = printed(folder, pieces)
     size = output.size()
     whole = (folder / "output").read_bytes()
@@ -316,8 +316,8 @@ def test_a_record_is_found_by_its_offset(folder: Path, pieces: Sequence[Piece]) 
         assert b"".join(chunk.data for chunk in reader.read(size)) == whole[offset:]
 
 
-def test_neighbours_of_one_stream_are_read_as_one(folder: Path) -> None:
-    """A thousand small pieces are one answer; where their times count they are not."""
+def test_neighbours_of_one_stream_are_merged(folder: Path) -> None:
+    """A thousand small pieces are one chunk, unless their times are needed."""
     output = printed(folder, [(shim.STDOUT, b"x\n")] * 1000)
     assert len(list(Reader(output).read(2000))) == 1
     assert len(list(Reader(output, timed=True).read(2000))) == 1000
@@ -325,8 +325,8 @@ def test_neighbours_of_one_stream_are_read_as_one(folder: Path) -> None:
     assert [len(chunk.data) for chunk in Reader(output).read(120_000)] == [40_000] * 3
 
 
-def test_bytes_without_a_record_are_of_no_known_stream(folder: Path) -> None:
-    """As a shim that was killed leaves them; they are not lost."""
+def test_bytes_without_a_record_have_no_known_stream(folder: Path) -> None:
+    """A killed shim can leave some, and they are not lost."""
     output = printed(folder, [(shim.STDOUT, b"one\n")])
     with (folder / "output").open("ab") as file:
         file.write(b"two\n")
@@ -336,8 +336,8 @@ def test_bytes_without_a_record_are_of_no_known_stream(folder: Path) -> None:
     assert b"".join(chunk.data for chunk in one.read(8)) == b"two\n"
 
 
-def test_an_index_that_knows_more_than_there_is_ends(folder: Path) -> None:
-    """After a power cut: what is there is read, and nobody waits for the rest."""
+def test_an_index_longer_than_its_output_comes_to_an_end(folder: Path) -> None:
+    """After a power cut existing bytes are read, and no reader waits for the rest."""
     output = printed(folder, [(shim.STDOUT, b"one\n"), (shim.STDERR, b"two\n")])
     (folder / "output").write_bytes(b"one\n")
     reader = Reader(output)
@@ -345,8 +345,8 @@ def test_an_index_that_knows_more_than_there_is_ends(folder: Path) -> None:
     assert reader.offset == 8
 
 
-def test_a_reader_that_passes_over_much_says_so(folder: Path) -> None:
-    """After each 4096 records, so that nobody is held up by an index of millions."""
+def test_a_reader_that_skips_many_records_reports_it(folder: Path) -> None:
+    """It does so after each 4096 records, so that other work can run in between."""
     output = printed(folder, [(shim.STDOUT, b"x"), (shim.STDERR, b"y")] * 9000)
     chunks = list(Reader(output, stream=shim.STDERR, timed=True).read(18000))
     assert sum(not chunk.data for chunk in chunks) == 24_001 // BLOCK
@@ -357,8 +357,8 @@ def test_a_reader_that_passes_over_much_says_so(folder: Path) -> None:
     assert b"".join(chunk.data for chunk in chunks) == b"x" * 9000
 
 
-def test_records_of_what_was_cut_are_not_read(folder: Path) -> None:
-    """They may be millions."""
+def test_records_of_cut_bytes_are_not_read(folder: Path) -> None:
+    """There can be millions."""
     output = printed(folder, [(shim.STDOUT, b"x"), (shim.STDERR, b"y")] * 20_000)
     (folder / "cut").write_text("1 39999\n")
     try:
@@ -369,8 +369,8 @@ def test_records_of_what_was_cut_are_not_read(folder: Path) -> None:
     assert sum(not chunk.data for chunk in chunks) == 1
 
 
-def test_a_large_piece_is_cut_between_characters(folder: Path) -> None:
-    """64 KiB at a time, and each can be decoded by itself."""
+def test_a_large_piece_is_split_between_characters(folder: Path) -> None:
+    """Each part of at most 64 KiB can be decoded by itself."""
     text = "ä€😀" * 20_000
     output = printed(folder, [(shim.STDOUT, text.encode())])
     chunks = list(Reader(output).read(output.size()))
@@ -378,8 +378,8 @@ def test_a_large_piece_is_cut_between_characters(folder: Path) -> None:
     assert "".join(chunk.data.decode() for chunk in chunks) == text
 
 
-def test_times_stand_before_each_line(folder: Path) -> None:
-    """Of a line in several pieces the time of its begin."""
+def test_times_come_before_each_line(folder: Path) -> None:
+    """A line in several pieces has the time of its start."""
     output = printed(folder, [(shim.STDOUT, b"one\ntwo"), (shim.STDOUT, b" more\n\nx")])
     timed = Timed(output)
     text = b"".join(timed.dress(c) for c in Reader(output, timed=True).read(16)).decode()
@@ -388,15 +388,15 @@ def test_times_stand_before_each_line(folder: Path) -> None:
     assert Timed(output, fresh=False).dress(Chunk(1, 4, b"two\n", 0)) == b"two\n"
 
 
-def test_a_time_that_nobody_knows_is_not_shown(folder: Path) -> None:
-    """Without a record of the begin; then the index is looked at no further."""
+def test_an_unknown_time_is_not_shown(folder: Path) -> None:
+    """The record of the start is missing, and the reader searches for it once."""
     output = printed(folder, [(shim.STDOUT, b"one\n")])
     index = (folder / "output.idx").read_bytes()
     (folder / "output.idx").write_bytes(index[shim.RECORD :] + index[: shim.RECORD])
     assert output.began() is None
     timed = Timed(output)
     assert timed.dress(Chunk(1, 0, b"one\n", 0)) == b"one\n"
-    # It was asked once.
+    # It searched once.
     (folder / "output.idx").write_bytes(index)
     assert output.began() == 1_700_000_000_000
     assert timed.moment(Chunk(1, 0, b"one\n", 0)) is None
@@ -409,14 +409,16 @@ def test_a_time_that_nobody_knows_is_not_shown(folder: Path) -> None:
         *(b"1 2 3 4 5", b"1 2 4 3", b"1 2 -3 4", b"1 2 3 %d" % (1 << 63)),
     ],
 )
-def test_what_says_what_was_cut_may_be_damaged(folder: Path, damage: bytes) -> None:
-    """Then the output cannot be read, as if the disk were broken; its size is known."""
+def test_a_damaged_cut_file_makes_the_output_unreadable(
+    folder: Path, damage: bytes
+) -> None:
+    """It acts like a broken disk. The size is still known."""
     output = printed(folder, [(shim.STDOUT, b"one\n")])
     (folder / "cut").write_bytes(damage)
     try:
         with pytest.raises(OSError, match="damaged"):
             output.cut()
-        # How a task has ended is known all the same.
+        # The result of the task is known all the same.
         assert output.last_line() == b""
         assert output.index_size() == (folder / "output.idx").stat().st_size
     finally:

@@ -1,4 +1,4 @@
-"""Tests of what is known of processes and how they are ended: real ones only."""
+"""Tests of the process table and of ending processes, with real ones only."""
 
 import os
 import pwd
@@ -20,8 +20,8 @@ from tests.shims import BOMB, PYTHON, RUNNER, Elsewhere, Tree, Trees, runs, with
 # -- the table
 
 
-def test_a_reading_has_the_whole_tree() -> None:
-    """With parents before their children, and without what is to be passed over."""
+def test_a_table_has_the_whole_tree() -> None:
+    """Parents come before their children. Excluded processes are left out."""
     script = "sh -c 'sleep 60 & sleep 60 & echo; wait' & wait"
     with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE) as top:
         assert top.stdout is not None
@@ -42,7 +42,7 @@ def test_a_reading_has_the_whole_tree() -> None:
 
 
 def test_a_zombie_does_not_live() -> None:
-    """It has ended, and its parent only has not looked yet."""
+    """It has ended, and its parent has not waited for it."""
     with subprocess.Popen("true") as child:
         wait_for(lambda: Table().entries[child.pid].ended, "its end")
         found = Table().entries[child.pid]
@@ -61,8 +61,8 @@ ctypes.CDLL(None).syscall(60, 0)
 """
 
 
-def test_a_process_lives_when_its_first_thread_has_ended() -> None:
-    """It looks like a zombie; its environment is still to be read."""
+def test_a_process_lives_after_its_first_thread_has_ended() -> None:
+    """It looks like a zombie, but its environment can be read."""
     with subprocess.Popen(
         [PYTHON, "-c", HEADLESS], stdout=subprocess.PIPE, env={"A": "b"}
     ) as child:
@@ -76,10 +76,10 @@ def test_a_process_lives_when_its_first_thread_has_ended() -> None:
         assert not lives(found.key)
 
 
-def test_who_changes_the_parent_while_the_table_is_read_is_found(
+def test_a_process_whose_parent_ends_during_the_reading_is_found(
     elsewhere: Elsewhere,
 ) -> None:
-    """The parent is gone before it is read; its child is where it belongs by now."""
+    """The parent is gone before it is read. The child appears below its new parent."""
     found = elsewhere(
         """
         class Slow(Table):
@@ -108,7 +108,7 @@ def test_who_changes_the_parent_while_the_table_is_read_is_found(
 
 
 def test_a_signal_never_reaches_a_stranger() -> None:
-    """A number that somebody else has been given meanwhile is left alone."""
+    """A process with a reused number is left alone."""
     with subprocess.Popen(["sleep", "60"]) as sleeper:
         key = Table().entries[sleeper.pid].key
         other = (key[0], key[1] - 1)
@@ -121,7 +121,7 @@ def test_a_signal_never_reaches_a_stranger() -> None:
 
 
 def test_a_name_is_shown_in_one_line(tmp_path: Path) -> None:
-    """Whatever is in it, and although it looks like the fields that come after it."""
+    """It can have any characters, and look like the fields that follow it."""
     path = tmp_path / "x) Z 1\n(y"
     path.symlink_to("/bin/sleep")
     with subprocess.Popen([path, "60"]) as sleeper:
@@ -135,8 +135,8 @@ def test_a_name_is_shown_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("loop mounts")
-def test_who_does_not_end_by_kill_is_named(tmp_path: Path) -> None:
-    """A process that the kernel holds has been told, and is still there."""
+def test_a_process_that_survives_kill_is_named(tmp_path: Path) -> None:
+    """The kernel still holds it after the signal."""
     disk, folder = tmp_path / "disk", tmp_path / "folder"
     folder.mkdir()
     with disk.open("wb") as file:
@@ -160,8 +160,8 @@ def test_who_does_not_end_by_kill_is_named(tmp_path: Path) -> None:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_what_lives_has_what_is_below_it(trees: Trees) -> None:
-    """A process that could not be killed may have started others meanwhile."""
+def test_a_survivor_is_killed_later_with_the_processes_below_it(trees: Trees) -> None:
+    """It may have started others meanwhile."""
     tree = trees.sh("sh -c 'echo $$; sleep 60 & echo $!; wait' & wait")
     above, below = tree.pids(2)
     shown = proc.describe([Table().entries[above[0]]])
@@ -171,8 +171,8 @@ def test_what_lives_has_what_is_below_it(trees: Trees) -> None:
     assert processes.living(shown) == []
 
 
-def test_want_of_descriptors_is_said(elsewhere: Elsewhere) -> None:
-    """Nobody can know then, so nobody says that there is nothing."""
+def test_lack_of_descriptors_is_reported(elsewhere: Elsewhere) -> None:
+    """The result must not claim that there are no processes."""
     found = elsewhere(
         """
         import resource
@@ -214,8 +214,8 @@ def stopped(tree: Tree) -> None:
     wait_for(lambda: b") T " in stat.read_bytes(), "the stop")
 
 
-def test_a_stopped_shim_hears_term(trees: Trees) -> None:
-    """It is woken, and ends its tree as always."""
+def test_a_stopped_shim_receives_term(trees: Trees) -> None:
+    """It is continued, and ends its tree as usual."""
     tree = trees.sh("echo $$; exec sleep 60")
     tree.pids(1)
     assert processes.holder(tree.folder) == tree.key
@@ -229,8 +229,8 @@ def test_a_stopped_shim_hears_term(trees: Trees) -> None:
     assert not processes.terminate(tree.folder.parent)
 
 
-def test_only_who_holds_the_lock_is_told(trees: Trees) -> None:
-    """The number in the lock of a dead shim may be anybody's."""
+def test_only_the_holder_of_a_lock_is_signalled(trees: Trees) -> None:
+    """The number in the lock of a dead shim can belong to any process."""
     tree = trees.sh("echo $$; exec sleep 60")
     tree.pids(1)
     tree.kill_shim()
@@ -254,7 +254,7 @@ SLEEPS = {
 
 @pytest.mark.parametrize("script", SLEEPS.values(), ids=SLEEPS.keys())
 def test_the_tree_of_a_stopped_shim_is_ended(trees: Trees, script: str) -> None:
-    """Whatever its processes did to their environment, session and parent."""
+    """Its processes can have changed environment, session and parent."""
     tree = trees.sh(f"{script}; exec sleep 60")
     tree.pids(2)
     stopped(tree)
@@ -263,8 +263,8 @@ def test_the_tree_of_a_stopped_shim_is_ended(trees: Trees, script: str) -> None:
     assert tree.wait() == -signal.SIGKILL
 
 
-def test_a_bomb_below_a_stopped_shim_is_ended(trees: Trees) -> None:
-    """Of 255 that have no environment and sessions of their own, and go on begetting."""
+def test_a_fork_bomb_below_a_stopped_shim_is_ended(trees: Trees) -> None:
+    """Its 255 processes have no environment and sessions of their own, and keep forking."""
     mark = uuid4().hex
     bomb = f"# {mark}{BOMB}"
     tree = trees("/bin/sh", "-c", bomb, bomb, "7")
@@ -276,10 +276,10 @@ def test_a_bomb_below_a_stopped_shim_is_ended(trees: Trees) -> None:
 
 
 @pytest.mark.parametrize("how", ["plain", "session"])
-def test_one_that_runs_from_child_to_child_is_ended(
+def test_a_chain_of_short_lived_processes_is_ended(
     trees: Trees, tmp_path: Path, how: str
 ) -> None:
-    """Before the shim is, below which it can be found."""
+    """It is found below the shim, which ends after it."""
     count = tmp_path / "count"
     tree = trees(PYTHON, "-I", "-S", "-c", RUNNER, str(count), how)
     wait_for(lambda: runs(count), "the start")
@@ -290,7 +290,7 @@ def test_one_that_runs_from_child_to_child_is_ended(
 
 
 def test_a_shim_that_is_gone_is_not_ended() -> None:
-    """Nor is who has its number now."""
+    """A process with the same number is left alone."""
     with subprocess.Popen(["sleep", "60"]) as stranger:
         number, start = Table().entries[stranger.pid].key
         assert processes.end_tree((number, start + 1)) == []
@@ -298,7 +298,7 @@ def test_a_shim_that_is_gone_is_not_ended() -> None:
         stranger.kill()
 
 
-# As somebody who is not root: a shim, and below it one that becomes root.
+# Run as another user than root: a shim, and below it a process that becomes root.
 SET_UID = """
 import shutil
 tmp = Path(sys.argv[1])
@@ -341,8 +341,8 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 @pytest.mark.needs("set-uid programs")
-def test_who_became_root_is_named(elsewhere: Elsewhere, way: str) -> None:
-    """A daemon that is not root cannot signal it, and says so; all else is ended."""
+def test_a_process_that_became_root_is_named(elsewhere: Elsewhere, way: str) -> None:
+    """A daemon without root cannot signal it, and says so. All others are ended."""
     with tempfile.TemporaryDirectory() as folder:
         script = """
             print(json.dumps([
@@ -360,11 +360,11 @@ def test_who_became_root_is_named(elsewhere: Elsewhere, way: str) -> None:
         assert not other
 
 
-# -- children that nobody waits for
+# -- children without a waiting parent
 
 
-def test_children_that_nobody_waits_for_are_reaped(elsewhere: Elsewhere) -> None:
-    """At the second look, and never one that this process waits for itself."""
+def test_children_without_a_waiting_parent_are_reaped(elsewhere: Elsewhere) -> None:
+    """They are reaped at the second look. Children that this process waits for are not."""
     reaped, status, left = elsewhere(
         """
         processes.become_subreaper()

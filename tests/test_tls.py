@@ -1,4 +1,4 @@
-"""TLS: what is made of certificate files, and what is said of those that do not work."""
+"""Tests of TLS: identities from certificate files, and errors about unusable files."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -35,7 +35,7 @@ def issued() -> Issued:
 
 @pytest.fixture
 def folder(tmp_path: Path, issued: Issued) -> Path:
-    """Return a folder with one identity in all its forms."""
+    """Return a folder with one identity in all formats."""
     contents = {
         "key": key_pem(issued.key),
         "locked": key_pem(issued.key, PHRASE),
@@ -63,21 +63,24 @@ def of(folder: Path, **names: str) -> Settings:
 
 
 def identity(settings: Settings) -> certificates.Identity:
-    """Return what the settings name, which is something."""
+    """Return the identity from the settings, which must exist."""
     found = certificates.load(settings)
     assert found is not None
     return found
 
 
 def refusal(settings: Settings) -> str:
-    """Return what is said of files that are refused."""
+    """Return the error message for refused files."""
     with pytest.raises(SettingsError) as caught:
         certificates.load(settings)
     return str(caught.value)
 
 
 def talk(server: SSL.Context, client: SSL.Context | None = None) -> SSL.Connection:
-    """Return a client's end after a handshake in memory; it trusts everybody."""
+    """Return the client's end of a handshake in memory.
+
+    The client trusts all certificates.
+    """
     here = SSL.Connection(client or SSL.Context(SSL.TLS_CLIENT_METHOD), None)
     here.set_connect_state()
     there = SSL.Connection(server, None)
@@ -93,7 +96,7 @@ def talk(server: SSL.Context, client: SSL.Context | None = None) -> SSL.Connecti
 
 
 def is_whole(found: certificates.Identity, issued: Issued) -> bool:
-    """Return whether nothing got lost or swapped on the way through a file."""
+    """Check that nothing was lost or swapped in the file."""
     same_key = key_pem(found.key) == key_pem(issued.key)
     chain = (found.certificate, *found.chain)
     return same_key and chain == (issued.certificate, *issued.between)
@@ -101,19 +104,19 @@ def is_whole(found: certificates.Identity, issued: Issued) -> bool:
 
 class TestPEM:
     def test_without_a_certificate_there_is_no_identity(self) -> None:
-        """Plain HTTP, then."""
+        """The daemon then serves plain HTTP."""
         assert certificates.load(load({}, {})) is None
 
     def test_key_and_certificate_come_with_the_appended_chain(
         self, folder: Path, issued: Issued
     ) -> None:
-        """The first certificate is the server's own, the others lead to the authority."""
+        """The first certificate is that of the server. The others lead to the authority."""
         assert is_whole(identity(of(folder, key="key", cert="cert")), issued)
 
-    def test_what_was_appended_is_sent_to_clients(
+    def test_the_appended_chain_is_sent_to_clients(
         self, folder: Path, issued: Issued
     ) -> None:
-        """A client that knows only the authority can follow the chain."""
+        """A client that knows only the authority can verify it."""
         options = identity(of(folder, key="key", cert="cert")).options()
         sent = talk(options.getContext()).get_peer_cert_chain()
         assert sent is not None
@@ -121,47 +124,47 @@ class TestPEM:
         assert [c.to_cryptography() for c in sent] == expected
 
     @pytest.mark.parametrize("key", ["locked", "old"])
-    def test_a_key_with_a_passphrase_is_opened_by_it(
+    def test_a_passphrase_opens_its_key(
         self, folder: Path, issued: Issued, key: str
     ) -> None:
-        """In the form of today and in that of old openssl."""
+        """The format of today and that of old OpenSSL are supported."""
         found = identity(of(folder, key=key, cert="cert", passphrase="phrase"))
         assert is_whole(found, issued)
 
     @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\n\n"])
-    def test_the_end_of_the_line_is_no_part_of_a_passphrase(
+    def test_a_line_end_does_not_belong_to_a_passphrase(
         self, folder: Path, issued: Issued, end: bytes
     ) -> None:
-        """Editors and echo append it."""
+        """Editors and echo append one."""
         (folder / "phrase").write_bytes(PHRASE + end)
         found = identity(of(folder, key="locked", cert="cert", passphrase="phrase"))
         assert is_whole(found, issued)
 
-    def test_a_space_is_a_part_of_a_passphrase(self, folder: Path) -> None:
-        """Only line ends are taken off."""
+    def test_a_space_belongs_to_a_passphrase(self, folder: Path) -> None:
+        """Only line ends are removed."""
         (folder / "phrase").write_bytes(PHRASE + b" ")
         text = refusal(of(folder, key="locked", cert="cert", passphrase="phrase"))
         assert text.endswith("the passphrase is wrong")
 
-    def test_a_key_without_a_passphrase_needs_none(
+    def test_a_passphrase_for_an_open_key_is_ignored(
         self, folder: Path, issued: Issued
     ) -> None:
-        """One that is given does no harm: a key may lose its own some day."""
+        """The key may have lost its passphrase."""
         found = identity(of(folder, key="key", cert="cert", passphrase="phrase"))
         assert is_whole(found, issued)
 
-    def test_key_and_certificate_may_be_in_one_file(
+    def test_key_and_certificate_can_be_in_one_file(
         self, folder: Path, issued: Issued
     ) -> None:
-        """In either order, as other servers have it."""
+        """Both orders are accepted, as in other servers."""
         for parts in (["key", "cert"], ["cert", "key"]):
             both = b"".join((folder / part).read_bytes() for part in parts)
             (folder / "both").write_bytes(both)
             assert is_whole(identity(of(folder, key="both", cert="both")), issued)
 
     @pytest.mark.parametrize("wrong", ["wrong", "nul", "latin", "long"])
-    def test_a_wrong_passphrase_is_told(self, folder: Path, wrong: str) -> None:
-        """Whatever bytes are in the file."""
+    def test_a_wrong_passphrase_is_reported(self, folder: Path, wrong: str) -> None:
+        """The file can hold any bytes."""
         text = refusal(of(folder, key="locked", cert="cert", passphrase=wrong))
         path = folder / "locked"
         assert text == f"--ssl-key: cannot use {path}: the passphrase is wrong"
@@ -169,10 +172,10 @@ class TestPEM:
     @pytest.mark.parametrize(
         "given", [{}, {"passphrase": "nothing"}], ids=["none", "empty"]
     )
-    def test_a_missing_passphrase_is_told(
+    def test_a_missing_passphrase_is_reported(
         self, folder: Path, given: dict[str, str]
     ) -> None:
-        """An empty file is none. Nothing asks a terminal for it."""
+        """An empty file counts as missing. The daemon never asks a terminal."""
         text = refusal(of(folder, key="locked", cert="cert", **given))
         assert text == (
             f"--ssl-key: {folder / 'locked'} has a passphrase; name the file that holds it "
@@ -180,20 +183,22 @@ class TestPEM:
         )
 
     @pytest.mark.parametrize("key", ["cert", "public", "garbage", "nothing"])
-    def test_what_is_no_private_key_is_refused(self, folder: Path, key: str) -> None:
-        """Above all the two files swapped."""
+    def test_a_file_without_a_private_key_is_refused(self, folder: Path, key: str) -> None:
+        """Often the two files are swapped."""
         text = refusal(of(folder, key=key, cert="cert"))
         expected = "it is not a private key in PEM form"
         assert text == f"--ssl-key: cannot use {folder / key}: {expected}"
 
     @pytest.mark.parametrize("cert", ["key", "public", "garbage", "nothing"])
-    def test_what_is_no_certificate_is_refused(self, folder: Path, cert: str) -> None:
-        """And named."""
+    def test_a_file_without_a_certificate_is_refused(self, folder: Path, cert: str) -> None:
+        """The message names it."""
         text = refusal(of(folder, key="key", cert=cert))
         assert text == f"--ssl-cert: {folder / cert} holds no certificate in PEM form"
 
-    def test_a_key_that_does_not_fit_its_certificate_is_refused(self, folder: Path) -> None:
-        """As after a renewal of which half was copied."""
+    def test_a_key_that_does_not_match_its_certificate_is_refused(
+        self, folder: Path
+    ) -> None:
+        """It happens when half of a renewal is copied."""
         other = ec.generate_private_key(ec.SECP256R1())
         (folder / "key").write_bytes(key_pem(other))
         text = refusal(of(folder, key="key", cert="cert"))
@@ -201,10 +206,10 @@ class TestPEM:
         why = "the key does not match the certificate; use the key that it was issued for"
         assert text == f"--ssl-cert: {path}: {why}"
 
-    def test_an_authority_before_the_certificate_does_not_fit_the_key(
+    def test_an_authority_before_the_certificate_does_not_match_the_key(
         self, folder: Path, issued: Issued
     ) -> None:
-        """The chain is appended, not put in front."""
+        """The chain comes after the certificate."""
         turned = certificates_pem(*issued.between, issued.certificate)
         (folder / "cert").write_bytes(turned)
         text = refusal(of(folder, key="key", cert="cert"))
@@ -213,8 +218,8 @@ class TestPEM:
         )
 
     @pytest.mark.parametrize("option", ["key", "cert", "passphrase"])
-    def test_a_file_that_cannot_be_read_is_named(self, folder: Path, option: str) -> None:
-        """With what the system says."""
+    def test_an_unreadable_file_is_named(self, folder: Path, option: str) -> None:
+        """The message quotes the error of the system."""
         names = {"key": "locked", "cert": "cert", "passphrase": "phrase"}
         (folder / "folder").mkdir()
         for name, why in (
@@ -225,8 +230,8 @@ class TestPEM:
             assert text == f"--ssl-{option}: cannot read {folder / name}: {why}"
 
     @pytest.mark.parametrize("left", [-5, -200])
-    def test_a_chain_that_is_cut_off_is_refused(self, folder: Path, left: int) -> None:
-        """Half a file that is being written is not a certificate without its chain."""
+    def test_a_truncated_chain_is_refused(self, folder: Path, left: int) -> None:
+        """A file that is half written must not count as a certificate without a chain."""
         data = (folder / "cert").read_bytes()
         (folder / "cert").write_bytes(data[:left])
         text = refusal(of(folder, key="key", cert="cert"))
@@ -235,28 +240,27 @@ class TestPEM:
 
 
 class TestPKCS12:
-    def test_a_pfx_holds_everything(self, folder: Path, issued: Issued) -> None:
-        """Key, certificate and chain."""
-        assert is_whole(identity(of(folder, pfx="pfx")), issued)
-
-    def test_a_pfx_with_a_passphrase_is_opened_by_it(
+    def test_a_pfx_holds_key_certificate_and_chain(
         self, folder: Path, issued: Issued
     ) -> None:
-        """From the same kind of file as for PEM."""
+        assert is_whole(identity(of(folder, pfx="pfx")), issued)
+
+    def test_a_passphrase_opens_its_pfx(self, folder: Path, issued: Issued) -> None:
+        """The passphrase is in the same kind of file as for PEM."""
         found = identity(of(folder, pfx="locked-pfx", passphrase="phrase"))
         assert is_whole(found, issued)
 
     def test_a_pfx_overrides_key_and_certificate(
         self, folder: Path, issued: Issued
     ) -> None:
-        """They are not even looked at."""
+        """Their files are not read."""
         settings = of(folder, pfx="pfx", key="missing", cert="garbage")
         assert is_whole(identity(settings), issued)
 
-    def test_an_empty_passphrase_file_is_no_passphrase(
+    def test_an_empty_passphrase_file_means_no_passphrase(
         self, folder: Path, issued: Issued
     ) -> None:
-        """What "no password" in other programs exports."""
+        """Other programs export such files as "no password"."""
         assert is_whole(identity(of(folder, pfx="pfx", passphrase="nothing")), issued)
 
     @pytest.mark.parametrize(
@@ -276,7 +280,7 @@ class TestPKCS12:
     def test_a_pfx_that_cannot_be_opened_is_refused(
         self, folder: Path, names: dict[str, str]
     ) -> None:
-        """Its form does not tell a wrong passphrase from a broken file."""
+        """The format does not tell a wrong passphrase from a broken file."""
         text = refusal(of(folder, **names))
         assert text == (
             f"--ssl-pfx: cannot open {folder / names['pfx']}: it is not a PKCS #12 file, "
@@ -284,7 +288,7 @@ class TestPKCS12:
         )
 
     def test_a_pfx_without_a_key_is_refused(self, folder: Path, issued: Issued) -> None:
-        """It is what is given to clients, not to servers."""
+        """Such files are meant for clients."""
         data = pkcs12.serialize_key_and_certificates(
             None, None, None, [issued.certificate], NoEncryption()
         )
@@ -292,8 +296,8 @@ class TestPKCS12:
         text = refusal(of(folder, pfx="pfx"))
         assert text == f"--ssl-pfx: {folder / 'pfx'} must hold a key and its certificate"
 
-    def test_a_pfx_that_cannot_be_read_is_named(self, folder: Path) -> None:
-        """With what the system says."""
+    def test_an_unreadable_pfx_is_named(self, folder: Path) -> None:
+        """The message quotes the error of the system."""
         text = refusal(of(folder, pfx="missing"))
         path = folder / "missing"
         assert text == f"--ssl-pfx: cannot read {path}: No such file or directory"
@@ -310,7 +314,7 @@ class TestKeys:
         ids=["rsa", "ec", "ed25519"],
     )
     def test_every_usual_kind_of_key_can_serve(self, tmp_path: Path, key: Any) -> None:
-        """A client gets through the handshake and sees the certificate."""
+        """A client completes the handshake and sees the certificate."""
         one = self_signed(key)
         (tmp_path / "key").write_bytes(key_pem(key))
         (tmp_path / "cert").write_bytes(one.cert_pem())
@@ -320,10 +324,10 @@ class TestKeys:
         assert seen.to_cryptography() == one.certificate
 
     @pytest.mark.parametrize("kind", ["short", "dsa", "x25519"])
-    def test_a_key_with_which_no_client_could_talk_is_refused(
+    def test_a_key_that_no_client_could_use_is_refused(
         self, tmp_path: Path, kind: str
     ) -> None:
-        """At the start, not at each connection: the daemon would be deaf."""
+        """The daemon fails at its start instead of at each connection."""
         if kind == "x25519":
             key: Any = x25519.X25519PrivateKey.generate()
             one = Authority().issue(key.public_key())
@@ -344,10 +348,8 @@ class TestCiphers:
         "suite",
         ["ECDHE-ECDSA-AES128-SHA256", "ECDHE-ECDSA-AES256-SHA", "ECDHE-ECDSA-AES128-CCM"],
     )
-    def test_a_suite_that_is_not_of_the_best_is_refused(
-        self, folder: Path, suite: str
-    ) -> None:
-        """A client of TLS 1.2 that knows nothing else has no common word with us."""
+    def test_a_weak_cipher_suite_is_refused(self, folder: Path, suite: str) -> None:
+        """A client of TLS 1.2 without a better one cannot connect."""
         client = SSL.Context(SSL.TLS_CLIENT_METHOD)
         client.set_max_proto_version(SSL.TLS1_2_VERSION)
         client.set_cipher_list(suite.encode())
@@ -355,8 +357,8 @@ class TestCiphers:
         with pytest.raises(SSL.Error, match=REFUSED):
             talk(options.getContext(), client)
 
-    def test_a_key_of_rsa_is_never_used_to_send_a_secret(self, tmp_path: Path) -> None:
-        """That is what has no forward secrecy; with agreed keys the same key serves."""
+    def test_an_rsa_key_never_encrypts_a_secret(self, tmp_path: Path) -> None:
+        """Such suites have no forward secrecy. With key agreement the same key serves."""
         one = self_signed(rsa.generate_private_key(65537, 2048))
         (tmp_path / "pfx").write_bytes(one.pfx())
         context = identity(of(tmp_path, pfx="pfx")).options().getContext()
@@ -371,8 +373,8 @@ class TestCiphers:
 
 
 class TestClientAuthorities:
-    def test_they_are_read_from_one_file(self, folder: Path, issued: Issued) -> None:
-        """As many as there are; with none named, nobody is asked for a certificate."""
+    def test_authorities_are_read_from_one_file(self, folder: Path, issued: Issued) -> None:
+        """It can hold any number. If no file is named, clients need no certificate."""
         other = Authority("other").root
         (folder / "cas").write_bytes(certificates_pem(*issued.between, other))
         found = identity(of(folder, pfx="pfx", **{"client-ca": "cas"}))
@@ -380,16 +382,16 @@ class TestClientAuthorities:
         assert identity(of(folder, pfx="pfx")).client_authorities == ()
 
     @pytest.mark.parametrize("name", ["key", "public", "garbage", "nothing", "pfx"])
-    def test_what_is_no_certificate_is_refused(self, folder: Path, name: str) -> None:
-        """And named."""
+    def test_a_file_without_a_certificate_is_refused(self, folder: Path, name: str) -> None:
+        """The message names it."""
         text = refusal(of(folder, pfx="pfx", **{"client-ca": name}))
         path = folder / name
         assert text == f"--ssl-client-ca: {path} holds no certificate in PEM form"
 
-    def test_a_client_is_told_whose_certificates_are_taken(
+    def test_a_client_is_told_the_accepted_authorities(
         self, folder: Path, issued: Issued
     ) -> None:
-        """So that a browser offers the right ones."""
+        """A browser then offers matching certificates."""
         (folder / "cas").write_bytes(certificates_pem(*issued.between))
         context = identity(of(folder, pfx="pfx", **{"client-ca": "cas"})).options()
         client = SSL.Context(SSL.TLS_CLIENT_METHOD)
@@ -401,8 +403,8 @@ class TestClientAuthorities:
 
 
 class TestFiles:
-    def test_a_passphrase_and_the_authorities_belong_to_them(self, folder: Path) -> None:
-        """Whatever is read, and nothing else: what is overridden is not looked at."""
+    def test_watched_files_include_passphrase_and_authorities(self, folder: Path) -> None:
+        """Only files that are read count, and not overridden ones."""
         more = {"passphrase": "phrase", "client-ca": "cert"}
         pem = of(folder, key="locked", cert="cert", **more)
         wanted = ["locked", "cert", "phrase", "cert"]
@@ -410,14 +412,14 @@ class TestFiles:
         pfx = of(folder, pfx="pfx", key="key", cert="cert")
         assert certificates.files(pfx) == (folder / "pfx",)
 
-    def test_those_of_the_development_too(self) -> None:
-        """They are files as any."""
+    def test_watched_files_include_those_of_the_development(self) -> None:
+        """They are treated like any others."""
         assert certificates.files(load({"dev": 1}, {})) == certificates.development_files()
 
 
 class TestDevelopment:
-    def test_dev_is_known_by_its_names(self) -> None:
-        """Its certificate is for *.pulsar.local and for localhost."""
+    def test_the_development_certificate_has_its_names(self) -> None:
+        """They are *.pulsar.local and localhost."""
         found = identity(load({"dev": 1}, {}))
         extension = found.certificate.extensions.get_extension_for_class(
             x509.SubjectAlternativeName
@@ -425,22 +427,22 @@ class TestDevelopment:
         names = extension.value.get_values_for_type(x509.DNSName)
         assert {"*.pulsar.local", "localhost"} <= set(names)
 
-    def test_dev_is_what_everybody_has(self) -> None:
-        """So that it is refused where others could be deceived by it."""
+    def test_the_published_identity_is_a_development_identity(self) -> None:
+        """It can be refused where others could be deceived with it."""
         assert certificates.is_development(identity(load({"dev": 1}, {})))
 
-    def test_the_development_key_is_known_under_any_name(self, tmp_path: Path) -> None:
-        """Another certificate, another form of file: the key is what counts."""
+    def test_the_development_key_is_recognised_in_any_file(self, tmp_path: Path) -> None:
+        """Certificate and format can differ, because the key decides."""
         mine = identity(load({"dev": 1}, {}))
         (tmp_path / "pfx").write_bytes(self_signed(mine.key).pfx())
         assert certificates.is_development(identity(of(tmp_path, pfx="pfx")))
 
-    def test_a_key_of_ones_own_is_not_development(self, folder: Path) -> None:
-        """Only what is published is refused."""
+    def test_an_own_key_is_not_a_development_key(self, folder: Path) -> None:
+        """Only the published key is refused."""
         assert not certificates.is_development(identity(of(folder, key="key", cert="cert")))
 
-    def test_the_development_files_are_there(self) -> None:
-        """Key first, then certificate."""
+    def test_the_development_files_exist(self) -> None:
+        """The key comes first, then the certificate."""
         key, certificate = certificates.development_files()
         assert b"PRIVATE KEY" in key.read_bytes()
         assert b"BEGIN CERTIFICATE" in certificate.read_bytes()
