@@ -1,4 +1,4 @@
-"""Credentials as they are sent, and what becomes of a flood of wrong ones."""
+"""Tests of credentials in requests, and of floods of wrong ones."""
 
 import base64
 from pathlib import Path
@@ -26,8 +26,8 @@ PASSWORD = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
 @given(NAME, PASSWORD)
 @example("a", "b:c")
-def test_what_basic_authentication_says_is_understood(user: str, password: str) -> None:
-    """Any text in UTF-8, as RFC 7617 has it; only the first colon counts."""
+def test_basic_authentication_is_parsed(user: str, password: str) -> None:
+    """Any text in UTF-8 is accepted (RFC 7617). Only the first colon counts."""
     text = base64.b64encode(f"{user}:{password}".encode()).decode()
     found = parse_authorization(f"Basic {text}")
     if password == "x-oauth-basic":
@@ -40,8 +40,8 @@ def test_what_basic_authentication_says_is_understood(user: str, password: str) 
 @example("Basic")
 @example("Basic " + "=" * 8)
 @example("Bearer " + "x" * 5000)
-def test_whatever_is_sent_is_credentials_or_nothing(text: str) -> None:
-    """Never an error."""
+def test_any_header_gives_credentials_or_none(text: str) -> None:
+    """No header raises an error."""
     found = parse_authorization(text)
     assert found is None or isinstance(found, Credentials)
     assert all(isinstance(value, str) for value in cookies.parse(text).values())
@@ -63,8 +63,8 @@ def test_whatever_is_sent_is_credentials_or_nothing(text: str) -> None:
         "xpulsar=other; ",
     ],
 )
-def test_no_cookie_hides_another(others: str) -> None:
-    """On a host with many programs there are many, and some are odd."""
+def test_a_cookie_does_not_hide_another(others: str) -> None:
+    """A host with many programs has many cookies, and some are malformed."""
     assert cookies.parse(f"{others}pulsar=abc; z=1")["pulsar"] == "abc"
     assert cookies.parse(f"pulsar=abc; {others}")["pulsar"] == "abc"
 
@@ -73,8 +73,8 @@ def test_no_cookie_hides_another(others: str) -> None:
 @example("//evil.example")
 @example("/\\evil.example")
 @example("/\t/evil.example")
-def test_after_a_sign_in_one_stays_here(target: str) -> None:
-    """Whatever a browser makes of it: one slash, then neither slash nor backslash."""
+def test_the_page_after_a_sign_in_is_on_this_site(target: str) -> None:
+    """Browsers also read two slashes, or a slash and a backslash, as another site."""
     found = local(target)
     assert found in {target, START}
     assert found.startswith("/")
@@ -85,10 +85,10 @@ def test_after_a_sign_in_one_stays_here(target: str) -> None:
 
 
 def test_a_flood_of_wrong_credentials_does_not_fill_the_audit_log(tmp_path: Path) -> None:
-    """Each minute has so many lines, and one that says how many more there were."""
+    """Each minute has a limited number of lines, and one with the number of the others."""
     clock = Clock()
     log = AuditLog(tmp_path / "audit.log", clock.seconds)
-    service: Any = None  # it is not asked
+    service: Any = None  # the provider is not asked
     authenticator = Authenticator([], clock)
     access = Access(service, log, Origins(), clock, authenticator)
 
@@ -110,8 +110,8 @@ def test_a_flood_of_wrong_credentials_does_not_fill_the_audit_log(tmp_path: Path
     assert len(list(log.read())) == REFUSALS + 2
 
 
-def test_a_proxy_may_write_ports_and_ipv6() -> None:
-    """And addresses of IPv4 as IPv6 has them."""
+def test_an_address_from_a_proxy_can_have_a_port() -> None:
+    """It can be IPv6, or IPv4 in the notation of IPv6."""
     for said, heard in (
         ("192.0.2.1:5000", "192.0.2.1"),
         ("[2001:db8::1]:5000", "2001:db8::1"),
@@ -122,8 +122,8 @@ def test_a_proxy_may_write_ports_and_ipv6() -> None:
         assert (_address(said) or "unix") == heard
 
 
-def test_the_names_of_a_certificate_may_change() -> None:
-    """After a renewal the new ones are known, and wild ones at any depth."""
+def test_the_names_of_a_certificate_can_change() -> None:
+    """New names count after a renewal, wildcards included."""
     names = {"old.example"}
     origins = Origins(more_names=lambda: frozenset(names))
     assert not origins._is_ours("new.example")

@@ -1,4 +1,4 @@
-"""Who is let in, for how long that counts, and what happens to those who guess."""
+"""Tests of the authenticator: accepted callers, caching, and limits for guesses."""
 
 import pytest
 from attrs import define, field
@@ -28,7 +28,7 @@ ALICE = Credentials("", "alice's token")
 
 @define(eq=False)
 class FakeProvider:
-    """Knows who has the tokens that a test gives it; answers when it is told to."""
+    """A provider that knows the tokens of a test, and answers when the test says so."""
 
     known: dict[str, str] = field(factory=dict)
     asked: list[str] = field(factory=list)
@@ -39,7 +39,7 @@ class FakeProvider:
     bad: float = 10.0
 
     def takes(self, credentials: Credentials) -> bool:
-        """Take all but those of nobody."""
+        """Accept all credentials except those of the user "nobody"."""
         return credentials.user != "nobody"
 
     async def identify(self, credentials: Credentials) -> Identity | None:
@@ -56,7 +56,7 @@ class FakeProvider:
 
 @define(eq=False)
 class World:
-    """An authenticator before one provider; time stands still."""
+    """An authenticator with one provider. Time stands still."""
 
     clock: Clock = field(factory=Clock)
     provider: FakeProvider = field(factory=FakeProvider)
@@ -67,26 +67,26 @@ class World:
         self.authenticator = Authenticator([self.provider], self.clock)
 
     def begin(self, shown: Credentials, address: str = HERE) -> Deferred[Identity]:
-        """Ask."""
+        """Start to authenticate."""
         return Deferred.fromCoroutine(self.authenticator.identify(shown, address))
 
     def ask(self, shown: Credentials, address: str = HERE) -> str:
-        """Return who it is."""
+        """Return the name of the caller."""
         return CASE.successResultOf(self.begin(shown, address)).principal.name
 
     def refused(self, shown: Credentials, address: str = HERE) -> BaseException:
-        """Return why nobody is let in."""
+        """Return the error of a refused caller."""
         error: BaseException = CASE.failureResultOf(self.begin(shown, address)).value
         return error
 
     def answer_all(self) -> None:
-        """Let the provider answer whatever it is asked."""
+        """Let the provider answer all pending questions."""
         while self.provider.waiting:
             self.provider.waiting.pop(0).callback(None)
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is kept of look-ups that are over."""
+        """Whether nothing is kept of finished look-ups."""
         return not self.authenticator._queues and not self.authenticator._lookups
 
     def guess(self, number: int, address: str = HERE) -> BaseException:
@@ -96,12 +96,12 @@ class World:
 
 @pytest.fixture
 def world() -> World:
-    """Return a new one."""
+    """Return a new world."""
     return World()
 
 
-def test_a_yes_counts_for_a_while_and_no_longer(world: World) -> None:
-    """Who is taken off the list is out after that time, to the second."""
+def test_an_accepted_credential_is_cached_for_a_while(world: World) -> None:
+    """A caller who was removed is refused exactly after that time."""
     assert world.ask(ALICE) == "alice"
     world.provider.known.clear()
     world.clock.advance(59.9)
@@ -111,8 +111,8 @@ def test_a_yes_counts_for_a_while_and_no_longer(world: World) -> None:
     assert isinstance(world.refused(ALICE), NotAuthenticated)
 
 
-def test_a_no_counts_for_a_shorter_while(world: World) -> None:
-    """Somebody may have been put on the list meanwhile."""
+def test_a_refused_credential_is_cached_for_a_shorter_while(world: World) -> None:
+    """The caller may have been added meanwhile."""
     bob = Credentials("", "bob's token")
     assert isinstance(world.refused(bob), NotAuthenticated)
     world.provider.known["bob's token"] = "bob"
@@ -122,8 +122,8 @@ def test_a_no_counts_for_a_shorter_while(world: World) -> None:
     assert world.ask(bob) == "bob"
 
 
-def test_an_illness_of_the_provider_is_not_remembered(world: World) -> None:
-    """Nor is it a failure of who asks; who is known goes on until their time."""
+def test_a_failure_of_the_provider_is_not_cached(world: World) -> None:
+    """It does not count as a guess. Callers in the cache go on until their time is over."""
     assert world.ask(ALICE) == "alice"
     world.provider.broken = ProviderUnavailable("GitHub", "ill")
     for number in range(3 * FAILURES):
@@ -135,26 +135,26 @@ def test_an_illness_of_the_provider_is_not_remembered(world: World) -> None:
     assert world.ask(ALICE) == "alice"
 
 
-def test_a_fault_of_ours_lets_nobody_in(
+def test_an_internal_error_admits_no_caller(
     world: World, logged_failures: list[LogEvent]
 ) -> None:
-    """And is in the log."""
+    """The log has the error."""
     world.provider.broken = ZeroDivisionError()
     assert isinstance(world.refused(ALICE), ZeroDivisionError)
     assert len(logged_failures) == 1
     logged_failures.clear()
 
 
-def test_whom_no_provider_takes_is_nobody(world: World) -> None:
-    """It is a failure like any other."""
+def test_credentials_without_a_provider_are_refused(world: World) -> None:
+    """They count as guesses."""
     for number in range(FAILURES):
         shown = Credentials("nobody", f"{number}")
         assert isinstance(world.refused(shown), NotAuthenticated)
     assert isinstance(world.refused(Credentials("nobody", "x")), TooManyFailures)
 
 
-def test_who_guesses_is_not_heard_any_more(world: World) -> None:
-    """From that address, until a minute after the tenth last guess."""
+def test_an_address_that_guesses_is_refused(world: World) -> None:
+    """It is refused until a minute after its tenth last guess."""
     for number in range(FAILURES):
         world.clock.advance(1)
         assert isinstance(world.guess(number), NotAuthenticated)
@@ -164,14 +164,14 @@ def test_who_guesses_is_not_heard_any_more(world: World) -> None:
     assert len(world.provider.asked) == FAILURES
     assert isinstance(world.refused(ALICE), TooManyFailures)
     assert world.ask(ALICE, THERE) == "alice"
-    # Who has proved once who they are goes on, also from there.
+    # A caller who was accepted before goes on, even from this address.
     assert world.ask(ALICE) == "alice"
     world.clock.advance(61)
     assert isinstance(world.guess(0), NotAuthenticated)
 
 
-def test_the_same_wrong_token_again_and_again_is_guessing_too(world: World) -> None:
-    """A script with an old token is told so, and asks the provider nothing."""
+def test_a_repeated_wrong_token_counts_as_guesses(world: World) -> None:
+    """A script with an old token gets a refusal from the cache."""
     shown = Credentials("", "old")
     for _ in range(FAILURES):
         assert isinstance(world.refused(shown), NotAuthenticated)
@@ -179,8 +179,11 @@ def test_the_same_wrong_token_again_and_again_is_guessing_too(world: World) -> N
     assert world.provider.asked == ["old"]
 
 
-def test_many_guesses_at_the_same_time_are_braked_as_well(world: World) -> None:
-    """No more are tried than one by one; others are not held up."""
+def test_concurrent_guesses_are_limited(world: World) -> None:
+    """No more of them are tried than of successive ones.
+
+    Other addresses are not delayed.
+    """
     world.provider.slow = True
     guesses = [world.begin(Credentials("", f"guess {n}")) for n in range(5 * MAX_LOOKUPS)]
     elsewhere = world.begin(ALICE, THERE)
@@ -195,8 +198,8 @@ def test_many_guesses_at_the_same_time_are_braked_as_well(world: World) -> None:
     assert world.idle
 
 
-def test_right_credentials_are_let_in_however_many_come_at_once(world: World) -> None:
-    """They wait for each other; 429 is for wrong ones."""
+def test_valid_credentials_are_accepted_in_any_number_at_once(world: World) -> None:
+    """They wait for each other. The status 429 is for wrong ones only."""
     world.provider.slow = True
     world.provider.known.update({f"token {n}": f"bot {n}" for n in range(6 * MAX_LOOKUPS)})
     asking = [world.begin(Credentials("", f"token {n}")) for n in range(6 * MAX_LOOKUPS)]
@@ -210,8 +213,8 @@ def test_right_credentials_are_let_in_however_many_come_at_once(world: World) ->
     assert world.idle
 
 
-def test_after_failures_as_many_are_looked_up_as_may_still_fail(world: World) -> None:
-    """The right ones among them are let in until there were ten wrong ones."""
+def test_concurrent_look_ups_are_limited_to_the_remaining_failures(world: World) -> None:
+    """Valid credentials among them are accepted until ten wrong ones have failed."""
     for number in range(FAILURES - 1):
         world.guess(number)
     world.provider.slow = True
@@ -226,8 +229,8 @@ def test_after_failures_as_many_are_looked_up_as_may_still_fail(world: World) ->
     assert world.idle
 
 
-def test_nobody_waits_for_ever_to_be_looked_up(world: World) -> None:
-    """It is 503, not 429: nobody has shown anything wrong."""
+def test_a_long_wait_for_a_look_up_answers_503(world: World) -> None:
+    """It is not 429, because the credentials are not known to be wrong."""
     world.provider.slow = True
     for number in range(MAX_LOOKUPS):
         world.provider.known[f"slow {number}"] = f"bot {number}"
@@ -241,14 +244,14 @@ def test_nobody_waits_for_ever_to_be_looked_up(world: World) -> None:
     world.clock.advance(1)
     assert CASE.failureResultOf(late).check(ProviderUnavailable)
     world.answer_all()
-    # Who hung up has guessed all the same.
+    # The credentials of a client that has left are looked up all the same.
     assert world.provider.asked[-1] == "gone"
     assert world.idle
     assert world.clock.getDelayedCalls() == []
 
 
-def test_what_was_proved_is_looked_up_without_waiting(world: World) -> None:
-    """Streams that are open are not held up by who comes."""
+def test_credentials_accepted_before_are_looked_up_without_waiting(world: World) -> None:
+    """New callers do not delay open streams."""
     assert world.ask(ALICE) == "alice"
     world.clock.advance(60)
     world.provider.slow = True
@@ -261,8 +264,8 @@ def test_what_was_proved_is_looked_up_without_waiting(world: World) -> None:
     world.answer_all()
 
 
-def test_those_who_ask_the_same_share_one_answer(world: World) -> None:
-    """Also when the first of them goes away."""
+def test_equal_requests_share_one_answer(world: World) -> None:
+    """The first of them can be cancelled."""
     world.provider.slow = True
     asking = [world.begin(ALICE) for _ in range(3 * MAX_LOOKUPS)]
     first = asking.pop(0)
@@ -274,8 +277,8 @@ def test_those_who_ask_the_same_share_one_answer(world: World) -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 30), st.integers(0, 3)), max_size=60))
-def test_a_brake_counts_each_minute(steps: list[tuple[float, int]]) -> None:
-    """Whatever the order: heard if and only if fewer than ten failed in 60 seconds."""
+def test_the_throttle_counts_the_last_minute(steps: list[tuple[float, int]]) -> None:
+    """An address is heard if and only if fewer than ten guesses failed in 60 seconds."""
     clock = Clock()
     throttle = Throttle(clock)
     times: dict[str, list[float]] = {}
@@ -293,8 +296,8 @@ def test_a_brake_counts_each_minute(steps: list[tuple[float, int]]) -> None:
         mine.append(clock.seconds())
 
 
-def test_a_network_of_ipv6_is_one_address() -> None:
-    """Who has one has 2**64 of them."""
+def test_an_ipv6_network_counts_as_one_address() -> None:
+    """A client usually has 2**64 addresses."""
     throttle = Throttle(Clock())
     for number in range(FAILURES):
         throttle.failed(f"2001:db8:0:1::{number:x}")
@@ -306,20 +309,20 @@ def test_a_network_of_ipv6_is_one_address() -> None:
 
 
 def test_credentials_do_not_show_their_secret() -> None:
-    """Not in a log, not in a traceback."""
+    """Logs and tracebacks use their repr."""
     assert "hunter2" not in repr(Credentials("joe", "hunter2"))
     assert Credentials("a", "b").key != Credentials("ab", "").key
 
 
-def test_no_two_credentials_are_remembered_as_one() -> None:
-    """However the signs are shared out between name and password."""
+def test_different_credentials_have_different_keys() -> None:
+    """Characters can be distributed over name and password in any way."""
     texts = ["", "a", "b", "\0", "a\0", "\0b", "a\0b", "1", "1:", ":", "1:a", "11", "é"]
     keys = {Credentials(user, secret).key for user in texts for secret in texts}
     assert len(keys) == len(texts) ** 2
 
 
-def test_one_who_hangs_up_has_guessed_all_the_same(world: World) -> None:
-    """Else the throttle, and the audit log, could be passed by not waiting."""
+def test_a_guess_counts_even_if_its_client_hangs_up(world: World) -> None:
+    """Otherwise a client could bypass the throttle and the audit log."""
     heard: list[str] = []
     world.authenticator.refused = lambda shown, address: heard.append(
         f"{shown.secret} {address}"
@@ -335,8 +338,8 @@ def test_one_who_hangs_up_has_guessed_all_the_same(world: World) -> None:
     assert heard[0] == f"guess 0 {HERE}"
 
 
-def test_what_was_proved_once_is_no_guess(world: World) -> None:
-    """An old session in an open tab locks nobody out."""
+def test_credentials_that_were_valid_once_are_not_guesses(world: World) -> None:
+    """An old session in an open tab locks no address out."""
     for number in range(2 * FAILURES):
         shown = Credentials("", f"revoked {number}")
         asked = Deferred.fromCoroutine(

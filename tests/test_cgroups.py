@@ -1,4 +1,4 @@
-"""Cgroups of tasks, as far as a plain folder can stand for a tree of them."""
+"""Tests of the cgroups of tasks, as far as a plain folder can stand for them."""
 
 import os
 from pathlib import Path
@@ -25,11 +25,11 @@ class Ends:
         self.exits: list[Exit] = []
 
     def started(self, pid: int) -> None:
-        """Fail: nothing may start."""
+        """Fail, because nothing may start."""
         raise AssertionError(pid)
 
     def printed(self, size: int) -> None:
-        """Fail as well."""
+        """Fail, because nothing may print."""
         raise AssertionError(size)
 
     def ended(self, exit: Exit) -> None:
@@ -37,15 +37,15 @@ class Ends:
         self.exits.append(exit)
 
 
-def test_name_differs_for_each_permit() -> None:
+def test_the_name_differs_for_each_permit() -> None:
     """A task of a restored state gets another cgroup than the one that ran before."""
     permits = ["boot a\npermit 5 100", "boot b\npermit 5 100", "boot a\npermit 6 100"]
     names = {cgroups.name(47, permit) for permit in permits}
     assert len(names | {cgroups.name(48, permits[0])}) == 4
 
 
-async def test_name_is_known_from_the_folder(tmp_path: Path) -> None:
-    """The permit has another name as soon as a shim has begun."""
+async def test_the_name_is_known_from_the_folder(tmp_path: Path) -> None:
+    """The permit has another file name as soon as a shim has started."""
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     machine = LocalMachine(reactor)
@@ -96,8 +96,8 @@ def test_delegated_finds_the_marked_cgroup(
     assert found == (None if expected is None else tmp_path / expected)
 
 
-def test_nested_cgroups_are_found_however_deep(tmp_path: Path) -> None:
-    """A task that runs as the daemon may have made them."""
+def test_nested_cgroups_are_found_at_any_depth(tmp_path: Path) -> None:
+    """A task that runs as the daemon can create them."""
     found = Cgroups(tmp_path, -1)
     place = Path(found.make("task-1-x", ()))
     inner = place
@@ -109,13 +109,13 @@ def test_nested_cgroups_are_found_however_deep(tmp_path: Path) -> None:
     assert list(cgroups._members(place)) == []
     folders = shim.cgroup_tree(os.fsencode(place))
     assert len(folders) == 1201
-    for folder in reversed(folders):  # too deep for who tidies up after tests
+    for folder in reversed(folders):  # too deep for the clean-up of pytest
         os.unlink(folder + b"/cgroup.procs")
         os.rmdir(folder)
 
 
 def test_sub_cgroups_are_removed(tmp_path: Path) -> None:
-    """Containers make some for themselves."""
+    """Containers create some for themselves."""
     found = Cgroups(tmp_path, -1)
     place = Path(found.make("task-1-x", ()))
     (place / "of a container" / "deeper").mkdir(parents=True)
@@ -123,7 +123,7 @@ def test_sub_cgroups_are_removed(tmp_path: Path) -> None:
     assert not place.exists()
 
 
-def test_start_sets_limits_again(tmp_path: Path) -> None:
+def test_a_start_sets_limits_again(tmp_path: Path) -> None:
     """The unit lifts them after a stop."""
     found = Cgroups(tmp_path, -1)
     place = Path(found.make("task-1-x", ()))
@@ -137,20 +137,20 @@ def test_start_sets_limits_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limits", ["", "[" * 60000, "\0", "memory.max", "\n\n x 1"])
-def test_start_ignores_damaged_limits(tmp_path: Path, limits: str) -> None:
+def test_a_start_ignores_damaged_limits(tmp_path: Path, limits: str) -> None:
     """A task that runs as the daemon can change the attribute of its cgroup."""
     found = Cgroups(tmp_path, -1)
     place = Path(found.make("task-1-x", ()))
     (place / "cgroup.events").write_text("populated 1\n")
     try:
         os.setxattr(place, "user.pulsar-api.limits", limits.encode())
-    except OSError:  # this file system keeps less than a cgroup does
+    except OSError:  # this file system allows less than a cgroup does
         os.setxattr(place, "user.pulsar-api.limits", limits[:1000].encode())
     found._tidy(0.0)
     assert place.exists()
 
 
-def test_start_writes_no_file_but_limits(tmp_path: Path) -> None:
+def test_a_start_writes_no_file_but_limits(tmp_path: Path) -> None:
     """The attribute could name any file of the host."""
     found = Cgroups(tmp_path, -1)
     place = Path(found.make("task-1-x", ()))
@@ -162,7 +162,7 @@ def test_start_writes_no_file_but_limits(tmp_path: Path) -> None:
     assert not (place / "cgroup.procs").exists()
 
 
-def test_task_without_its_limits_does_not_start(tmp_path: Path) -> None:
+def test_a_task_whose_limits_cannot_be_set_does_not_start(tmp_path: Path) -> None:
     """The result names the reason."""
     clock, sink = Clock(), Ends()
     executor = ShimExecutor(LocalMachine(None), clock, tmp_path, str)

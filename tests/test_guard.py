@@ -1,4 +1,4 @@
-"""What is in the audit log of what callers do with tasks."""
+"""Tests of the entries in the audit log about tasks."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ CASE = SynchronousTestCase()
 
 @define(eq=False)
 class World:
-    """The tasks of joe, none of them real."""
+    """The tasks of joe, with a fake executor."""
 
     folder: Path
     clock: Clock = field(factory=Clock)
@@ -70,17 +70,17 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
-    """Return a new one."""
+    """Return a new world."""
     return World(tmp_path)
 
 
 def entries(world: World) -> list[tuple[Any, ...]]:
-    """Return what is in the log."""
+    """Return the entries of the log."""
     return [(entry["what"], entry.get("task")) for entry in world.log.read()]
 
 
-def test_what_changes_nothing_is_not_what_was_done(world: World) -> None:
-    """A retry with the same key, a kill of what is killed already or has ended."""
+def test_requests_without_effect_are_not_logged_as_actions(world: World) -> None:
+    """These are a retry with the same key, and kills of killed or ended tasks."""
     first = world.run("a key")
     second = world.run()
     world.executor.run(second).deaf = True

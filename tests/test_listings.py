@@ -1,4 +1,4 @@
-"""What lists the actions of an app, by real shims."""
+"""Tests of commands that list the actions of an app, with real shims."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def sh(text: str) -> Command:
 
 
 def made(folder: Path, seconds: float = 60) -> Listings:
-    """Return listings that end what takes longer."""
+    """Return listings with a time limit."""
     (folder / "tasks").mkdir(parents=True, exist_ok=True)
     machine = LocalMachine(reactor)
     executor = ShimExecutor(machine, reactor, folder / "tasks", lambda: uuid4().hex)
@@ -62,7 +62,7 @@ def lives(note: Path) -> bool:
 
 
 def stranger() -> tuple[int, int]:
-    """Start a process whose session has lost its leader; return both numbers."""
+    """Start a process whose session has lost its leader. Return both numbers."""
     text = (
         "import os; os.fork() and os._exit(0); "
         "os.write(1, b'%d %d' % (os.getpid(), os.getsid(0))); "
@@ -77,7 +77,7 @@ def stranger() -> tuple[int, int]:
 
 
 async def until(condition: object) -> None:
-    """Wait until something is true."""
+    """Wait until a condition is true."""
     end = reactor.seconds() + PATIENCE
     while not condition():  # type: ignore[operator]
         assert reactor.seconds() < end
@@ -85,12 +85,12 @@ async def until(condition: object) -> None:
 
 
 def asked(listings: Listings, app: str, text: str) -> "Deferred[str]":
-    """Ask without waiting."""
+    """Ask for a listing, and return at once."""
     return Deferred.fromCoroutine(listings.capture_output(app, sh(text)))
 
 
-async def test_what_a_command_prints_is_answered(listings: Listings) -> None:
-    """Also if it fails; one that cannot be started says nothing."""
+async def test_the_output_of_a_command_is_returned(listings: Listings) -> None:
+    """It is returned after a failure, too. A command that cannot start has none."""
     assert (
         await listings.capture_output("site", sh("echo deploy '#' now")) == "deploy # now\n"
     )
@@ -98,10 +98,10 @@ async def test_what_a_command_prints_is_answered(listings: Listings) -> None:
     assert await listings.capture_output("site", Command(("/no/program",), {})) == ""
 
 
-async def test_a_child_that_stays_holds_up_nothing_and_is_ended(
+async def test_a_remaining_child_delays_nothing_and_is_ended(
     listings: Listings, tmp_path: Path
 ) -> None:
-    """Neither in a session of its own, nor with the pipe in its hands."""
+    """It has a session of its own, and holds the pipe."""
     note = tmp_path / "pid"
     text = f"(setsid sh -c 'echo $$ > {note}; exec sleep 300' &); echo a"
     assert await listings.capture_output("site", sh(text)) == "a\n"
@@ -109,8 +109,10 @@ async def test_a_child_that_stays_holds_up_nothing_and_is_ended(
     assert not lives(note)
 
 
-async def test_a_hanging_one_is_ended_and_holds_up_no_other_app(tmp_path: Path) -> None:
-    """Nor does it leave anything: no descriptor, no process, no folder."""
+async def test_a_command_that_hangs_is_ended_and_blocks_no_other_app(
+    tmp_path: Path,
+) -> None:
+    """No descriptor, process or folder of it remains."""
     listings = made(tmp_path, 1)
     await listings.start()
     assert await listings.capture_output("first", sh("echo a")) == "a\n"
@@ -126,10 +128,8 @@ async def test_a_hanging_one_is_ended_and_holds_up_no_other_app(tmp_path: Path) 
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-async def test_who_asks_at_the_same_time_shares_a_run(
-    listings: Listings, tmp_path: Path
-) -> None:
-    """And who asks soon after it gets the same answer, unless it was none."""
+async def test_concurrent_callers_share_one_run(listings: Listings, tmp_path: Path) -> None:
+    """A caller soon afterwards gets the same answer, unless it was empty."""
     count = f"echo >> {tmp_path}/count; "
     several = [asked(listings, "site", count + "sleep 0.2; echo a") for _ in range(5)]
     assert [await one for one in several] == ["a\n"] * 5
@@ -140,7 +140,7 @@ async def test_who_asks_at_the_same_time_shares_a_run(
     assert (tmp_path / "count").read_text() == "\n" * 3
 
 
-async def test_who_hangs_up_takes_the_answer_from_nobody(listings: Listings) -> None:
+async def test_a_caller_that_leaves_does_not_affect_others(listings: Listings) -> None:
     """The command goes on."""
     first, second = (asked(listings, "site", "sleep 0.3; echo a") for _ in range(2))
     first.addErrback(lambda _: None)
@@ -148,8 +148,8 @@ async def test_who_hangs_up_takes_the_answer_from_nobody(listings: Listings) -> 
     assert await second == "a\n"
 
 
-async def test_there_are_only_so_many_at_a_time(tmp_path: Path) -> None:
-    """More are refused at once; later there is room again."""
+async def test_the_number_of_concurrent_commands_is_limited(tmp_path: Path) -> None:
+    """More are refused at once. Later ones run again."""
     listings = made(tmp_path, 0.5)
     await listings.start()
     several = [asked(listings, f"app{n}", "exec sleep 300") for n in range(MOST_LISTINGS)]
@@ -160,8 +160,8 @@ async def test_there_are_only_so_many_at_a_time(tmp_path: Path) -> None:
     await until(lambda: not left(tmp_path))
 
 
-async def test_of_a_flood_only_the_begin_is_read(listings: Listings) -> None:
-    """And what a listing prints cannot fill the disk."""
+async def test_only_the_start_of_a_flood_is_read(listings: Listings) -> None:
+    """A listing cannot fill the disk either."""
     text = await listings.capture_output("site", sh("yes | head -c 4000000"))
     assert 0 < len(text) <= MOST_OUTPUT
     assert text.startswith("y\ny\n")
@@ -169,10 +169,10 @@ async def test_of_a_flood_only_the_begin_is_read(listings: Listings) -> None:
 
 @pytest.mark.parametrize("how", [how for how in NO_FILES if how != "a folder"])
 @pytest.mark.parametrize("name", ["listings", "listings/tasks"])
-async def test_whatever_stands_in_place_of_the_folder_stops_nothing(
+async def test_an_obstacle_in_place_of_the_folder_is_replaced(
     tmp_path: Path, name: str, how: str
 ) -> None:
-    """It is removed, and the folder is made."""
+    """It is removed, and the folder is created."""
     folder = tmp_path / "listings"
     listings = made(folder)
     shutil.rmtree(tmp_path / name)
@@ -184,7 +184,7 @@ async def test_whatever_stands_in_place_of_the_folder_stops_nothing(
 
 
 async def test_a_link_in_place_of_the_folder_is_not_followed(tmp_path: Path) -> None:
-    """Else what has a number elsewhere, such as a task, would be removed."""
+    """Otherwise numbered folders elsewhere, such as those of tasks, would be removed."""
     (tmp_path / "tasks" / "7").mkdir(parents=True)
     listings = made(tmp_path / "listings")
     shutil.rmtree(tmp_path / "listings")
@@ -195,8 +195,8 @@ async def test_a_link_in_place_of_the_folder_is_not_followed(tmp_path: Path) -> 
     assert (tmp_path / "tasks" / "7").is_dir()
 
 
-async def test_a_folder_that_cannot_be_made_stops_no_start(tmp_path: Path) -> None:
-    """Who asks is told, until it can be made."""
+async def test_a_daemon_starts_without_a_folder_for_listings(tmp_path: Path) -> None:
+    """Callers get an error until it can be created."""
     state = tmp_path / "state"
     listings = made(state / "listings")
     shutil.rmtree(state)
@@ -208,15 +208,15 @@ async def test_a_folder_that_cannot_be_made_stops_no_start(tmp_path: Path) -> No
     await until(lambda: not left(state / "listings"))
 
 
-async def test_numbers_of_another_boot_are_not_believed(tmp_path: Path) -> None:
-    """A process that has the number of a shim by now is somebody else's."""
+async def test_numbers_of_an_earlier_boot_are_ignored(tmp_path: Path) -> None:
+    """A process with the number of an old shim is a stranger."""
     pid, session = stranger()
     started = process(pid)[1]
     try:
         listings = made(tmp_path)
         folder = tmp_path / "tasks" / "7"
         folder.mkdir()
-        # The shim of then lived until a moment after the stranger started now.
+        # The old shim lived, by its times, until a moment after the stranger's start.
         (folder / "lock").write_text(f"{session} {started + 500}\n")
         (folder / "begun").write_text("boot of-yesterday\nstate 1 1\nfolder 1 1\n")
         await listings.start()
@@ -226,10 +226,8 @@ async def test_numbers_of_another_boot_are_not_believed(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-async def test_an_answer_is_for_the_account_that_gave_it(
-    listings: Listings, tmp_path: Path
-) -> None:
-    """The same command may say something else under another one."""
+async def test_an_answer_is_cached_per_account(listings: Listings, tmp_path: Path) -> None:
+    """The same command can print something else under another account."""
     command = sh(f"echo >> {tmp_path}/count; wc -l < {tmp_path}/count")
     own = Account("me", os.getuid(), os.getgid(), (os.getgid(),), "/")
     assert await listings.capture_output("site", command) == "1\n"
@@ -239,8 +237,8 @@ async def test_an_answer_is_for_the_account_that_gave_it(
     assert await listings.capture_output("site", command) == "1\n"
 
 
-async def test_what_a_dead_daemon_has_left_is_ended(tmp_path: Path) -> None:
-    """Its command runs on below a shim, and nobody wants to know any more."""
+async def test_the_listings_of_a_dead_daemon_are_ended(tmp_path: Path) -> None:
+    """Their commands run on under shims, and no caller waits for them."""
     dead = made(tmp_path)
     await dead.start()
     note = tmp_path / "pid"

@@ -1,4 +1,4 @@
-"""Tests of the masker: whatever the pieces, it gives what a simple one gives at once."""
+"""Tests of the masker. For any pieces it gives the result of a simple masker."""
 
 import tracemalloc
 from itertools import pairwise, product
@@ -12,7 +12,7 @@ from tests import needs
 
 
 def simply(texts: list[bytes], data: bytes) -> bytes:
-    """Return the data with the union of all occurrences masked; slow, and easy to read."""
+    """Return the data with the union of all occurrences masked. It is slow and simple."""
     hidden = [False] * len(data)
     begins = set()
     last = 0
@@ -30,7 +30,7 @@ def simply(texts: list[bytes], data: bytes) -> bytes:
 
 
 def in_pieces(texts: list[bytes], pieces: list[bytes]) -> bytes:
-    """Return what a masker makes of a stream that comes in pieces."""
+    """Return the result of a masker that gets the data in pieces."""
     masker = Masker(texts)
     longest = max(map(len, texts))
     result = b""
@@ -41,15 +41,15 @@ def in_pieces(texts: list[bytes], pieces: list[bytes]) -> bytes:
 
 
 def split(data: bytes, places: list[int]) -> list[bytes]:
-    """Cut data at some places."""
+    """Cut data at these places."""
     edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
     return [data[a:b] for a, b in pairwise(edges)]
 
 
-# Few letters: so texts overlap, hold each other, and repeat themselves.
+# Few letters, so that texts overlap, contain each other and repeat themselves.
 TEXT = st.text("ab", min_size=1, max_size=9).map(str.encode)
 LONG = st.builds(lambda text, n: text * n, TEXT, st.integers(1, 30))
-# Begin alike for longer than is looked at first.
+# The common prefix is longer than the part that the masker checks first.
 ALIKE = st.builds(
     lambda text, n, end: text * n + end,
     st.sampled_from([b"ab", b"abb"]),
@@ -70,23 +70,23 @@ ALIKE = st.builds(
 @example([b"a" * 70], b"a" * 65 + b"b" + b"a" * 80, [])
 @example([b"a" * 70, b"a" * 64 + b"b"], b"a" * 141 + b"b", [100])
 @example([b"aaaa", b"a" * 40 + b"b"], b"a" * 99 + b"b", [50])
-def test_any_split_gives_what_a_simple_masker_gives_of_the_whole(
+def test_any_split_gives_the_result_of_a_simple_masker(
     texts: list[bytes], data: bytes, places: list[int]
 ) -> None:
-    """Overlaps, prefixes, repetitions and single bytes; nothing else is changed."""
+    """Secrets can overlap, share prefixes and repeat. All other bytes are unchanged."""
     assert in_pieces(texts, split(data, places)) == simply(texts, data)
 
 
 @given(st.lists(TEXT, min_size=1, max_size=4), st.text("abc", max_size=80))
-def test_byte_by_byte_is_the_same(texts: list[bytes], text: str) -> None:
-    """The smallest pieces that there are."""
+def test_single_bytes_give_the_same_result(texts: list[bytes], text: str) -> None:
+    """These are the smallest pieces."""
     data = text.encode()
     pieces = [data[at : at + 1] for at in range(len(data))]
     assert in_pieces(texts, pieces) == simply(texts, data)
 
 
-def test_only_what_may_become_a_secret_is_held_back() -> None:
-    """What cannot be the begin of one goes out at once; the begin of one, at the end."""
+def test_only_a_possible_secret_is_held_back() -> None:
+    """Other bytes are written at once, and an incomplete secret at the end."""
     masker = Masker([b"secret"])
     assert masker.feed(b"line\nse") == b"line\n"
     assert masker.feed(b"nd\n") == b"send\n"
@@ -96,22 +96,22 @@ def test_only_what_may_become_a_secret_is_held_back() -> None:
 
 
 def test_a_secret_at_the_very_end_is_masked() -> None:
-    """Also one without an end of line, and one that is the begin of another."""
+    """It can lack a line end, and be the prefix of another secret."""
     masker = Masker([b"secret", b"secretly"])
     assert masker.feed(b"it is secret") == b"it is "
     assert masker.close() == b"***"
 
 
-def test_what_is_nearly_a_secret_again_and_again_costs_no_square() -> None:
-    """The begin of a long one, repeated, is held back and given out, all of it."""
+def test_repeated_near_misses_do_not_cost_quadratic_time() -> None:
+    """The prefix of a long secret is held back, and then written completely."""
     secret = b"a" * 60_000 + b"b"
     data = b"a" * 59_000 + b"c" + b"a" * 59_999
     assert in_pieces([secret], [data] * 3) == data * 3
     assert in_pieces([secret], [data, b"ab"]) == data[:-59_999] + b"***"
 
 
-def test_one_that_repeats_itself_is_found_as_fast_as_another() -> None:
-    """A thousand overlapping occurrences become one mask."""
+def test_a_secret_that_repeats_itself_is_found_quickly() -> None:
+    """Thousands of overlapping occurrences become one mask."""
     text = b"ab" * 20_000
     assert in_pieces([text], [text, text, b"a!"]) == b"***a!"
 
@@ -120,14 +120,14 @@ MANY = [bytes(letters) + b"x" for letters in product(b"ab", repeat=7)]
 
 
 @given(st.text("ab", max_size=200), st.lists(st.integers(0, 200), max_size=3))
-def test_many_texts_are_found_as_few_are(text: str, places: list[int]) -> None:
-    """More than are searched for at once."""
+def test_many_texts_are_found(text: str, places: list[int]) -> None:
+    """They are more than one pass searches for."""
     data = text.replace("abba", "abbax").encode()
     assert in_pieces(MANY, split(data, places)) == simply(MANY, data)
 
 
-def test_a_large_piece_full_of_them_is_masked_all_over() -> None:
-    """More than is looked at closely at a time; some begin like a secret and are none."""
+def test_a_large_piece_full_of_secrets_is_masked() -> None:
+    """It exceeds the part that is checked closely, and has many near misses."""
     texts = [b"secret" * 3, b"crets" * 2, b"0123456789abcdef-x"]
     line = b"secretsecretsecret 0123456789abcdef-x 0123456789abcdef-y\n"
     masked = b"*** *** 0123456789abcdef-y\n"
@@ -135,20 +135,20 @@ def test_a_large_piece_full_of_them_is_masked_all_over() -> None:
     assert in_pieces(texts, [line * 2000 + line[:30], line[30:] + line]) == masked * 2002
 
 
-def test_one_within_another_does_not_hide_its_begin() -> None:
-    """Also where the longer one is only partly in what is looked at closely at a time."""
+def test_a_secret_within_another_does_not_hide_its_start() -> None:
+    """The longer one can be only partly in the window that is checked closely."""
     outer = b"0123456789abcdefghijklmnopqrstuv"
     assert in_pieces([outer, outer[5:20]], [outer * 4096]) == MASK * 4096
 
 
 @pytest.mark.parametrize("data", [bytes(range(256)), b"\xf8\xfc" * 999, b"\xff" * 999])
-def test_bytes_that_are_no_text_stay_as_they_are(data: bytes) -> None:
-    """Whatever is searched for beside the texts."""
+def test_bytes_that_are_not_text_stay_unchanged(data: bytes) -> None:
+    """The masker searches for special bytes of its own."""
     assert in_pieces([b"secret"], [data, data]) == data * 2
 
 
-def test_what_is_shown_already_is_not_masked_again() -> None:
-    """A long one that is none, of which the begin is clear, holds short ones."""
+def test_written_bytes_are_not_masked_again() -> None:
+    """The prefix of a long near miss contains short secrets."""
     begin = b"b" + b"0123456789" * 6 + b"012"
     texts = [begin + b"x", begin[1:] + b"aac", b"5", b"b"]
     for size in range(1, 70):
@@ -157,15 +157,15 @@ def test_what_is_shown_already_is_not_masked_again() -> None:
         assert in_pieces(texts, pieces) == simply(texts, data)
 
 
-def test_one_at_the_edge_of_what_is_searched_at_a_time_is_masked() -> None:
-    """Also if another one begins in it, behind the edge."""
+def test_a_secret_at_the_edge_of_a_window_is_masked() -> None:
+    """Another secret can begin inside it, beyond the edge."""
     texts = [b"0123456789abcdefgh", b"123"]
     for before in range((1 << 18) - 20, (1 << 18) + 2):
         assert in_pieces(texts, [b"x" * before + texts[0]]) == b"x" * before + MASK
 
 
 def peak(masker: Masker, data: bytes) -> int:
-    """Return how much memory Python takes, at most, while a masker takes data."""
+    """Return the peak of Python's memory while a masker takes data."""
     masker.feed(data[:1000])
     tracemalloc.start()
     masker.feed(data)
@@ -190,32 +190,32 @@ FLOODS = {
         pytest.param("long, and short", marks=pytest.mark.long),
     ],
 )
-def test_a_flood_of_what_repeats_itself_takes_little_memory(name: str) -> None:
-    """However many texts begin at each of its bytes."""
+def test_a_flood_of_repetitions_takes_little_memory(name: str) -> None:
+    """Many texts begin at each of its bytes."""
     masker = Masker(FLOODS[name])
     assert peak(masker, b"a" * (1 << 19)) < 40 << 20
     assert masker.feed(b"b") + masker.close() in {MASK + b"b", b"b"}
 
 
 @pytest.mark.long
-def test_a_line_of_one_letter_takes_little_memory_as_well() -> None:
-    """Nearly the longest text, again and again."""
+def test_long_lines_of_one_letter_take_little_memory() -> None:
+    """Each is nearly as long as the longest text."""
     data = (b"a" * 361 + b"b") * 1400
     assert peak(Masker([b"a" * n for n in range(4, 361)]), data) < 20 << 20
 
 
-def test_a_byte_more_of_a_long_one_is_not_worth_a_search() -> None:
-    """The begin that is held is found at once to be still one, or one no more."""
+def test_one_more_byte_of_a_long_prefix_needs_no_search() -> None:
+    """The masker knows at once whether the held prefix goes on."""
     text = b"a" * 65_000
     masker = Masker([text + b"b"])
     masker.feed(text[:-1])
-    assert peak(masker, b"a") < 1 << 20  # a copy or two of what is held
+    assert peak(masker, b"a") < 1 << 20  # a copy or two of the held bytes
     assert peak(masker, b"a" * 80) < 1 << 20
     assert masker.feed(b"b") + masker.close() == MASK
 
 
-def test_texts_that_shorter_ones_hide_cost_nothing() -> None:
-    """What is both, begin and end of it, overlaps."""
+def test_texts_that_contain_shorter_ones_are_dropped() -> None:
+    """A text whose start and end are both secrets stays, because they may overlap."""
     few = Masker([b"a" * n for n in range(4, 400)])
     assert few.texts == [b"aaaa"]
     assert in_pieces([b"abcd", b"abcdefg", b"cdefg"], [b"abcdefg abcdef"]) == b"*** ***ef"
@@ -223,7 +223,7 @@ def test_texts_that_shorter_ones_hide_cost_nothing() -> None:
 
 
 def test_very_many_texts_are_one_search() -> None:
-    """A pass for each 28 would take longer."""
+    """One pass for each 28 texts would take longer."""
     texts = [b"%08d" % (n * n) for n in range(3000)]
     assert len(Masker(texts).quick) == 1
     assert len(Masker(texts[:500]).quick) > 1

@@ -1,4 +1,4 @@
-"""What was printed between two bytes, by whom and when, for any pieces."""
+"""Tests of the pieces of an output between two bytes, with stream and time."""
 
 from itertools import groupby
 from pathlib import Path
@@ -22,14 +22,14 @@ PRINTED = st.lists(st.tuples(STREAM, TEXT, st.integers(0, 2)), max_size=12)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder that the examples of a property write one after the other."""
+    """Return a folder that the examples of a property share, one after the other."""
     return tmp_path_factory.mktemp("task")
 
 
 def printed(
     folder: Path, pieces: list[tuple[int, bytes, int]], cut: tuple[int, int] = (0, 0)
 ) -> Output:
-    """Write the files as the shim does: the last number of a piece is how much later."""
+    """Write the files as the shim does. The last number of a piece is its delay."""
     data, index, at = b"", encoded(shim.CLOCK, 1_700_000_000_000), 0
     for code, text, later in pieces:
         data += text
@@ -45,7 +45,7 @@ def printed(
 
 
 def read(output: Output, start: int, end: int, *bounds: int) -> Pieces:
-    """Return what is read from a byte to another."""
+    """Return the pieces from one byte to another."""
     clock = Turns()
     return done(
         clock, read_pieces(output, TurnScheduler(clock), start, end, Portion(*bounds))
@@ -53,7 +53,7 @@ def read(output: Output, start: int, end: int, *bounds: int) -> Pieces:
 
 
 def naive(pieces: list[tuple[int, bytes, int]], start: int, end: int) -> list[Any]:
-    """Return the stream, the time and the text of the bytes between two."""
+    """Return stream, time and text of the bytes between two."""
     found = []
     offset = at = 0
     for code, text, later in pieces:
@@ -70,10 +70,13 @@ def naive(pieces: list[tuple[int, bytes, int]], start: int, end: int) -> list[An
 @given(pieces=PRINTED, first=st.integers(0, 60), second=st.integers(0, 60))
 @example(pieces=[(1, "😀".encode(), 0)], first=1, second=2)
 @example(pieces=[(1, "a😀".encode(), 0)], first=1, second=2)
-def test_pieces_are_of_one_stream_and_time(
+def test_each_piece_has_one_stream_and_time(
     folder: Path, pieces: list[tuple[int, bytes, int]], first: int, second: int
 ) -> None:
-    """Of whole characters: one that is asked for in part is there, or comes next."""
+    """It consists of whole characters.
+
+    One that the range splits is in it, or comes next.
+    """
     output = printed(folder, pieces)
     data = b"".join(text for _, text, _ in pieces)
     start, end = sorted(min(number, len(data)) for number in (first, second))
@@ -86,10 +89,10 @@ def test_pieces_are_of_one_stream_and_time(
 
 
 @given(pieces=PRINTED, size=st.integers(1, 9), most=st.integers(1, 4))
-def test_who_goes_on_gets_all_and_nothing_twice(
+def test_a_reader_that_continues_gets_everything_once(
     folder: Path, pieces: list[tuple[int, bytes, int]], size: int, most: int
 ) -> None:
-    """Never more than may be in an answer."""
+    """No answer exceeds its limit."""
     output = printed(folder, pieces)
     data = b"".join(text for _, text, _ in pieces)
     at, text = 0, ""
@@ -103,8 +106,8 @@ def test_who_goes_on_gets_all_and_nothing_twice(
     assert text == data.decode()
 
 
-def test_what_was_cut_is_a_line_that_says_so(tmp_path: Path) -> None:
-    """Whoever goes on is behind it, also if they asked for what is in it."""
+def test_a_cut_is_a_piece_with_its_marker(tmp_path: Path) -> None:
+    """The next request continues after the cut, even if the first one began inside it."""
     lines = [(shim.STDOUT, b"line\n", 1)] * 100
     output = printed(tmp_path, lines, (7, 402))
     marker = (None, 2, "\n[bytes 7 to 402 were cut: --max-output-size]\n")
@@ -119,7 +122,7 @@ def test_what_was_cut_is_a_line_that_says_so(tmp_path: Path) -> None:
     assert piece[2] == "\n[bytes 100 to 402 were cut: --max-output-size]\n"
 
 
-def test_where_nobody_knows_the_stream_there_is_none(tmp_path: Path) -> None:
+def test_bytes_without_a_record_have_no_stream(tmp_path: Path) -> None:
     """The shim was killed between the bytes and their record."""
     output = printed(tmp_path, [(shim.STDERR, b"one", 5)])
     with (tmp_path / "output").open("ab") as file:
@@ -129,8 +132,8 @@ def test_where_nobody_knows_the_stream_there_is_none(tmp_path: Path) -> None:
     assert found.next == 6
 
 
-def test_a_flood_of_small_pieces_lets_others_have_their_turn(tmp_path: Path) -> None:
-    """And an answer has some thousands of them at most."""
+def test_a_flood_of_small_pieces_leaves_turns_to_others(tmp_path: Path) -> None:
+    """An answer has some thousands of them at most."""
     small = [(shim.STDOUT, b"x", 1), (shim.STDERR, b"y", 0)]
     output = printed(tmp_path, small * 3000)
     clock = Turns()

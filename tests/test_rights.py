@@ -1,4 +1,4 @@
-"""Rights: what a pattern means, what a rule gives, and to whom."""
+"""Tests of rights: patterns, rules and the callers that they apply to."""
 
 from fnmatch import fnmatchcase
 
@@ -31,8 +31,8 @@ def rule(who: str, may: str, on: str = "*") -> Rule:
 
 
 @given(NAME, st.text("ab.", max_size=6))
-def test_a_star_and_a_question_mark_are_wild_and_nothing_else(glob: str, name: str) -> None:
-    """As in a shell, which knows no other difference for these characters."""
+def test_star_and_question_mark_are_the_only_wildcards(glob: str, name: str) -> None:
+    """A shell treats these characters in the same way."""
     target = Target.parse(glob)
     assert target.matches(name, "any", "thing") == fnmatchcase(name, glob)
 
@@ -51,22 +51,22 @@ def test_a_star_and_a_question_mark_are_wild_and_nothing_else(glob: str, name: s
         ("shop/s*/deploy", ("shop", "x", None), False),
     ],
 )
-def test_what_a_target_means(
+def test_a_target_is_parsed(
     text: str, place: tuple[str, str, str | None], *, meant: bool
 ) -> None:
-    """App, env and action, of which the last ones may be left out."""
+    """It names app, env and action. The last ones can be left out."""
     assert Target.parse(text).matches(*place) == meant
 
 
 @pytest.mark.parametrize("text", ["", "/", "a//b", "/a", "a/", "a b", "[a]", "a/b/", "a\n"])
-def test_what_is_no_target_is_refused(text: str) -> None:
-    """A rule that means nothing must not look as if it did."""
+def test_an_invalid_target_is_refused(text: str) -> None:
+    """A rule without effect must not look as if it had one."""
     with pytest.raises(ValueError, match="must be like"):
         Target.parse(text)
 
 
 @pytest.mark.parametrize("right", list(Right))
-def test_a_right_implies_reading_and_admin_all(right: Right) -> None:
+def test_every_right_implies_read_and_admin_implies_all(right: Right) -> None:
     """Run and kill do not imply each other."""
     grant = Grant.parse([right], ["*"])
     expected = set(Right) if right is Right.ADMIN else {Right.READ, right}
@@ -74,7 +74,7 @@ def test_a_right_implies_reading_and_admin_all(right: Right) -> None:
 
 
 def test_rules_add_up() -> None:
-    """Each names whom it is for; nobody else has anything of it."""
+    """Each names its callers, and gives nothing to others."""
     policy = Policy(
         [
             rule("org:Acme", "read"),
@@ -100,8 +100,8 @@ def test_rules_add_up() -> None:
     assert found.targets_of(Right.KILL) == (Target("x"),)
 
 
-def test_without_rules_whoever_is_let_in_may_everything() -> None:
-    """But a token only what it was made with, which may be nothing."""
+def test_without_rules_every_authenticated_caller_has_all_rights() -> None:
+    """A token has only the rights that it was created with, which can be none."""
     alice = Identity(ALICE, frozenset({"user:alice"}))
     assert Policy().grants(alice) == (ALL,)
     assert Caller(ALICE, "", "", (ALL,)).targets_of(Right.KILL) is None
@@ -109,13 +109,13 @@ def test_without_rules_whoever_is_let_in_may_everything() -> None:
     assert Policy().grants(token) == ()
 
 
-def test_an_empty_list_of_rules_lets_nobody_do_anything() -> None:
-    """It is a list, and nobody is in it."""
+def test_an_empty_list_of_rules_gives_no_rights() -> None:
+    """It differs from no list."""
     assert Policy([]).grants(Identity(ALICE)) == ()
 
 
-def test_many_stars_cost_no_more_than_the_text_is_long() -> None:
-    """A pattern is matched with what anybody sends: it must not take for ever."""
+def test_patterns_with_many_stars_match_in_linear_time() -> None:
+    """Any client can send the text that is matched."""
     target = Target.parse("*-a" * 15 + "/x")
     assert not target.matches("-a" * 5000 + "b", "x", "y")
     assert target.matches("-a" * 5000, "x", "y")

@@ -1,4 +1,4 @@
-"""Searches for tasks: by pages, little by little, and beside quick reads."""
+"""Tests of searches for tasks: by pages, in small steps, and beside quick reads."""
 
 import sqlite3
 from collections.abc import AsyncIterator, Sequence
@@ -65,12 +65,12 @@ def store(request: pytest.FixtureRequest) -> TaskStore:
 
 
 async def create(store: TaskStore, specs: Sequence[TaskSpec]) -> list[TaskSnapshot]:
-    """Record tasks."""
+    """Record new tasks."""
     return await gatherResults([store.create(NewTask(spec, 0.0, 0.0)) for spec in specs])
 
 
 async def whole(store: TaskStore, found: Found) -> list[int]:
-    """Return the numbers of all tasks of a list, read page by page."""
+    """Return the numbers of all found tasks, read page by page."""
     numbers = [task.id for task in found.tasks]
     while found.rest:
         found = await store.read(found.rest)
@@ -79,8 +79,10 @@ async def whole(store: TaskStore, found: Found) -> list[int]:
 
 
 @pytest.mark.parametrize("query", QUICK + SLOW)
-async def test_a_search_finds_what_a_list_has(store: TaskStore, query: TaskQuery) -> None:
-    """Page by page; the numbers of all are known at once."""
+async def test_a_search_finds_the_same_as_a_list(
+    store: TaskStore, query: TaskQuery
+) -> None:
+    """The numbers of all tasks are known at once, and tasks come page by page."""
     tasks = await create(store, [SPEC, OTHER] * 5)
     for task in tasks[::3]:
         await store.save(evolve(task, status=Status.FAILED, revision=2))
@@ -90,14 +92,14 @@ async def test_a_search_finds_what_a_list_has(store: TaskStore, query: TaskQuery
     assert await whole(store, found) == expected
 
 
-def test_what_an_index_finds_is_quick() -> None:
-    """All else has to look at tasks that do not match."""
+def test_queries_with_an_index_are_quick() -> None:
+    """Other queries must read tasks that do not match."""
     assert [query for query in QUICK if not query.quick] == []
     assert [query for query in SLOW if query.quick] == []
 
 
-async def test_a_page_has_a_bound(sqlite: SQLiteStore) -> None:
-    """However large the tasks are; small ones come by the hundred."""
+async def test_the_size_of_a_page_is_limited(sqlite: SQLiteStore) -> None:
+    """Large tasks fill it sooner. A page of small ones has a hundred."""
     large = evolve(SPEC, variables={"data": "x" * 60_000})
     await create(sqlite, [SPEC] * 150 + [large] * 10)
     found = await sqlite.search(TaskQuery(limit=1000))
@@ -111,8 +113,8 @@ async def test_a_page_has_a_bound(sqlite: SQLiteStore) -> None:
 
 
 @pytest.mark.parametrize("rare", [1, _WINDOW, _WINDOW + 1, 3 * _WINDOW])
-async def test_who_is_rare_is_found_in_the_end(sqlite: SQLiteStore, rare: int) -> None:
-    """At each end of what is looked at in one go, from both sides."""
+async def test_a_rare_match_is_found(sqlite: SQLiteStore, rare: int) -> None:
+    """It is at either edge of the window that one step reads."""
     specs = [SPEC] * (3 * _WINDOW)
     specs[rare - 1] = OTHER
     await create(sqlite, specs)
@@ -128,7 +130,7 @@ async def test_who_is_rare_is_found_in_the_end(sqlite: SQLiteStore, rare: int) -
 
 
 async def test_quick_reads_do_not_wait_for_searches(sqlite: SQLiteStore) -> None:
-    """Not even for one that hangs."""
+    """They do not even wait for a search that hangs."""
     (task, *_) = await create(sqlite, [SPEC, OTHER])
     go_on = Event()
     hanging = sqlite._searcher.do(lambda _: go_on.wait(60))
@@ -148,7 +150,7 @@ async def test_quick_reads_do_not_wait_for_searches(sqlite: SQLiteStore) -> None
     assert (await following) is not None
 
 
-async def test_searches_have_their_turns(sqlite: SQLiteStore) -> None:
+async def test_searches_take_turns(sqlite: SQLiteStore) -> None:
     """A short one does not wait for the end of a long one."""
     await create(sqlite, [SPEC] * (5 * _WINDOW))
     ended = []
@@ -160,8 +162,8 @@ async def test_searches_have_their_turns(sqlite: SQLiteStore) -> None:
     assert ended == ["short", "long"]
 
 
-async def test_a_search_ends_when_nobody_waits_for_it(sqlite: SQLiteStore) -> None:
-    """What it has not looked at is not looked at."""
+async def test_a_cancelled_search_ends(sqlite: SQLiteStore) -> None:
+    """It makes no further step."""
     await create(sqlite, [SPEC] * (5 * _WINDOW))
     statements: list[str] = []
 
@@ -178,9 +180,7 @@ async def test_a_search_ends_when_nobody_waits_for_it(sqlite: SQLiteStore) -> No
 
 
 @pytest.mark.parametrize("query", QUICK)
-async def test_a_quick_search_looks_an_index_up(
-    sqlite: SQLiteStore, query: TaskQuery
-) -> None:
+async def test_a_quick_search_uses_an_index(sqlite: SQLiteStore, query: TaskQuery) -> None:
     """It reads no task that does not match, and sorts none."""
     await create(sqlite, [SPEC, OTHER])
     plans = await plans_of(sqlite._reader, sqlite, query)
@@ -193,10 +193,10 @@ async def test_a_quick_search_looks_an_index_up(
 
 
 @pytest.mark.parametrize("query", [query for query in SLOW if query.within != []])
-async def test_each_step_of_a_search_has_a_bound(
+async def test_each_step_of_a_search_is_bounded(
     sqlite: SQLiteStore, query: TaskQuery
 ) -> None:
-    """By the numbers of the tasks, whatever indexes there are."""
+    """The bound is a range of task numbers, whatever indexes exist."""
     await create(sqlite, [SPEC, OTHER])
     plans = await plans_of(sqlite._searcher, sqlite, query)
     wanted = {
@@ -208,7 +208,7 @@ async def test_each_step_of_a_search_has_a_bound(
 
 
 async def plans_of(thread: Any, store: SQLiteStore, query: TaskQuery) -> list[str]:
-    """Return how SQLite does what a search asks of it."""
+    """Return the query plans of a search."""
     statements: list[str] = []
 
     def watch(db: sqlite3.Connection) -> None:
@@ -226,8 +226,8 @@ async def plans_of(thread: Any, store: SQLiteStore, query: TaskQuery) -> list[st
     return found
 
 
-async def test_news_have_a_bound(sqlite: SQLiteStore) -> None:
-    """However large the tasks are; nothing is left out, and nothing comes twice."""
+async def test_the_size_of_news_is_limited(sqlite: SQLiteStore) -> None:
+    """Large tasks fill it sooner. None is left out or repeated."""
     large = evolve(SPEC, variables={"data": "x" * 60_000})
     tasks = await create(sqlite, [large] * 10)
     for task in tasks:

@@ -1,4 +1,4 @@
-"""Sessions: how long they live, and what is on disk of them."""
+"""Tests of sessions: their lifetime, and their records on disk."""
 
 import sqlite3
 from collections.abc import AsyncIterator
@@ -20,7 +20,7 @@ SHOWN = Credentials("joe", "hunter2")
 
 @define(eq=False)
 class World:
-    """Sessions in a folder, at a time that a test sets."""
+    """Sessions in a folder, with a clock that the test sets."""
 
     folder: Path
     now: float = 1e9
@@ -28,7 +28,7 @@ class World:
     sessions: Sessions = field(init=False)
 
     def open(self) -> None:
-        """Start, or start again."""
+        """Start, or restart."""
         call: Any = reactor
         self.store = CredentialStore(self.folder / "auth.db", call.callFromThread)
         self.sessions = Sessions(self.store, lambda: self.now)
@@ -42,13 +42,13 @@ class World:
         return await self.sessions.begin(person(user), SHOWN)
 
     async def find(self, id: SessionId) -> Credentials | None:
-        """Return whose it is."""
+        """Return the owner of a session."""
         return await self.sessions.find(id)
 
 
 @pytest_twisted.async_yield_fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    """Return a new one."""
+    """Return a new world."""
     made = World(tmp_path)
     made.open()
     yield made
@@ -56,7 +56,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 
 async def test_a_session_survives_a_restart(world: World) -> None:
-    """With what it began with."""
+    """Its values are those from its start."""
     id = await world.begin()
     await world.close()
     world.open()
@@ -65,8 +65,8 @@ async def test_a_session_survives_a_restart(world: World) -> None:
     assert await world.find(SessionId("")) is None
 
 
-async def test_a_session_that_is_not_used_ends(world: World) -> None:
-    """Used at least now and then it goes on, but not for ever."""
+async def test_an_unused_session_ends(world: World) -> None:
+    """A session in use goes on, but not for ever."""
     idle, used = await world.begin(), await world.begin()
     began = world.now
     world.now += IDLE - 1
@@ -81,7 +81,7 @@ async def test_a_session_that_is_not_used_ends(world: World) -> None:
 
 
 async def test_sessions_end_one_by_one_or_all_of_a_user(world: World) -> None:
-    """And those of others do not."""
+    """Those of other users go on."""
     one, two, three, other = [await world.begin(u) for u in ("joe", "joe", "joe", "eve")]
     await world.sessions.end(one)
     assert [await world.find(id) is None for id in (one, two, three, other)] == [True] + [
@@ -93,8 +93,8 @@ async def test_sessions_end_one_by_one_or_all_of_a_user(world: World) -> None:
     ] * 3 + [False]
 
 
-async def test_who_has_the_database_has_no_session_and_no_password(world: World) -> None:
-    """What is kept can be opened by the id alone, which is not kept."""
+async def test_the_database_reveals_no_session_and_no_password(world: World) -> None:
+    """Only the session's id decrypts its record, and the database does not have it."""
     id = await world.begin()
     record = await world.store.session(id.digest)
     assert record is not None
@@ -107,8 +107,8 @@ async def test_who_has_the_database_has_no_session_and_no_password(world: World)
     assert await world.find(SessionId(id.digest)) is None
 
 
-async def test_a_record_that_was_changed_is_no_session(world: World) -> None:
-    """Nor one that was put under another id."""
+async def test_a_changed_record_is_not_a_session(world: World) -> None:
+    """A record under another id is not one either."""
     id, other = await world.begin(), await world.begin("eve")
     await world.close()
     with sqlite3.connect(world.folder / "auth.db") as db:
@@ -121,32 +121,32 @@ async def test_a_record_that_was_changed_is_no_session(world: World) -> None:
     assert await world.find(other) == SHOWN
 
 
-async def test_of_many_sessions_of_a_user_the_longest_unused_end(world: World) -> None:
-    """Those of others stay, and a new one always begins."""
+async def test_the_least_recently_used_sessions_of_a_user_end(world: World) -> None:
+    """Those of other users stay, and a new session always starts."""
     other = await world.begin("eve")
     ids = []
     for _ in range(MOST_SESSIONS):
         ids.append(await world.begin())
         world.now += 1
     world.now += 120
-    assert await world.find(ids[0]) == SHOWN  # by that it was used
+    assert await world.find(ids[0]) == SHOWN  # by this use
     ids.append(await world.begin())
     ids.append(await world.begin())
     left = [id for id in ids if await world.find(id) is not None]
     assert left == [ids[0], *ids[3:]]
     assert await world.find(other) == SHOWN
-    # What is in use stays, however fast others begin.
+    # Sessions in use stay, however fast others start.
     for _ in range(2 * MOST_SESSIONS):
         world.now += 0.001
         assert await world.find(ids[0]) == SHOWN
         await world.begin()
-    world.now -= 3600  # somebody has set the clock back
+    world.now -= 3600  # an operator has set the clock back
     late = await world.begin()
     assert await world.find(late) == SHOWN
 
 
-async def test_what_a_sign_in_costs_does_not_grow_with_the_sessions(world: World) -> None:
-    """Each of its statements looks up an index; none reads the whole table."""
+async def test_the_cost_of_a_sign_in_does_not_grow_with_the_sessions(world: World) -> None:
+    """Each of its statements uses an index, and none reads the whole table."""
     seen: list[str] = []
 
     def watch(db: sqlite3.Connection) -> None:
@@ -185,13 +185,13 @@ def fill(path: Path, **users: int) -> None:
 
 
 def kept(path: Path) -> set[str]:
-    """Return the digests of the sessions that are kept."""
+    """Return the digests of the stored sessions."""
     with credentials.opened(path) as db:
         return {row["digest"] for row in db.execute("SELECT digest FROM session")}
 
 
-async def test_very_many_sessions_are_forgotten_little_by_little(tmp_path: Path) -> None:
-    """No sign-in waits for more than some hundreds; in the end the newest are left."""
+async def test_very_many_sessions_are_removed_in_small_steps(tmp_path: Path) -> None:
+    """No sign-in waits for more than some hundreds. In the end the newest are left."""
     fill(tmp_path / "auth.db", joe=5000, eve=3)
     world = World(tmp_path, now=1e9 + 5000)
     world.open()

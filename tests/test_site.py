@@ -1,4 +1,4 @@
-"""Who is hung up on and when, by a clock that stands still between two steps."""
+"""Tests of the limits of connections and requests. The clock moves only by steps."""
 
 import json
 from typing import Any
@@ -20,12 +20,12 @@ WAIT = b"GET /wait HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 class Leaf(Resource):
-    """Answers at once, or never."""
+    """A resource that responds at once, or never."""
 
     isLeaf = True
 
     def render(self, request: Request) -> bytes | int:
-        """Answer, or not."""
+        """Respond, or wait for ever."""
         return NOT_DONE_YET if request.path == b"/wait" else b"good"
 
 
@@ -33,12 +33,12 @@ LEAF: Any = Leaf
 
 
 class Transport(StringTransport):
-    """A connection that tells its protocol when it is cut."""
+    """A connection that tells its protocol when it is aborted."""
 
     protocol: Any
 
     def abortConnection(self) -> None:
-        """Cut it at once."""
+        """Close the connection at once."""
         self.disconnected = True
         self.protocol.connectionLost()
 
@@ -55,7 +55,7 @@ class Client:
         self.channel.makeConnection(self.transport)
 
     def ask(self, request: bytes) -> bytes:
-        """Send a request and return what was said at once."""
+        """Send a request and return the response so far."""
         self.transport.clear()
         self.channel.dataReceived(request)
         said: bytes = self.transport.value()
@@ -63,13 +63,13 @@ class Client:
 
     @property
     def status(self) -> bytes:
-        """The status of the last answer."""
+        """The status of the last response."""
         said: bytes = self.transport.value()
         return said[9:12]
 
     @property
     def cut(self) -> bool:
-        """Whether the daemon has hung up."""
+        """Whether the daemon has closed the connection."""
         return bool(self.transport.disconnected)
 
 
@@ -91,12 +91,12 @@ class House:
 
 @pytest.fixture
 def house() -> House:
-    """Return a site with eight places, two for an address."""
+    """Return a site with eight places, two per address."""
     return House(Capacity(8))
 
 
 def test_an_address_has_a_quarter_of_the_places(house: House) -> None:
-    """Others have room, and what is given back can be taken again."""
+    """Others have room, and a place that becomes free can be taken again."""
     held = [house.connect("192.0.2.1") for _ in range(2)]
     refused = house.connect("192.0.2.1")
     assert refused.status == b"429"
@@ -108,23 +108,23 @@ def test_an_address_has_a_quarter_of_the_places(house: House) -> None:
     assert b"good" in house.connect("192.0.2.1").ask(GET)
 
 
-def test_this_machine_has_all_places(house: House) -> None:
-    """A proxy on it speaks for everybody."""
+def test_this_machine_can_take_all_places(house: House) -> None:
+    """A proxy on it connects for many clients."""
     held = [house.connect() for _ in range(8)]
     assert all(b"good" in client.ask(GET) for client in held)
     assert house.connect().status == b"503"
 
 
-def test_a_share_can_be_smaller_than_a_quarter_or_everything() -> None:
-    """As the operator has said."""
+def test_the_share_of_an_address_is_a_setting() -> None:
+    """It can be smaller than a quarter, or unlimited."""
     small, large = House(Capacity(8, 1)), House(Capacity(8, 0))
     small.connect("192.0.2.1")
     assert small.connect("192.0.2.1").status == b"429"
     assert [large.connect("192.0.2.1").status for _ in range(9)][7:] == [b"", b"503"]
 
 
-def test_who_asks_too_often_is_told_how_long_to_wait() -> None:
-    """Not at once; the connection stays, others are served, and so is the same later."""
+def test_too_many_requests_answer_429_with_a_time_to_wait() -> None:
+    """The response is delayed. The connection stays, and other clients are served."""
     house = House(Capacity(8, requests_of_address=2))
     client, head = house.connect("192.0.2.1"), house.connect("192.0.2.1")
     for _ in range(2 * BURST):
@@ -141,15 +141,15 @@ def test_who_asks_too_often_is_told_how_long_to_wait() -> None:
     assert b"\r\nRetry-After: 1\r\n" in refusal
     body = json.loads(refusal.partition(b"\r\n\r\n")[2])
     assert body["type"] == "urn:pulsar-api:problem:too-many-requests"
-    assert good  # the one behind it has waited long enough
+    assert good  # its turn came during the delay of the first
     assert head.status == b"429"
     assert head.transport.value().endswith(b"\r\n\r\n")
     assert not client.cut
     assert b"good" in client.ask(GET)
 
 
-def test_who_does_not_wait_to_be_refused_leaves_nothing() -> None:
-    """Neither a place nor a clock."""
+def test_a_client_that_leaves_before_its_refusal_leaves_nothing() -> None:
+    """Neither a place nor a delayed call stays."""
     house = House(Capacity(8, requests_of_address=1))
     client = house.connect("192.0.2.1")
     for _ in range(BURST + 1):
@@ -159,14 +159,14 @@ def test_who_does_not_wait_to_be_refused_leaves_nothing() -> None:
     assert house.clock.getDelayedCalls() == []
 
 
-def test_any_number_of_requests_if_the_operator_says_so() -> None:
-    """0 is no limit."""
+def test_the_rate_of_requests_can_be_unlimited() -> None:
+    """The value 0 means no limit."""
     client = House(Capacity(8, requests_of_address=0)).connect("192.0.2.1")
     assert all(b"good" in client.ask(GET) for _ in range(1000))
 
 
-def test_the_longest_idle_gives_way_to_a_new_one(house: House) -> None:
-    """Not who has just been served, and never who waits for an answer."""
+def test_the_longest_idle_connection_makes_room_for_a_new_one(house: House) -> None:
+    """Connections that were just served stay, and so do those that wait for a response."""
     waiting = house.connect()
     waiting.ask(WAIT)
     idle = [house.connect() for _ in range(7)]
@@ -183,8 +183,8 @@ def test_the_longest_idle_gives_way_to_a_new_one(house: House) -> None:
     assert house.site.connections == 8
 
 
-def test_who_does_not_read_gives_way_too(house: House) -> None:
-    """And not, as soon as it has read."""
+def test_a_client_that_does_not_read_makes_room(house: House) -> None:
+    """Once it reads again, it stays."""
     clients = [house.connect() for _ in range(8)]
     for client in clients:
         client.ask(WAIT)
@@ -196,8 +196,8 @@ def test_who_does_not_read_gives_way_too(house: House) -> None:
     assert [client.cut for client in clients] == [n == 3 for n in range(8)]
 
 
-def test_who_never_reads_is_cut_in_the_end(house: House) -> None:
-    """Who reads now and then is not."""
+def test_a_client_that_never_reads_is_cut(house: House) -> None:
+    """One that reads now and then stays."""
     stuck, slow = house.connect(), house.connect()
     for client in (stuck, slow):
         client.ask(WAIT)
@@ -214,8 +214,11 @@ def test_who_never_reads_is_cut_in_the_end(house: House) -> None:
     assert house.site.serving == 1
 
 
-def test_who_asks_nothing_for_long_is_hung_up_on(house: House) -> None:
-    """Politely at first; who does not hang up too is cut."""
+def test_an_idle_connection_is_closed(house: House) -> None:
+    """It is closed properly first.
+
+    If the client does not close it as well, it is aborted.
+    """
     client = house.connect()
     client.ask(GET)
     house.clock.advance(IDLE - 1)
@@ -228,8 +231,8 @@ def test_who_asks_nothing_for_long_is_hung_up_on(house: House) -> None:
     assert house.site.connections == 0
 
 
-def test_nothing_is_left_of_connections_that_are_gone(house: House) -> None:
-    """Neither places, nor clocks, nor a line in the list of the idle."""
+def test_nothing_is_left_of_closed_connections(house: House) -> None:
+    """No place, no delayed call and no entry in the list of idle connections stays."""
     for request in (b"", b"G", GET, WAIT):
         client = house.connect("192.0.2.1")
         client.ask(request)
