@@ -1,4 +1,4 @@
-"""Certificates as people get them: an authority, one between, and what that one signs."""
+"""Certificates as operators get them, from an authority with an intermediate one."""
 
 import datetime as dt
 from typing import Any
@@ -15,7 +15,7 @@ _DAY = dt.timedelta(days=1)
 
 
 def key_pem(key: Any, passphrase: bytes | None = None, *, old: bool = False) -> bytes:
-    """Return a private key as a file; ``old``: the form that openssl wrote before 1.0."""
+    """Return a private key as a file. ``old`` selects the format of OpenSSL before 1.0."""
     forms = serialization.PrivateFormat
     encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
     if passphrase is not None:
@@ -39,18 +39,18 @@ def certificates_pem(*certificates: x509.Certificate) -> bytes:
 
 @frozen
 class Issued:
-    """A key with its certificate and those between it and the authority, nearest first."""
+    """A key, its certificate, and the intermediate ones, nearest first."""
 
     key: Any  # one of cryptography's many private key types
     certificate: x509.Certificate
     between: tuple[x509.Certificate, ...] = ()
 
     def cert_pem(self) -> bytes:
-        """Return the certificate with the chain appended."""
+        """Return the certificate with its chain appended."""
         return certificates_pem(self.certificate, *self.between)
 
     def pfx(self, passphrase: bytes | None = None) -> bytes:
-        """Return everything as a PKCS #12 file."""
+        """Return key, certificate and chain as a PKCS #12 file."""
         encryption: serialization.KeySerializationEncryption
         if passphrase is None:
             encryption = serialization.NoEncryption()
@@ -108,7 +108,7 @@ def _certificate(
 
 
 def self_signed(key: Any) -> Issued:
-    """Return a certificate for ``localhost`` that nobody vouches for."""
+    """Return a self-signed certificate for ``localhost``."""
     certificate = _certificate(
         "localhost", key.public_key(), "localhost", key, authority=False
     )
@@ -117,7 +117,7 @@ def self_signed(key: Any) -> Issued:
 
 @define(eq=False)
 class Authority:
-    """A root that signs another authority, which signs certificates for ``localhost``."""
+    """A root that signs an intermediate authority, which signs for ``localhost``."""
 
     name: str = "root"
     root: x509.Certificate = field(init=False)
@@ -134,9 +134,9 @@ class Authority:
         self._between = Issued(between_key, between)
 
     def issue(self, public: Any = None, left: dt.timedelta = _DAY) -> Issued:
-        """Return a new key and its certificate, which is good until ``left`` from now.
+        """Return a new key and its certificate, which expires after ``left``.
 
-        ``public``: for this public key instead.
+        With ``public``, the certificate is for that public key instead.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = _certificate(

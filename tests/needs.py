@@ -1,7 +1,7 @@
-"""What tests need of the machine beyond Python, and whether it is there.
+"""Programs and abilities that tests need beyond Python.
 
-A test says so by ``@pytest.mark.needs("node", "root")``; where something is missing it is
-skipped, and with ``pytest --all`` it fails.
+A test declares them by ``@pytest.mark.needs("node", "root")``. If one is missing, the test
+is skipped. With ``pytest --all`` it fails.
 """
 
 import os
@@ -38,10 +38,10 @@ FIXTURES: Mapping[str, tuple[str, ...]] = {
     "chrome": ("chromium", "chromedriver"),
     "npm": ("node", "npm"),
 }
-"""What each test needs that uses one of these fixtures."""
+"""The needs of each fixture, which are those of the tests that use it."""
 
 PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-"""Where programs are looked for, also those that only root usually calls."""
+"""The folders in which programs are searched, including those of root."""
 
 
 def _capabilities() -> int:
@@ -93,19 +93,19 @@ ABILITIES: Mapping[str, tuple[Callable[[], bool], str]] = {
     "cgroups": (_cgroups, "root and a cgroup v2 that can be written"),
     "set-uid programs": (_set_uid, "root, and set-uid programs in /tmp"),
 }
-"""What else a test may need: whether it is there, and how it is called."""
+"""The other needs: a check for each, and its description."""
 
 everything = False
-"""Whether all has to run, with the full number of trials; set by ``pytest --all``."""
+"""Whether all tests must run, with all trials. ``pytest --all`` sets it."""
 
 
 def trials(few: int, all: int) -> int:
-    """Return how often something is tried: more often with ``--all``."""
+    """Return the number of trials, which is larger with ``--all``."""
     return all if everything else few
 
 
 def find(program: str) -> str | None:
-    """Return where a program is, if it is there."""
+    """Return the path of a program, or None if it is missing."""
     return shutil.which(program, path=PATH)
 
 
@@ -117,10 +117,10 @@ def _is_there(name: str) -> bool:
 
 
 def missing(names: Iterable[str]) -> str | None:
-    """Return what is not there of all this, as a sentence; None if all is.
+    """Return a sentence that names the missing needs, or None if all are met.
 
     Raises:
-        KeyError: nobody knows such a thing.
+        KeyError: a need is unknown.
     """
     left = [name for name in dict.fromkeys(names) if not _is_there(name)]
     if not left:

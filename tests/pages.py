@@ -1,4 +1,4 @@
-"""The code blocks of the README and the docs, so that tests can run what they say."""
+"""Code blocks of the README and the docs, for tests that run them."""
 
 import re
 import textwrap
@@ -21,7 +21,7 @@ _BLOCK = re.compile(
 
 @frozen
 class Block:
-    """One code block: its language, its caption (the name of a file), its text."""
+    """A code block with its language, caption (the name of a file) and text."""
 
     page: str
     line: int
@@ -30,7 +30,7 @@ class Block:
     text: str
 
     def commands(self) -> list[str]:
-        """Return the commands of a console block, without the prompts and the answers."""
+        """Return the commands of a console block, without prompts and answers."""
         joined = self.text.replace("\\\n", "")
         return re.findall(r"^[$#] (.+)$", joined, re.MULTILINE)
 
@@ -54,7 +54,7 @@ def blocks(page: Path, *languages: str) -> list[Block]:
 
 
 def section(page: Path, title: str) -> str:
-    """Return one section of a page, without its title."""
+    """Return a section of a page, without its title."""
     pattern = rf"^{re.escape(title)}\n([-~])\1+\n(.*?)(?=^\S[^\n]*\n\1\1+\n|\Z)"
     found = re.search(pattern, page.read_text(), re.MULTILINE | re.DOTALL)
     assert found is not None, title

@@ -1,4 +1,4 @@
-"""The house: which package may import which, held against the imports."""
+"""Tests of the architecture: the allowed imports between packages."""
 
 import re
 from pathlib import Path
@@ -32,13 +32,13 @@ MODULES = arrows.modules()
 
 
 def test_every_package_has_its_layer() -> None:
-    """A new package has to be given one, here and on the page."""
+    """A new package must be added here and on the page."""
     named = [name for layer in LAYERS for name in layer]
     assert sorted(named) == sorted(arrows.packages())
 
 
 def test_arrows_point_down() -> None:
-    """No package imports one that is above it, or beside it."""
+    """No package imports one above it or beside it."""
     height = {name: n for n, layer in enumerate(reversed(LAYERS)) for name in layer}
     wrong = [
         (before, after)
@@ -66,12 +66,12 @@ FORBIDDEN = {
     "client": "klein sqlite3 subprocess twisted.web.server twisted.web.resource",
     "shim": "asyncio json logging os subprocess threading twisted typing",
 }
-"""What a package must not import: others do that for it."""
+"""Modules that a package must not import, because another package uses them for it."""
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)
-def test_packages_leave_to_others_what_is_not_theirs(package: str) -> None:
-    """The core, above all, knows no HTTP, no SQL and no process."""
+def test_packages_do_not_import_what_others_provide(package: str) -> None:
+    """Above all, the core knows no HTTP, no SQL and no processes."""
     prefix = f"pulsar_api.{package}."
     found = [
         (name, imported)
@@ -85,13 +85,13 @@ def test_packages_leave_to_others_what_is_not_theirs(package: str) -> None:
 
 
 def test_only_tap_imports_the_reactor() -> None:
-    """Everybody else is given it, or the part of it that is needed."""
+    """All other modules receive it, or the part that they need."""
     found = [name for name, all in MODULES.items() if "twisted.internet.reactor" in all]
     assert found == ["pulsar_api.tap"]
 
 
-def test_the_shim_stands_alone() -> None:
-    """Each task pays for its start: nothing of ours, nothing that is slow to import."""
+def test_the_shim_imports_few_modules() -> None:
+    """Each task pays for the imports of its shim."""
     quick = "_ctypes _signal errno fcntl posix resource select sys time".split()
     for name, allowed in (
         ("shim", quick),
@@ -104,11 +104,11 @@ def test_the_shim_stands_alone() -> None:
 
 TOO_LONG = """
 """.split()
-"""Modules that still have to become several."""
+"""Modules that still need to be split."""
 
 
 def test_no_module_is_long() -> None:
-    """A reader takes in a module as a whole. The shim stays one file, see the page."""
+    """A module should be readable as a whole. The page says why the shim stays one file."""
     long = {
         str(path.relative_to(ROOT)): lines
         for path in sorted((ROOT / "pulsar_api").rglob("*.py"))
@@ -118,8 +118,8 @@ def test_no_module_is_long() -> None:
     assert sorted(long) == TOO_LONG
 
 
-def test_every_module_says_what_it_is_for() -> None:
-    """In its first line."""
+def test_every_module_has_a_docstring() -> None:
+    """Its first line says what the module is for."""
     for path in (ROOT / "pulsar_api").rglob("*.py"):
         text = path.read_text()
         assert not text or re.match('"""[A-Z`].*[.:]', text), path

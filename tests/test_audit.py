@@ -1,4 +1,4 @@
-"""The audit log: one line each, whole, in order, whatever happens."""
+"""Tests of the audit log: complete lines, in order, whatever happens."""
 
 import json
 import multiprocessing
@@ -19,12 +19,12 @@ JOE = Caller(person("joe"), "192.0.2.1", "static")
 
 
 def log_in(folder: Path, max_size: int = audit.MAX_SIZE) -> AuditLog:
-    """Return a log; it is always the same moment."""
+    """Return a log whose clock stands still."""
     return AuditLog(folder / "audit.log", lambda: 1_700_000_000.0, max_size)
 
 
-def test_an_entry_has_all_that_is_promised(tmp_path: Path) -> None:
-    """When, who, from where, by which means, what, allowed or not, and more."""
+def test_an_entry_has_all_documented_fields(tmp_path: Path) -> None:
+    """They tell when, who, from where, by which means, what and whether it was allowed."""
     log = log_in(tmp_path)
     log.write(JOE, "kill", allowed=False, app="site", task=47)
     assert list(log.read()) == [
@@ -46,8 +46,8 @@ def test_an_entry_has_all_that_is_promised(tmp_path: Path) -> None:
 
 
 @given(text=st.text(st.characters(exclude_categories=[]), max_size=400))
-def test_whatever_is_written_is_one_line(text: str) -> None:
-    """Newlines, half characters and all; long texts are shortened."""
+def test_each_entry_is_one_line(text: str) -> None:
+    """It can contain line ends and lone surrogates. Long texts are shortened."""
     with TemporaryDirectory() as folder:
         log = log_in(Path(folder))
         log.write(JOE, "run", allowed=True, action=text)
@@ -60,8 +60,8 @@ def test_whatever_is_written_is_one_line(text: str) -> None:
         assert last["action"] == "last"
 
 
-def test_a_large_file_is_set_aside_and_few_are_kept(tmp_path: Path) -> None:
-    """What is read is the newest of it, in order, nothing twice."""
+def test_a_large_file_is_rotated_and_few_are_kept(tmp_path: Path) -> None:
+    """The log returns the newest entries in order, without repetitions."""
     log = log_in(tmp_path, max_size=1000)
     for number in range(200):
         log.write(JOE, "run", allowed=True, task=number)
@@ -94,13 +94,13 @@ def _write_many(folder: Path, name: str) -> None:
         ("kill", True, False),
     ],
 )
-def test_what_was_done_is_never_pushed_out(
+def test_actions_are_never_displaced(
     tmp_path: Path,
     what: str,
     allowed: bool,  # noqa: FBT001
     changed: bool,  # noqa: FBT001
 ) -> None:
-    """Not by sign-ins, refusals, or requests without effect, however many there are."""
+    """No number of sign-ins, refusals and requests without effect removes them."""
     clock = Clock()
     log = AuditLog(tmp_path / "audit.log", clock.seconds, max_size=1000)
     log.write(JOE, "run", allowed=True, task=1)
@@ -119,8 +119,8 @@ def test_what_was_done_is_never_pushed_out(
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 14_000
 
 
-def test_one_user_has_so_many_lines_in_a_minute(tmp_path: Path) -> None:
-    """Of what is beyond there is a line for each kind; others have lines of their own."""
+def test_the_lines_of_a_user_per_minute_are_limited(tmp_path: Path) -> None:
+    """One line for each kind counts the others. Other users have lines of their own."""
     clock = Clock()
     log = AuditLog(tmp_path / "audit.log", clock.seconds)
     eve = Caller(person("eve"), "192.0.2.2", "static")
@@ -146,8 +146,8 @@ def test_one_user_has_so_many_lines_in_a_minute(tmp_path: Path) -> None:
     assert len(found) == audit.CHANGES + audit.VISITS + 5
 
 
-def test_two_programs_write_without_harm_to_each_other(tmp_path: Path) -> None:
-    """The daemon and the command line, at the same time."""
+def test_two_programs_can_write_at_once(tmp_path: Path) -> None:
+    """They are the daemon and the command line."""
     spawn = multiprocessing.get_context("spawn")
     writers = [spawn.Process(target=_write_many, args=(tmp_path, n)) for n in "ab"]
     for writer in writers:
@@ -161,8 +161,8 @@ def test_two_programs_write_without_harm_to_each_other(tmp_path: Path) -> None:
         assert mine == list(range(300))
 
 
-def test_what_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
-    """It is in the daemon's own log; a damaged line is passed over when it is read."""
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    """The daemon's own log has the error. Damaged lines are skipped on reading."""
     log = log_in(tmp_path / "nothing")
     log.write(JOE, "kill", allowed=True)
     assert list(log.read()) == []

@@ -1,4 +1,4 @@
-"""Maps with a bound, and work that is shared."""
+"""Tests of bounded maps and of shared work."""
 
 import pytest
 from twisted.internet.defer import Deferred
@@ -12,7 +12,7 @@ from pulsar_api.errors import ShuttingDown
 CASE = SynchronousTestCase()
 
 
-def test_item_set_longest_ago_is_dropped() -> None:
+def test_the_item_set_longest_ago_is_dropped() -> None:
     """Setting an item again makes it the newest."""
     found: BoundedDict[str, int] = BoundedDict(2)
     found["a"], found["b"] = 1, 2
@@ -24,8 +24,8 @@ def test_item_set_longest_ago_is_dropped() -> None:
     assert dict(found) == {"c": 4, "d": 5}
 
 
-def test_same_work_is_done_once() -> None:
-    """One who stops waiting takes it from nobody else."""
+def test_callers_of_the_same_key_share_its_work() -> None:
+    """A caller that cancels does not affect the others."""
     flights: SingleFlight[str, int] = SingleFlight("A test")
     asked: list[str] = []
     answer: Deferred[int] = Deferred()
@@ -45,10 +45,10 @@ def test_same_work_is_done_once() -> None:
 
 
 @pytest.mark.parametrize("error", [ShuttingDown(), ValueError("odd")])
-def test_failure_of_work_is_everybodys(
+def test_an_error_of_shared_work_reaches_all_callers(
     error: Exception, logged_failures: list[LogEvent]
 ) -> None:
-    """An unexpected one is logged as well."""
+    """An unexpected error is logged as well."""
     flights: SingleFlight[str, int] = SingleFlight("A test")
     answer: Deferred[int] = Deferred()
 

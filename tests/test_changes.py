@@ -18,15 +18,15 @@ def clock() -> Clock:
     return Clock()
 
 
-def test_who_has_another_version_is_answered_at_once(clock: Clock) -> None:
-    """Also a version that is higher than ours, from before a restart."""
+def test_a_waiter_with_another_version_is_answered_at_once(clock: Clock) -> None:
+    """The version can be higher than the present one, from before a restart."""
     changes = Changes(clock, 5)
     assert CASE.successResultOf(changes.after(4)) == 5
     assert CASE.successResultOf(changes.after(6)) == 5
 
 
-def test_who_has_this_version_waits_for_the_next(clock: Clock) -> None:
-    """The Deferred fires with the new version when there is one, not before."""
+def test_a_waiter_with_the_present_version_waits_for_the_next(clock: Clock) -> None:
+    """The Deferred fires with the new version, and not earlier."""
     changes = Changes(clock, 5)
     waiter = changes.after(5)
     changes.advance(5)
@@ -35,8 +35,8 @@ def test_who_has_this_version_waits_for_the_next(clock: Clock) -> None:
     assert CASE.successResultOf(waiter) == 6
 
 
-def test_who_is_cancelled_is_forgotten(clock: Clock) -> None:
-    """Nothing of a client that went away stays."""
+def test_a_cancelled_waiter_is_removed(clock: Clock) -> None:
+    """Nothing of it stays in memory."""
     changes = Changes(clock)
     waiter = changes.after(0)
     assert changes.waiting == 1
@@ -45,8 +45,8 @@ def test_who_is_cancelled_is_forgotten(clock: Clock) -> None:
     assert changes.waiting == 0
 
 
-def test_many_are_woken_in_slices(clock: Clock) -> None:
-    """Other work gets its turn between two hundreds of waiters."""
+def test_many_waiters_are_woken_in_slices(clock: Clock) -> None:
+    """Other work gets a turn after each hundred waiters."""
     changes = Changes(clock)
     waiters = [changes.after(0) for _ in range(250)]
     changes.advance(1)
@@ -59,8 +59,8 @@ def test_many_are_woken_in_slices(clock: Clock) -> None:
     assert clock.getDelayedCalls() == []
 
 
-def test_who_leaves_between_two_slices_is_not_fired(clock: Clock) -> None:
-    """A waiter of a later slice may be cancelled before its turn."""
+def test_a_waiter_cancelled_between_two_slices_does_not_fire(clock: Clock) -> None:
+    """It belongs to a later slice."""
     changes = Changes(clock)
     waiters = [changes.after(0) for _ in range(150)]
     changes.advance(1)
@@ -71,7 +71,7 @@ def test_who_leaves_between_two_slices_is_not_fired(clock: Clock) -> None:
 
 
 def test_release_wakes_without_a_change(clock: Clock) -> None:
-    """At the end of the daemon whoever waits learns that nothing has changed."""
+    """At the end of the daemon each waiter gets the version that it knew."""
     changes = Changes(clock, 3)
     waiter = changes.after(3)
     changes.release()
@@ -79,8 +79,8 @@ def test_release_wakes_without_a_change(clock: Clock) -> None:
 
 
 @given(st.lists(st.sampled_from(["wait", "advance", "cancel", "turn"]), max_size=300))
-def test_nobody_is_ever_left_behind(steps: list[str]) -> None:
-    """Whatever the order: after a change and enough turns nobody waits for an old one."""
+def test_no_waiter_is_left_behind(steps: list[str]) -> None:
+    """After a change and enough turns none waits for an old version."""
     clock = Clock()
     changes = Changes(clock)
     waiters: list[Deferred[int]] = []

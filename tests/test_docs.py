@@ -1,4 +1,4 @@
-"""The docs say what the code says, and what they show can be read by what it is for."""
+"""Tests that the docs agree with the code, and that their examples are valid."""
 
 import configparser
 import json
@@ -28,7 +28,7 @@ RUN = {
     "docs/tutorial.rst": "test_docs.py",
     "docs/howto/backup.rst": "test_docs.py",
 }
-"""The pages whose console blocks are run, and which test does it."""
+"""The test that runs the console blocks of each page."""
 
 NOT_RUN = {
     "CONTRIBUTING.rst": "the suite itself, and the tools beside it",
@@ -40,27 +40,27 @@ NOT_RUN = {
     "docs/howto/upgrade.rst": "needs systemd as process 1; tests/vm has the unit",
     "docs/troubleshooting.rst": "lists tokens as test_cli.py does",
 }
-"""The pages whose commands no test runs, and why. Their words are checked below."""
+"""The reasons why no test runs the commands of a page. Only their words are checked."""
 
 
 def all_blocks(*languages: str) -> list[Block]:
-    """Return the blocks of these languages on every page."""
+    """Return the blocks of these languages on all pages."""
     return [block for page in PAGES for block in blocks(page, *languages)]
 
 
 def place(block: Block) -> str:
-    """Return where a block is."""
+    """Return the place of a block."""
     return f"{block.page}:{block.line}"
 
 
 def test_reference_has_every_setting_once() -> None:
-    """A new setting needs its place there."""
+    """A new setting must be added there."""
     named = SETTING.findall((DOCS / "settings.rst").read_text())
     assert sorted(named) == sorted(facts.settings())
 
 
 def test_reference_has_the_help_of_every_command() -> None:
-    """Those that only have commands below them, as ``login``, are one of them."""
+    """A command that only groups others, like ``login``, counts as one."""
     named = HELP.findall((DOCS / "command-line.rst").read_text())
     assert sorted(named) == sorted(facts.help_texts())
 
@@ -82,13 +82,13 @@ def test_every_problem_is_in_the_table_with_its_status() -> None:
     found = {type_: set(map(int, statuses.split(", "))) for type_, statuses in rows}
     assert len(found) == len(rows)
     in_code = facts.problems()
-    in_code["store-unavailable"].add(507)  # a full disk; it is set at run time
+    in_code["store-unavailable"].add(507)  # a full disk, which is found at run time
     assert found == in_code
 
 
 @pytest.mark.parametrize("block", all_blocks("toml"), ids=place)
 def test_settings_on_the_pages_are_settings(block: Block, tmp_path: Path) -> None:
-    """The daemon reads each as its file; what a block leaves out is put before it."""
+    """The daemon reads each block as its file, with the missing required settings added."""
     found = tomllib.loads(block.text)
     begin = {"auth-provider": "github", "auth-members": ["alice"]}
     if found.get("auth-provider") == "tokens":
@@ -103,13 +103,15 @@ def test_settings_on_the_pages_are_settings(block: Block, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("block", all_blocks("json"), ids=place)
 def test_json_on_the_pages_is_json(block: Block) -> None:
-    """The whole block."""
     json.loads(block.text)
 
 
 @pytest.mark.parametrize("block", all_blocks("yaml"), ids=place)
 def test_yaml_on_the_pages_is_yaml(block: Block) -> None:
-    """With what GitHub and GitLab look for; `integration.test_docs` runs its commands."""
+    """GitHub and GitLab find the keys that they need.
+
+    `integration.test_docs` runs the commands.
+    """
     found = yaml.safe_load(block.text)
     jobs = found.get("jobs", found)
     assert all("steps" in job or "script" in job for job in jobs.values())
@@ -117,7 +119,7 @@ def test_yaml_on_the_pages_is_yaml(block: Block) -> None:
 
 @pytest.mark.parametrize("block", all_blocks("ini"), ids=place)
 def test_units_on_the_pages_are_units(block: Block) -> None:
-    """Sections with settings, none of them twice."""
+    """Each section has settings, and none occurs twice."""
     parser = configparser.ConfigParser(
         delimiters=("=",), interpolation=None, strict=False, comment_prefixes=("#",)
     )
@@ -125,8 +127,8 @@ def test_units_on_the_pages_are_units(block: Block) -> None:
     assert parser.sections()
 
 
-def test_read_the_docs_builds_what_there_is() -> None:
-    """Its configuration names files and extras of this project."""
+def test_configuration_of_read_the_docs_is_valid() -> None:
+    """It names files and extras of this project."""
     found = yaml.safe_load((ROOT / ".readthedocs.yaml").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert (ROOT / found["sphinx"]["configuration"]).exists()
@@ -136,20 +138,20 @@ def test_read_the_docs_builds_what_there_is() -> None:
 
 @pytest.mark.parametrize("name", ["README.rst", "CONTRIBUTING.rst", "CHANGELOG.rst"])
 def test_pages_beside_the_site_are_plain_restructuredtext(name: str) -> None:
-    """GitHub and PyPI show them, and know no role or directive of Sphinx."""
+    """GitHub and PyPI show them without the roles and directives of Sphinx."""
     levels = {"report_level": 2, "halt_level": 2}
     publish_doctree((ROOT / name).read_text(), settings_overrides=levels)
 
 
-def test_commands_of_every_page_are_run_or_it_is_said_why_not() -> None:
+def test_commands_of_every_page_are_run_or_exempted() -> None:
     """A page with commands is in one of the two tables."""
     pages = {block.page for block in all_blocks("console")}
     assert pages == {*RUN, *NOT_RUN}
 
 
 @pytest.mark.parametrize("block", all_blocks("console"), ids=place)
-def test_commands_of_ours_are_understood(block: Block) -> None:
-    """Every ``pulsar-api COMMAND``, wherever the program is."""
+def test_our_commands_on_the_pages_parse(block: Block) -> None:
+    """Each ``pulsar-api COMMAND`` is checked, whatever the path of the program."""
     for command in block.commands():
         words = shlex.split(command.partition(" > ")[0])
         for before, word in pairwise(words):
@@ -157,8 +159,8 @@ def test_commands_of_ours_are_understood(block: Block) -> None:
                 parser().parse_args(words[words.index(before) + 1 :])
 
 
-def test_api_page_has_the_names_that_no_app_can_have() -> None:
-    """They are derived from the routes."""
+def test_api_page_has_all_reserved_names() -> None:
+    """The routes reserve them."""
     page = (DOCS / "api.rst").read_text()
     found = re.search(r"^An app cannot be called ``([\w ]+)``", page, re.MULTILINE)
     assert found is not None
@@ -166,7 +168,7 @@ def test_api_page_has_the_names_that_no_app_can_have() -> None:
 
 
 def test_documents_that_pages_mention_exist() -> None:
-    """Pages of the site and files of the repository."""
+    """They are pages of the site and files of the repository."""
     for page in PAGES:
         for path in re.findall(r"``((?:docs|systemd|tests)/[\w./-]+)``", page.read_text()):
             assert (ROOT / path).exists(), (page, path)

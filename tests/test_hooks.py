@@ -1,6 +1,6 @@
-"""What the server uses of Twisted beyond its public interface, a test for each hook.
+"""Tests of the private parts of Twisted that the server uses, one for each hook.
 
-When one of these fails after an update, that hook is what Twisted has changed.
+When one of them fails after an update, Twisted has changed that part.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
 
 
 class Channel(hooks.HookedChannel):
-    """Notes which hooks Twisted calls."""
+    """A channel that records the hooks that Twisted calls."""
 
     def __init__(self) -> None:
         base: Any = super()
@@ -31,23 +31,23 @@ class Channel(hooks.HookedChannel):
         self.called: list[object] = []
 
     def malformed(self) -> None:
-        """Note it."""
+        """Record the call."""
         self.called.append("malformed")
 
     def continue_expected(self) -> None:
-        """Note it."""
+        """Record the call."""
         self.called.append("continue")
 
     def body_finished(self, rest: bytes) -> None:
-        """Note it."""
+        """Record the call."""
         self.called.append(rest)
 
 
 class Unanswered(Request):
-    """A request that nobody answers; it has no file for its body."""
+    """A request that is never answered, without a file for its body."""
 
     def gotLength(self, length: int | None) -> None:
-        """Take any body for a small one."""
+        """Treat any body as a small one."""
         base: Any = super()
         base.gotLength(0)
 
@@ -109,13 +109,13 @@ def test_reading_pauses_and_resumes(channel: Any) -> None:
     assert channel.transport.producerState == "paused"
     channel.resume_reading()
     assert channel.transport.producerState == "producing"
-    channel.pauseProducing()  # the client does not read its answer
+    channel.pauseProducing()  # the client does not read its response
     channel.pause_reading()
     channel.resume_reading()
     assert channel.transport.producerState == "paused"
 
 
-def test_partial_line_and_requests_behind_are_dropped(channel: Any) -> None:
+def test_partial_line_and_following_requests_are_dropped(channel: Any) -> None:
     """``_buffer`` and ``_dataBuffer``."""
     assert not channel.has_partial_line()
     channel.dataReceived(b"GET / HT")
@@ -157,7 +157,7 @@ def test_buffer_of_a_connection_can_be_set() -> None:
 
 
 def test_pool_of_a_client_can_be_silent() -> None:
-    """``HTTPConnectionPool._factory.noisy``, which would log two lines a connection."""
+    """``HTTPConnectionPool._factory.noisy`` would log two lines for each connection."""
     assert HTTPConnectionPool._factory.noisy
 
 
@@ -187,14 +187,14 @@ OVERRIDDEN: list[tuple[Any, Any, str]] = [
 
 @pytest.mark.parametrize(("ours", "theirs", "names"), OVERRIDDEN)
 def test_twisted_still_has_what_is_overridden(ours: Any, theirs: Any, names: str) -> None:
-    """A method of ours that overrides nothing would not be called."""
+    """An override of a method that Twisted removed would never be called."""
     for name in names.split():
         assert name in vars(ours)
         assert getattr(theirs, name) is not None
 
 
 def test_every_override_is_known(channel: Any) -> None:
-    """Twisted keeps these as attributes of an instance, which the channel reads or sets."""
+    """Twisted keeps these as attributes of instances, which the channel reads or sets."""
     channel.dataReceived(HEAD + b"Content-Length: 3\r\n\r\n")
     assert (channel.length, channel.line_mode, channel.persistent) == (3, 0, 1)
     assert len(channel.requests) == 1

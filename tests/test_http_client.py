@@ -1,4 +1,4 @@
-"""Tests of the bounds of an HTTP client: a body that comes slowly, is large, or breaks."""
+"""Tests of the limits of an HTTP client for slow, large and broken bodies."""
 
 import pytest
 from twisted.internet.error import ConnectionLost
@@ -12,15 +12,15 @@ from pulsar_api.client.http import RATE, Body, Late, TooLarge
 
 
 def reading(clock: Clock, most: int | None = None) -> Body:
-    """Return what reads a body, for 10 seconds at first."""
+    """Return a body that may take 10 seconds at first."""
     body = Body(clock, 10, most)
     body.transport = StringTransport()
     return body
 
 
 @pytest.mark.parametrize("end", [ResponseDone, PotentialDataLoss])
-def test_a_body_may_take_as_long_as_it_comes(end: type[Exception]) -> None:
-    """The deadline moves with what has come; the end is the end."""
+def test_a_long_body_is_read_while_it_is_fast_enough(end: type[Exception]) -> None:
+    """Each byte moves the deadline."""
     clock = Clock()
     body = reading(clock)
     for _ in range(100):
@@ -31,8 +31,8 @@ def test_a_body_may_take_as_long_as_it_comes(end: type[Exception]) -> None:
     assert clock.getDelayedCalls() == []
 
 
-def test_a_body_that_comes_too_slowly_is_given_up() -> None:
-    """Whatever came before: on the whole it is as slow as that."""
+def test_a_slow_body_is_abandoned() -> None:
+    """The average rate counts, so a fast start does not help for long."""
     clock = Clock()
     body = reading(clock)
     body.dataReceived(b"x" * (5 * RATE))
@@ -47,8 +47,8 @@ def test_a_body_that_comes_too_slowly_is_given_up() -> None:
     assert clock.getDelayedCalls() == []
 
 
-def test_a_body_that_is_too_large_is_given_up_at_once() -> None:
-    """What comes after is not kept."""
+def test_a_body_that_is_too_large_is_abandoned_at_once() -> None:
+    """Later bytes are not kept."""
     clock = Clock()
     body = reading(clock, most=10)
     body.dataReceived(b"x" * 10)
@@ -62,8 +62,8 @@ def test_a_body_that_is_too_large_is_given_up_at_once() -> None:
     assert clock.getDelayedCalls() == []
 
 
-def test_who_wants_it_no_more_hangs_up() -> None:
-    """And a connection that breaks breaks the body."""
+def test_a_cancelled_body_closes_the_connection() -> None:
+    """A broken connection is an error of the body."""
     clock = Clock()
     body = reading(clock)
     body.whole.addErrback(lambda _: None)

@@ -1,4 +1,4 @@
-"""How addresses are told apart, and what each of them may take."""
+"""Tests of sources of connections, and of their limits."""
 
 from collections import Counter
 
@@ -13,12 +13,12 @@ from pulsar_api.web.server.limits import Rate, Slots, source
 
 
 def v4(host: str) -> IAddress:
-    """Return the address of a client."""
+    """Return the IPv4 address of a client."""
     return IPv4Address("TCP", host, 40000)
 
 
 def v6(host: str) -> IAddress:
-    """Return the address of a client."""
+    """Return the IPv6 address of a client."""
     return IPv6Address("TCP", host, 40000)
 
 
@@ -27,8 +27,8 @@ def v6(host: str) -> IAddress:
     [v4("127.0.0.1"), v6("::1"), v6("::ffff:127.0.0.1"), UNIXAddress("/run/x"), None],
     ids=str,
 )
-def test_this_machine_counts_for_nobody(address: IAddress | None) -> None:
-    """A proxy on it speaks for everybody."""
+def test_this_machine_is_not_a_source(address: IAddress | None) -> None:
+    """A proxy on it connects for many clients."""
     assert source(address) is None
 
 
@@ -45,14 +45,14 @@ def test_this_machine_counts_for_nobody(address: IAddress | None) -> None:
     ],
     ids=str,
 )
-def test_others_count_by_address_or_network(address: IAddress, expected: str) -> None:
-    """An IPv4 address in IPv6 clothes is the same; of IPv6 a /64 is one."""
+def test_a_source_is_an_address_or_a_network(address: IAddress, expected: str) -> None:
+    """An IPv4 address can be written as IPv6. An IPv6 network of /64 is one source."""
     assert source(address) == expected
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans())))
-def test_slots_are_as_many_as_are_held(steps: list[tuple[str, bool]]) -> None:
-    """Nobody holds more than the bound, and nothing is kept of who holds nothing."""
+def test_slots_count_what_is_held(steps: list[tuple[str, bool]]) -> None:
+    """No source holds more than the limit, and one without slots takes no memory."""
     slots = Slots(2)
     held: Counter[str] = Counter()
     for name, take in steps:
@@ -65,8 +65,8 @@ def test_slots_are_as_many_as_are_held(steps: list[tuple[str, bool]]) -> None:
     assert slots.taken == dict(+held)
 
 
-def test_this_machine_takes_as_many_slots_as_it_likes() -> None:
-    """It is not counted."""
+def test_this_machine_takes_any_number_of_slots() -> None:
+    """Its slots are not counted."""
     slots = Slots(1)
     assert all(slots.take(None) for _ in range(5))
     slots.give_back(None)
@@ -78,10 +78,10 @@ def test_this_machine_takes_as_many_slots_as_it_likes() -> None:
     st.integers(1, 4),
     st.integers(1, 5),
 )
-def test_no_more_in_any_time_than_burst_and_rate(
+def test_no_interval_has_more_than_burst_and_rate_allow(
     quarters: list[int], per_second: int, burst: int
 ) -> None:
-    """Between any two moments: the burst, and the rate times the seconds between."""
+    """The limit is the burst, plus the rate times the length of the interval."""
     clock = Clock()
     rate = Rate(clock, per_second, burst)
     done: list[float] = []
@@ -95,8 +95,8 @@ def test_no_more_in_any_time_than_burst_and_rate(
 
 
 @given(st.integers(1, 100), st.integers(1, 20))
-def test_who_waits_as_long_as_was_said_is_served(per_second: int, burst: int) -> None:
-    """Not before, and once."""
+def test_a_source_that_waits_as_long_as_told_is_served(per_second: int, burst: int) -> None:
+    """It is not served earlier, and served once."""
     clock = Clock()
     rate = Rate(clock, per_second, burst)
     assert [rate.wait("a") for _ in range(burst)] == [0.0] * burst
@@ -109,8 +109,8 @@ def test_who_waits_as_long_as_was_said_is_served(per_second: int, burst: int) ->
     assert rate.wait("b") == 0
 
 
-def test_only_so_many_sources_are_remembered() -> None:
-    """The one seen longest ago is forgotten first."""
+def test_the_number_of_remembered_sources_is_limited() -> None:
+    """The one seen longest ago is dropped first."""
     rate = Rate(Clock(), 1, 1, sources=3)
     for name in "abc":
         assert rate.wait(name) == 0

@@ -1,4 +1,4 @@
-"""Listeners: which endpoints are made, who may reach them, and what if they do not open."""
+"""Tests of listeners: endpoints, allowed addresses, and errors on opening."""
 
 import socket
 from collections.abc import Iterator
@@ -33,14 +33,14 @@ BECAUSE = "others could come in"
 
 @pytest.fixture(scope="module")
 def options() -> CertificateOptions:
-    """Return what a server needs for TLS."""
+    """Return the TLS options of a server."""
     one = self_signed(ec.generate_private_key(ec.SECP256R1()))
     return certificates.Identity(one.key, one.certificate).options()
 
 
 @pytest.fixture
 def busy() -> Iterator[int]:
-    """Return a port of 127.0.0.1 on which somebody else listens."""
+    """Yield a port of 127.0.0.1 with a listener."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
@@ -49,7 +49,7 @@ def busy() -> Iterator[int]:
 
 @pytest.fixture
 def free() -> Iterator[int]:
-    """Return a port of 127.0.0.1 on which nobody listens, and that nobody else is given."""
+    """Yield a port of 127.0.0.1 without a listener, which no other program gets."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", 0))
@@ -57,7 +57,7 @@ def free() -> Iterator[int]:
 
 
 def open_in_memory(settings: Settings, options: CertificateOptions | None) -> MemoryReactor:
-    """Return a reactor that notes what is opened."""
+    """Return a reactor that records the opened endpoints."""
     memory = MemoryReactor()
     for _, endpoint in listener.endpoints(settings, memory, options):
         endpoint.listen(Factory.forProtocol(Protocol))
@@ -65,7 +65,7 @@ def open_in_memory(settings: Settings, options: CertificateOptions | None) -> Me
 
 
 def refusal(settings: Settings, only_loopback: str | None = None) -> str:
-    """Return what is said of settings when they are tried out; it is one line."""
+    """Return the error message for settings that are tried, which is one line."""
     with pytest.raises(CannotListen) as caught:
         listener.try_out(settings, only_loopback)
     text = str(caught.value)
@@ -81,14 +81,14 @@ def first(settings: Settings, only_loopback: str | None = None) -> Listener:
 
 
 def answers(port: int) -> bool:
-    """Return whether somebody listens on a port of 127.0.0.1."""
+    """Return whether a listener accepts connections on a port of 127.0.0.1."""
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 class TestEndpoints:
-    def test_the_usual_one_is_a_port_of_loopback(self) -> None:
-        """With room for many who connect at the same moment."""
+    def test_the_default_endpoint_is_a_port_of_loopback(self) -> None:
+        """Its backlog allows for many simultaneous connections."""
         memory = open_in_memory(evolve(USUAL, port=8081), None)
         ((port, _, backlog, interface),) = memory.tcpServers
         assert (port, backlog, interface) == (8081, listener.BACKLOG, "127.0.0.1")
@@ -97,15 +97,15 @@ class TestEndpoints:
         ("interface", "kind"),
         [("10.0.0.1", TCP4ServerEndpoint), ("::1", TCP6ServerEndpoint)],
     )
-    def test_an_interface_may_be_of_either_family(self, interface: str, kind: type) -> None:
-        """What an address looks like decides."""
+    def test_an_interface_can_be_ipv4_or_ipv6(self, interface: str, kind: type) -> None:
+        """The form of the address decides."""
         settings = evolve(USUAL, port=8081, interface=interface)
         ((name, endpoint),) = listener.endpoints(settings, MemoryReactor(), None)
         assert isinstance(endpoint, kind)
         assert name == f"{interface} port 8081"
 
     def test_listen_replaces_the_port(self) -> None:
-        """Each with the name under which it was given."""
+        """Each endpoint has its text as its name."""
         texts = ("tcp:7001:interface=127.0.0.1", "unix:/s/socket")
         settings = evolve(USUAL, port=8081, listen=texts)
         found = listener.endpoints(settings, MemoryReactor(), None)
@@ -114,22 +114,20 @@ class TestEndpoints:
         assert [server[0] for server in memory.tcpServers] == [7001]
         assert [server[0] for server in memory.unixServers] == ["/s/socket"]
 
-    def test_a_tcp_endpoint_gets_the_same_room_unless_it_says_another(self) -> None:
-        """Twisted's 50 are too few."""
+    def test_a_tcp_endpoint_without_a_backlog_gets_the_default(self) -> None:
+        """Twisted's default of 50 is too small."""
         settings = evolve(USUAL, listen=("tcp:1", "tcp:2:backlog=3"))
         memory = open_in_memory(settings, None)
         assert [server[2] for server in memory.tcpServers] == [listener.BACKLOG, 3]
 
-    def test_tls_is_put_round_everything_that_is_tcp(
-        self, options: CertificateOptions
-    ) -> None:
-        """A port and an endpoint alike."""
+    def test_tls_wraps_all_tcp_endpoints(self, options: CertificateOptions) -> None:
+        """These come from the port and from --listen."""
         for settings in (USUAL, evolve(USUAL, listen=("tcp:1",))):
             (server,) = open_in_memory(settings, options).tcpServers
             assert isinstance(server[1], TLSMemoryBIOFactory)
 
-    def test_tls_is_not_put_round_a_unix_socket(self, options: CertificateOptions) -> None:
-        """Behind it is a proxy on the same machine."""
+    def test_tls_does_not_wrap_a_unix_socket(self, options: CertificateOptions) -> None:
+        """It serves a proxy on the same machine."""
         settings = evolve(USUAL, listen=("unix:/s/socket",))
         (server,) = open_in_memory(settings, options).unixServers
         assert not isinstance(server[1], TLSMemoryBIOFactory)
@@ -176,8 +174,8 @@ class TestEndpoints:
         ],
         ids=lambda text: ascii(text)[:40],
     )
-    def test_what_is_no_endpoint_is_named(self, text: str) -> None:
-        """Whatever Twisted thinks of it."""
+    def test_an_invalid_endpoint_is_named(self, text: str) -> None:
+        """Twisted raises many kinds of errors for them."""
         said = refusal(evolve(USUAL, listen=(text,)))
         assert said.startswith(
             (f"--listen: {text!r} is not an endpoint: ", f"cannot listen on {text}: ")
@@ -195,8 +193,8 @@ class TestEndpoints:
             max_size=4,
         ),
     )
-    def test_any_endpoint_is_tried_or_named(self, kind: str, parts: list[str]) -> None:
-        """There is no other error than the one that the daemon shows in a line."""
+    def test_any_endpoint_opens_or_is_named(self, kind: str, parts: list[str]) -> None:
+        """No other error is raised than the one that the daemon prints as one line."""
         text = ":".join([kind, *parts])
         with suppress(CannotListen):
             listener.try_out(evolve(USUAL, listen=(text,)), BECAUSE)
@@ -205,38 +203,38 @@ class TestEndpoints:
 class TestReach:
     @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
     def test_loopback_is_always_allowed(self, address: str) -> None:
-        """Nobody else is there."""
+        """Other machines cannot reach it."""
         listener.check_address(address, BECAUSE)
 
     @pytest.mark.parametrize("address", ["0.0.0.0", "::", "10.0.0.1"])
-    def test_others_are_kept_out_if_there_is_a_reason(self, address: str) -> None:
-        """And the reason is given."""
+    def test_other_addresses_are_refused_with_the_reason(self, address: str) -> None:
+        """The message quotes it."""
         with pytest.raises(CannotListen) as caught:
             listener.check_address(address, BECAUSE)
         assert str(caught.value) == f"will not listen on {address}: {BECAUSE}"
 
-    def test_no_address_means_all_of_them(self) -> None:
-        """As it does for the system."""
+    def test_an_empty_address_means_all_addresses(self) -> None:
+        """The operating system reads it in the same way."""
         with pytest.raises(CannotListen, match="will not listen on all addresses: "):
             listener.check_address("", BECAUSE)
 
-    def test_without_a_reason_every_address_is_allowed(self) -> None:
-        """The reason is the rule."""
+    def test_all_addresses_are_allowed_without_a_reason(self) -> None:
+        """The reason decides."""
         listener.check_address("0.0.0.0", None)
 
-    def test_without_authentication_only_loopback_is_reached(self) -> None:
-        """And what to do is said."""
+    def test_without_authentication_only_loopback_is_allowed(self) -> None:
+        """The message names the option to change that."""
         text = listener.why_only_loopback(USUAL, development_key=False)
         assert text is not None
         assert "--allow-anonymous" in text
 
     def test_anonymous_callers_can_be_allowed(self) -> None:
-        """Whoever says so has thought of it."""
+        """The operator says so explicitly."""
         settings = evolve(USUAL, allow_anonymous=True)
         assert listener.why_only_loopback(settings, development_key=False) is None
 
-    def test_the_development_key_is_for_loopback_whoever_is_allowed(self) -> None:
-        """It lets everybody read along, and that nobody can allow."""
+    def test_the_development_key_is_for_loopback_only(self) -> None:
+        """With it anybody can decrypt the traffic, so no option allows it elsewhere."""
         settings = evolve(USUAL, allow_anonymous=True)
         text = listener.why_only_loopback(settings, development_key=True)
         assert text is not None
@@ -254,67 +252,67 @@ class TestReach:
     def test_an_endpoint_on_all_addresses_is_refused_before_the_start(
         self, text: str
     ) -> None:
-        """However it is wrapped."""
+        """It can be wrapped in another one."""
         said = refusal(evolve(USUAL, listen=(text,)), BECAUSE)
         assert said.startswith("will not listen on ")
         assert said.endswith(BECAUSE)
 
     def test_a_port_on_all_addresses_is_refused_before_the_start(self) -> None:
-        """The option's own way."""
+        """It comes from --interface."""
         said = refusal(evolve(USUAL, interface="0.0.0.0"), BECAUSE)
         assert said == f"will not listen on 0.0.0.0: {BECAUSE}"
 
 
 class TestTrying:
-    def test_what_can_be_opened_is_closed_again(self, free: int) -> None:
-        """The trial leaves nothing behind, so that it can be repeated."""
+    def test_a_tried_endpoint_is_closed_again(self, free: int) -> None:
+        """The trial can be repeated."""
         settings = evolve(USUAL, port=free)
         for _ in range(2):
             listener.try_out(settings, None)
             assert not answers(free)
 
-    def test_a_busy_port_is_told(self, busy: int) -> None:
-        """With what the system says."""
+    def test_a_busy_port_is_reported(self, busy: int) -> None:
+        """The message quotes the error of the system."""
         said = refusal(evolve(USUAL, port=busy))
         expected = f"cannot listen on 127.0.0.1 port {busy}: Address already in use"
         assert said == expected
 
-    def test_a_busy_endpoint_is_told(self, busy: int) -> None:
-        """Under the name that it was given."""
+    def test_a_busy_endpoint_is_reported(self, busy: int) -> None:
+        """The message has the text of the endpoint."""
         text = f"tcp:{busy}:interface=127.0.0.1"
         said = refusal(evolve(USUAL, listen=(text,)))
         assert said == f"cannot listen on {text}: Address already in use"
 
-    def test_an_address_of_another_machine_is_told(self) -> None:
-        """192.0.2.0/24 is nobody's, by RFC 5737."""
+    def test_an_address_of_another_machine_is_reported(self) -> None:
+        """192.0.2.0/24 belongs to no machine (RFC 5737)."""
         said = refusal(evolve(USUAL, interface="192.0.2.1"))
         assert said.startswith("cannot listen on 192.0.2.1 port 0: ")
 
-    def test_a_port_that_there_is_not_is_told(self) -> None:
-        """An endpoint's number is looked at by nobody before."""
+    def test_an_impossible_port_is_reported(self) -> None:
+        """The number in an endpoint is not checked earlier."""
         said = refusal(evolve(USUAL, listen=("tcp:99999:interface=127.0.0.1",)))
         assert said.startswith("cannot listen on tcp:99999:interface=127.0.0.1: ")
 
-    def test_an_endpoint_that_is_named_twice_is_told(self, free: int) -> None:
-        """The second could never be opened."""
+    def test_a_repeated_endpoint_is_reported(self, free: int) -> None:
+        """The second one can never be opened."""
         text = f"tcp:{free}:interface=127.0.0.1"
         assert text in refusal(evolve(USUAL, listen=(text, text)))
 
     def test_a_unix_socket_is_not_tried(self, tmp_path: Path) -> None:
-        """It would take the place of one that is in use."""
+        """The trial would replace a socket in use."""
         path = tmp_path / "socket"
         listener.try_out(evolve(USUAL, listen=(f"unix:{path}",)), BECAUSE)
         assert not path.exists()
 
-    def test_a_unix_socket_in_no_folder_is_told(self) -> None:
-        """Before anything is started."""
+    def test_a_unix_socket_in_a_missing_folder_is_reported(self) -> None:
+        """The error comes before the start."""
         text = "unix:/nonexistent/socket"
         assert text in refusal(evolve(USUAL, listen=(text,)))
 
 
 class TestListener:
-    async def test_a_listener_answers_until_it_is_stopped(self) -> None:
-        """From the privileged start on, so that low ports are possible."""
+    async def test_a_listener_accepts_connections_until_it_is_stopped(self) -> None:
+        """It opens at the privileged start, so that low ports are possible."""
         one = first(USUAL, BECAUSE)
         one.privilegedStartService()
         port = number(one)
@@ -322,23 +320,22 @@ class TestListener:
         await stopped(one)
         assert not answers(port)
 
-    async def test_a_listener_says_where_it_is(self) -> None:
-        """With the port that the kernel chose."""
+    async def test_a_listener_knows_its_url(self) -> None:
+        """The kernel chose the port."""
         one = first(USUAL)
         one.privilegedStartService()
         assert one.url("http") == f"http://127.0.0.1:{number(one)}"
         await stopped(one)
 
-    def test_an_address_of_the_new_family_stands_in_brackets(self) -> None:
-        """As a URL wants it."""
+    def test_an_ipv6_address_has_brackets_in_a_url(self) -> None:
         settings = evolve(USUAL, interface="::1", port=8081)
         ((name, endpoint),) = listener.endpoints(settings, MemoryReactor(), None)
         one = Listener(name, endpoint, Factory.forProtocol(Protocol), BECAUSE)
         one.privilegedStartService()
         assert one.url("https") == "https://[::1]:8081"
 
-    async def test_a_unix_socket_is_said_by_its_name(self, tmp_path: Path) -> None:
-        """There is no URL for it."""
+    async def test_the_url_of_a_unix_socket_is_its_endpoint(self, tmp_path: Path) -> None:
+        """No URL scheme exists for it."""
         text = f"unix:{tmp_path / 's'}"
         one = first(evolve(USUAL, listen=(text,)), BECAUSE)
         one.privilegedStartService()
@@ -346,13 +343,13 @@ class TestListener:
         await stopped(one)
 
     def test_a_listener_on_a_busy_port_does_not_start(self, busy: int) -> None:
-        """It ends the program; an open daemon that is deaf helps nobody."""
+        """The error ends the program, because a daemon without a port is useless."""
         one = first(evolve(USUAL, port=busy))
         with pytest.raises(CannotListen, match="Address already in use"):
             one.privilegedStartService()
 
-    async def test_a_listener_that_others_reach_does_not_start(self) -> None:
-        """An endpoint that nobody could try before is looked at when it is open."""
+    async def test_a_listener_with_a_forbidden_address_does_not_start(self) -> None:
+        """The address of some endpoints is only known when they are open."""
         text = "haproxy:tcp:0:interface=0.0.0.0"
         one = first(evolve(USUAL, listen=(text,)), BECAUSE)
         with pytest.raises(CannotListen, match="will not listen on"):

@@ -1,4 +1,4 @@
-"""When memory is given back, by a clock that stands still between two steps."""
+"""Tests of returning memory to the system. The clock moves only by steps."""
 
 import ctypes
 import gc
@@ -8,8 +8,11 @@ from twisted.internet.task import Clock
 from pulsar_api.memory import EVERY, GROWN, Memory, resident, trim
 
 
-def test_memory_is_given_back_while_there_is_more_than_at_the_start() -> None:
-    """As long as there is, and not otherwise; nothing is left of it at the end."""
+def test_memory_is_returned_while_it_exceeds_that_at_the_start() -> None:
+    """It is returned at each check, until the size is normal.
+
+    A stop leaves no delayed call.
+    """
     clock = Clock()
     size = 100 << 20
     trims: list[float] = []
@@ -34,7 +37,7 @@ def test_memory_is_given_back_while_there_is_more_than_at_the_start() -> None:
     assert clock.getDelayedCalls() == []
 
 
-def test_what_lies_between_pieces_in_use_is_given_back() -> None:
+def test_memory_between_blocks_in_use_is_returned() -> None:
     """The C library would keep it."""
     libc = ctypes.CDLL(None)
     malloc, free = libc.malloc, libc.free

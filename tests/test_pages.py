@@ -1,4 +1,4 @@
-"""Which files of a folder a page may load, and as what."""
+"""Tests of the assets that a page may load."""
 
 import gzip
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from pulsar_api.web.pages import Asset
 
 
-def test_scripts_styles_and_pictures_are_read_and_nothing_else(tmp_path: Path) -> None:
-    """Each with its type; what is in a folder below is not for the page."""
+def test_only_scripts_styles_and_pictures_are_assets(tmp_path: Path) -> None:
+    """Each has its media type. Files in subfolders are left out."""
     names = ("app.js", "a.css", "b.svg", "index.html", "x.py", "js", "c.js.map")
     for name in names:
         (tmp_path / name).write_bytes(name.encode())
@@ -21,16 +21,16 @@ def test_scripts_styles_and_pictures_are_read_and_nothing_else(tmp_path: Path) -
     }
 
 
-def test_an_etag_is_of_the_content(tmp_path: Path) -> None:
-    """Another content has another one, the same has the same."""
+def test_an_etag_depends_on_the_content(tmp_path: Path) -> None:
+    """Equal contents have equal tags."""
     for name, text in (("a.js", "one"), ("b.js", "one"), ("c.js", "two")):
         (tmp_path / name).write_text(text)
     found = {name: asset.etag for name, asset in Asset.all_in(tmp_path).items()}
     assert found["a.js"] == found["b.js"] != found["c.js"]
 
 
-def test_what_is_packed_is_the_same_by_another_name(tmp_path: Path) -> None:
-    """A cache must not take one for the other."""
+def test_a_compressed_asset_has_another_etag(tmp_path: Path) -> None:
+    """A cache must not confuse it with the original."""
     (tmp_path / "a.js").write_bytes(b"one " * 100)
     asset = Asset.all_in(tmp_path)["a.js"]
     packed = asset.packed()

@@ -1,4 +1,4 @@
-"""Renewal: which certificate new connections get, while files change under the daemon."""
+"""Tests of the certificate that new connections get while its files change."""
 
 import datetime as dt
 import os
@@ -27,13 +27,13 @@ from tests.certificates import Authority, Issued, certificates_pem, key_pem, sel
 
 AUTHORITY = Authority()
 MOMENT = LOOK + SETTLE
-"""Seconds after which a change has been seen and taken."""
+"""Seconds after which a change has been noticed and used."""
 KEPT = "the old one stays: "
 
 
 @define(eq=False)
 class World:
-    """A folder, a clock, what was logged, and what is tried on them."""
+    """A folder with certificate files, a clock, and the logged messages."""
 
     folder: Path
     said: list[str]
@@ -46,7 +46,7 @@ class World:
         (self.folder / "cert").write_bytes(issued.cert_pem())
 
     def begin(self, **more: Any) -> Renewal:
-        """Start on what the folder holds."""
+        """Start with the files of the folder."""
         names = more or {"key": "key", "cert": "cert"}
         given = {f"ssl-{k}": str(self.folder / v) for k, v in names.items()}
         renewal = Renewal(load(given, {}), self.clock, lambda: self.date)
@@ -60,7 +60,7 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    """Return a folder with a good certificate, and hear everything from warnings on."""
+    """Yield a folder with a good certificate. Its log has all messages from info on."""
     said: list[str] = []
 
     def hear(event: LogEvent) -> None:
@@ -79,7 +79,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def long() -> Issued:
-    """Return a certificate that nothing is to be said about."""
+    """Return a certificate that expires so late that no warning is due."""
     return AUTHORITY.issue(left=dt.timedelta(days=90))
 
 
@@ -89,17 +89,17 @@ def in_place(world: World, new: Issued) -> None:
 
 
 def by_rename(world: World, new: Issued) -> None:
-    """Put new files in their place."""
+    """Replace both files by new ones."""
     for name, data in (("key", key_pem(new.key)), ("cert", new.cert_pem())):
         (world.folder / "new").write_bytes(data)
         (world.folder / "new").replace(world.folder / name)
 
 
 @pytest.mark.parametrize("change", [in_place, by_rename])
-def test_a_new_certificate_is_taken(
+def test_a_new_certificate_is_used(
     world: World, change: Callable[[World, Issued], None]
 ) -> None:
-    """Within the time of one look, however the files were replaced."""
+    """It is used after the next check, whichever way the files were replaced."""
     renewal = world.begin()
     new = long()
     change(world, new)
@@ -110,8 +110,8 @@ def test_a_new_certificate_is_taken(
     assert line.startswith(f"info: TLS: new connections get the certificate {serial}, good")
 
 
-def test_a_link_that_leads_elsewhere_is_a_change(world: World) -> None:
-    """As certbot does it: the files that it led to stay as they were."""
+def test_a_changed_link_is_a_change(world: World) -> None:
+    """Certbot replaces links, and leaves the old files as they were."""
     new = long()
     for name, one in (("1", long()), ("2", new)):
         (world.folder / name).mkdir()
@@ -127,8 +127,8 @@ def test_a_link_that_leads_elsewhere_is_a_change(world: World) -> None:
     assert renewal.identity.certificate == new.certificate
 
 
-def test_a_pfx_and_its_passphrase_are_taken(world: World) -> None:
-    """One after the other: the moment between is nobody's business."""
+def test_a_new_pfx_and_its_passphrase_are_used(world: World) -> None:
+    """They are replaced one after the other, and the time in between logs no error."""
     (world.folder / "pfx").write_bytes(long().pfx(b"old"))
     (world.folder / "phrase").write_bytes(b"old\n")
     renewal = world.begin(pfx="pfx", passphrase="phrase")
@@ -141,8 +141,8 @@ def test_a_pfx_and_its_passphrase_are_taken(world: World) -> None:
     assert [line.split(":")[0] for line in world.said] == ["info"]
 
 
-def test_new_client_authorities_are_taken(world: World) -> None:
-    """Who may connect changes without a restart, too."""
+def test_new_client_authorities_are_used(world: World) -> None:
+    """They need no restart."""
     (world.folder / "ca").write_bytes(certificates_pem(AUTHORITY.root))
     renewal = world.begin(key="key", cert="cert", **{"client-ca": "ca"})
     other = Authority("other")
@@ -151,10 +151,10 @@ def test_new_client_authorities_are_taken(world: World) -> None:
     assert renewal.identity.client_authorities == (other.root,)
 
 
-def test_the_state_between_key_and_certificate_is_neither_used_nor_told(
+def test_a_key_without_its_certificate_is_neither_used_nor_reported(
     world: World,
 ) -> None:
-    """They do not fit each other for as long as one look."""
+    """They do not match for the duration of one check."""
     renewal = world.begin()
     old, new = renewal.identity, long()
     (world.folder / "key").write_bytes(key_pem(new.key))
@@ -167,8 +167,8 @@ def test_the_state_between_key_and_certificate_is_neither_used_nor_told(
     assert [line.split(":")[0] for line in world.said] == ["info"]
 
 
-def test_what_stays_wrong_is_told_once(world: World) -> None:
-    """Not every two seconds; and the old certificate serves on."""
+def test_a_lasting_mistake_is_reported_once(world: World) -> None:
+    """The old certificate stays in use."""
     renewal = world.begin()
     old = renewal.identity
     (world.folder / "key").write_bytes(key_pem(long().key))
@@ -180,8 +180,8 @@ def test_what_stays_wrong_is_told_once(world: World) -> None:
     assert renewal.identity is old
 
 
-def test_each_wrong_change_is_told(world: World) -> None:
-    """Once per change: who tries again wants to know again."""
+def test_each_wrong_change_is_reported(world: World) -> None:
+    """An operator who tries again gets a message for each try."""
     world.begin()
     for _ in range(3):
         (world.folder / "key").write_bytes(key_pem(long().key))
@@ -189,8 +189,8 @@ def test_each_wrong_change_is_told(world: World) -> None:
     assert [KEPT in line for line in world.said] == [True] * 3
 
 
-def test_after_a_wrong_one_a_good_one_is_taken(world: World) -> None:
-    """Nothing has to be done but to put it there."""
+def test_a_good_certificate_after_a_wrong_one_is_used(world: World) -> None:
+    """No other action is needed."""
     renewal = world.begin()
     (world.folder / "cert").write_bytes(b"-----BEGIN CERTIFICATE-----\n")
     world.pass_by(60)
@@ -201,8 +201,8 @@ def test_after_a_wrong_one_a_good_one_is_taken(world: World) -> None:
     assert renewal.identity.certificate == new.certificate
 
 
-def test_files_that_vanish_change_nothing(world: World) -> None:
-    """It is told, and what is in memory serves on."""
+def test_missing_files_change_nothing(world: World) -> None:
+    """The error is logged, and the certificate in memory stays in use."""
     renewal = world.begin()
     old = renewal.identity
     (world.folder / "key").unlink()
@@ -214,7 +214,7 @@ def test_files_that_vanish_change_nothing(world: World) -> None:
 
 
 def test_a_file_that_is_being_written_is_not_read(world: World) -> None:
-    """Not before it has been left alone for a moment."""
+    """It is read once it has not changed for a moment."""
     renewal = world.begin()
     new = long()
     (world.folder / "key").write_bytes(key_pem(new.key))
@@ -228,8 +228,8 @@ def test_a_file_that_is_being_written_is_not_read(world: World) -> None:
     assert renewal.identity.chain == new.between
 
 
-def test_a_renewal_reads_at_once(world: World) -> None:
-    """Who sends SIGHUP does not wait for a look, and is told at once what is wrong."""
+def test_a_requested_renewal_reads_at_once(world: World) -> None:
+    """SIGHUP causes it. Errors are logged at once."""
     renewal = world.begin()
     new = long()
     world.write(new)
@@ -243,15 +243,15 @@ def test_a_renewal_reads_at_once(world: World) -> None:
 
 
 def test_a_renewal_without_a_change_is_harmless(world: World) -> None:
-    """The same certificate serves on."""
+    """The same certificate stays in use."""
     renewal = world.begin()
     old = renewal.identity.certificate
     renewal.renew()
     assert renewal.identity.certificate == old
 
 
-def test_the_development_certificate_is_never_a_renewal(world: World) -> None:
-    """It could be on an address where the start refuses it."""
+def test_the_development_certificate_is_never_used_as_a_renewal(world: World) -> None:
+    """The daemon may listen on an address where it would be refused at the start."""
     renewal = world.begin()
     old = renewal.identity
     key = load_pem_private_key(certificates.development_files()[0].read_bytes(), None)
@@ -262,8 +262,8 @@ def test_the_development_certificate_is_never_a_renewal(world: World) -> None:
     assert renewal.identity is old
 
 
-def test_from_the_development_certificate_to_a_good_one(world: World) -> None:
-    """That is an improvement."""
+def test_the_development_certificate_can_be_replaced(world: World) -> None:
+    """The new one is better."""
     key = load_pem_private_key(certificates.development_files()[0].read_bytes(), None)
     world.write(self_signed(key))
     renewal = world.begin()
@@ -272,17 +272,17 @@ def test_from_the_development_certificate_to_a_good_one(world: World) -> None:
     assert not certificates.is_development(renewal.identity)
 
 
-def test_nothing_good_to_begin_with_is_an_error(world: World) -> None:
-    """There is no old one that could stay."""
+def test_a_wrong_certificate_at_the_start_is_an_error(world: World) -> None:
+    """There is no old one that could stay in use."""
     (world.folder / "cert").write_bytes(b"")
     with pytest.raises(SettingsError):
         world.begin()
 
 
-def test_a_relative_path_means_the_same_in_another_folder(
+def test_a_relative_path_keeps_its_meaning(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The daemon may go to another one after its start."""
+    """The daemon can change its directory after the start."""
     monkeypatch.chdir(world.folder)
     given = {"ssl-key": "./key", "ssl-cert": "./cert"}
     renewal = Renewal(load(given, {}), world.clock, lambda: world.date)
@@ -294,8 +294,8 @@ def test_a_relative_path_means_the_same_in_another_folder(
     assert renewal.identity.certificate == new.certificate
 
 
-def test_an_end_that_is_near_is_told_at_the_start(world: World) -> None:
-    """Two weeks are enough to do something."""
+def test_a_certificate_that_expires_soon_is_reported_at_the_start(world: World) -> None:
+    """The message comes two weeks before."""
     world.write(AUTHORITY.issue(left=dt.timedelta(days=13)))
     world.begin()
     world.pass_by(60)
@@ -303,8 +303,8 @@ def test_an_end_that_is_near_is_told_at_the_start(world: World) -> None:
     assert line.startswith("warn: TLS: the certificate will expire: it is good until 2")
 
 
-def test_an_expired_certificate_serves_and_is_told(world: World) -> None:
-    """Some clients do not look; those that do say so themselves."""
+def test_an_expired_certificate_is_used_and_reported(world: World) -> None:
+    """Some clients ignore the date, and others report it themselves."""
     one = AUTHORITY.issue(left=dt.timedelta(hours=-1))
     world.write(one)
     renewal = world.begin()
@@ -313,8 +313,8 @@ def test_an_expired_certificate_serves_and_is_told(world: World) -> None:
     assert renewal.identity.certificate == one.certificate
 
 
-def test_an_end_that_comes_near_is_told_once(world: World) -> None:
-    """A daemon runs longer than a certificate; a renewed one begins anew."""
+def test_the_approaching_expiry_is_reported_once(world: World) -> None:
+    """A renewed certificate gets a message of its own."""
     world.begin()
     world.pass_by(60)
     assert world.said == []
@@ -329,8 +329,8 @@ def test_an_end_that_comes_near_is_told_once(world: World) -> None:
     assert [line.split(":")[0] for line in world.said[2:]] == ["info", "warn"]
 
 
-def test_a_stopped_one_looks_no_more(world: World) -> None:
-    """Nothing is left behind."""
+def test_a_stopped_renewal_checks_no_more(world: World) -> None:
+    """No delayed call stays."""
     renewal = world.begin()
     renewal.stopService()
     assert world.clock.getDelayedCalls() == []

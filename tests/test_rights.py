@@ -114,7 +114,7 @@ def test_an_empty_list_of_rules_gives_no_rights() -> None:
     assert Policy([]).grants(Identity(ALICE)) == ()
 
 
-def test_patterns_with_many_stars_match_in_linear_time() -> None:
+def test_a_pattern_with_many_stars_matches_quickly() -> None:
     """Any client can send the text that is matched."""
     target = Target.parse("*-a" * 15 + "/x")
     assert not target.matches("-a" * 5000 + "b", "x", "y")

@@ -1,4 +1,4 @@
-"""Which API answers which path, and which names no app can have."""
+"""Tests of the API that serves each path, and of the names that no app can have."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -38,7 +38,7 @@ APIS: dict[str, Any] = {
 
 
 def mounts() -> Iterator[tuple[str, Mount]]:
-    """Return what each API contributes, with a resource that does nothing."""
+    """Return the routes of each API, with a resource that does nothing."""
     for name, api in APIS.items():
         more = {SOCKET} if name == "sockjs" else set()
         reserved = RESERVED if name == "jobs" else frozenset()
@@ -81,7 +81,7 @@ NAMES = {found: name for name, found in MOUNTS.items()}
     ],
 )
 def test_path_has_its_api(path: str, expected: str) -> None:
-    """The one that has a route for it."""
+    """It is the one with a route for the path."""
     assert NAMES[ROUTER.find(path.encode().split(b"/")[1:])] == expected
 
 
@@ -101,18 +101,18 @@ def test_path_has_its_api(path: str, expected: str) -> None:
     ],
 )
 def test_other_paths_have_none(path: str) -> None:
-    """A reserved name is no app, however it is written."""
+    """A reserved name is not an app, in any spelling."""
     assert ROUTER.find(path.encode().split(b"/")[1:]) not in NAMES
 
 
 def test_reserved_names_are_those_that_collide() -> None:
-    """A longer route, as those of targets, takes no name from users."""
+    """A longer route, like those of targets, reserves no name."""
     names = "api event events job jobs login logout pulsar static task tasks web websocket"
     assert sorted(ROUTER.reserved) == names.encode().split()
 
 
 def test_path_without_an_api_is_404() -> None:
-    """By a problem, as that of an API."""
+    """The response is a problem like those of an API."""
     site: Any = Site(Root([], Origins()))
     channel = site.buildProtocol(None)
     transport = StringTransport()

@@ -1,4 +1,4 @@
-"""The page's own terminal (``pulsar_api/ui/terminal.js``), tested where it is at home."""
+"""Tests of the page's terminal (``pulsar_api/ui/terminal.js``), run by Node."""
 
 import re
 import subprocess
@@ -10,8 +10,8 @@ PAGE = Path(__file__).with_name("page")
 
 
 @pytest.mark.needs("node")
-def test_what_the_page_makes_of_an_output_is_as_its_tests_say() -> None:
-    """Each of them is a sentence in that file; Node runs them."""
+def test_tests_of_the_page_pass_in_node() -> None:
+    """Their names describe what the terminal does."""
     files = sorted(PAGE.glob("*.test.mjs"))
     done = subprocess.run(
         ["node", "--test", "--test-reporter=tap", *files],
@@ -23,6 +23,6 @@ def test_what_the_page_makes_of_an_output_is_as_its_tests_say() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     counts = dict(re.findall(r"^# (\w+) (\d+)$", done.stdout, re.MULTILINE))
     assert {counts[k] for k in ("fail", "cancelled", "skipped", "todo")} == {"0"}
-    # Node has run what is written there: files that it does not find are no failures.
+    # All of them must run: Node reports success if it finds no file.
     written = sum(f.read_text().count("test(") for f in files)
     assert int(counts["pass"]) >= written > 0

@@ -6,7 +6,7 @@ from pulsar_api.concurrency.turns import TurnScheduler
 
 
 def test_a_caller_with_much_work_gets_no_more_turns_than_others() -> None:
-    """Names are served in turn; a caller without a name counts for itself."""
+    """Names are served in turn, and each caller without a name has a turn of its own."""
     clock = Clock()
     turns = TurnScheduler(clock)
     done: list[str] = []

@@ -1,4 +1,4 @@
-"""Tests of what is read from requests and written into answers."""
+"""Tests of parsing requests and writing responses."""
 
 import json
 from contextlib import suppress
@@ -21,7 +21,7 @@ FORM = "application/x-www-form-urlencoded"
 
 
 def parse(kind: str, body: bytes, **query: str) -> decoding.NewTask:
-    """Read a request for a task."""
+    """Parse a request for a task."""
     return decoding.parse_new_task(kind, body, query)
 
 
@@ -37,13 +37,13 @@ def parse(kind: str, body: bytes, **query: str) -> decoding.NewTask:
         (FORM + ";charset=UTF-8", b"variables[a]=1&action=+deploy"),
     ],
 )
-def test_json_and_forms_say_the_same(kind: str, body: bytes) -> None:
-    """Numbers become texts; blanks round the action are taken away."""
+def test_json_and_forms_are_equivalent(kind: str, body: bytes) -> None:
+    """Numbers become text, and spaces around the action are removed."""
     assert parse(kind, body) == decoding.NewTask("deploy", {"a": "1"})
 
 
-def test_the_query_can_name_the_action_and_the_body_wins() -> None:
-    """Old clients used both."""
+def test_the_action_of_the_body_beats_that_of_the_query() -> None:
+    """Old clients used both places."""
     assert parse("", b"", action="a").action == "a"
     assert parse(FORM, b"", action="a").action == "a"
     assert parse(JSON, b'{"action": "b"}', action="a").action == "b"
@@ -70,15 +70,15 @@ def test_the_query_can_name_the_action_and_the_body_wins() -> None:
         (b'{"action": "a", "variables": {"k": {}}}', "variables.k"),
     ],
 )
-def test_what_is_not_meant_is_refused_by_name(body: bytes, field: str) -> None:
-    """The error says which field."""
+def test_an_invalid_field_is_refused_by_name(body: bytes, field: str) -> None:
+    """The error has the name of the field."""
     with pytest.raises(InvalidInput) as raised:
         parse(JSON, body)
     assert raised.value.field == field
 
 
 def test_a_number_with_too_many_digits_is_refused() -> None:
-    """Python would raise something else."""
+    """Python raises an error of another class for it."""
     with pytest.raises(InvalidInput):
         parse(JSON, b'{"action": "a", "variables": {"k": 1%s}}' % (b"0" * 5000))
 
@@ -87,7 +87,7 @@ def test_a_number_with_too_many_digits_is_refused() -> None:
     "kind", ["text/plain", "multipart/form-data; boundary=x", "x" * 999]
 )
 def test_other_media_types_are_refused(kind: str) -> None:
-    """With a sentence that names those that are understood."""
+    """The message lists the supported ones."""
     with pytest.raises(decoding.UnsupportedMedia, match="application/json"):
         parse(kind, b"action=deploy")
 
@@ -96,15 +96,15 @@ def test_other_media_types_are_refused(kind: str) -> None:
     "body",
     [b"action=%ff", b"action=\xff", b"&".join([b"a=b"] * 501), b"variables=x&action=a"],
 )
-def test_a_damaged_form_is_refused(body: bytes) -> None:
-    """Wrong UTF-8, too many fields, variables in a form of their own."""
+def test_a_malformed_form_is_refused(body: bytes) -> None:
+    """Examples are invalid UTF-8, too many fields and malformed variables."""
     with pytest.raises(InvalidInput):
         parse(FORM, body)
 
 
 @given(st.dictionaries(st.text(max_size=10), st.text(max_size=10)))
-def test_a_form_carries_any_text(fields: dict[str, str]) -> None:
-    """What a client encodes arrives."""
+def test_a_form_can_hold_any_text(fields: dict[str, str]) -> None:
+    """Decoding returns the text that the client encoded."""
     fields = {k: v for k, v in fields.items() if all(ord(c) < 0xD800 for c in k + v)}
     body = urlencode(
         [("action", "a"), *((f"variables[{k}]", v) for k, v in fields.items())]
@@ -113,35 +113,35 @@ def test_a_form_carries_any_text(fields: dict[str, str]) -> None:
 
 
 @given(st.binary(max_size=200))
-def test_no_body_raises_anything_else(body: bytes) -> None:
-    """Whatever is sent is understood or refused."""
+def test_any_body_is_parsed_or_refused(body: bytes) -> None:
+    """No other exception is raised."""
     for kind in (JSON, FORM):
         with suppress(InvalidInput):
             parse(kind, body)
 
 
 @pytest.mark.parametrize("text", ["-1", "1.5", "x", "", "\u0663", "9" * 30, "1001"])
-def test_numbers_in_a_query_have_bounds(text: str) -> None:
-    """The error names the parameter and the bounds."""
+def test_numbers_in_a_query_are_limited(text: str) -> None:
+    """The error names the parameter and its limits."""
     with pytest.raises(InvalidInput, match="from 0 to 1000"):
         decoding.parse_number({"limit": text}, "limit", 1, 1000)
 
 
 @pytest.mark.parametrize("text", ["-1", "31", "x", "", "nan", "inf"])
-def test_seconds_in_a_query_have_bounds(text: str) -> None:
-    """Never longer than the daemon lets one wait."""
+def test_seconds_in_a_query_are_limited(text: str) -> None:
+    """The daemon lets no request wait longer."""
     with pytest.raises(InvalidInput, match="from 0 to 30"):
         decoding.parse_seconds({"timeout": text}, "timeout", 30.0)
 
 
-def test_seconds_may_have_a_fraction() -> None:
-    """And the default is the most."""
+def test_seconds_can_have_a_fraction() -> None:
+    """The default is the maximum."""
     assert decoding.parse_seconds({"timeout": "0.5"}, "timeout", 30.0) == 0.5
     assert decoding.parse_seconds({}, "timeout", 30.0) == 30.0
 
 
-def test_a_list_query_is_read_whole() -> None:
-    """Every filter of the API."""
+def test_a_query_for_tasks_is_parsed() -> None:
+    """It uses every filter of the API."""
     query = decoding.parse_query(b"limit=5&before=9&status=failed&app=a&env=e&user=u")
     expected = TaskQuery(5, 9, Status.FAILED, "a", "e", "u")
     assert decoding.parse_task_query(query) == expected
@@ -149,15 +149,18 @@ def test_a_list_query_is_read_whole() -> None:
 
 
 @pytest.mark.parametrize("query", [{"limit": "0"}, {"status": "ended"}, {"before": "x"}])
-def test_a_wrong_list_query_is_refused(query: dict[str, str]) -> None:
-    """By name."""
+def test_an_invalid_query_for_tasks_is_refused(query: dict[str, str]) -> None:
+    """Each of them has one wrong parameter."""
     with pytest.raises(InvalidInput):
         decoding.parse_task_query(query)
 
 
 @pytest.mark.parametrize("name", ["text", "app", "env", "user"])
 def test_nul_in_a_filter_or_a_form_is_refused(name: str) -> None:
-    """By the name of the parameter; but a log can have it, and is searched for it."""
+    """The error names the parameter.
+
+    A search in a log accepts NUL, because logs can contain it.
+    """
     for query in (f"limit=1&{name}=a%00b", f"{name}=%00"):
         with pytest.raises(InvalidInput, match=rf"^{name}: "):
             decoding.parse_task_query(decoding.parse_query(query.encode()))
@@ -166,15 +169,15 @@ def test_nul_in_a_filter_or_a_form_is_refused(name: str) -> None:
     assert decoding.parse_needle(decoding.parse_query(b"text=%00")) == "\0"
 
 
-def test_a_key_may_be_quoted() -> None:
-    """The draft writes it in quotes, many clients do not."""
+def test_an_idempotency_key_can_be_quoted() -> None:
+    """The draft of the standard writes it in quotes, and many clients do not."""
     assert decoding.parse_key(None) is None
     assert decoding.parse_key(["abc-1"]) == decoding.parse_key(['"abc-1"']) == "abc-1"
 
 
 @pytest.mark.parametrize("given", [[""], ["a b"], ["x" * 256], ["\u00e4"], ["a", "b"]])
-def test_a_key_has_bounds(given: list[str]) -> None:
-    """One, visible, of 255 characters at most."""
+def test_an_invalid_idempotency_key_is_refused(given: list[str]) -> None:
+    """A request may have one, of at most 255 visible characters."""
     with pytest.raises(InvalidInput, match="Idempotency-Key"):
         decoding.parse_key(given)
 
@@ -203,8 +206,8 @@ def written(
     return value
 
 
-def test_a_task_has_every_field_of_the_document(tmp_path: Path) -> None:
-    """And ours beside them."""
+def test_a_task_has_every_documented_field(tmp_path: Path) -> None:
+    """Fields of the published API come first, then those of this daemon."""
     value = written(tmp_path, b"hi \xc3\xa4")
     assert value == {
         "id": 47,
@@ -239,13 +242,13 @@ def test_a_task_has_every_field_of_the_document(tmp_path: Path) -> None:
 def test_any_output_is_valid_json(
     tmp_path_factory: pytest.TempPathFactory, data: bytes
 ) -> None:
-    """And the text of its bytes, decoded as a whole."""
+    """It is the text of its bytes, decoded as a whole."""
     folder = tmp_path_factory.mktemp("task")
     assert written(folder, data)["output"] == data.decode("utf-8", "replace")
 
 
 def test_a_tail_says_where_it_begins(tmp_path: Path) -> None:
-    """At a character, not in one; nothing is cut silently."""
+    """It begins at the start of a character."""
     data = "\u20ac".encode() * 2000
     (tmp_path / "output").write_bytes(data)
     snapshot = evolve(SNAPSHOT, output_size=len(data))
@@ -255,15 +258,15 @@ def test_a_tail_says_where_it_begins(tmp_path: Path) -> None:
     assert value["output"] == "\u20ac" * 1366
 
 
-def test_none_of_the_output_is_said_too(tmp_path: Path) -> None:
-    """The field is there, empty, and begins where the output ends."""
+def test_an_omitted_output_is_an_empty_field(tmp_path: Path) -> None:
+    """Its offset is the end of the output."""
     part = encoding.Part.chosen("none", SNAPSHOT, Output(tmp_path))
     value = written(tmp_path, b"abcd", part)
     assert (value["output"], value["outputOffset"]) == ("", 4)
 
 
 def test_a_problem_names_the_field() -> None:
-    """In the form of RFC 9457, with the sentence where old clients look."""
+    """It follows RFC 9457, and repeats the sentence where old clients look."""
     value = json.loads(
         encoding.problem(400, "invalid-input", "Invalid input", "app: no", "app")
     )
@@ -277,8 +280,8 @@ def test_a_problem_names_the_field() -> None:
     }
 
 
-def test_an_object_is_written_piece_by_piece() -> None:
-    """A reader gets the same value as if it had been one text."""
+def test_an_object_is_written_in_pieces() -> None:
+    """Joined, they are the JSON of the whole value."""
     inner = json_stream.pieces({}, text=json_stream.Text(iter(['a"', "\n", "é"])))
     written = json_stream.pieces({"a": 1}, none=json_stream.Text([]), inner=inner)
     value = json.loads(b"".join(written))
