@@ -343,7 +343,7 @@ def test_a_fork_bomb_without_its_shim_is_ended(
     assert with_argument(bomb) == []
 
 
-def test_one_that_runs_from_child_to_child_is_ended(
+def test_a_chain_of_short_lived_processes_is_ended(
     trees: Trees, history: ProcessHistory, tmp_path: Path
 ) -> None:
     """Each process lives as long as a fork takes, so its session identifies it."""

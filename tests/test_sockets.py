@@ -247,7 +247,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     world.close()
 
 
-# -- what a client sends
+# -- clients that send
 
 
 def masked(event: Event) -> bytes:

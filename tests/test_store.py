@@ -406,7 +406,7 @@ async def test_news_are_the_records_since_a_version(store: TaskStore) -> None:
     found = await store.news(change, known, 10)
     assert found.created == [evolve(third, revision=3)]
     assert [(task.id, task.revision) for _, task in found.changed] == [(1, 2), (3, 3)]
-    # Not before all news are known.
+    # Changes come only after all new tasks are known.
     assert (await store.news(change, 0, 2)).changed == []
     rest = await store.news(found.changed[0][0], 3, 10)
     assert rest.created == []
