@@ -546,7 +546,7 @@ def test_readers_skip_a_hole(tmp_path: Path) -> None:
 def test_the_last_line_is_read_from_the_remaining_bytes(
     tmp_path: Path, pieces: list[tuple[int, bytes]], cut: tuple[int, int], line: bytes
 ) -> None:
-    """An older shim wrote the output, without a cut of the index."""
+    """An older shim has cut the output, but not its index."""
     data, index = b"", b""
     for code, text in pieces:
         data += text

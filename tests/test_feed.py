@@ -216,7 +216,7 @@ def test_without_subscribers_the_feed_watches_nothing(world: World) -> None:
 
 
 def test_the_end_of_the_daemon_ends_every_subscription(world: World) -> None:
-    """Waiting subscribers are told."""
+    """Waiting subscribers get an error or a closing frame."""
     subscription = world.feed.subscribe(lambda _: True)
     waiting = Deferred.fromCoroutine(subscription.next())
     world.feed.end()

@@ -251,7 +251,7 @@ async def test_the_process_table_shows_the_folder_of_a_forked_shim(
 async def test_the_launcher_is_in_the_session_and_group_of_the_daemon(
     runner: Residents,
 ) -> None:
-    """A new shim is there, too. Only KILL ends the launcher."""
+    """So is a new shim. Only KILL ends the launcher."""
     await runner.begin()
     pid = runner.pid
     assert os.getsid(pid) == os.getsid(0)
@@ -407,7 +407,7 @@ async def test_a_folder_with_too_long_a_name_gets_its_own_interpreter(
 async def test_a_launcher_that_dies_before_a_fork_starts_nothing(
     runner: Residents, log: list[str]
 ) -> None:
-    """The task is started once, by another launcher."""
+    """The task is started once, by an interpreter of its own."""
     await runner.begin(changed("posix.fork = die"))
     exit = await runner.end(runner.count("exit 7"))
     assert exit.code == 7
@@ -501,7 +501,7 @@ async def test_without_a_launcher_an_exit_status_is_unknown(runner: Residents) -
 async def test_a_stopped_launcher_is_killed_and_delays_a_start_briefly(
     runner: Residents, monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
-    """Another launcher makes the pending start."""
+    """The pending start is made by an interpreter of its own."""
     await runner.begin()
     monkeypatch.setattr(launcher_process, "TICK", 0.05)
     os.kill(runner.pid, signal.SIGSTOP)

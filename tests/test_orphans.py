@@ -189,7 +189,7 @@ def test_a_session_is_identified_by_the_start_of_its_leader() -> None:
 @pytest.mark.parametrize("leader", ["alive", "dead"])
 @pytest.mark.needs("a namespace of processes")
 def test_a_reused_number_belongs_to_a_stranger(elsewhere: Elsewhere, leader: str) -> None:
-    """Either its process is alive, or only the session of that process."""
+    """Its new process is alive, or only the session that this process created."""
     found = elsewhere(
         """
         history = ProcessHistory(tmp / "tasks")
@@ -334,7 +334,7 @@ def test_a_process_that_starts_during_the_kill_is_killed(
 def test_a_fork_bomb_without_its_shim_is_ended(
     trees: Trees, history: ProcessHistory
 ) -> None:
-    """Its 255 processes have no environment and sessions of their own, and keep forking."""
+    """Its 255 processes keep forking. Each has a session of its own, and no environment."""
     bomb = f"# {uuid4().hex}{BOMB}"
     tree = trees("/bin/sh", "-c", bomb, bomb, "7")
     tree.pids(255)
@@ -375,7 +375,7 @@ def test_the_size_of_the_history_is_limited(
 def test_a_folder_that_cannot_be_written_is_no_obstacle(
     trees: Trees, history: ProcessHistory
 ) -> None:
-    """The next look writes the file."""
+    """The sessions file is written at the next look."""
     tree = trees.sh("echo $$; exec sleep 60")
     tree.pids(1)
     away = tree.folder.with_name("away")

@@ -469,7 +469,7 @@ async def test_a_command_missing_from_path_is_an_error(runner: Runner) -> None:
 
 
 async def test_an_empty_name_is_an_error(runner: Runner) -> None:
-    """A template can begin with an argument that turns out empty."""
+    """The first argument of a template can turn out to be empty."""
     why = await has_not_started(runner.start(""))
     assert why.startswith("cannot start ")
 
@@ -1986,7 +1986,7 @@ async def test_a_folder_in_use_gets_no_permit(runner: Runner, left: str) -> None
 
 
 async def test_a_permitted_task_is_known(runner: Runner, tmp_path: Path) -> None:
-    """It is known even after a line that a power cut has torn."""
+    """It is found even after a line that a power cut has torn."""
     runner.tasks = tmp_path / "state" / "tasks"
     runner.tasks.mkdir(parents=True)
     assert await runner.executor.permitted() == set()
@@ -2758,10 +2758,7 @@ def test_the_limit_of_open_files_is_raised_as_far_as_allowed(
 
 
 async def test_secrets_are_masked_before_they_are_on_disk(runner: Runner) -> None:
-    """Masking covers both streams, splits across pieces and the very end.
-
-    Records match the file.
-    """
+    """They can span pieces, or end a stream. The records describe the masked output."""
     code = (
         "import os, time\n"
         "for piece in (b'is s3c', b'ret and ', b'pass', b'word\\nlast: s3cre', b't'):\n"

@@ -264,7 +264,7 @@ def test_the_tree_of_a_stopped_shim_is_ended(trees: Trees, script: str) -> None:
 
 
 def test_a_fork_bomb_below_a_stopped_shim_is_ended(trees: Trees) -> None:
-    """Its 255 processes have no environment and sessions of their own, and keep forking."""
+    """Its 255 processes keep forking. Each has a session of its own, and no environment."""
     mark = uuid4().hex
     bomb = f"# {mark}{BOMB}"
     tree = trees("/bin/sh", "-c", bomb, bomb, "7")

@@ -465,7 +465,7 @@ class TestFile:
     def test_a_wrong_value_in_a_file_is_refused_even_if_the_command_line_wins(
         self, config: Path
     ) -> None:
-        """The mistake is reported before the option leaves the command line."""
+        """Otherwise the mistake would show only when the option is removed."""
         config.write_text("port = 'x'\n")
         text = refusal({"config": str(config), "port": "1"})
         assert text == f"{config}: port: must be a whole number"

@@ -568,7 +568,7 @@ def test_a_handshake_with_a_body_is_refused(world: World) -> None:
 
 
 def test_open_sockets_do_not_count_as_heads_of_strangers(world: World) -> None:
-    """Hundreds of them leave room for the heads of other clients, and none is cut."""
+    """Hundreds of them leave room for the request heads of others, and none is cut."""
     clients = [world.connect(f"Cookie: a={'x' * 8000}\r\n") for _ in range(600)]
     assert world.site.unidentified.total == 0
     assert not any(client.cut for client in clients)
