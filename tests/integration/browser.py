@@ -1,4 +1,4 @@
-"""A real Chromium, headless, driven by Selenium; it reaches nothing but loopback."""
+"""A headless Chromium, driven by Selenium, that can connect to loopback addresses only."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ SWITCHES = (
 
 @contextmanager
 def chromium(*switches: str) -> Iterator[Chrome]:
-    """Yield a browser with a profile of its own that trusts our certificate."""
+    """Yield a browser with a new profile that accepts the certificate of the tests."""
     options = ChromeOptions()
     options.binary_location = "/usr/bin/chromium"
     options.accept_insecure_certs = True

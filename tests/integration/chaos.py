@@ -1,8 +1,8 @@
-"""Attacks a daemon, its shims and its disk for half an hour, and looks for broken promises.
+"""Attack a daemon, its shims and its disk for half an hour, and look for broken promises.
 
     python -m tests.integration.chaos --minutes 30 --seed 1
 
-Clients create, follow and kill tasks meanwhile. A table is printed at the end; the exit
+Meanwhile clients create, follow and kill tasks. At the end it prints a table; the exit
 status is 1 if a promise was broken. It needs root, see `machine`.
 """
 
@@ -42,18 +42,18 @@ from tests.integration.witness import ENDED, Client, Ledger, Witness
 
 OPTIONS = ("--kill-grace=1", "--max-running-per-target=1", "--poll-timeout=5")
 FREE = 1500
-"""Inodes that are free while none are missing."""
+"""Free inodes while no fault takes any."""
 OPEN = 40
-"""Tasks that have not ended; while there are more, nobody asks for another."""
+"""Limit of unfinished tasks, above which no client creates another."""
 KILL_LIMIT = 90.0
-"""Seconds in which a task has to end after a kill was answered, whatever goes wrong."""
+"""Seconds in which a task must end after a kill was accepted, during any fault."""
 LEFT = 120.0
-"""Seconds in which every task has to end when nothing goes wrong any more."""
+"""Seconds in which every task must end after the last fault."""
 
 
 @define(eq=False)
 class Chaos:
-    """One daemon, its clients, and what happens to it."""
+    """One daemon, its clients, and the faults that hit it."""
 
     folder: Path
     seed: int
@@ -64,27 +64,27 @@ class Chaos:
     daemon: Daemon = field(init=False)
     client: Client = field(init=False)
     faults: Counter[str] = field(factory=Counter)
-    """How often each happened while a task ran."""
+    """How often each fault happened while a task ran."""
     idle: Counter[str] = field(factory=Counter)
-    """How often each happened while none ran."""
+    """How often each fault happened while no task ran."""
     recoveries: list[float] = field(factory=list)
-    """Seconds until the daemon served again, for each time that it had ended."""
+    """Seconds until the daemon served again, one figure for each of its ends."""
     refusals: int = 0
-    """Starts of the daemon that failed, and were tried again."""
+    """Starts of the daemon that failed and were repeated."""
     hurt: set[str] = field(factory=set)
-    """Marks of tasks whose shim was ended."""
+    """Marks of tasks whose shim a fault has ended."""
     frozen: dict[str, int] = field(factory=dict)
-    """Shims that are stopped and that nobody wakes, by the marks of their tasks."""
+    """Shims that are stopped and that no thread continues, by the marks of their tasks."""
     quiet: threading.Event = field(factory=threading.Event)
-    """Set when no fault is to begin and no task to be asked for any more."""
+    """Set when no fault may begin and no client may create a task any more."""
     over: threading.Event = field(factory=threading.Event)
-    """Set when all is done."""
+    """Set when all threads must return."""
     wishing: Wishing = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.ledger = Ledger(self.folder)
         self.witness = Witness(self.ledger)
-        # A task takes eight, and there may be two in a second.
+        # A task takes eight inodes, and two tasks can start in a second.
         inodes = 5000 + int(self.seconds * 30)
         self.disk = Disk(self.folder / "image", self.folder / "disk", 512, inodes)
         self.disk.mount()
@@ -96,7 +96,7 @@ class Chaos:
         self.wishing = Wishing(self.chance("wishes"))
 
     def chance(self, name: str) -> random.Random:
-        """Return the random numbers of one thread."""
+        """Return the random numbers of one thread, by the seed and its name."""
         return random.Random(f"{self.seed} {name}")
 
     def fault(self, name: str) -> None:
@@ -104,13 +104,13 @@ class Chaos:
         (self.faults if self.ledger.running() else self.idle)[name] += 1
 
     def pause(self, seconds: float) -> bool:
-        """Wait so long, return False at once when it is to be quiet."""
+        """Wait this long. Return False as soon as `quiet` is set."""
         return not self.quiet.wait(seconds)
 
     # -- the whole run
 
     def run(self) -> None:
-        """Let everything happen, then wait for all ends."""
+        """Run all threads for the given time, then wait for the ends of all tasks."""
         jobs: list[Callable[[], None]] = [
             self.supervise,
             self.attack,
@@ -133,7 +133,7 @@ class Chaos:
                 thread.join()
 
     def guarded(self, job: Callable[[], None]) -> None:
-        """Run a thread; that it fails is no figure, and must not be missed."""
+        """Run a thread, and record its exception, which would otherwise go unnoticed."""
         try:
             job()
         except BaseException as e:
@@ -142,7 +142,7 @@ class Chaos:
             raise
 
     def supervise(self) -> None:
-        """Start the daemon whenever it has ended, as systemd does."""
+        """Start the daemon each time that it has ended, as systemd does."""
         while not self.over.is_set():
             if self.daemon.process.poll() is None:
                 self.over.wait(0.02)
@@ -158,13 +158,13 @@ class Chaos:
     # -- clients
 
     def open(self) -> list[int]:
-        """Return the accepted tasks that nobody has been told the end of."""
+        """Return the accepted tasks whose end no client has seen yet."""
         told = self.witness.told
         accepted = list(self.witness.accepted)
         return [n for n in accepted if n not in told or told[n]["status"] not in ENDED]
 
     def create(self, number: int) -> None:
-        """Ask for tasks, with a key until it is answered, without one once."""
+        """Create tasks: with a key, repeat until an answer comes; without one, try once."""
         chance = self.chance(f"client {number}")
         while self.pause(chance.uniform(0.1, 1.2)):
             if len(self.open()) > OPEN:
@@ -174,12 +174,12 @@ class Chaos:
                 time.sleep(chance.uniform(0.02, 0.3))
 
     def follower(self, number: int) -> Follower:
-        """Return a client that follows tasks, every second one by events."""
+        """Return a client that follows tasks. Every second client uses events."""
         chance = self.chance(f"follower {number}")
         return Follower(self.client, chance, self.over, events=number % 2 == 0)
 
     def kill(self) -> None:
-        """Kill a task now and then, soon those that would never end by themselves."""
+        """Kill a task now and then, and soon those that never end by themselves."""
         chance = self.chance("kills")
         begun: dict[int, float] = {}
         while self.pause(chance.uniform(0.2, 0.6)):
@@ -194,7 +194,7 @@ class Chaos:
                 self.killed(chance.choice(tasks))
             for number, since in list(self.witness.kills.items()):
                 if since and now - since > KILL_LIMIT and number in self.open():
-                    # Perhaps nobody has looked; a daemon that starts says nothing.
+                    # Perhaps no client has looked: a daemon that starts sends no news.
                     looked = self.client.look(number)
                     if looked is not None and number in self.open():
                         mark = self.witness.accepted[number]
@@ -202,10 +202,10 @@ class Chaos:
                         how = f"{told['status']}, version {told['version']}"
                         text = f"after {now - since:.0f} s: {how}; {self.evidence(number)}"
                         self.witness.violation("a kill that is not done", mark, text)
-                        self.thaw(mark)  # else its target is taken for good
+                        self.thaw(mark)  # otherwise its target stays occupied
 
     def evidence(self, number: int) -> str:
-        """Return what there is of a task: its files, its shim, what was logged of it."""
+        """Return the evidence about a task: its files, shim, and lines in the log."""
         folder = self.daemon.state / "tasks" / str(number)
         with suppress(OSError):
             files = {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -220,12 +220,12 @@ class Chaos:
         return "its files cannot be read"
 
     def killed(self, number: int) -> None:
-        """Ask for a kill until it is answered."""
+        """Send a kill until it is answered."""
         while not self.client.kill(number) and not self.over.is_set():
             time.sleep(0.1)
 
     def look_for_survivors(self) -> None:
-        """Look for processes of each task at the moment when its end is told."""
+        """Look for processes of each task as soon as the daemon reports its end."""
         while not self.over.is_set() or self.witness.ending:
             if not self.witness.ending:
                 self.over.wait(0.02)
@@ -244,7 +244,7 @@ class Chaos:
     # -- faults
 
     def attack(self) -> None:
-        """Attack the daemon, a launcher and shims, each as often as the others."""
+        """Attack the daemon, the launcher and shims, each equally often."""
         chance = self.chance("attacks")
         numbers = (SIGKILL, SIGTERM, SIGSTOP)
         kinds = [(who, n) for who in ("daemon", "launcher", "shim") for n in numbers]
@@ -257,7 +257,7 @@ class Chaos:
             getattr(self, f"attack_{who}")(number, chance)
 
     def attack_daemon(self, number: signal.Signals, chance: random.Random) -> None:
-        """Kill, stop or end the daemon."""
+        """Kill, stop or terminate the daemon."""
         process = self.daemon.process
         born = stat(process.pid)[2]
         if process.poll() is not None:
@@ -273,7 +273,7 @@ class Chaos:
             self.witness.violation("a daemon that does not end", str(process.pid), text)
 
     def attack_launcher(self, number: signal.Signals, chance: random.Random) -> None:
-        """Kill, stop or end what stays below the daemon and is no shim, if there is any."""
+        """Kill, stop or terminate the launcher, a child of the daemon that is no shim."""
         found = self.launchers()
         if not found:
             return
@@ -283,7 +283,7 @@ class Chaos:
             self.thaw_after(chance.uniform(0.3, 4), pid, born)
 
     def launchers(self) -> list[tuple[int, int]]:
-        """Return the children of the daemon that are no shims, and when they began."""
+        """Return the children of the daemon that are no shims, and their times of start."""
         daemon = self.daemon.process.pid
         shims = {
             shim for entry in self.ledger.entries().values() for *_, shim in entry.starts
@@ -302,11 +302,11 @@ class Chaos:
             return b"/tasks/" in line
 
         found = {child for child in children() if not works_on_a_task(child[0])}
-        time.sleep(0.5)  # a shim has noted its task by then, or has ended
+        time.sleep(0.5)  # by then a shim has recorded its task, or has ended
         return sorted(found & children())
 
     def attack_shim(self, number: signal.Signals, chance: random.Random) -> None:
-        """Kill, stop or end the shim of a task that runs."""
+        """Kill, stop or terminate the shim of a task that runs."""
         found = []
         for mark, entry in self.ledger.running().items():
             task, pid, _, shim = entry.starts[-1]
@@ -323,23 +323,23 @@ class Chaos:
             send(shim, born, number)
             self.thaw_after(chance.uniform(0.3, 4), shim, born)
         elif send(shim, born, number):
-            # Nobody wakes it; whoever wants the task to end says so.
+            # No thread continues it until a client kills the task.
             self.frozen[mark] = shim
             self.killed(task)
 
     def thaw_after(self, seconds: float, pid: int, born: int) -> None:
-        """Let a stopped process go on in a while."""
+        """Continue a stopped process after some seconds."""
         self.quiet.wait(seconds)
         send(pid, born, SIGCONT)
 
     def thaw(self, mark: str) -> None:
-        """Let the shim of a task go on, whoever has stopped it."""
+        """Continue the stopped shim of a task."""
         for _, pid, born, shim in self.ledger.entry(mark).starts:
-            if stat(pid)[1:] == (shim, born):  # it may have ended, and nobody was there
+            if stat(pid)[1:] == (shim, born):  # it may have ended and been collected
                 send(shim, stat(shim)[2], SIGCONT)
 
     def attack_disk(self) -> None:
-        """Take all room or all inodes for a while."""
+        """Take all space or all inodes for a while."""
         chance = self.chance("disk")
         while self.pause(chance.uniform(3, 20)):
             self.disk.lighten(FREE)
@@ -361,7 +361,7 @@ class Chaos:
         until = time.monotonic() + LEFT
         while time.monotonic() < until and (left := self.unfinished()):
             for number, task in left.items():
-                # Only a kill ends these: they have stopped their shims themselves.
+                # Only a kill ends these tasks: they have stopped their shims themselves.
                 if self.witness.wishes[task["variables"]["mark"]].kind == "freeze":
                     self.killed(number)
             time.sleep(0.2)
@@ -378,7 +378,7 @@ class Chaos:
                 self.come_to_its_end(mark)
 
     def come_to_its_end(self, mark: str) -> None:
-        """Wait for the end of what a task has left, and check that it was its own."""
+        """Wait for the process that a task has left, and check that it ends by itself."""
         within(LEFT, lambda: not self.ledger.entry(mark).living)
         if not self.ledger.entry(mark).done:
             text = "it was ended, though nobody killed it"
@@ -389,7 +389,7 @@ class Chaos:
         return {n: t for n, t in self.all_tasks().items() if t["status"] not in ENDED}
 
     def all_tasks(self) -> dict[int, dict[str, Any]]:
-        """Return all tasks, also those of which nobody was told."""
+        """Return all tasks, including those whose number no client was told."""
         until = time.monotonic() + LEFT
         while time.monotonic() < until:
             found = self.client.tasks()
@@ -400,11 +400,11 @@ class Chaos:
         return {}
 
     def unknown(self) -> int:
-        """Return how many tasks have left what nobody can know to be theirs."""
+        """Return how many tasks have left processes that nothing identifies as theirs."""
         return len(self.witness.unknown)
 
     def bare_lost(self) -> int:
-        """Return how many could have, as their shims were killed."""
+        """Return how many tasks can have left some, as their shims were killed."""
         told, wishes = self.witness.told, self.witness.wishes
         return sum(
             wishes[mark].kind == "bare" and told[number]["status"] == "lost"
@@ -413,7 +413,7 @@ class Chaos:
         )
 
     def table(self) -> str:
-        """Return the figures."""
+        """Return the figures as a table."""
         told = self.witness.told
         states = Counter(told[n]["status"] for n in self.witness.accepted if n in told)
         kinds = Counter(self.witness.wishes[m].kind for m in self.witness.accepted.values())
@@ -449,7 +449,7 @@ class Chaos:
 
 
 def main(arguments: list[str]) -> int:
-    """Run for as long as the command line says; return 1 if a promise was broken."""
+    """Run for as long as the command line says. Return 1 if a promise was broken."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=1)

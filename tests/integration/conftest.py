@@ -19,7 +19,7 @@ NPM = Path(__file__).parents[1] / "npm"
 
 @pytest.fixture(scope="session")
 def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Install what tests need of others that is JavaScript, by npm."""
+    """Install the JavaScript packages that tests need, by npm."""
     folder = tmp_path_factory.mktemp("npm")
     for name in ("package.json", "flow.js"):
         shutil.copy(NPM / name, folder)
@@ -30,7 +30,7 @@ def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _what_was_started_ends() -> Iterator[None]:
-    """Kill what a test has started and left, as one that fails does."""
+    """Kill the processes that a test has left, for example because it failed."""
     before = len(zygote.Popen.started)
     yield
     for process in zygote.Popen.started[before:]:
@@ -42,7 +42,7 @@ def _what_was_started_ends() -> Iterator[None]:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """Return a folder that every account can enter; those of pytest nobody else can."""
+    """Return a folder that every account can enter, unlike the folders of pytest."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     yield folder
@@ -51,7 +51,7 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture
 def repo(tmp_path: Path) -> Path:
-    """Return a configuration repository for the ``scripts`` preset, with no action yet."""
+    """Return a configuration repository for the ``scripts`` preset, without actions."""
     folder = tmp_path / "repo" / "apps" / "site"
     folder.mkdir(parents=True)
     return folder.parents[1]
@@ -74,7 +74,7 @@ def script(repo: Path) -> Script:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Return a function that starts a daemon with some options."""
+    """Return a function that starts a daemon with the given options."""
     daemons: list[Daemon] = []
 
     def begin(*options: str, **more: object) -> Daemon:
@@ -96,7 +96,7 @@ def daemon(start: Start, repo: Path) -> Daemon:
 
 @pytest.fixture
 def returning(start: Start) -> Iterator[Daemon]:
-    """Return a daemon that runs lines of shell, and comes back on the same port."""
+    """Return a daemon that runs lines of shell and restarts on the same port."""
     daemon = start("--command", SHELL, "--kill-grace=1")
     daemon.arguments[daemon.arguments.index("--port") + 1] = str(daemon.port)
     yield daemon
@@ -105,27 +105,27 @@ def returning(start: Start) -> Iterator[Daemon]:
 
 @pytest.fixture(scope="module")
 def chrome() -> Iterator[Chrome]:
-    """Return a browser for all tests here."""
+    """Return one browser for all tests of this folder."""
     with chromium() as driver:
         yield driver
 
 
 @pytest.fixture
 def browser(chrome: Chrome) -> Iterator[Chrome]:
-    """Return a browser that knows nobody; no policy may be broken, no script fail."""
+    """Return a browser without cookies. Fail if a page breaks its policy or a script."""
     chrome.execute_cdp_cmd("Network.clearBrowserCookies", {})
     chrome.get_log("browser")  # type: ignore[no-untyped-call]
     yield chrome
     entries = chrome.get_log("browser")  # type: ignore[no-untyped-call]
     chrome.get("about:blank")
-    # That a daemon is away, and what it refuses, are told by the page.
+    # The page itself reports an unreachable daemon, and refused requests.
     faults = [e for e in entries if e["source"] != "network"]
     assert faults == []
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """Return a daemon with 120 tasks: two apps, two envs, every tenth has failed."""
+    """Return a daemon with 120 tasks of two apps and two envs. Every tenth has failed."""
     daemon = Daemon(tmp_path_factory.mktemp("many"), "--command", "sh -c {action}")
     for n in range(1, 121):
         action = "false" if n % 10 == 0 else "true"

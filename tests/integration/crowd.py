@@ -1,4 +1,4 @@
-"""Clients of a daemon that is attacked: what they ask for, and how they follow it."""
+"""Clients of a daemon under attack: the tasks they create, and how they follow them."""
 
 import json
 import random
@@ -15,14 +15,14 @@ from tests.integration.witness import ENDED, Client, Wish
 
 @define(eq=False)
 class Wishing:
-    """What clients ask for, one task after the other."""
+    """The tasks that clients ask for, one after the other."""
 
     chance: random.Random
     count: int = 0
     lock: threading.Lock = field(factory=threading.Lock)
 
     def next(self) -> Wish:
-        """Return another task to ask for."""
+        """Return the next task to ask for."""
         with self.lock:
             self.count += 1
             chance = self.chance
@@ -48,16 +48,16 @@ class Wishing:
 
 @frozen
 class Follower:
-    """Follows one task after the other, and checks that nothing is missing or twice."""
+    """Follow one task after the other, and check that no output is lost or repeated."""
 
     client: Client
     chance: random.Random
     over: threading.Event
     events: bool
-    """By server-sent events, else by one poll after the other."""
+    """Whether to use server-sent events instead of long-polls."""
 
     def run(self) -> None:
-        """Follow until all is over."""
+        """Follow tasks until the run is over."""
         witness = self.client.witness
         how = self.by_events if self.events else self.by_polls
         while not self.over.wait(0.05):
@@ -73,7 +73,7 @@ class Follower:
                 witness.violation("a follower that missed something", mark, said)
 
     def by_polls(self, number: int) -> str | None:
-        """Return all output, read by one poll after the other; None if it is over first."""
+        """Return all output, read by long-polls, or None if the run is over first."""
         text, version = "", 0
         while not self.over.is_set():
             path = f"/output?since={version}&offset={len(text)}"
@@ -99,7 +99,7 @@ class Follower:
         return None
 
     def by_events(self, number: int) -> str | None:
-        """Return all output, read as events, resumed wherever they broke off."""
+        """Return all output, read as events and resumed after each break."""
         text, cursor = "", ""
         while not self.over.is_set():
             connection = self.client.daemon.connect(self.client.timeout)
@@ -125,7 +125,7 @@ class Follower:
 
 
 def _events(response: HTTPResponse) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield kind, id and value of each event that came whole."""
+    """Yield kind, id and value of each complete event."""
     kind = place = ""
     while response.status == 200 and (line := response.readline()).endswith(b"\n"):
         name, _, rest = line.decode().rstrip("\n").partition(": ")
@@ -138,7 +138,7 @@ def _events(response: HTTPResponse) -> Iterator[tuple[str, str, dict[str, Any]]]
 
 
 def _read(body: bytes) -> dict[str, Any]:
-    """Return JSON, of half an answer nothing."""
+    """Return the JSON value of a body, or an empty one if the body is cut."""
     with suppress(ValueError):
         value: dict[str, Any] = json.loads(body)
         return value

@@ -1,4 +1,4 @@
-"""A real daemon as a child process, and raw HTTP to it: no code of ours on this side."""
+"""A real daemon as a child process, and raw HTTP to it without our own client."""
 
 import fcntl
 import json
@@ -23,19 +23,19 @@ from tests.integration.zygote import PULSAR_API as PULSAR_API  # noqa: PLC0414 -
 
 T = TypeVar("T")
 PATIENCE = 60.0
-"""Seconds after which something that must happen has not happened; no test is that slow."""
+"""Seconds after which `wait_for` gives up. Every test is much faster than that."""
 
 CERTIFICATE = Path(__file__).parents[2] / "ssl" / "pulsar.local.crt"
 
 SHELL = "sh -c 'eval \"$PULSAR_VAR_run\"'"
-"""A ``--command`` that runs what the variable ``run`` says; see `Daemon.sh`."""
+"""A ``--command`` that runs the variable ``run`` as a line of shell. See `Daemon.sh`."""
 
 ACCOUNT = os.environ.get("PULSAR_RUN_AS")
-"""The user of all tasks, if set, where a test does not choose accounts itself."""
+"""The user that runs all tasks, if set, unless a test chooses accounts itself."""
 
 
 def wait_for(condition: Callable[[], T], what: str, patience: float = PATIENCE) -> T:
-    """Return what a condition gives as soon as that is true."""
+    """Return the value of a condition as soon as it is true."""
     until = time.monotonic() + patience
     while True:
         value = condition()
@@ -46,7 +46,7 @@ def wait_for(condition: Callable[[], T], what: str, patience: float = PATIENCE) 
 
 
 class Answer:
-    """An HTTP answer, read to its end."""
+    """An HTTP answer whose body has been read to its end."""
 
     def __init__(self, response: HTTPResponse) -> None:
         self.status = response.status
@@ -59,9 +59,9 @@ class Answer:
 
 
 def next_answer(sock: socket.socket) -> Answer:
-    """Read the next answer from a connection that nothing else was read from before.
+    """Read the next answer from a connection from which nothing was read before.
 
-    What comes behind it may be lost: for several answers keep one `HTTPConnection`.
+    Bytes behind it may be lost. To read several answers keep one `HTTPConnection`.
     """
     response = HTTPResponse(sock)
     try:
@@ -72,7 +72,7 @@ def next_answer(sock: socket.socket) -> Answer:
 
 
 def _with_account(account: str, folder: Path) -> Path:
-    """Return settings with an account for all tasks, which can enter the folder.
+    """Return settings with one account for all tasks, which can enter the folder.
 
     The account can also write to the folders above it that belong to the test.
     """
@@ -96,13 +96,13 @@ class Daemon:
         environ: Mapping[str, str] | None = None,
         program: Sequence[str] = zygote.DAEMON,
         trust: Path = CERTIFICATE,
-        identity: Path | None = None,  # key and certificate of the clients, if any
+        identity: Path | None = None,  # key and certificate of the clients
         umask: int = -1,
         state: Path | None = None,
     ) -> None:
         self.folder = folder
         self.headers: dict[str, str] = {}
-        """What each request shows: who it is from."""
+        """Headers of each request, such as its credentials."""
         self.trust = trust
         self.identity = identity
         self.umask = umask
@@ -119,13 +119,13 @@ class Daemon:
                 "0",
             )
         )
-        # What a test names itself starts as users start it.
+        # A program that a test names is started as users start it.
         self._real = program != zygote.DAEMON
         self.arguments = [*program, "--state-dir", str(self.state), *port, *options]
         self.start()
 
     def start(self) -> None:
-        """Start it (again) and wait until it serves."""
+        """Start the daemon, also again, and wait until it serves."""
         begin = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self.process = zygote.Popen(
@@ -153,7 +153,7 @@ class Daemon:
             self.base = f"{self.scheme}://localhost:{self.port}"
             wait_for(self._serves, "the first answer")
         except BaseException:
-            self.kill()  # nobody else knows of it yet
+            self.kill()  # no caller has a reference to it yet
             raise
 
     def _serves(self) -> bool:
@@ -162,7 +162,7 @@ class Daemon:
     def connect(
         self, timeout: float = PATIENCE, source: str | None = None
     ) -> HTTPConnection:
-        """Return a new connection, of this machine's many addresses from that one."""
+        """Return a new connection, from one of this machine's loopback addresses."""
         if self.scheme == "http":
             here = None if source is None else (source, 0)
             return HTTPConnection(
@@ -206,7 +206,7 @@ class Daemon:
         return number
 
     def sh(self, run: str, env: str = "production", **variables: object) -> int:
-        """Create a task that runs a line of shell; the daemon's command is `SHELL`."""
+        """Create a task that runs a line of shell. The daemon's command must be `SHELL`."""
         return self.run("site", env, "run", run=run, **variables)
 
     def task(self, number: int) -> dict[str, Any]:
@@ -223,18 +223,18 @@ class Daemon:
                 return task
 
     def output_file(self, number: int) -> Path:
-        """Return where the bytes of a task are."""
+        """Return the path of the file with the output of a task."""
         return self.state / "tasks" / str(number) / "output"
 
     def launcher(self) -> int:
-        """Return the process number of the launcher, as soon as there is one."""
+        """Return the process number of the launcher, as soon as it runs."""
 
         def found() -> int:
             path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
             for child in path.read_text().split():
                 with suppress(FileNotFoundError, ProcessLookupError):
                     line = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
-                    # Behind the room of a shim is the folder of its task.
+                    # The arguments of a shim end in the folder of its task.
                     own = line[6:] == [b""] and not line[5].strip(b" ")
                     if own and Path(os.fsdecode(line[3])).stem == "launcher":
                         return int(child)
@@ -250,11 +250,11 @@ class Daemon:
         return int(found[1]) * 1024
 
     def forget_peak(self) -> None:
-        """Let `peak` count from now on."""
+        """Reset `peak`, so that it counts from now on."""
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        """Return the most resident memory that the daemon had, in bytes."""
+        """Return the highest resident memory since `forget_peak`, in bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         found = re.search(r"VmHWM:\s+(\d+) kB", status)
         assert found is not None
@@ -263,15 +263,15 @@ class Daemon:
     def open_socket(
         self, timeout: float = PATIENCE, source: str | None = None
     ) -> socket.socket:
-        """Return a new TCP connection without anything on it, not even TLS."""
+        """Return a new TCP connection on which nothing was sent, not even TLS."""
         here = None if source is None else (source, 0)
         return socket.create_connection((self.host, self.port), timeout, here)
 
     def has_read(self, sock: socket.socket) -> bool:
-        """Return whether the daemon has read all that was sent on a connection.
+        """Return whether the daemon has read all bytes that were sent on a connection.
 
-        By what the kernel says: nothing is on the way, nothing waits to be read. What the
-        daemon does at once with what it reads is then done before anything later.
+        The kernel tells it: no byte is on its way, and none waits to be read. The daemon
+        handles what it reads at once, before it reads from any later connection.
         """
         left = int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         mine = sock.getsockname()[1]
@@ -283,12 +283,12 @@ class Daemon:
         return False
 
     def kill(self) -> None:
-        """Kill the daemon as a power cut would, but for the tasks."""
+        """Kill the daemon as a power cut would. Its tasks go on."""
         self.process.kill()
         self.process.wait()
 
     def stop(self) -> int:
-        """Stop the daemon as an operator would, and whatever it left running."""
+        """Stop the daemon as an operator would, and end the tasks that it left running."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(PATIENCE)
@@ -318,7 +318,7 @@ class Poll:
         return False
 
     def close(self) -> None:
-        """Go away, as a client that does not want to wait any more."""
+        """Disconnect, as a client that stops waiting."""
         self.connection.close()
 
     def answer(self) -> Answer:
@@ -330,7 +330,7 @@ class Poll:
 
 
 def problem(answer: Answer, status: int, field: str | None = None) -> dict[str, Any]:
-    """Check that an answer is an error in the form that is promised, and return it."""
+    """Check that an answer is an error in the documented form, and return it."""
     assert answer.status == status, answer.body
     assert answer.headers["Content-Type"] == "application/problem+json"
     found: dict[str, Any] = answer.json()
@@ -343,7 +343,7 @@ def problem(answer: Answer, status: int, field: str | None = None) -> dict[str, 
 
 
 def marked(entry: str) -> list[int]:
-    """Return the living processes that have this ``NAME=value`` in their environment."""
+    """Return the living processes with this ``NAME=value`` in their environment."""
     wanted = entry.encode()
 
     def has_it(folder: Path) -> bool:
@@ -358,7 +358,7 @@ def marked(entry: str) -> list[int]:
         except OSError:
             return []
 
-    # A process whose first thread has ended shows its environment at the others only.
+    # If its first thread has ended, a process shows its environment at the others only.
     return [
         int(folder.name)
         for folder in Path("/proc").iterdir()
@@ -374,9 +374,9 @@ def end_shim(lock: Path, number: int = signal.SIGTERM) -> None:
 
 
 def shim_of(folder: Path) -> int:
-    """Return the process number of a task's shim, 0 if a daemon has taken its place."""
+    """Return the process number of a task's shim, or 0 if a daemon holds its lock."""
     lock = folder / "lock"
-    if not lock.is_file():  # a task may have put anything there
+    if not lock.is_file():  # a task may have put anything in its place
         return 0
     with lock.open("rb") as file:
         word = (file.read(100).split() or [b""])[0]
@@ -384,7 +384,7 @@ def shim_of(folder: Path) -> int:
 
 
 def shim_lives(lock: Path) -> bool:
-    """Return whether the process of a task's shim is there, be the task over or not."""
+    """Return whether the process of a task's shim exists, even if the task has ended."""
     try:
         line = Path(f"/proc/{shim_of(lock.parent)}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -393,7 +393,7 @@ def shim_lives(lock: Path) -> bool:
 
 
 def open_url(url: str) -> bytes:
-    """Return what is at a URL."""
+    """Return the body that a URL answers."""
     with urllib.request.urlopen(url, timeout=PATIENCE) as response:
         data: bytes = response.read()
         return data

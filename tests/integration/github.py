@@ -1,4 +1,4 @@
-"""A server on loopback that speaks as much of GitHub's API as we ask for."""
+"""A server on loopback that speaks the part of GitHub's API that the daemon calls."""
 
 import base64
 import hashlib
@@ -17,7 +17,7 @@ CLIENT_SECRET = "the-secret-of-the-oauth-app"
 
 
 class GitHubServer(ThreadingHTTPServer):
-    """Users by their token, members of organisations and teams; and ways to misbehave."""
+    """Users by their tokens, members of organisations and teams, and ways to misbehave."""
 
     daemon_threads = True
     request_queue_size = 512
@@ -25,38 +25,38 @@ class GitHubServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.users: dict[str, str] = {}
-        """Login by token."""
+        """The login of each token."""
         self.ids: dict[str, int] = {}
-        """The account of each login, in lower case; others get one when they are seen."""
+        """The account of each login in lower case. An unknown login gets one when seen."""
         self.members: set[tuple[str, str]] = set()
-        """Organisation or ``org/team``, and login."""
+        """Pairs of an organisation, or ``org/team``, and the login of a member."""
         self.pending: set[tuple[str, str]] = set()
-        """The same for who was invited and has not accepted."""
+        """The same for users who were invited and have not accepted."""
         self.own: tuple[str, str] | None = None
-        """If set, only this user and token may see who is a member."""
+        """If set, only this user with this token may read memberships."""
         self.answer: tuple[int, bytes, dict[str, str]] | None = None
-        """What everybody is answered, whatever they ask."""
+        """If set, the answer to every request."""
         self.limited: dict[str, dict[str, str]] = {}
-        """Tokens that have reached their limit, and the headers that say so."""
+        """Tokens that have reached their limit, and the headers that announce it."""
         self.slow: dict[str, float] = {}
-        """Seconds before an answer, by token; "" for all."""
+        """Delay of an answer in seconds, by token. The key "" stands for all tokens."""
         self.asked: list[tuple[str, str]] = []
         """Method and path of each request, without its query."""
         self.urls: list[str] = []
-        """The whole of each, as a proxy on the way would log it."""
+        """The full URL of each request, as a proxy would log it."""
         self.codes: dict[str, tuple[str, str]] = {}
-        """Token and challenge of each code of OAuth."""
+        """Token and challenge of each OAuth code."""
         self.signed_in: str | None = None
-        """The token of who sits before the browser."""
+        """The token of the user at the browser."""
 
         self.broken_group = self.slow_group = ""
-        """Groups about which nothing is answered but 500, or nothing for long."""
+        """Groups whose requests are answered by 500, or only after a long delay."""
         self.cookie = ""
-        """What is set with each answer."""
+        """The cookie that each answer sets."""
         self.cookies: list[str] = []
-        """What came back of it."""
+        """The cookies that clients sent back."""
         self.over = threading.Event()
-        """Whether nobody has to be kept waiting any more."""
+        """Set at the end of the test. Delayed answers are then sent at once."""
         self.connections: list[socket.socket] = []
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -66,11 +66,11 @@ class GitHubServer(ThreadingHTTPServer):
         return sock, address
 
     def id_of(self, login: str) -> int:
-        """Return the number of the account that has a login now."""
+        """Return the number of the account that has this login now."""
         return self.ids.setdefault(login.lower(), 1000 + len(self.ids))
 
     def hang_up(self) -> None:
-        """End what is open, as a machine that goes away."""
+        """Close all connections, as a machine that goes down."""
         self.over.set()
         for sock in self.connections:
             with suppress(OSError):
@@ -78,7 +78,7 @@ class GitHubServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """Return the address of the server."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -87,14 +87,14 @@ class _Handler(BaseHTTPRequestHandler):
     server: GitHubServer
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
-        """Answer."""
+        """Answer a GET."""
         self._serve(b"")
 
     def do_POST(self) -> None:
-        """Answer."""
+        """Answer a POST."""
         self._serve(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
 
     def _serve(self, body: bytes) -> None:
@@ -201,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(body)
         except OSError:
-            self.close_connection = True  # who asked waits no more
+            self.close_connection = True  # the client has given up
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Tries what a task must not be able to do; prints a table of what became of it as JSON.
+"""Try what a task must not be able to do, and print the results as JSON.
 
-It runs as a task, below the account of its app: nothing of the project can be imported.
+The script runs as a task with the account of its app, so it cannot import the project.
 Arguments: the state folder, the process numbers of the daemon, of a process of another
 account and of the launcher, and the file with the secrets of a task that waits.
 """
@@ -26,11 +26,11 @@ libc = ctypes.CDLL(None, use_errno=True)
 results: dict[str, str] = {}
 _buffer = ctypes.create_string_buffer(8)
 HERE = (ctypes.c_size_t * 2)(ctypes.addressof(_buffer), 8)
-"""Eight bytes, as readv(2) wants it; at the same place of another process."""
+"""Eight bytes in the form of readv(2), here and at the same address of another process."""
 
 
 def attempt(what: str, function: Callable[..., object], *arguments: object) -> None:
-    """Try one thing."""
+    """Try one thing, and record its result."""
     try:
         found = function(*arguments)
     except OSError as e:
@@ -48,7 +48,7 @@ def call(name: str, *arguments: object) -> int:
 
 
 def read(path: str) -> bytes:
-    """Return the begin of a file."""
+    """Return the first bytes of a file."""
     with open(path, "rb", buffering=0) as file:
         return file.read(10)
 
@@ -59,7 +59,7 @@ def change(path: str) -> None:
 
 
 def device(path: str) -> None:
-    """Make the device that is otherwise /dev/null."""
+    """Make another node for the device of /dev/null."""
     os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
 
 
