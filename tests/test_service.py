@@ -73,6 +73,11 @@ class World:
 
     def restart_with(self, folders: set[int], **executor: Any) -> None:
         """Start a new service where these runs have left folders."""
+        self.replace(folders, **executor)
+        CASE.successResultOf(Deferred.fromCoroutine(self.service.start()))
+
+    def replace(self, folders: set[int], **executor: Any) -> None:
+        """Make a new service and do not start it."""
         for call in self.clock.getDelayedCalls():
             call.cancel()
         executor.setdefault("kept_secrets", self.secrets)
@@ -90,7 +95,6 @@ class World:
             give,
             self.limits,
         )
-        CASE.successResultOf(Deferred.fromCoroutine(self.service.start()))
 
     def wall(self) -> float:
         return self.clock.seconds() + self.wrong
@@ -820,6 +824,19 @@ def test_a_waiting_task_in_a_copied_state_is_lost() -> None:
     assert "copied" in (world.find(2).reason or "")
     # For a running task its own folder decides.
     assert world.find(1).status is Status.RUNNING
+
+
+def test_a_daemon_that_is_stopped_before_its_start_changes_no_reading() -> None:
+    """Its clock is not set yet, and the next daemon must still see a copy as a copy."""
+    world = limited(running=1)
+    world.create()
+    world.create()
+    reading = world.store.kept_reading
+    world.replace({1}, where="0 8 9 3 4 5")
+    CASE.successResultOf(Deferred.fromCoroutine(world.service.stop(0)))
+    assert world.store.kept_reading == reading
+    world.restart(where="0 8 9 3 4 5")
+    assert world.find(2).status is Status.LOST
 
 
 def test_a_waiting_task_in_a_database_older_than_the_folders_is_lost() -> None:

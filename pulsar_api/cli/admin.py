@@ -183,7 +183,11 @@ def _state_dir(given: argparse.Namespace) -> str:
         found = loading.state_dir(given.config, os.environ)
     if found is None:
         found = loading.default_state_dir(os.environ)
-    if Path(found).is_dir() and not (Path(found) / "lock").exists():
+    try:
+        wrong = Path(found).is_dir() and not (Path(found) / "lock").exists()
+    except PermissionError:
+        wrong = False  # another user's; the command itself says so
+    if wrong:
         raise _Failed(
             f"{found} is not the state folder of a daemon; give its --state-dir, or its "
             "settings by --config"

@@ -1,16 +1,20 @@
 """Sessions, passwords, tokens, the brake on guessing, and the audit log of it all."""
 
 import base64
+import errno
 import json
 import os
 import sqlite3
 import threading
+import time
 from http.client import HTTPResponse, IncompleteRead
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pulsar_api.cli import admin
+from pulsar_api.cli.parser import parser
 from pulsar_api.tasks.secret_forms import PATTERNS
 from tests.integration import zygote
 from tests.integration.conftest import Script, Start
@@ -337,6 +341,24 @@ def test_a_folder_without_a_daemon_is_refused(tmp_path: Path, command: str) -> N
         assert done.stderr.startswith(expected)
         assert done.stderr.count("\n") == 1
         assert [p.name for p in tmp_path.iterdir()] == ["pulsar-api.toml"]
+
+
+def test_a_folder_of_another_user_is_named_as_such(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is usually readable by that user only."""
+
+    def forbidden(_: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "lock")
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    given = parser().parse_args(["token", "list", "--state-dir", str(tmp_path)])
+    assert admin.run(given, time.time) == 1
+    expected = f"pulsar-api: {tmp_path} belongs to another user; run the command as that"
+    assert capsys.readouterr().err.startswith(expected)
 
 
 def is_cut(response: HTTPResponse) -> bool:
