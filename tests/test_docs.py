@@ -17,7 +17,7 @@ from pulsar_api.cli.parser import parser
 from pulsar_api.config.loading import load
 from pulsar_api.config.settings import Settings
 from tests.pages import DOCS, PAGES, ROOT, Block, blocks
-from tests.test_routing import ROUTER
+from tests.web.test_routing import ROUTER
 
 HELP = re.compile(r"^\.\. help:: (.+)$", re.MULTILINE)
 SETTING = re.compile(r"^\.\. setting:: (.+)$", re.MULTILINE)

@@ -1,7 +1,8 @@
 """All that the server uses of Twisted beyond its public interface, under names of our own.
 
-No other module of the server touches a private name of Twisted. ``tests/test_hooks.py``
-has a test for each of them, so that a new Twisted that breaks one says which.
+No other module of the server touches a private name of Twisted.
+``tests/web/server/test_hooks.py`` has a test for each of them, so that a new Twisted that
+breaks one says which.
 """
 
 from typing import Any

@@ -13,8 +13,8 @@ from pulsar_api.output.characters import begin_of_character
 from pulsar_api.output.files import Output
 from pulsar_api.output.pieces import Pieces, Portion, read_pieces
 from pulsar_api.shim import shim
-from tests.test_lines import Turns, done
-from tests.test_output import STREAM, encoded
+from tests.output.test_lines import Turns, done
+from tests.output.test_reader import STREAM, encoded
 
 TEXT = st.text("aé€😀\n", min_size=1, max_size=3).map(str.encode)
 PRINTED = st.lists(st.tuples(STREAM, TEXT, st.integers(0, 2)), max_size=12)

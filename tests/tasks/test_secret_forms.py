@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pulsar_api.shim.masker import Masker, masked
 from pulsar_api.tasks.secret_forms import PATTERNS, forms, is_secret, notes
 from tests import needs
-from tests.test_mask import in_pieces, simply, split
+from tests.shim.test_masker import in_pieces, simply, split
 
 
 def _lower(found: re.Match[str]) -> str:

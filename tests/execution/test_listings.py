@@ -23,9 +23,9 @@ from pulsar_api.execution.local_machine import LocalMachine
 from pulsar_api.shim.shim import process
 from pulsar_api.tasks.interfaces import Bounds
 from pulsar_api.tasks.model import Account, Command
+from tests.execution.test_damage import NO_FILES, damage
 from tests.integration.daemon import PATIENCE
 from tests.integration.machine import alive
-from tests.test_damage import NO_FILES, damage
 
 
 def sh(text: str) -> Command:

@@ -34,10 +34,10 @@ from pulsar_api.execution.programs import Programs
 from pulsar_api.shim import shim
 from pulsar_api.tasks.interfaces import Bounds
 from pulsar_api.tasks.model import Cause, Command, Exit
+from tests.execution.test_executor import MEASURED, Runner, Started, until
 from tests.integration.daemon import wait_for
-from tests.test_process import MEASURED, Runner, Started, until
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def changed(*lines: str) -> Sequence[str]:

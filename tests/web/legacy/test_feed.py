@@ -27,8 +27,8 @@ from pulsar_api.web.legacy.feed import EVERY, HELD, Closed, Feed, Subscription
 from pulsar_api.web.legacy.message import MAX_CHANGE_TEXT, MAX_TEXT, PIECE_BYTES, Message
 from pulsar_api.web.legacy.visit import HEARTBEAT, next_frame
 from tests.fakes import FakeExecutor, FakeRun, MemoryStore, steady_clock
-from tests.test_lines import Turns
-from tests.test_output import printed
+from tests.output.test_lines import Turns
+from tests.output.test_reader import printed
 
 CASE = SynchronousTestCase()
 SPEC = TaskSpec("site", "production", "deploy")

@@ -52,11 +52,11 @@ from pulsar_api.web.server.websocket import (
     STALL,
     limit_buffer,
 )
+from tests.auth.test_authenticator import ALICE, FakeProvider
 from tests.fakes import FakeExecutor, FakeRun, MemoryStore
-from tests.test_authenticator import ALICE, FakeProvider
-from tests.test_lines import Turns
-from tests.test_output import printed
-from tests.test_site import Transport
+from tests.output.test_lines import Turns
+from tests.output.test_reader import printed
+from tests.web.server.test_site import Transport
 
 CASE = SynchronousTestCase()
 PATH = "/websocket/000/socket"

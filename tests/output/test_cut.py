@@ -30,7 +30,7 @@ from pulsar_api.shim import shim
 from pulsar_api.tasks.interfaces import Bounds
 from pulsar_api.tasks.model import Command
 from tests import needs
-from tests.test_lines import Turns, done
+from tests.output.test_lines import Turns, done
 
 MACHINE = LocalMachine(None)
 KIB = 1 << 10
