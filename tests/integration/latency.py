@@ -1,4 +1,4 @@
-"""How long requests take, less what everybody waits for on a machine that is busy."""
+"""Response times of requests, without the time that a busy machine adds."""
 
 import os
 import statistics
@@ -14,11 +14,11 @@ T = TypeVar("T")
 
 
 class Latency:
-    """Takes the times of requests.
+    """Measure the response times of requests.
 
-    The time for which we or a thread of the daemon could run, and no processor was free,
-    says something about the machine only: it does not count. But a request has waited at
-    least for what the reactor did meanwhile. The kernel tells both
+    Time in which this thread or one of the daemon was runnable, but had no processor, says
+    something about the machine only, so it is subtracted. A request counts at least the
+    time for which the reactor worked meanwhile. The kernel tells both
     (``/proc/PID/schedstat``, see sched-stats in its documentation).
     """
 
@@ -28,7 +28,7 @@ class Latency:
         self.times: list[float] = []
 
     def of(self, ask: Callable[[], T]) -> T:
-        """Return what a request returns, and keep how long it took."""
+        """Return the result of a request, and record how long it took."""
         (worked, waited), begin = self._so_far(), time.perf_counter()
         answer = ask()
         took, so_far = time.perf_counter() - begin, self._so_far()
@@ -36,7 +36,7 @@ class Latency:
         return answer
 
     def _so_far(self) -> tuple[float, float]:
-        """Return for how long the reactor has worked, and all have waited to work."""
+        """Return the seconds that the reactor has run, and that all threads have waited."""
         worked = waited = 0
         paths = [self._threads / name / "schedstat" for name in os.listdir(self._threads)]
         for path in (*paths, Path("/proc/thread-self/schedstat")):
@@ -49,7 +49,7 @@ class Latency:
 
     @property
     def p99(self) -> float:
-        """What 99 of 100 do not exceed."""
+        """The time that 99 of 100 requests do not exceed, in seconds."""
         return statistics.quantiles(self.times, n=100)[98]
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
 """A machine that a test may break: its processes, its disk, its boot id.
 
-`enter` puts a program into namespaces of its own. Whatever it starts or mounts there ends
-with it, even if it is killed, and nothing outside is touched.
+`enter` puts a program into namespaces of its own. The processes and mounts that the program
+makes there end with it, even if it is killed, and nothing outside changes.
 """
 
 import fcntl
@@ -21,32 +21,32 @@ from pathlib import Path
 from tests.integration.daemon import Daemon, wait_for
 
 SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN, fs/ext4/ext4.h
-NO_LOG_FLUSH = 2  # EXT4_GOING_FLAGS_NOLOGFLUSH: what the journal has not got is lost
+NO_LOG_FLUSH = 2  # EXT4_GOING_FLAGS_NOLOGFLUSH: data that is not in the journal yet is lost
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 STOP_LIMIT = 30.0
-"""Seconds that systemd gives a daemon to end (the unit's ``TimeoutStopSec``)."""
+"""Seconds in which systemd expects a daemon to end (the unit's ``TimeoutStopSec``)."""
 _INSIDE = "PULSAR_TEST_MACHINE"
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """Return what runs a module as `enter` does."""
+    """Return the command that runs a module in the way of `enter`."""
     options = "--mount --propagation=private --pid --fork --kill-child --mount-proc"
-    # A shell is the first process: it takes the orphans that end, as init does.
+    # A shell is the first process: it collects orphans that end, as init does.
     init = ("sh", "-c", 'export "$0=1"; "$@"; exit $?', _INSIDE)
     return ["unshare", *options.split(), *init, sys.executable, "-m", module, *arguments]
 
 
 def enter(module: str, arguments: Sequence[str]) -> None:
-    """Go on as a new process in a machine of its own, unless this is it already."""
+    """Continue as a new process in a machine of its own, unless this is one already."""
     if os.environ.pop(_INSIDE, None) is None:
         started = command(module, *arguments)
         os.execvp(started[0], started)
 
 
 def end_all() -> None:
-    """Kill every process of this machine but this one, and wait until none is left."""
+    """Kill every process of this machine but this one, and wait until all are gone."""
     with suppress(ProcessLookupError):
-        os.kill(-1, signal.SIGKILL)  # neither the first process nor the caller (kill(2))
+        os.kill(-1, signal.SIGKILL)  # spares the first process and the caller (kill(2))
     wait_for(lambda: not _others(), "the end of all processes")
 
 
@@ -56,7 +56,7 @@ def _others() -> list[int]:
 
 
 def stat(pid: int) -> tuple[str, int, int]:
-    """Return state, parent and time of start of a process; ("", 0, 0) if there is none."""
+    """Return state, parent and start time of a process, or ("", 0, 0) without it."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -65,13 +65,13 @@ def stat(pid: int) -> tuple[str, int, int]:
 
 
 def alive(pid: int, born: int | None = None) -> bool:
-    """Return whether a process runs, and is the one that was started then."""
+    """Return whether a process runs, and is the one that started at ``born``."""
     state, _, started = stat(pid)
     return state not in {"", "Z", "X"} and born in {None, started}
 
 
 def send(pid: int, born: int, number: signal.Signals) -> bool:
-    """Signal a process if it is the one that was started then; return whether it was."""
+    """Signal a process if it is the one that started at ``born``. Return whether it was."""
     with suppress(OSError):
         handle = os.pidfd_open(pid)
         try:
@@ -84,7 +84,7 @@ def send(pid: int, born: int, number: signal.Signals) -> bool:
 
 
 class Boot:
-    """The boot id that everything here sees."""
+    """The boot id that every process of this machine sees."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "boot_id"
@@ -92,12 +92,12 @@ class Boot:
         subprocess.run(["mount", "--bind", str(self._file), str(BOOT_ID)], check=True)
 
     def renew(self) -> None:
-        """Have another one, as after a boot."""
+        """Change the boot id, as a boot does."""
         self._file.write_text(f"{uuid.uuid4()}\n")
 
 
 class Disk:
-    """A file with ext4 in it that can be mounted, filled up, and lose its power."""
+    """A file with ext4 in it. It can be mounted, filled up, and lose its power."""
 
     def __init__(self, image: Path, at: Path, mib: int = 64, inodes: int = 8192) -> None:
         self.image = image
@@ -105,20 +105,20 @@ class Disk:
         at.mkdir(exist_ok=True)
         with image.open("wb") as file:
             file.truncate(mib << 20)
-        # At once, not later by the kernel: its thread would write what nobody has synced.
+        # At once, because later a thread of the kernel would write unsynced data.
         at_once = "lazy_itable_init=0,lazy_journal_init=0"
         make = f"mkfs.ext4 -q -F -m 0 -N {inodes} -E {at_once}".split()
         subprocess.run([*make, str(image)], check=True)
 
     def mount(self, *options: str) -> None:
-        """Mount it; after a power cut the journal is recovered."""
+        """Mount the disk. After a power cut this recovers the journal."""
         chosen = ",".join(("loop", *options))
         subprocess.run(
             ["mount", "-o", chosen, str(self.image), str(self.at)], check=True, timeout=60
         )
 
     def cut_power(self) -> None:
-        """Write nothing more: what was not synced, nor by the kernel, is lost."""
+        """Stop all writing. Data that was not written is lost."""
         folder = os.open(self.at, os.O_RDONLY)
         try:
             fcntl.ioctl(folder, SHUTDOWN, struct.pack("I", NO_LOG_FLUSH))
@@ -126,12 +126,12 @@ class Disk:
             os.close(folder)
 
     def unmount(self) -> None:
-        """Unmount it, when the kernel has closed the files of those that were killed."""
+        """Unmount the disk once the kernel has closed the files of killed processes."""
         call = ["umount", str(self.at)]
         wait_for(lambda: subprocess.run(call, check=False).returncode == 0, "the umount")
 
     def fill(self) -> None:
-        """Leave no byte free."""
+        """Fill the disk until no byte is free."""
         with (self.at / "filler").open("wb", buffering=0) as file:
             with suppress(OSError):
                 while True:
@@ -145,27 +145,27 @@ class Disk:
                         file.write(bytes(size))
 
     def ballast(self, left: int) -> None:
-        """Take all inodes but so many, so that `use_up` is quick."""
+        """Take all inodes but ``left`` in advance, so that `use_up` is quick."""
         (self.at / "ballast").mkdir(exist_ok=True)
         while (more := self._free() - left) > 0:
             for _ in range(more):
                 (self.at / "ballast" / str(uuid.uuid4())).touch()
 
     def lighten(self, left: int) -> None:
-        """Give inodes of the ballast back until so many are free."""
+        """Give back inodes of the ballast until ``left`` are free."""
         names = (self.at / "ballast").iterdir()
         for _ in range(left - self._free()):
             next(names).unlink()
 
     def use_up(self, left: int) -> None:
-        """Take all inodes but so many."""
+        """Take all inodes but ``left``."""
         (self.at / "used").mkdir(exist_ok=True)
         with suppress(OSError):
             while self._free() > left:
                 (self.at / "used" / str(uuid.uuid4())).touch()
 
     def free(self) -> None:
-        """Give back what was taken."""
+        """Give back the bytes and inodes that were taken."""
         with suppress(FileNotFoundError):
             (self.at / "filler").unlink()
         shutil.rmtree(self.at / "used", ignore_errors=True)
@@ -175,7 +175,7 @@ class Disk:
 
 
 def rise(daemon: Daemon) -> str:
-    """Start a daemon that has ended, with a log of its own; return why not, or ""."""
+    """Start a daemon that has ended, with a new log. Return the error, or ""."""
     number = int(daemon.log.suffixes[0][1:]) if len(daemon.log.suffixes) > 1 else 0
     daemon.log = daemon.folder / f"daemon.{number + 1}.log"
     try:
@@ -186,7 +186,7 @@ def rise(daemon: Daemon) -> str:
 
 
 def terminate(process: subprocess.Popen[bytes]) -> bool:
-    """End a daemon as systemd does; return whether SIGTERM was enough."""
+    """End a daemon as systemd does. Return whether SIGTERM was enough."""
     process.terminate()
     if within(STOP_LIMIT, lambda: process.poll() is not None):
         return True
@@ -196,7 +196,7 @@ def terminate(process: subprocess.Popen[bytes]) -> bool:
 
 
 def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    """Wait until something is true, not longer than this; return whether it is."""
+    """Wait until a condition is true. Return whether it became true in time."""
     end = time.monotonic() + seconds
     while not condition():
         left = end - time.monotonic()

@@ -1,7 +1,7 @@
-"""``others.py PORT PATH NAME:VALUE...``: a client that asks until its input ends.
+"""``others.py PORT PATH NAME:VALUE...``: a client that sends requests until its input ends.
 
-Then it says as JSON how long each answer took. A process of its own, so that it measures
-what an attack costs others, and not what it costs the attacker.
+Then it prints the time of each answer as JSON. It is a process of its own, so that it
+measures the cost of an attack for others, not for the attacker.
 """
 
 import json
@@ -19,18 +19,18 @@ from attrs import define, field
 from tests.integration.daemon import PATIENCE, Daemon
 
 PAUSE = 0.002
-"""Seconds between two requests: a stream of them, not a flood of its own."""
+"""Seconds between two requests. A continuous flood would disturb the daemon itself."""
 
 
 @define
 class Times:
-    """Seconds that the requests of others took."""
+    """The seconds that requests of others took."""
 
     all: list[float] = field(factory=list)
 
     @property
     def p99(self) -> float:
-        """What 99 of 100 did not exceed."""
+        """The time that 99 of 100 requests did not exceed, in seconds."""
         return statistics.quantiles(self.all, n=100)[98]
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class Times:
 
 @contextmanager
 def others(daemon: Daemon, path: str, headers: Mapping[str, str]) -> Iterator[Times]:
-    """Ask for a path as long as the block lasts; the times are there after it."""
+    """Request a path while the block runs. The times are available after it."""
     arguments = [str(daemon.port), path, *(f"{k}:{v}" for k, v in headers.items())]
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.integration.others", *arguments],
@@ -62,7 +62,7 @@ def others(daemon: Daemon, path: str, headers: Mapping[str, str]) -> Iterator[Ti
 
 
 def main() -> None:
-    """Ask."""
+    """Send requests until the input ends, and print their times."""
     port, path, *lines = sys.argv[1:]
     headers = dict(line.split(":", 1) for line in lines)
     times: list[float] = []

@@ -1,4 +1,4 @@
-"""What the tests of the page do with it, and look for."""
+"""Actions on the page, and functions that read from it, for the tests of the page."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +15,12 @@ from tests.integration.daemon import PATIENCE
 
 T = TypeVar("T")
 
-# What the page shows as the output: the number of each line, "" where it goes on, and text.
+# The output as the page shows it: the number of each line ("" if it continues), and text.
 ROWS = """
 return [...document.querySelectorAll('.log .row')].map((row) =>
   [row.querySelector('.n').dataset.n ?? '', row.querySelector('.t').textContent]);
 """
-# How far the log is from its end, in pixels.
+# The distance of the log from its end, in pixels.
 FROM_END = """
 const log = document.querySelector('.log');
 return log.scrollHeight - log.clientHeight - log.scrollTop;
@@ -28,13 +28,13 @@ return log.scrollHeight - log.clientHeight - log.scrollTop;
 
 
 def until(browser: Chrome, condition: Callable[[], T], what: str) -> T:
-    """Wait until something is true of the page, whatever it is doing meanwhile."""
+    """Wait until a condition of the page is true, even while the page changes."""
     wait = WebDriverWait(browser, PATIENCE, 0.05, [WebDriverException])
     return wait.until(lambda _: condition(), f"{what}: {browser.current_url}")
 
 
 def find(browser: Chrome, css: str, text: str = "") -> WebElement:
-    """Wait for an element that is shown, with some text in it."""
+    """Wait for a visible element that contains a text, and return it."""
 
     def shown() -> WebElement | None:
         for element in browser.find_elements(By.CSS_SELECTOR, css):
@@ -48,7 +48,7 @@ def find(browser: Chrome, css: str, text: str = "") -> WebElement:
 
 
 def click(browser: Chrome, css: str, text: str = "") -> None:
-    """Click on something as soon as it is there."""
+    """Click on an element as soon as it is there."""
 
     def clicked() -> bool:
         find(browser, css, text).click()
@@ -58,23 +58,23 @@ def click(browser: Chrome, css: str, text: str = "") -> None:
 
 
 def path(browser: Chrome) -> str:
-    """Return the path of the address."""
+    """Return the path of the page's URL."""
     return urlsplit(browser.current_url).path
 
 
 def status(browser: Chrome, word: str) -> None:
-    """Wait until the task's page says a status."""
+    """Wait until the page of the task shows a status."""
     find(browser, ".titles .status", word)
 
 
 def rows(browser: Chrome) -> list[list[str]]:
-    """Return what the page shows of the output."""
+    """Return the lines of output that the page shows."""
     found: list[list[str]] = browser.execute_script(ROWS)
     return found
 
 
 def shows(browser: Chrome, line: str) -> None:
-    """Wait until a line is among the elements of the log."""
+    """Wait until the log contains a line."""
     until(browser, lambda: line in [text for _, text in rows(browser)], f"line {line!r}")
 
 
@@ -86,7 +86,7 @@ def listed(browser: Chrome) -> list[int]:
 
 
 def fill(browser: Chrome, name: str, text: str) -> None:
-    """Write into a field."""
+    """Write text into a field."""
     place = "dialog" if browser.find_elements(By.TAG_NAME, "dialog") else ".filter"
     field = find(browser, f"{place} [name={name}]")
     field.clear()
@@ -94,7 +94,7 @@ def fill(browser: Chrome, name: str, text: str) -> None:
 
 
 def answer(browser: Chrome, method: str, url: str) -> dict[str, Any]:
-    """Return what the daemon answers to the page's own session."""
+    """Return the daemon's answer to a request with the session of the page."""
     script = """
     const [method, url, done] = arguments;
     fetch(url, {method}).then(async (r) => done({status: r.status, body: await r.json()}));
@@ -104,7 +104,7 @@ def answer(browser: Chrome, method: str, url: str) -> dict[str, Any]:
 
 
 def latency(browser: Chrome, milliseconds: int) -> None:
-    """Make the network slow, or with 0 as fast as it is."""
+    """Set the latency of the network, 0 for its real speed."""
     browser.execute_cdp_cmd("Network.enable", {})
     conditions = {"offline": False, "downloadThroughput": -1, "uploadThroughput": -1}
     browser.execute_cdp_cmd(
@@ -116,7 +116,7 @@ def latency(browser: Chrome, milliseconds: int) -> None:
 
 @contextmanager
 def sized(browser: Chrome) -> Iterator[Callable[[int, int], None]]:
-    """Yield what gives the page another width and height, until the end."""
+    """Yield a function that resizes the page. The old size comes back at the end."""
 
     def resize(width: int, height: int) -> None:
         browser.execute_cdp_cmd(
@@ -132,7 +132,7 @@ def sized(browser: Chrome) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def at_begin(browser: Chrome, script: str) -> Iterator[None]:
-    """Run a script before those of each page that is opened."""
+    """Run a script before the scripts of each page that is opened."""
     command = "Page.addScriptToEvaluateOnNewDocument"
     made = browser.execute_cdp_cmd(command, {"source": script})
     try:
@@ -142,6 +142,6 @@ def at_begin(browser: Chrome, script: str) -> Iterator[None]:
 
 
 def clipboard(browser: Chrome) -> str:
-    """Return what was copied."""
+    """Return the text in the clipboard."""
     read = "const done = arguments[0]; navigator.clipboard.readText().then(done)"
     return str(browser.execute_async_script(read))

@@ -1,10 +1,10 @@
-"""Cuts the power, boots, and loses, damages or copies state, and counts the starts.
+"""Cut the power, boot, lose, damage or copy state, and count the starts of tasks.
 
     python -m tests.integration.power busy=50 idle=50 folder=50 boot=50 copy=20 --seed 1
 
-prints a line of figures for each kind, then what was wrong; the exit status is 1 if
-anything was. It needs root: for a file system of its own, which it mounts where nobody
-else sees it (`machine`).
+prints a line of figures for each kind of trial, then the broken promises. The exit status
+is 1 if a promise was broken. It needs root to mount a file system of its own, which no
+other process sees (`machine`).
 """
 
 import argparse
@@ -41,18 +41,18 @@ from tests.integration.witness import ENDED, Client, Ledger, Wish, Witness
 
 OPTIONS = ("--kill-grace=1", "--max-running-per-target=1", "--poll-timeout=5")
 DAMAGE = ("removed", "empty", "zeros", "half", "garbage")
-"""What may have become of a file."""
+"""The ways in which a file may be damaged."""
 FILES = {"lock": "lock", "permit": "begun", "index": "output.idx", "exit": "exit"}
-"""Files in the folder of a task, by what they are."""
+"""Files in the folder of a task, by their purpose."""
 ORDERS = frozenset({"spec", "spec.tmp"})
-"""What a shim is to do; without it a task fails that has not begun, and rightly so."""
+"""The instructions for a shim. Without them a task that has not begun rightly fails."""
 LEFT = 60.0
-"""Seconds in which every task has to end after a boot."""
+"""Seconds in which every task must end after a boot."""
 
 
 @define
 class Trials:
-    """One kind of misfortune, again and again, on one machine."""
+    """Repeated trials of one kind of damage, on one machine."""
 
     folder: Path
     chance: random.Random
@@ -64,9 +64,9 @@ class Trials:
     client: Client = field(init=False)
     disk: Disk | None = None
     figures: Counter[str] = field(factory=Counter)
-    """Figures of all trials of this kind."""
+    """The sums over all trials of this kind."""
     wrong: dict[str, str] = field(factory=dict)
-    """An example of each kind of violation."""
+    """One example of each kind of violation."""
     _count: int = 0
 
     def __attrs_post_init__(self) -> None:
@@ -76,7 +76,7 @@ class Trials:
     # -- the machine
 
     def mount(self) -> None:
-        """Mount the disk, with one of the ways in which it may be written."""
+        """Mount the disk in one of the modes in which ext4 can write."""
         assert self.disk is not None
         options = [f"commit={self.chance.choice((1, 5, 5, 60))}"]
         if self.chance.random() < 0.25:
@@ -84,10 +84,10 @@ class Trials:
         self.disk.mount(*options)
 
     def begin(self, *, disk: bool) -> None:
-        """Have a new state, on a disk of its own or not, and start a daemon."""
+        """Make a new state folder, on a disk of its own or not, and start a daemon."""
         state = self.folder / "state"
         if disk:
-            # Room for the tasks of 50 trials: none is removed.
+            # Space for the tasks of 50 trials, so that retention removes none.
             image, at = self.folder / "image", self.folder / "disk"
             self.disk = Disk(image, at, mib=256, inodes=65536)
             self.mount()
@@ -97,7 +97,7 @@ class Trials:
         self.client = Client(self.daemon, self.witness)
 
     def end(self) -> None:
-        """Let nothing of it be left."""
+        """Kill all processes and remove the state folder and its disk."""
         end_all()
         self.daemon.process.wait()
         if self.disk is not None:
@@ -106,7 +106,7 @@ class Trials:
         shutil.rmtree(self.folder / "state", ignore_errors=True)
 
     def restart(self) -> bool:
-        """Start the daemon that has ended; return whether that could be done."""
+        """Start the daemon again. Return whether it started."""
         why = rise(self.daemon)
         if why:
             self.witness.violation(
@@ -121,16 +121,16 @@ class Trials:
             self.witness.violation("a daemon that does not end", daemon.log.name, text)
 
     def new_trial(self) -> None:
-        """Forget what was told about the trial before."""
+        """Begin a trial with a witness that knows nothing of the trials before."""
         self.witness = Witness(self.ledger)
         self.client = Client(self.daemon, self.witness)
 
-    # -- what is asked of it
+    # -- requests
 
     def wish(
         self, env: str, seconds: float, kind: str = "sleep", sealed: float = 0.3
     ) -> Wish:
-        """Return another task to ask for, with this chance one that has a secret."""
+        """Return another task to ask for. ``sealed`` is the chance that it has a secret."""
         self._count += 1
         chance = self.chance
         return Wish(
@@ -145,11 +145,11 @@ class Trials:
         )
 
     def posted(self, *wishes: Wish) -> list[int]:
-        """Ask for tasks until each is accepted; return their numbers."""
+        """Ask for tasks until each is accepted. Return their numbers."""
         return [wait_for(lambda w=w: self.client.post(w), "a POST") for w in wishes]  # type: ignore[misc]
 
     def told_running(self, number: int) -> None:
-        """Wait until a client was told that a task runs."""
+        """Wait until the daemon reports that a task runs."""
 
         def runs() -> bool:
             task = self.client.look(number)
@@ -160,10 +160,10 @@ class Trials:
     # -- the result
 
     def settle(self) -> None:
-        """Ask again for what has a key, wait for all ends, and judge them."""
+        """Repeat the requests with a key, wait for all ends, and judge them."""
         self.ledger.gate.touch()
         for wish in list(self.witness.wishes.values()):
-            # Until then who has a key does not know whether there is such a task.
+            # Until the answer, a client with a key does not know whether the task exists.
             if wish.keyed:
                 wait_for(lambda w=wish: self.client.post(w), "the retry of a POST")  # type: ignore[misc]
         tasks = self.client.judge(self._ended(), None)
@@ -174,7 +174,7 @@ class Trials:
         self.figures["tasks"] += len(tasks)
 
     def _ended(self) -> list[int]:
-        """Return the tasks of this trial, when all have ended or it is too late."""
+        """Return the tasks of this trial when all have ended, or after `LEFT` seconds."""
 
         def asked() -> list[dict[int, dict[str, Any]]]:
             tasks = self.client.tasks()
@@ -191,7 +191,7 @@ class Trials:
             self.client.look(left[0], "/state?output=none&timeout=2")
 
     def conclude(self) -> None:
-        """Add what was wrong in this trial to the figures of its kind."""
+        """Add the violations of this trial to the figures of its kind."""
         told = self.witness.told.values()
         self.figures["told ended"] += sum(task["status"] in ENDED for task in told)
         for what, whose in self.witness.violations.items():
@@ -206,7 +206,7 @@ class Trials:
 
 
 def _cut(trials: Trials) -> bool:
-    """Cut the power, and boot; return whether the boot id is still the same."""
+    """Cut the power, and boot. Return whether the boot id is still the same."""
     disk = trials.disk
     assert disk is not None
     disk.cut_power()
@@ -221,12 +221,12 @@ def _cut(trials: Trials) -> bool:
 
 
 def busy(trials: Trials) -> None:
-    """Cut the power at any moment between many POSTs and many ends."""
+    """Cut the power at a random moment among many POSTs and many ends."""
     chance, client = trials.chance, trials.client
     over = threading.Event()
     envs = [f"t{n}" for n in range(5)]
     kinds = ("sleep", "sleep", "print", "flood")
-    # Made here: who comes first at them must not change what they are.
+    # Made in advance, so that the order of the threads does not change the tasks.
     wishes = [
         trials.wish(chance.choice(envs), chance.uniform(0, 1.5), chance.choice(kinds))
         for _ in range(60)
@@ -254,7 +254,7 @@ def busy(trials: Trials) -> None:
     ]
     for thread in threads:
         thread.start()
-    time.sleep(chance.uniform(0, 3))  # any moment is meant
+    time.sleep(chance.uniform(0, 3))  # a random moment
     same = _cut(trials)
     over.set()
     for thread in threads:
@@ -263,8 +263,8 @@ def busy(trials: Trials) -> None:
 
 
 def idle(trials: Trials) -> None:
-    """Cut the power while one task runs and nothing else is written."""
-    after = trials.chance.uniform(0, trials.idle)  # any moment is meant
+    """Cut the power while one task runs and no other is written."""
+    after = trials.chance.uniform(0, trials.idle)  # a random moment
     (number,) = trials.posted(trials.wish("t0", after + 3))
     trials.told_running(number)
     time.sleep(after)
@@ -272,7 +272,7 @@ def idle(trials: Trials) -> None:
 
 
 def _after(trials: Trials, *, same: bool) -> None:
-    """Start the daemon after a cut, judge, and count what an old boot id may cause."""
+    """Start the daemon after a cut, judge, and count double starts with an old boot id."""
     trials.figures["with the same boot id"] += same
     if trials.restart():
         trials.settle()
@@ -287,7 +287,7 @@ def _after(trials: Trials, *, same: bool) -> None:
 
 
 def _some(trials: Trials, sealed: float = 0.3) -> list[int]:
-    """Ask for tasks of which two run and one waits, or all are about to start."""
+    """Ask for three tasks: two run and one waits, or all are about to start."""
     numbers = trials.posted(*_gated(trials, sealed))
     if trials.chance.random() < 0.7:
         trials.told_running(numbers[0])
@@ -296,7 +296,7 @@ def _some(trials: Trials, sealed: float = 0.3) -> list[int]:
 
 
 def _gated(trials: Trials, sealed: float = 0.3) -> list[Wish]:
-    """Return tasks of which most go on only when the daemon is there again."""
+    """Return three tasks, most of which go on only after the daemon is back."""
     trials.ledger.gate.unlink(missing_ok=True)
     kinds = trials.chance.choices(("gate", "sleep"), (3, 1), k=3)
     return [
@@ -306,13 +306,13 @@ def _gated(trials: Trials, sealed: float = 0.3) -> list[Wish]:
 
 
 def _end_some(trials: Trials) -> str:
-    """End nobody, or the daemon, or the shims, or the tasks as well; return which."""
+    """End nothing, or the daemon, or also the shims, or also the tasks. Return which."""
     who = trials.chance.choice(("nobody", "daemon", "shims", "tasks"))
     if who != "nobody":
         trials.daemon.kill()
     for entry in trials.ledger.running().values():
         for _, pid, born, shim in entry.starts:
-            # A shim that has ended is no parent any more.
+            # If the shim has ended, the task has another parent.
             if who in {"shims", "tasks"} and stat(pid)[1] == shim:
                 send(shim, stat(shim)[2], signal.SIGKILL)
             if who == "tasks":
@@ -336,7 +336,7 @@ def _go_on(trials: Trials) -> None:
 
 def folder(trials: Trials) -> None:
     """Remove the folders of tasks."""
-    numbers = _some(trials, sealed=0)  # a secret that is removed cannot be known again
+    numbers = _some(trials, sealed=0)  # a removed secret cannot be recovered
     _end_some(trials)
     for number in numbers:
         path = trials.daemon.state / "tasks" / str(number)
@@ -354,7 +354,7 @@ def tasks(trials: Trials) -> None:
 
 
 def boot(trials: Trials) -> None:
-    """Boot with all files as they were."""
+    """Boot with all files unchanged."""
     _some(trials)
     end_all()
     trials.daemon.process.wait()
@@ -363,14 +363,14 @@ def boot(trials: Trials) -> None:
 
 
 def files(trials: Trials) -> None:
-    """Remove some files of each task, but for what it has printed."""
+    """Remove some files of each task, but never its output."""
     numbers = _some(trials, sealed=0)
     _end_some(trials)
     for number in numbers:
         for path in sorted((trials.daemon.state / "tasks" / str(number)).glob("*")):
             kept = {"output", *ORDERS}
             if path.name not in kept and trials.chance.random() < 0.6:
-                path.unlink(missing_ok=True)  # its owner may have been faster
+                path.unlink(missing_ok=True)  # the shim may have removed it already
                 trials.figures[f"{path.name.partition('.')[0]} removed"] += 1
     _go_on(trials)
 
@@ -382,17 +382,17 @@ def rest(trials: Trials) -> None:
     for number in numbers:
         for path in sorted((trials.daemon.state / "tasks" / str(number)).glob("*")):
             if path.name not in {"start", "begun", *ORDERS}:
-                path.unlink(missing_ok=True)  # its owner may have been faster
+                path.unlink(missing_ok=True)  # the shim may have removed it already
     _go_on(trials)
 
 
 def damaged(file: str, *hows: str) -> Callable[[Trials], None]:
-    """Return what damages a file of each task in one of some ways."""
+    """Return a function that damages one file of each task, in one of the given ways."""
 
     def damage(trials: Trials) -> None:
         numbers = _some(trials)
         if file == "exit":
-            trials.daemon.kill()  # else it has read it before it is damaged
+            trials.daemon.kill()  # otherwise it reads the file before the damage
             trials.ledger.gate.touch()
             wait_for(lambda: not trials.ledger.running(), "the end of what runs")
         else:
@@ -414,7 +414,7 @@ def damaged(file: str, *hows: str) -> Callable[[Trials], None]:
 
 
 def _damage(path: Path, how: str, chance: random.Random) -> None:
-    """Make a file what it may have become."""
+    """Damage a file in one of the ways of `DAMAGE`."""
     data = path.read_bytes()
     kept = {
         "empty": b"",
@@ -429,14 +429,14 @@ def _damage(path: Path, how: str, chance: random.Random) -> None:
 
 
 def copy(trials: Trials) -> None:
-    """Start a second daemon on a copy, beside the first or in its place."""
+    """Start a second daemon on a copy of the state, beside the first or in its place."""
     trials.posted(*_gated(trials))
-    time.sleep(trials.chance.uniform(0, 0.3))  # before, while or after they start
+    time.sleep(trials.chance.uniform(0, 0.3))  # before, during or after their start
     other = trials.folder / "other"
     shutil.rmtree(other, ignore_errors=True)
     other.mkdir()
     state, first = other / "state", trials.daemon
-    # A file may go away while it is copied.
+    # A file may vanish while it is copied.
     subprocess.run(
         ["cp", "-a", str(first.state), str(state)], check=False, stderr=subprocess.DEVNULL
     )
@@ -471,7 +471,7 @@ def copy(trials: Trials) -> None:
 
 
 def _waiting(state: Path, look: Path) -> set[str]:
-    """Return the marks of the tasks that have not begun, by another copy of the copy."""
+    """Return the marks of the tasks that have not begun, read from a copy of the copy."""
     shutil.copytree(state, look)
     with suppress(sqlite3.Error), closing(sqlite3.connect(look / "pulsar-api.db")) as db:
         text = "SELECT json_extract(variables, '$.mark') FROM task WHERE status = 'created'"
@@ -491,12 +491,12 @@ KINDS: dict[str, Callable[[Trials], None]] = {
     **{file: damaged(file, *DAMAGE) for file in FILES},
 }
 ONE_WAY = {f"{file}-{how}": damaged(file, how) for file in FILES for how in DAMAGE}
-"""One kind of damage each, for whoever wants figures of it."""
+"""Each combination of a file and a damage, to get separate figures for it."""
 ON_DISK = frozenset({"busy", "idle"})
 
 
 def main(arguments: list[str]) -> int:
-    """Try what the command line asks for; return 1 if a promise was broken."""
+    """Run the trials of the command line. Return 1 if a promise was broken."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     wanted = f"KIND=N; a KIND is one of {', '.join(KINDS)}, or like lock-empty"
     parser.add_argument("trials", nargs="+", metavar="KIND=N", help=wanted)
@@ -519,7 +519,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _try(trials: Trials, kind: str, times: int) -> bool:
-    """Try one kind so often, print the figures, and return whether anything was wrong."""
+    """Run trials of one kind, and print the figures. Return whether a promise broke."""
     began = time.monotonic()
     trials.begin(disk=kind in ON_DISK)
     for _ in range(times):
@@ -532,7 +532,7 @@ def _try(trials: Trials, kind: str, times: int) -> bool:
             trials.witness.violations
         )
         trials.conclude()
-        if stuck:  # the next trial is not to suffer from it
+        if stuck:  # so that the next trial does not suffer from it
             trials.end()
             trials.begin(disk=kind in ON_DISK)
     trials.end()

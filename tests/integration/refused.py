@@ -1,4 +1,4 @@
-"""Starts that must not succeed, in each way in which the daemon can be started."""
+"""Starts that must fail, in each way in which the daemon can be started."""
 
 import ctypes
 import os
@@ -37,18 +37,18 @@ for right in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 os.execv(sys.argv[1], sys.argv[1:])
 """
 POWERLESS = (sys.executable, "-c", _POWERLESS)
-"""Runs a program for which the permissions of files hold even if root starts it."""
+"""Runs a program that has to obey the permissions of files, even if root starts it."""
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _CAPABILITIES = 0x20080522, 0
-"""Version 3 of their sets in the kernel, of this process (capset(2))."""
+"""Version 3 of the capability sets, of this process (capset(2))."""
 
 
 @contextmanager
 def powerless() -> Iterator[None]:
-    """Let the permissions of files hold here as well, even if this is root."""
+    """Obey the permissions of files in this process, even as root."""
     head = (ctypes.c_uint32 * 2)(*_CAPABILITIES)
-    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, and their rest
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, and upper halves
     assert _LIBC.capget(head, sets) == 0
     had = sets[0]
     sets[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
@@ -62,7 +62,7 @@ def powerless() -> Iterator[None]:
 
 @contextmanager
 def reserved() -> Iterator[int]:
-    """Give a port of which nobody else is told, and on which the daemon could listen."""
+    """Yield a free port that no other test gets."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", 0))
@@ -70,15 +70,15 @@ def reserved() -> Iterator[int]:
 
 
 def answers(port: int) -> bool:
-    """Return whether somebody listens on a port of this machine."""
+    """Return whether a process listens on a port of this machine."""
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 def serves(port: int) -> bool:
-    """Return whether somebody says something there, be it that TLS was expected.
+    """Return whether a server answers on a port, even if it expects TLS.
 
-    To listen is not enough: a start tries the port out before other things can fail.
+    A successful connection is not enough: a start opens the port before other steps fail.
     """
     with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as sock:
         sock.sendall(b"GET /tasks HTTP/1.0\r\n\r\n")
@@ -87,7 +87,7 @@ def serves(port: int) -> bool:
 
 
 def alive(pid: int) -> bool:
-    """Return whether a process has not ended, whoever has to collect it."""
+    """Return whether a process has not ended. A zombie has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -96,7 +96,7 @@ def alive(pid: int) -> bool:
 
 
 def end(pid: int) -> None:
-    """Stop a process that is nobody's child, and wait until it is gone."""
+    """Stop a process that is no child of this one, and wait until it is gone."""
     os.kill(pid, signal.SIGTERM)
     wait_for(lambda: not alive(pid), f"the end of process {pid}")
 
@@ -129,7 +129,7 @@ class _Start:
             )
 
     def said(self, *, busy: bool) -> str:
-        """Wait for the end and return the one line of it, without what is only its own."""
+        """Wait for the end and return its one line, with names of its own replaced."""
         wait_for(
             lambda: self.process.poll() is not None or (not busy and serves(self.port)),
             f"the end of {self.process.args!r}",
@@ -144,7 +144,7 @@ class _Start:
         return _line(status, out, err, self.folder, self.port)
 
     def clean_up(self) -> None:
-        """End what should not have started."""
+        """End the processes of a start that succeeded against expectation."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
@@ -180,9 +180,9 @@ def _filled(text: str, places: Mapping[str, str]) -> str:
 
 
 def told(folder: Path, *options: str) -> str:
-    """Return the one line that refuses the options, which this process parses itself.
+    """Return the one line that refuses the options, parsed in this process.
 
-    It is what `refusal` returns, a thousand times sooner; nothing has been started then.
+    It equals the result of `refusal` and takes a thousandth of the time: no process starts.
     """
     out, err = StringIO(), StringIO()
     folder.mkdir(exist_ok=True)
@@ -204,11 +204,11 @@ def refusal(
     ways: Sequence[str] = tuple(WAYS),
     environ: Mapping[str, str] = os.environ,
 ) -> str:
-    """Start in several ways and return what all of them say in one line.
+    """Start in several ways and return the one line that all of them print.
 
-    Each has a folder ``{own}`` with its state, and a port ``{port}``, unless the options
-    name others. ``busy`` is a port on which somebody listens already. They start all at
-    once, unless they share a state: then they would be in each other's way.
+    Each start has a folder ``{own}`` of state and a port ``{port}``, unless the options
+    name others. ``busy`` is a port on which a process listens already. The starts run at
+    once, unless they share a state folder, in which they would disturb each other.
     """
     shared = "--state-dir" in options
     said: set[str] = set()

@@ -1,8 +1,8 @@
-"""``python -m tests.integration.rude PORT KIND COUNT``: clients that mean harm.
+"""``python -m tests.integration.rude PORT KIND COUNT``: hostile clients.
 
-Without any code of the daemon, in a process of their own. Prints ``ready`` when all are
-connected, goes on until its standard input ends, and then prints as JSON how many bytes
-were sent and how many connections were cut.
+They use no code of the daemon, and run in a process of their own. It prints ``ready`` when
+all are connected, goes on until its standard input ends, and then prints as JSON how many
+bytes it sent and how often the daemon cut a connection.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from attrs import define, field
 
 MASK = bytes(4)
-"""What a client's bytes are masked with: with this, they stay what they are."""
+"""The mask of a client's bytes. This one leaves them unchanged."""
 
 
 def frame(opcode: int, payload: bytes, *, final: bool = True) -> bytes:
@@ -33,7 +33,7 @@ def frame(opcode: int, payload: bytes, *, final: bool = True) -> bytes:
 TEXT, PING, PONG = 1, 9, 10
 BEGIN = frame(TEXT, b'["', final=False)
 ALIVE = frame(PONG, b"")
-"""What nobody asked for, and what once made the daemon count anew."""
+"""An unsolicited PONG, which once reset the count of the daemon."""
 KINDS: dict[str, tuple[bytes, bytes]] = {
     "pings": (b"", frame(PING, b"x" * 125) * 400 + ALIVE),
     "tiny-pings": (b"", (frame(PING, b"") * 5_000 + ALIVE) * 2),
@@ -43,12 +43,12 @@ KINDS: dict[str, tuple[bytes, bytes]] = {
     "messages": (b"", frame(TEXT, b'["x"]') * 5_000),
     "nothing": (b"", b""),
 }
-"""What each kind sends once, and then without end. None of them ever reads."""
+"""The bytes that each kind sends once, and then without end. No kind ever reads."""
 
 
 @define(eq=False)
 class Rude:
-    """One connection; it comes back when it is cut."""
+    """One connection, which is opened again whenever the daemon cuts it."""
 
     port: int
     first: bytes
@@ -65,7 +65,7 @@ class Rude:
     def connect(self) -> None:
         """Open a WebSocket."""
         self.sock = socket.socket()
-        # As little room for answers as there can be.
+        # The smallest possible buffer for answers.
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         self.sock.settimeout(60)
         self.sock.connect(("127.0.0.1", self.port))
@@ -91,7 +91,7 @@ class Rude:
         self.left = memoryview(self.first + self.rest)
 
     def send(self) -> bool:
-        """Send as much as the daemon takes; return whether it is still connected."""
+        """Send as much as the daemon takes. Return whether the connection is still open."""
         try:
             while self.left:
                 sent = self.sock.send(self.left)
@@ -107,7 +107,7 @@ class Rude:
 
 
 def main() -> None:
-    """Attack."""
+    """Attack until the input ends, and print the figures."""
     parser = argparse.ArgumentParser(
         "python -m tests.integration.rude", description=__doc__
     )

@@ -1,4 +1,4 @@
-"""Pictures of each view: ``python -m tests.integration.screenshots FOLDER``."""
+"""Take pictures of each view: ``python -m tests.integration.screenshots FOLDER``."""
 
 import argparse
 import tempfile
@@ -11,7 +11,7 @@ WIDTHS = (390, 1440)
 
 
 def main() -> None:
-    """Take them: a phone and a desk, light and dark."""
+    """Take a picture of each view for a phone and a desktop, light and dark."""
     parser = argparse.ArgumentParser(
         "python -m tests.integration.screenshots", description=__doc__
     )

@@ -1,4 +1,4 @@
-"""Clients of the daemon's SockJS, without any code of it: one for each transport."""
+"""Clients for the daemon's SockJS that use no code of it, one for each transport."""
 
 import json
 import threading
@@ -14,7 +14,7 @@ from tests.integration.daemon import Daemon
 
 
 class WebSocket:
-    """A WebSocket to the daemon, without any code of it."""
+    """A WebSocket to the daemon that uses no code of it."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class WebSocket:
         self.text = ""
 
     def event(self) -> Any:
-        """Return the next event; None if the connection is closed."""
+        """Return the next event, or None if the connection is closed."""
         while not self.pending:
             data = self.sock.recv(1 << 16)
             if not data:
@@ -47,7 +47,7 @@ class WebSocket:
         return self.pending.pop(0)
 
     def frame(self) -> str | None:
-        """Return the next frame of SockJS; None at the end."""
+        """Return the next frame of SockJS, or None at the end."""
         while True:
             event = self.event()
             if isinstance(event, TextMessage):
@@ -62,7 +62,7 @@ class WebSocket:
 
 
 class Transport:
-    """One of the ways by which SockJS comes."""
+    """A client of one of the transports of SockJS."""
 
     def __init__(
         self, daemon: Daemon, headers: Mapping[str, str], source: str | None = None
@@ -85,22 +85,22 @@ class Transport:
         raise NotImplementedError
 
     def frame(self) -> str | None:
-        """Return the next frame; None at the end."""
+        """Return the next frame, or None at the end."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Go away."""
+        """Close the session."""
         raise NotImplementedError
 
     def last(self) -> str | None:
-        """Return the frame that ends it."""
+        """Return the frame that ends the session."""
         while (frame := self.frame()) is not None:
             if frame.startswith("c"):
                 return frame
         return None
 
     def settled(self, daemon: Daemon, *callers: Mapping[str, str]) -> None:
-        """Wait until it hears of tasks, by creating one for each caller again and again."""
+        """Create tasks for each caller until the session receives its first event."""
         heard = threading.Event()
         apps = ("site", "other")
 
@@ -121,7 +121,7 @@ class Transport:
             thread.join()
 
     def until_close(self, number: int) -> set[int]:
-        """Return the jobs that are told of until one of them is closed."""
+        """Return the numbers of the jobs in the events up to the close of ``number``."""
         told: set[int] = set()
         while True:
             frame = self.frame()
@@ -148,11 +148,11 @@ class ByWebSocket(Transport):
         self.socket.sock.sendall(self.socket.ws.send(TextMessage(json.dumps([text]))))
 
     def frame(self) -> str | None:
-        """Return the next frame; None at the end."""
+        """Return the next frame, or None at the end."""
         return self.socket.frame()
 
     def close(self) -> None:
-        """Go away."""
+        """Close the connection."""
         self.socket.sock.close()
 
 
@@ -171,7 +171,7 @@ class ByPolling(Transport):
         self.begin()
 
     def begin(self) -> None:
-        """Open it."""
+        """Open the session."""
         assert self.post("xhr", "").startswith("o")
 
     def post(self, name: str, body: str) -> str:
@@ -183,7 +183,7 @@ class ByPolling(Transport):
         return answer.body.decode()
 
     def keep(self, cookie: str | None) -> None:
-        """Show the cookie from now on, as a browser does."""
+        """Send the cookie with each later request, as a browser does."""
         if cookie is not None:
             old = self.headers.get("Cookie")
             new = cookie.partition(";")[0]
@@ -198,7 +198,7 @@ class ByPolling(Transport):
         return self.post("xhr", "").rstrip("\n")
 
     def close(self) -> None:
-        """Stay away."""
+        """Stop polling."""
 
 
 class ByStreaming(ByPolling):
@@ -207,13 +207,13 @@ class ByStreaming(ByPolling):
     response: HTTPResponse
 
     def begin(self) -> None:
-        """Open it."""
+        """Open the session."""
         self.connection = self.daemon.connect(source=self.source)
         self.stream()
         assert self.frame() == "o"
 
     def stream(self) -> None:
-        """Ask for a stream."""
+        """Request a stream."""
         path = f"{self.path}/xhr_streaming"
         self.connection.request("POST", path, headers=self.headers)
         self.response = self.connection.getresponse()
@@ -229,7 +229,7 @@ class ByStreaming(ByPolling):
         return line.decode().rstrip("\n")
 
     def close(self) -> None:
-        """Go away."""
+        """Close the stream."""
         self.connection.close()
 
 

@@ -1,4 +1,4 @@
-"""A daemon that has everything the page can show, and the way to each of its views."""
+"""A daemon with tasks for everything that the page can show, and the way to each view."""
 
 import os
 import signal
@@ -17,11 +17,11 @@ from tests.integration.daemon import PATIENCE, Daemon, shim_of, wait_for
 from tests.integration.github import CLIENT_ID, CLIENT_SECRET, github
 
 HUGE = 200_000
-"""Lines of the longest output."""
+"""Number of lines of the longest output."""
 USERS = ("alice", "bob")
 
-# An action prints the file beside it: "!" begins a line of stderr, "@hold" waits if it is
-# told to, "@exit" ends, "@huge" prints many lines.
+# An action prints the file beside it: "!" begins a line of stderr, "@hold" waits while the
+# test holds it, "@exit" ends, "@huge" prints many lines.
 ACTION = f"""#!{sys.executable} -IS
 import os, sys, time
 path = os.path.realpath(__file__)
@@ -151,7 +151,7 @@ LOGS: Mapping[str, str] = {
 
 
 class Stage:
-    """The daemon, the browser, and where they are."""
+    """The daemon, the browser, and the file that holds actions."""
 
     def __init__(self, daemon: Daemon, driver: Chrome, hold: Path) -> None:
         self.daemon = daemon
@@ -174,7 +174,7 @@ class Stage:
         return number
 
     def _tasks(self) -> dict[str, int]:
-        """Have a task in each state; what is at the end of it is the newest."""
+        """Create a task in each state, the most interesting last, as lists begin there."""
         run, until, printed = self._run, self._until, self._printed
         numbers = {}
         until(run("alice", "site", "staging", "deploy"), "finished")
@@ -205,7 +205,7 @@ class Stage:
     # -- the browser
 
     def look(self, width: int, *, dark: bool = False, still: bool = False) -> None:
-        """Have a screen so wide, of a phone if it is narrow; light or dark."""
+        """Set the width of the screen, a phone if it is narrow, and the colour scheme."""
         narrow = width < 700
         screen = {
             "width": width,
@@ -221,17 +221,17 @@ class Stage:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
     def until(self, condition: str) -> None:
-        """Wait until an expression of JavaScript is true."""
+        """Wait until a JavaScript expression is true."""
         wait = WebDriverWait(self.driver, PATIENCE, poll_frequency=0.02)
         wait.until(lambda d: d.execute_script(f"return Boolean({condition})"), condition)
 
     def find(self, selector: str) -> WebElement:
-        """Return an element that is or will be seen."""
+        """Wait for a visible element and return it."""
         self.until(f"document.querySelector({selector!r})?.checkVisibility()")
         return self.driver.find_element(By.CSS_SELECTOR, selector)
 
     def open(self, path: str, selector: str) -> None:
-        """Open a page as alice and wait for something on it."""
+        """Open a page as alice and wait for an element of it."""
         if self.daemon.process.poll() is not None:
             self.daemon.start()
         if not self.cookies:
@@ -242,17 +242,17 @@ class Stage:
         elif not self.driver.get_cookies():
             for cookie in self.cookies:
                 self.driver.add_cookie(cookie)
-        self.driver.get("about:blank")  # else another hash of the same page is no new one
+        self.driver.get("about:blank")  # otherwise a new hash reloads nothing
         self.driver.get(self.daemon.base + path)
         self.find(selector)
 
     def job(self, name: str, anchor: str = "") -> None:
-        """Open a task."""
+        """Open the page of a task."""
         self.open(f"/web/job/{self.numbers[name]}{anchor}", ".row")
 
 
 def token(user: str) -> str:
-    """Return the token of a user at our GitHub."""
+    """Return the token of a user at the GitHub of the tests."""
     return f"gho_{user}00000000"
 
 
@@ -406,7 +406,7 @@ VIEWS: Mapping[str, Callable[[Stage], None]] = {
 
 @contextmanager
 def stage(folder: Path) -> Iterator[Stage]:
-    """Start everything, and end it."""
+    """Start a daemon with all tasks and a browser, and end them."""
     actions = folder / "repo" / "actions"
     actions.mkdir(parents=True)
     for name, text in LOGS.items():

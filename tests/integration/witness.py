@@ -1,8 +1,8 @@
-"""What tasks did, what clients were told of them, and whether that is the same.
+"""Compares what tasks did with what clients were told of them.
 
 Each task notes in a file outside of the daemon's state that it began, which processes it
-made, and how it ended. A `Witness` holds every answer of the daemon against the answers
-before it, and in the end against that file.
+made, and how it ended. A `Witness` compares every answer of the daemon with the answers
+before it, and in the end with that file.
 """
 
 import json
@@ -26,8 +26,8 @@ NEVER = "accepted, never started, failed"
 TICKS = 0.2
 """Seconds between two lines of a `server`."""
 
-# One write a line, by the shell itself: nothing comes before the first one. It need not be
-# synced, as only the disk of the daemon loses its power.
+# The shell itself writes each line in one call, so that no write can come before the first.
+# The file need not be synced: only the disk of the daemon loses its power.
 _SCRIPT = r"""#!/bin/sh
 born() {
   read -r stat < /proc/$1/stat && set -- ${stat##*) } && born=${20} state=$1
@@ -75,7 +75,7 @@ exit "$PULSAR_VAR_code"
 
 @frozen
 class Wish:
-    """A task to ask for; ``mark`` names it for ever, whatever number it gets."""
+    """A task to ask for. ``mark`` identifies it, whatever number it gets."""
 
     mark: str
     env: str
@@ -84,16 +84,16 @@ class Wish:
     code: int = 0
     lines: int = 100
     more: float = 5.0
-    """Seconds for which a process that it leaves goes on."""
+    """Seconds for which a process that the task leaves goes on."""
     keyed: bool = True
     sealed: bool = False
-    """It has a secret variable, which it needs."""
+    """Whether the task has a secret variable, which it needs."""
     alone: bool = True
-    """No other task may run on its target."""
+    """Whether the task expects that no other runs on its target."""
 
     @property
     def body(self) -> str:
-        """Return what to POST."""
+        """Return the body of the POST."""
         variables = {
             "mark": self.mark,
             "kind": self.kind,
@@ -109,7 +109,7 @@ class Wish:
         return json.dumps({"action": "run", "variables": variables})
 
     def prints(self) -> str:
-        """Return all that it prints if it comes to its end."""
+        """Return the whole output of the task if it comes to its end."""
         begin = "sealed ***\n" if self.sealed else ""
         if self.kind == "print":
             return begin + "".join(f"{self.mark} {n}\n" for n in range(self.lines))
@@ -118,7 +118,7 @@ class Wish:
         return begin
 
     def may_print(self, text: str) -> bool:
-        """Return whether this may be what it has printed so far."""
+        """Return whether a text can be the beginning of the output."""
         whole = self.prints()
         if self.kind == "server":
             whole += "".join(f"tick {n}\n" for n in range(self.lines))
@@ -127,37 +127,37 @@ class Wish:
 
 @define
 class Entry:
-    """What the file says of one task."""
+    """The notes of one task in the file."""
 
     starts: list[tuple[int, int, int, int]] = field(factory=list)
-    """Number of the task, process, its time of start, its parent."""
+    """Number of the task, process number, its time of start, and its parent."""
     children: list[tuple[int, int]] = field(factory=list)
     ends: list[int] = field(factory=list)
     shared: int = 0
-    """How often another task's process lived on its target when it began."""
+    """How often a process of another task lived on the same target at its start."""
     unsealed: int = 0
-    """How often its secret was not what it has to be."""
+    """How often the secret had a wrong value."""
     done: bool = False
-    """The process that it left has come to its own end."""
+    """Whether the process that the task left has come to its own end."""
 
     @property
     def living(self) -> list[int]:
-        """Return its processes that live."""
+        """Return the living processes of the task."""
         mine = [(pid, born) for _, pid, born, _ in self.starts] + self.children
         return [pid for pid, born in mine if alive(pid, born)]
 
     @property
     def runs(self) -> bool:
-        """Return whether its first process lives."""
+        """Return whether the first process of the task lives."""
         return any(alive(pid, born) for _, pid, born, _ in self.starts)
 
 
 class Ledger:
-    """The file in which tasks note what they do, and the command that does so."""
+    """The file with the notes of the tasks, and the command that writes them."""
 
     def __init__(self, folder: Path) -> None:
         self.gate = folder / "gate"
-        """Those of the kind ``gate`` go on when it exists."""
+        """Tasks of the kind ``gate`` go on as soon as this file exists."""
         self.path = folder / "ledger"
         self.path.touch()
         self.command = folder / "task"
@@ -169,13 +169,13 @@ class Ledger:
         self._lock = threading.Lock()
 
     def entry(self, mark: str) -> Entry:
-        """Return what is known of a task."""
+        """Return the notes of a task."""
         with self._lock:
             self._news()
             return self._entries[mark]
 
     def entries(self) -> dict[str, Entry]:
-        """Return what is known of all tasks."""
+        """Return the notes of all tasks, by their marks."""
         with self._lock:
             self._news()
             return dict(self._entries)
@@ -207,7 +207,7 @@ class Ledger:
 
 
 class Witness:
-    """Remembers what clients were told, and notes what contradicts it."""
+    """Records what clients were told, and notes contradictions."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
@@ -215,27 +215,27 @@ class Witness:
         self.accepted: dict[int, str] = {}
         """The mark of each task whose number a client was told."""
         self.told: dict[int, dict[str, Any]] = {}
-        """The task as it was told with the highest version."""
+        """Each task in the answer with the highest version."""
         self.kills: dict[int, float] = {}
-        """When a kill was first answered, 0 while it was only asked for."""
+        """When a kill was first answered, or 0 until then."""
         self.violations: defaultdict[str, dict[str, str]] = defaultdict(dict)
         self.unknown: dict[str, str] = {}
-        """What killed shims have left that nobody can know to be of a task.
+        """Processes of killed shims that nothing identifies as those of a task.
 
-        It has no environment and a session of its own, made since the last look at it:
-        see "What a killed shim may leave" in ``docs/faults.rst``.
+        Such a process has no environment and a session of its own, made since its shim last
+        looked at it. See "What a killed shim may leave" in ``docs/faults.rst``.
         """
         self.ending: list[int] = []
-        """Tasks of which a client has just been told for the first time that they ended."""
+        """Tasks whose end a client has just been told for the first time."""
         self._lock = threading.Lock()
 
     def violation(self, what: str, whose: str, text: str) -> None:
-        """Note that a promise was broken, once for each task."""
+        """Note a broken promise, once for each task."""
         with self._lock:
             self.violations[what].setdefault(whose, text)
 
     def accept(self, wish: Wish, number: int) -> None:
-        """Note that a client was told this number."""
+        """Note that a client was told the number of a task."""
         with self._lock:
             before = self.accepted.setdefault(number, wish.mark)
             others = [n for n, mark in self.accepted.items() if mark == wish.mark]
@@ -246,12 +246,12 @@ class Witness:
             self.violation("a key with two tasks", wish.mark, f"{others}")
 
     def known(self, number: int) -> dict[str, Any] | None:
-        """Return what was told of a task before a request that is to be sent now."""
+        """Return what clients know of a task before a request that is about to be sent."""
         with self._lock:
             return self.told.get(number)
 
     def saw(self, task: dict[str, Any], known: dict[str, Any] | None) -> None:
-        """Hold an answer against what was known when it was asked for."""
+        """Compare an answer with what clients knew when the request was sent."""
         number, status = task["id"], task["status"]
         mark = task["variables"]["mark"]
         if known is not None:
@@ -281,16 +281,16 @@ class Witness:
             self.violation("the output of an ended task changed", mark, f"{sizes}")
 
     def judge(self, task: dict[str, Any], hurt: Collection[str] | None) -> None:
-        """Hold the end of a task against what the task itself has noted.
+        """Compare the end of a task with its own notes.
 
-        ``hurt`` are the marks of those whose shim was ended by us, None: any may be.
+        ``hurt`` holds the marks of tasks whose shim was ended. None stands for every task.
         """
         mark = task["variables"]["mark"]
         entry, wish = self.ledger.entry(mark), self.wishes[mark]
         self.survivors(task)
         for what, text in _untrue(task, entry, wish):
             if what == NEVER and task["id"] not in self.accepted:
-                continue  # nobody was told of it
+                continue  # no client knows of it
             self.violation(what, mark, f"{text}: {_shown(task)}, {entry}")
         may_be_lost = hurt is None or mark in hurt
         if task["status"] == "lost" and entry.ends and not may_be_lost:
@@ -301,7 +301,7 @@ class Witness:
             self.violation("an end that is not true", mark, text)
 
     def survivors(self, task: Mapping[str, Any]) -> None:
-        """Look for processes of an ended task that it does not name as still running."""
+        """Look for processes of an ended task that its record does not list as running."""
         mark = task["variables"]["mark"]
         left = [*(task.get("stillRunning") or ()), *(task.get("heldBy") or ())]
         named = {process["pid"] for process in left}
@@ -344,7 +344,7 @@ def _untrue(task: Mapping[str, Any], entry: Entry, wish: Wish) -> Iterator[tuple
     if status in ENDED and len(text) != task["outputSize"]:
         yield "a size that is wrong", f"{task['outputSize']} for {len(text)} bytes"
     if status == "lost":
-        # After a power cut a file may end in zeros: its size was safe, its last block not.
+        # After a power cut a file can end in zeros: its size was safe, its last block not.
         text = text.rstrip("\0")
     if not wish.may_print(text):
         yield "an output that is wrong", f"{len(text)} bytes"
@@ -359,7 +359,7 @@ def _shown(*tasks: Mapping[str, Any]) -> str:
 
 @frozen
 class Client:
-    """Asks a daemon that may be away at any moment; the witness hears each answer."""
+    """A client of a daemon that may be away at any moment. The witness sees each answer."""
 
     daemon: Daemon
     witness: Witness
@@ -372,7 +372,7 @@ class Client:
         body: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answer | None:
-        """Return the answer, or None if there was none."""
+        """Return the answer, or None if none came."""
         connection = self.daemon.connect(self.timeout)
         try:
             connection.request(method, path, body, headers or {})
@@ -383,7 +383,7 @@ class Client:
             connection.close()
 
     def post(self, wish: Wish) -> int | None:
-        """Ask once for a task; return its number, None if it was not accepted."""
+        """Ask once for a task. Return its number, or None if it was not accepted."""
         self.witness.wishes[wish.mark] = wish
         headers = {"Content-Type": "application/json"}
         if wish.keyed:
@@ -400,13 +400,13 @@ class Client:
         return number
 
     def look(self, number: int, path: str = "") -> dict[str, Any] | None:
-        """Return a task as it is told now; of a long-poll, None also if nothing changed."""
+        """Return a task, or None without an answer or after a poll without a change."""
         known = self.witness.known(number)
         answer = self.ask("GET", f"/task/{number}{path}")
         return self._heard(answer, number, known)
 
     def kill(self, number: int) -> bool:
-        """Ask once for a kill; return whether it was answered."""
+        """Ask once for a kill. Return whether it was answered."""
         with suppress(KeyError):
             if self.witness.told[number]["status"] in ENDED:
                 return True
@@ -435,7 +435,7 @@ class Client:
         try:
             value = answer.json()
         except ValueError:
-            return None  # cut by the end of the daemon
+            return None  # cut off by the end of the daemon
         task: dict[str, Any] | None = value.get("task") if "changed" in value else value
         if task is None:
             return None
@@ -445,7 +445,7 @@ class Client:
         return task
 
     def tasks(self) -> dict[int, dict[str, Any]] | None:
-        """Return all tasks without their output, by number, None if the daemon is away."""
+        """Return all tasks by number, without output, or None if the daemon is away."""
         found: dict[int, dict[str, Any]] = {}
         path = "/tasks?limit=1000&output=none"
         while True:
@@ -464,7 +464,7 @@ class Client:
     def judge(
         self, numbers: Iterable[int], hurt: Collection[str] | None
     ) -> list[dict[str, Any]]:
-        """Judge these tasks, which are all there are, and return them."""
+        """Judge the given tasks, which must be all tasks, and return them."""
         witness = self.witness
         found = []
         for number in numbers:
