@@ -1,4 +1,4 @@
-"""Who may what: each route by each transport for each caller, as the docs' table says."""
+"""Access to each route by each transport for each caller, as the table of the docs says."""
 
 import base64
 import json
@@ -58,7 +58,7 @@ APIS = (
 
 
 def routes() -> dict[str, str]:
-    """Return what the code has: each method and path, and the right that it needs."""
+    """Return each method and path in the code, and the right that it needs."""
     found = {}
     for api in APIS:
         for rule in api.app.url_map.iter_rules():
@@ -71,7 +71,7 @@ def routes() -> dict[str, str]:
 
 
 def table() -> dict[str, str]:
-    """Return what the docs say: each method and path, and the right that it needs."""
+    """Return each method and path in the docs, and the right that it needs."""
     rows = re.findall(r"^   \* - ``(.*?)``\n     - (\S+)", PAGE.read_text(), re.MULTILINE)
     return dict(rows)
 
@@ -81,7 +81,7 @@ GUARDED = {route: right for route, right in TABLE.items() if right in list(Right
 
 
 def test_the_docs_have_every_route_and_the_right_that_it_needs() -> None:
-    """Generated: ``python -m tests.integration.test_access`` prints the table."""
+    """``python -m tests.integration.test_access`` prints the table for the docs."""
     rest = {route for route, right in TABLE.items() if right in {"-", "socket"}}
     assert {**TABLE, **dict.fromkeys(rest, "-")} == routes()
 
@@ -91,7 +91,7 @@ def test_the_docs_have_every_route_and_the_right_that_it_needs() -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator["World"]:
-    """Return a daemon with tasks of two apps, and somebody of each kind."""
+    """Return a daemon with tasks of two apps, and a caller of each role."""
     folder = tmp_path_factory.mktemp("access")
     for app in ("site", "other"):
         actions = folder / "repo" / "apps" / app
@@ -111,7 +111,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator["World"]:
 
 
 class World:
-    """The daemon, its tokens and sessions, and a new address for each who guesses."""
+    """The daemon, its tokens and sessions, and a new address for each wrong credential."""
 
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
@@ -150,7 +150,7 @@ class World:
         return text
 
     def bearer(self, role: str) -> dict[str, str]:
-        """Return what shows a token."""
+        """Return the header with the token of a role."""
         return {"Authorization": f"Bearer {self.tokens[role]}"}
 
     def sign_in(self, token: str) -> str:
@@ -163,12 +163,12 @@ class World:
         return cookie
 
     def address(self) -> str:
-        """Return an address that nobody has guessed from."""
+        """Return an address from which no wrong credential came."""
         self.addresses += 1
         return f"127.1.{self.addresses >> 8}.{self.addresses & 255}"
 
     def shown(self, role: str, means: str) -> dict[str, str]:
-        """Return the headers by which somebody says who they are."""
+        """Return the headers that authenticate a role in a given way."""
         if role == "nobody":
             return {}
         token = self.tokens[role]
@@ -180,7 +180,7 @@ class World:
         return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
 
     def head(self, method: str, path: str, headers: dict[str, str]) -> Answer:
-        """Return an answer, of a stream that does not end its head."""
+        """Return an answer. Of an endless stream it has only the head."""
         connection = self.daemon.connect(source=self.address())
         try:
             body = None
@@ -198,7 +198,7 @@ class World:
 
 
 def path_of(route: str, number: int, app: str) -> tuple[str, str]:
-    """Return a method, and a path that stands for a route."""
+    """Return a method, and a path that matches the route."""
     method, _, path = route.partition(" ")
     path = path.replace(":number", str(number)).replace(":app", app)
     path = path.replace(":env", "production")
@@ -211,10 +211,10 @@ def path_of(route: str, number: int, app: str) -> tuple[str, str]:
 @pytest.mark.parametrize("means", ["bearer", "0.6", "basic", "session"])
 @pytest.mark.parametrize("role", list(ROLES))
 @pytest.mark.parametrize("route", list(GUARDED))
-def test_a_route_lets_in_whom_the_table_says(
+def test_route_allows_the_roles_of_the_table(
     world: World, route: str, role: str, means: str
 ) -> None:
-    """And nobody else: 401 for who is not known, 403 for who may not."""
+    """Unknown callers get 401, and callers without the right 403."""
     right = GUARDED[route]
     method, path = path_of(route, world.failed, "site")
     answer = world.head(method, path, world.shown(role, means))
@@ -223,11 +223,11 @@ def test_a_route_lets_in_whom_the_table_says(
         assert problem(answer, 401)["type"].endswith(":not-authenticated")
         assert "WWW-Authenticate" in answer.headers
     elif ":" not in route:
-        # A list: everybody has one, of what they may see.
+        # Every caller gets lists, with only the tasks that they may read.
         assert answer.status == 200
         assert (b"of site" in answer.body) == (route in LISTS and role != "other")
     elif link:
-        # A link may be from anywhere; a session has to POST.
+        # A link can come from another site, so a session has to use POST.
         assert problem(answer, 403)["type"].endswith(":foreign-origin")
     elif role == "other" or right not in HAS[role]:
         assert problem(answer, 403)["type"].endswith(":not-allowed")
@@ -241,8 +241,8 @@ LISTS = {"GET /tasks", "GET /jobs"}
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("route", [r for r in GUARDED if r.startswith("GET")])
-def test_head_tells_no_more_than_get(world: World, route: str, method: str) -> None:
-    """To somebody who may not."""
+def test_head_refuses_callers_as_get_does(world: World, route: str, method: str) -> None:
+    """401 without a credential, 403 without the right."""
     _, path = path_of(route, world.failed, "site")
     assert world.head(method, path, {}).status == 401
     expected = 403 if ":" in route else 200
@@ -252,10 +252,10 @@ def test_head_tells_no_more_than_get(world: World, route: str, method: str) -> N
 @pytest.mark.parametrize("role", [role for role in ROLES if ROLES[role]])
 @pytest.mark.parametrize("transport", SOCKJS)
 @pytest.mark.parametrize("how", ["request", "token", "cookie"])
-def test_a_socket_tells_what_may_be_seen(
+def test_socket_sends_only_readable_tasks(
     world: World, transport: type[Transport], role: str, how: str
 ) -> None:
-    """However who it is was said: by the request, or by the first message."""
+    """Whether the request carries the credential, or the first message."""
     message: dict[str, str] | None = None
     headers = {}
     if how == "request":
@@ -271,7 +271,7 @@ def test_a_socket_tells_what_may_be_seen(
         app = "other" if role == "other" else "site"
         hidden = "site" if role == "other" else "other"
         new = {}
-        for name in (hidden, app):  # the one that must not be told comes first
+        for name in (hidden, app):  # the hidden task comes first
             shown = world.bearer("other" if name == "other" else "admin")
             world.daemon.headers = shown
             new[name] = world.daemon.run(name, "production", "deploy")
@@ -284,10 +284,10 @@ def test_a_socket_tells_what_may_be_seen(
 
 @pytest.mark.parametrize("transport", SOCKJS)
 @pytest.mark.parametrize("how", ["request", "token", "cookie", "nonsense"])
-def test_a_socket_denies_who_is_not_known(
+def test_socket_denies_unknown_callers(
     world: World, transport: type[Transport], how: str
 ) -> None:
-    """As release 0.6 did: ``c[403,"Access denied"]``."""
+    """With the frame of release 0.6: ``c[403,"Access denied"]``."""
     headers = world.shown("wrong", "bearer") if how == "request" else {}
     said: dict[str, Any] = {"how": "are you"}
     if how != "nonsense":
@@ -299,8 +299,8 @@ def test_a_socket_denies_who_is_not_known(
 
 
 @pytest.mark.parametrize("role", ["read", "run", "kill"])
-def test_a_task_of_another_app_is_not_told_of_by_any_list(world: World, role: str) -> None:
-    """Nor by a query for it, nor as the next one created."""
+def test_lists_hide_tasks_of_other_apps(world: World, role: str) -> None:
+    """Queries, and the wait for a new task, hide them as well."""
     headers = world.bearer(role)
     for path in (
         "/tasks?limit=1000",
@@ -313,8 +313,8 @@ def test_a_task_of_another_app_is_not_told_of_by_any_list(world: World, role: st
         assert b"of other" not in world.daemon.get(path, **headers).body
 
 
-def test_a_link_on_another_site_may_be_followed_but_does_nothing(world: World) -> None:
-    """A session is a browser's: what another site makes it send is refused."""
+def test_link_on_another_site_can_only_read(world: World) -> None:
+    """A browser adds its session to requests of other sites. Those that act are refused."""
     cookie = {"Cookie": world.sessions["admin"], "Sec-Fetch-Site": "cross-site"}
     navigate = {**cookie, "Sec-Fetch-Mode": "navigate"}
     task = f"/task/{world.failed}"
@@ -336,8 +336,8 @@ def test_a_link_on_another_site_may_be_followed_but_does_nothing(world: World) -
 
 
 @pytest.mark.parametrize("route", list(TABLE))
-def test_a_rebound_name_reaches_nothing(world: World, route: str) -> None:
-    """A page of another site that lets its own name point here (DNS rebinding)."""
+def test_unknown_host_is_refused_on_every_route(world: World, route: str) -> None:
+    """Another site can make its own name resolve to the daemon (DNS rebinding)."""
     method, path = path_of(route, world.failed, "site")
     path = path.replace(":server", "000").replace(":name", "abcdefgh")
     for host in (
@@ -350,8 +350,8 @@ def test_a_rebound_name_reaches_nothing(world: World, route: str) -> None:
         assert problem(answer, 421)["type"].endswith(":unknown-host")
 
 
-def test_a_refusal_does_not_tell_what_a_task_is(world: World) -> None:
-    """Whoever may not see it; who may, is told what is missing."""
+def test_refusal_hides_the_target_of_a_task(world: World) -> None:
+    """Callers who may read the task learn which right they lack."""
     for path in ("", "/log", "/events", "/kill", "/output", "/lines", "/pieces", "/search"):
         answer = world.daemon.get(f"/task/{world.foreign}{path}", **world.bearer("kill"))
         assert b"other" not in problem_text(answer)
@@ -361,19 +361,19 @@ def test_a_refusal_does_not_tell_what_a_task_is(world: World) -> None:
 
 
 def problem_text(answer: Answer) -> bytes:
-    """Return what a refusal says."""
+    """Return the body of a 403."""
     problem(answer, 403)
     return answer.body
 
 
 WAYS = ["basic", "bearer", "session", "token", "cookie", "junk"]
-"""How somebody says who they are: by each request, or by a message after having shown
-nothing, or something that anybody could."""
+"""How the owner of a session authenticates: by each request, or by a message. With "junk"
+the requests carry a credential that anybody could send."""
 JUNK = {"Authorization": "Bearer anything"}
 
 
 def opened(world: World, transport: type[Transport], how: str) -> ByPolling:
-    """Open a session by HTTP as somebody who may read the tasks of an app."""
+    """Open a session by HTTP with the right to read the tasks of one app."""
     headers = JUNK if how == "junk" else {}
     if how in {"basic", "bearer", "session"}:
         headers = world.shown("read", how)
@@ -388,7 +388,7 @@ def opened(world: World, transport: type[Transport], how: str) -> ByPolling:
 
 
 def strangers(world: World) -> list[dict[str, str]]:
-    """Return what others may show, from the same address."""
+    """Return the headers of other callers at the same address."""
     return [
         {},
         JUNK,
@@ -401,10 +401,10 @@ def strangers(world: World) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("transport", [ByPolling, ByStreaming])
 @pytest.mark.parametrize("how", WAYS)
-def test_a_session_of_sockjs_is_only_for_who_has_opened_it(
+def test_sockjs_session_refuses_other_callers(
     world: World, transport: type[Transport], how: str
 ) -> None:
-    """Its name stands in the URL, and in the log of every proxy."""
+    """The name of the session is no secret: it appears in URLs, and in logs of proxies."""
     with opened(world, transport, how) as session:
         for headers in strangers(world):
             for route in ("xhr", "xhr_streaming", "xhr_send"):
@@ -415,7 +415,7 @@ def test_a_session_of_sockjs_is_only_for_who_has_opened_it(
                 assert b"a[" not in answer.body
                 if route != "xhr_send":
                     assert answer.body == b'c[2010,"Another connection still open"]\n'
-        # What they did has taken nothing from it.
+        # The requests of others took no message from it.
         world.daemon.headers = world.bearer("admin")
         number = world.daemon.run("site", "production", "deploy")
         world.daemon.headers = {}
@@ -423,8 +423,8 @@ def test_a_session_of_sockjs_is_only_for_who_has_opened_it(
 
 
 @pytest.mark.parametrize("how", WAYS[:3])
-def test_credentials_without_the_cookie_read_on(world: World, how: str) -> None:
-    """Not every client keeps cookies; those of the message count as well."""
+def test_credential_replaces_the_cookie_of_a_sockjs_session(world: World, how: str) -> None:
+    """Not every client keeps cookies."""
     with opened(world, ByPolling, how) as session:
         session.headers = world.shown("read", how)
         world.daemon.headers = world.bearer("admin")
@@ -433,10 +433,10 @@ def test_credentials_without_the_cookie_read_on(world: World, how: str) -> None:
         assert number in session.until_close(number)
 
 
-def test_stranger_that_polls_first_hears_nothing(
+def test_stranger_that_polls_first_receives_nothing(
     world: World,
 ) -> None:
-    """Somebody else may have asked first; the owner is told all the same."""
+    """The owner, who authenticates later by a message, receives everything."""
     session = ByPolling(world.daemon, {})
     stranger = world.daemon.connect()
     stranger.request("POST", f"{session.path}/xhr")
@@ -449,14 +449,14 @@ def test_stranger_that_polls_first_hears_nothing(
     session.settled(world.daemon, world.bearer("admin"), world.bearer("other"))
 
 
-def test_stream_of_a_client_without_cookies_is_told_to_its_end(world: World) -> None:
-    """That of the published client, which keeps none: it is who has opened the session."""
+def test_client_without_cookies_receives_its_whole_stream(world: World) -> None:
+    """The published client keeps no cookies. The session belongs to its first request."""
     with ByStreaming(world.daemon, {}) as session:
         del session.headers["Cookie"]
         session.say(json.dumps({"token": world.tokens["read"]}))
         session.settled(world.daemon, world.bearer("admin"), world.bearer("other"))
         session.connection.close()
-        # Nobody can tell it from somebody else when it comes back; it opens another.
+        # After a break it cannot prove that the session is its own, and opens another.
         wait_for(lambda: _status(session) == 404, "its end")
 
 
@@ -465,8 +465,8 @@ def _status(session: ByPolling) -> int:
     return session.daemon.request("POST", path, "", session.headers).status
 
 
-def test_a_key_is_its_users(world: World) -> None:
-    """Nobody can use up the Idempotency-Key of another."""
+def test_idempotency_keys_of_users_are_separate(world: World) -> None:
+    """No user can use up the Idempotency-Key of another."""
     ids = set()
     for role, app in (("other", "other"), ("admin", "site"), ("run", "site")):
         headers = {**world.bearer(role), "Idempotency-Key": "release-1"}
@@ -477,8 +477,8 @@ def test_a_key_is_its_users(world: World) -> None:
 
 
 @pytest.mark.parametrize("name", ["Host", "Authorization", "Cookie", "Origin", "Accept"])
-def test_a_header_that_is_no_text_is_refused(world: World, name: str) -> None:
-    """By 400, from whoever it comes."""
+def test_header_with_invalid_text_answers_400(world: World, name: str) -> None:
+    """Without a traceback in the log."""
     with world.daemon.open_socket() as sock:
         lines = b"GET /tasks HTTP/1.1\r\nHost: localhost\r\n"
         if name == "Host":
@@ -488,8 +488,8 @@ def test_a_header_that_is_no_text_is_refused(world: World, name: str) -> None:
     assert "Traceback" not in world.daemon.log.read_text()
 
 
-def test_names_that_are_too_long_are_not_even_compared(world: World) -> None:
-    """Nor written down."""
+def test_too_long_names_answer_400(world: World) -> None:
+    """Even for a caller without rights, as no rule is matched against such names."""
     for path in (f"/{'x' * 101}/p", f"/site/{'x' * 101}", "/site/p"):
         body = json.dumps({"action": "deploy" if "x" in path else "d" * 100_000})
         headers = {**world.bearer("other"), "Content-Type": "application/json"}

@@ -1,4 +1,4 @@
-"""Whether everybody can use the page: what axe finds, and whether it fits each screen."""
+"""Accessibility of the page: the findings of axe, and the fit on each screen."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +33,8 @@ def axe(npm: Path) -> str:
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_a_view_is_for_everybody(shown: Stage, axe: str, name: str) -> None:
-    """It fits the smallest phone, and axe finds nothing, light and dark, phone and desk."""
+def test_view_is_accessible_and_fits_each_screen(shown: Stage, axe: str, name: str) -> None:
+    """The smallest is a phone of 320 pixels. Axe checks light and dark colours."""
     found = {}
     for width in (320, *WIDTHS):
         shown.look(width)
@@ -51,8 +51,8 @@ def test_a_view_is_for_everybody(shown: Stage, axe: str, name: str) -> None:
     assert found == {}
 
 
-def test_axe_finds_what_is_wrong(shown: Stage, axe: str) -> None:
-    """The judge is awake."""
+def test_axe_reports_low_contrast(shown: Stage, axe: str) -> None:
+    """It proves that axe runs and checks the page."""
     VIEWS["list"](shown)
     shown.driver.execute_script(axe)
     shown.driver.execute_script("document.querySelector('h1').style.color = '#ddd'")
@@ -62,8 +62,8 @@ def test_axe_finds_what_is_wrong(shown: Stage, axe: str) -> None:
     ]
 
 
-def test_nothing_moves_for_who_does_not_want_it(shown: Stage) -> None:
-    """The sign of a running task beats for all others."""
+def test_reduced_motion_stops_all_animations(shown: Stage) -> None:
+    """Without that preference the icon of a running task pulses."""
     moving = "return document.getAnimations().length"
     shown.look(1440)
     VIEWS["list"](shown)

@@ -1,4 +1,4 @@
-"""What a real browser does: signs in and out, and what other sites make it try."""
+"""A real browser signs in and out, and opens pages of other sites that attack."""
 
 import threading
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ PASSWORD = "correct horse"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Chrome]:
-    """Return a browser; a name of an attacker's leads to this machine, too."""
+    """Return a browser that resolves a name of an attacker to this machine."""
     with chromium("--host-resolver-rules=MAP evil.example 127.0.0.1") as driver:
         yield driver
 
@@ -43,18 +43,18 @@ def until(browser: Chrome, path: str) -> None:
 
 
 def text(browser: Chrome) -> str:
-    """Return what the page says."""
+    """Return the text of the page."""
     found: str = browser.find_element(By.TAG_NAME, "body").text
     return found
 
 
 def forget(browser: Chrome) -> None:
-    """Let a browser have no cookie, of whatever host."""
+    """Remove all cookies of the browser, of every host."""
     browser.execute_cdp_cmd("Network.clearBrowserCookies", {})
 
 
 def user(browser: Chrome) -> object:
-    """Return who the page that is open is signed in as."""
+    """Return the user of the session in which the page is open."""
     return browser.execute_async_script(
         "fetch('/login/me').then((r) => r.json()).then((me) => arguments[0](me.user))"
     )
@@ -70,7 +70,7 @@ form.submit();
 
 
 def sign_in(browser: Chrome, daemon: Daemon) -> None:
-    """Sign in by the form, from a page that wants it."""
+    """Sign in by the form, which a protected page redirects to."""
     forget(browser)
     browser.get(f"{daemon.base}/pulsar/index.html")
     until(browser, "/login")
@@ -80,8 +80,8 @@ def sign_in(browser: Chrome, daemon: Daemon) -> None:
     until(browser, "/pulsar/index.html")
 
 
-def test_somebody_signs_in_and_out(browser: Chrome, daemon: Daemon) -> None:
-    """The page that was wanted comes after it; no script can read the cookie."""
+def test_user_signs_in_and_out(browser: Chrome, daemon: Daemon) -> None:
+    """Sign-in leads back to the page. No script can read the cookie."""
     sign_in(browser, daemon)
     assert user(browser) == "joe"
     assert browser.execute_script("return document.cookie") == ""
@@ -94,10 +94,10 @@ def test_somebody_signs_in_and_out(browser: Chrome, daemon: Daemon) -> None:
     assert "not-authenticated" in text(browser)
 
 
-def test_over_tls_the_cookie_is_of_this_host_alone(
+def test_cookie_over_tls_is_secure_and_host_only(
     browser: Chrome, start: Start, tmp_path: Path
 ) -> None:
-    """Secure, and with the prefix that a browser holds to it."""
+    """Browsers enforce both because of the prefix ``__Host-``."""
     (tmp_path / "password").write_text(PASSWORD)
     daemon = start(
         *("--dev", "--port", "0", "--auth-provider", "static", "--auth-username", "joe"),
@@ -109,15 +109,15 @@ def test_over_tls_the_cookie_is_of_this_host_alone(
     assert (cookie["secure"], cookie["httpOnly"]) == (True, True)
 
 
-def test_a_wrong_password_is_told(browser: Chrome, daemon: Daemon) -> None:
-    """On the page, which still knows where one wanted to go."""
+def test_wrong_password_shows_the_form_again(browser: Chrome, daemon: Daemon) -> None:
+    """The form still leads to the page that the user wanted."""
     forget(browser)
     browser.get(f"{daemon.base}/web/job/7")
     until(browser, "/login")
     browser.find_element(By.NAME, "user").send_keys("joe")
     browser.find_element(By.NAME, "password").send_keys("<b>wrong")
     browser.find_element(By.CSS_SELECTOR, "form button").click()
-    # While one page replaces another there are several ways not to find its text.
+    # While the browser replaces the page, reading its text fails in several ways.
     wait = WebDriverWait(browser, PATIENCE, ignored_exceptions=[WebDriverException])
     wait.until(lambda _: "not right" in text(browser))
     browser.find_element(By.NAME, "user").send_keys("joe")
@@ -126,8 +126,8 @@ def test_a_wrong_password_is_told(browser: Chrome, daemon: Daemon) -> None:
     until(browser, "/web/job/7")
 
 
-def test_somebody_signs_in_at_github(browser: Chrome, start: Start, tmp_path: Path) -> None:
-    """And comes back to the page that was wanted."""
+def test_user_signs_in_at_github(browser: Chrome, start: Start, tmp_path: Path) -> None:
+    """GitHub leads back to the page that the user wanted."""
     with github() as hub:
         hub.users = {"gho_alice0000000000": "Alice"}
         hub.signed_in = "gho_alice0000000000"
@@ -198,7 +198,7 @@ const json = {{method: "POST", body: "{{}}",
 
 @pytest.fixture
 def attack(daemon: Daemon) -> Iterator[str]:
-    """Return the address of a page on another site that tries whatever it can."""
+    """Return the address of a page on another site that tries each attack."""
 
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -219,10 +219,10 @@ def attack(daemon: Daemon) -> Iterator[str]:
     server.server_close()
 
 
-def test_another_site_can_do_nothing_in_ones_name(
+def test_another_site_cannot_use_the_session(
     browser: Chrome, daemon: Daemon, attack: str
 ) -> None:
-    """To start, to kill, to sign out or to read, by any way that a page has."""
+    """It can neither start, kill, read nor sign out, by any kind of request of a page."""
     sign_in(browser, daemon)
     cookie = browser.get_cookie("pulsar")
     assert cookie is not None
@@ -233,17 +233,15 @@ def test_another_site_can_do_nothing_in_ones_name(
     seen = browser.execute_script("return window.seen")
     names = ("tasks", "run", "xhr", "log", "events", "task", "socket")
     assert seen == [f"{name}: refused" for name in names]
-    # The session is still good, and the one task runs on.
+    # The session is still valid, and the one task runs on.
     assert daemon.get("/login/me").json()["user"] == "joe"
     assert list(daemon.get("/tasks").json()["tasks"]) == ["1"]
     assert daemon.task(1)["status"] == "running"
     assert daemon.task(1)["reason"] is None
 
 
-def test_a_name_that_is_made_to_lead_here_reaches_nothing(
-    browser: Chrome, start: Start
-) -> None:
-    """DNS rebinding, of a daemon that asks nobody who they are."""
+def test_dns_rebinding_reaches_nothing(browser: Chrome, start: Start) -> None:
+    """The daemon has no authentication, so the name alone decides."""
     daemon = start("--command", "sleep 600")
     daemon.run("site", "production", "x")
     for path in ("/tasks", "/task/1/kill", "/pulsar/index.html", "/task/1/log"):
@@ -252,10 +250,10 @@ def test_a_name_that_is_made_to_lead_here_reaches_nothing(
     assert daemon.task(1)["status"] == "running"
 
 
-def test_a_link_in_a_chat_opens_the_page(
+def test_link_on_another_site_opens_the_page(
     browser: Chrome, daemon: Daemon, attack: str
 ) -> None:
-    """Who is signed in stays so when they come from another site."""
+    """Users stay signed in when they follow it, for example from a chat."""
     sign_in(browser, daemon)
     browser.get(attack)
     browser.execute_script(f"location.href = '{daemon.base}/web/job/1'")

@@ -1,4 +1,4 @@
-"""Real Capistrano, and stand-ins for both kinds of pulsar."""
+"""Tasks that run real Capistrano, and substitutes for pulsar 0.3 and pulsar 1."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def cap_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cap(tmp_path_factory: pytest.TempPathFactory, cap_repo: Path) -> Iterator[Daemon]:
-    """Return a daemon that runs Capistrano, one for all tests."""
+    """Return a daemon that runs Capistrano, shared by all tests."""
     folder = tmp_path_factory.mktemp("cap")
     daemon = Daemon(folder, "--command", "capistrano", "--config-repo", str(cap_repo))
     yield daemon
@@ -74,14 +74,14 @@ def cap(tmp_path_factory: pytest.TempPathFactory, cap_repo: Path) -> Iterator[Da
 
 
 def refused(daemon: Daemon, path: str, value: object, field: str) -> None:
-    """Check that a request is refused for a field, and that it has created nothing."""
+    """Check that a request is refused because of a field, and creates no task."""
     before = daemon.get("/tasks?output=none").json()
     problem(daemon.post(path, value), 400, field)
     assert daemon.get("/tasks?output=none").json() == before
 
 
 def cap_output(cap: Daemon, action: str, **variables: object) -> str:
-    """Run an action that must succeed and return what it prints."""
+    """Run an action that must succeed and return its output."""
     number = cap.run("shop", "production", action, **variables)
     ended = cap.ended(number)
     output = cap.task(number)["output"]
@@ -90,10 +90,8 @@ def cap_output(cap: Daemon, action: str, **variables: object) -> str:
     return output
 
 
-def test_each_line_of_capistrano_arrives_when_it_is_printed(
-    cap: Daemon, tmp_path: Path
-) -> None:
-    """A long-poll has line one while the task still waits for what brings line two."""
+def test_capistrano_output_arrives_line_by_line(cap: Daemon, tmp_path: Path) -> None:
+    """A long-poll has line one before the task can print line two."""
     go = tmp_path / "go"
     number = cap.run("shop", "production", "live", go=str(go))
     version, text = 0, ""
@@ -109,7 +107,7 @@ def test_each_line_of_capistrano_arrives_when_it_is_printed(
 
 
 def test_capistrano_runs_in_the_folder_of_the_app(cap: Daemon, cap_repo: Path) -> None:
-    """It finds its stages there, knows what it was asked for, and leaves no log."""
+    """It finds its stages there, gets app, env and action, and leaves no log."""
     folder = cap_repo / "apps" / "shop"
     lines = cap_output(cap, "where").splitlines()
     newest = next(iter(cap.get("/tasks?limit=1").json()["tasks"]))
@@ -125,18 +123,16 @@ def test_capistrano_runs_in_the_folder_of_the_app(cap: Daemon, cap_repo: Path) -
         ("no_such_task", "no_such_task"),
     ],
 )
-def test_a_failure_of_capistrano_fails_the_task(
-    cap: Daemon, action: str, word: str
-) -> None:
-    """The exit code is there and the output says why."""
+def test_failing_capistrano_fails_the_task(cap: Daemon, action: str, word: str) -> None:
+    """The task has the exit code, and the output explains it."""
     number = cap.run("shop", "production", action)
     ended = cap.ended(number)
     assert (ended["status"], ended["exitCode"]) == ("failed", 1)
     assert word in cap.task(number)["output"]
 
 
-def test_an_app_or_stage_that_does_not_exist_fails_the_task(cap: Daemon) -> None:
-    """Of the app the reason tells, of the stage the output of Capistrano."""
+def test_unknown_app_or_stage_fails_the_task(cap: Daemon) -> None:
+    """The reason names a missing app. Capistrano reports a missing stage itself."""
     number = cap.run("missing", "production", "where")
     ended = cap.ended(number)
     assert (ended["status"], ended["exitCode"]) == ("failed", None)
@@ -146,8 +142,8 @@ def test_an_app_or_stage_that_does_not_exist_fails_the_task(cap: Daemon) -> None
     assert (ended["status"], ended["exitCode"]) == ("failed", 1)
 
 
-def test_a_kill_ends_what_capistrano_runs_locally(cap: Daemon) -> None:
-    """Neither Ruby nor its ``sleep`` is left when the task is told to have ended."""
+def test_kill_ends_local_processes_of_capistrano(cap: Daemon) -> None:
+    """Neither Ruby nor its ``sleep`` lives when the daemon reports the end of the task."""
     mark = uuid4().hex
     number = cap.run("shop", "production", "nap", mark=mark)
 
@@ -179,8 +175,8 @@ VALUES = {
 }
 
 
-def test_variables_reach_capistrano_as_they_are(cap: Daemon, cap_repo: Path) -> None:
-    """Spaces, quotes, line ends and what a shell would run are only text."""
+def test_variables_reach_capistrano_unchanged(cap: Daemon, cap_repo: Path) -> None:
+    """Spaces, quotes, line ends and shell syntax are only text."""
     lines = cap_output(cap, "show", **VALUES, v_number=3).splitlines()
     found = dict(line.partition(" ")[::2] for line in lines)
     wanted = {**VALUES, "v_number": "3"}
@@ -197,15 +193,15 @@ def test_variables_reach_capistrano_as_they_are(cap: Daemon, cap_repo: Path) -> 
         ("greet[v1.2-rc+1,to @all]", 'a="v1.2-rc+1" b="to @all"'),
     ],
 )
-def test_arguments_of_a_task_reach_capistrano(
+def test_arguments_in_the_action_reach_capistrano(
     cap: Daemon, action: str, printed: str
 ) -> None:
-    """They are part of the action's name, as for Rake."""
+    """Rake expects them in brackets as part of the name."""
     assert cap_output(cap, action) == f"{printed}\n"
 
 
-def test_capistrano_says_which_tasks_there_are(cap: Daemon) -> None:
-    """Those with a description, as cap --tasks prints them."""
+def test_tasks_of_capistrano_are_listed(cap: Daemon) -> None:
+    """Only those with a description, as ``cap --tasks`` prints them."""
     found = cap.get("/shop/production/tasks").json()
     assert found["where"] == "Says where it runs"
     assert "nap" not in found
@@ -216,8 +212,8 @@ def test_capistrano_says_which_tasks_there_are(cap: Daemon) -> None:
     "action",
     ["greet[a", "greet[a]b", "greet[$(id)]", "greet[a;b]", "greet[a\nb]", "-T", "[a]"],
 )
-def test_an_action_that_is_no_name_is_refused(cap: Daemon, action: str) -> None:
-    """Nothing is created, and the answer says which field is wrong."""
+def test_malformed_action_is_refused(cap: Daemon, action: str) -> None:
+    """The answer names the field, and no task is created."""
     refused(cap, "/shop/production", {"action": action}, "action")
 
 
@@ -225,24 +221,20 @@ DANGEROUS = ["BASH_ENV", "RUBYOPT", "PATH", "LD_PRELOAD", "GEM_HOME", "HOME"]
 
 
 @pytest.mark.parametrize("name", DANGEROUS)
-def test_a_variable_that_would_change_how_programs_work_is_refused(
-    cap: Daemon, name: str
-) -> None:
+def test_variable_that_affects_programs_is_refused(cap: Daemon, name: str) -> None:
     """Rake puts variables into the environment under their own names."""
     request = {"action": "show", "variables": {name: "/nowhere"}}
     refused(cap, "/shop/production", request, f"variables.{name}")
 
 
 @pytest.mark.parametrize("name", ["a-b", "a.b", "a b", "a=b", "1a", "é", ""])
-def test_a_variable_that_rake_would_take_for_a_task_is_refused(
-    cap: Daemon, name: str
-) -> None:
-    """Only a word before the equals sign makes a variable of an argument."""
+def test_variable_that_rake_takes_for_a_task_is_refused(cap: Daemon, name: str) -> None:
+    """Rake sees a variable in an argument only if a word stands before the equals sign."""
     request = {"action": "show", "variables": {name: "x"}}
     refused(cap, "/shop/production", request, f"variables.{name}")
 
 
-# -- pulsar, by stand-ins: what matters is what they are given and what they answer
+# -- pulsar, by substitutes: the tests check their arguments, and how output is judged
 
 DONE = "Executed task deploy for site on production!"
 
@@ -250,7 +242,7 @@ DONE = "Executed task deploy for site on production!"
 def install(folder: Path, version: str, text: str) -> dict[str, str]:
     """Put a ``pulsar`` into a folder and return an environment that finds it there.
 
-    What it does when it is asked for its version, and else, is said in shell.
+    ``version`` is the shell code for ``--version``, ``text`` that for all other calls.
     """
     path = folder / "pulsar"
     path.write_text(
@@ -264,11 +256,11 @@ def install(folder: Path, version: str, text: str) -> dict[str, str]:
 
 
 ARGUMENTS = "printf '%s\\0' \"$@\""
-"""What prints the arguments so that nothing in them is lost."""
+"""Shell code that prints the arguments without loss."""
 
 
 def arguments_of(daemon: Daemon, **variables: object) -> list[str]:
-    """Return what the command of a task was given."""
+    """Return the arguments that the command of a task received."""
     number = daemon.run("site", "production", "deploy", **variables)
     daemon.ended(number)
     text = daemon.output_file(number).read_text()
@@ -291,10 +283,10 @@ AS_1 = ["task", "site", "production", "deploy", "-c", "git@example:conf"]
         (":", [*AS_03, "site", "production", "deploy"]),
     ],
 )
-def test_the_version_of_pulsar_decides_how_it_is_called(
+def test_pulsar_version_decides_the_arguments(
     start: Start, tmp_path: Path, version: str, wanted: list[str]
 ) -> None:
-    """It is asked once; without a usable answer it is taken for 0.3, and that is logged."""
+    """The daemon asks once. Without a usable answer it assumes 0.3. It logs the choice."""
     daemon = start(
         *("--config-repo", "git@example:conf", "--config-branch", "live"),
         environ=install(tmp_path, version, ARGUMENTS),
@@ -306,8 +298,8 @@ def test_the_version_of_pulsar_decides_how_it_is_called(
     assert f"using {name}" in daemon.log.read_text()
 
 
-def test_without_any_pulsar_a_task_fails_and_says_why(start: Start, tmp_path: Path) -> None:
-    """The daemon itself starts all the same."""
+def test_missing_pulsar_fails_the_task_with_a_reason(start: Start, tmp_path: Path) -> None:
+    """The daemon itself starts without it."""
     environ = {**os.environ, "PATH": f"{tmp_path}:{tmp_path}/none"}
     daemon = start(environ=environ)
     ended = daemon.ended(daemon.run("site", "production", "deploy"))
@@ -315,10 +307,8 @@ def test_without_any_pulsar_a_task_fails_and_says_why(start: Start, tmp_path: Pa
     assert ended["reason"] == "cannot start pulsar: not found in PATH"
 
 
-def test_a_task_that_comes_before_the_version_is_known_waits_for_it(
-    start: Start, tmp_path: Path
-) -> None:
-    """It is not lost, not refused, and made for the right pulsar."""
+def test_task_waits_until_the_pulsar_version_is_known(start: Start, tmp_path: Path) -> None:
+    """Its POST is neither lost nor refused, and the task suits the version."""
     go = tmp_path / "go"
     wait = f'while ! [ -e "{go}" ]; do sleep 0.01; done; echo 1.0'
     environ = install(tmp_path, wait, ARGUMENTS)
@@ -338,10 +328,10 @@ def test_a_task_that_comes_before_the_version_is_known_waits_for_it(
 
 
 def test_pulsar_03_gets_variables_as_settings(start: Start, tmp_path: Path) -> None:
-    """Each is one argument after ``-s``, whatever is in it."""
+    """Each variable is one argument after ``-s``, whatever its value contains."""
     environ = install(tmp_path, "exit 9", ARGUMENTS)
     daemon = start("--command", "pulsar-0.3", environ=environ)
-    # Without a repository the flag is left out as well: pulsar has its own settings.
+    # Without a repository the flag is absent too, as pulsar has its own settings.
     wanted = ["--conf-branch", "master", "site", "production", "deploy"]
     found = arguments_of(daemon, **VALUES)
     assert found[:5] == wanted
@@ -352,7 +342,7 @@ def test_pulsar_03_gets_variables_as_settings(start: Start, tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def pulsar_1(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """Return a daemon whose pulsar 1 does what the variable ``answer`` says."""
+    """Return a daemon whose pulsar 1 runs the variable ``answer`` as shell code."""
     folder = tmp_path_factory.mktemp("pulsar")
     environ = install(folder, "exit 9", 'eval "$answer"')
     daemon = Daemon(folder, "--command", "pulsar-1", environ=environ)
@@ -361,23 +351,23 @@ def pulsar_1(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 
 def test_pulsar_1_gets_variables_in_its_environment(pulsar_1: Daemon) -> None:
-    """Under their own names, and not as arguments."""
+    """They have their own names, and are not among the arguments."""
     found = arguments_of(pulsar_1, answer=f"{ARGUMENTS}; env -0", **VALUES)
     assert found[:4] == ["task", "site", "production", "deploy"]
     environment = dict(entry.partition("=")[::2] for entry in found[4:])
     assert VALUES.items() <= environment.items()
     assert environment["PULSAR_APP"] == "site"
-    # Each gets its lines out of Ruby when they are printed.
+    # This library makes Ruby print each line at once.
     assert "-rpulsar_live" in environment["RUBYOPT"].split()
     folders = environment["RUBYLIB"].split(":")
     assert any((Path(folder) / "pulsar_live.rb").is_file() for folder in folders)
 
 
 @pytest.mark.parametrize("name", [*DANGEROUS, "PULSAR_CONF_REPO", "PULSAR_APP"])
-def test_pulsar_1_gets_no_variable_that_changes_how_programs_work(
+def test_pulsar_1_variable_that_affects_programs_is_refused(
     pulsar_1: Daemon, name: str
 ) -> None:
-    """Such a request is refused and nothing is created."""
+    """No task is created."""
     request = {"action": "deploy", "variables": {name: "x"}}
     refused(pulsar_1, "/site/production", request, f"variables.{name}")
 
@@ -396,10 +386,10 @@ def test_pulsar_1_gets_no_variable_that_changes_how_programs_work(
         (":", "failed"),
     ],
 )
-def test_pulsar_1_is_believed_only_by_its_last_line(
+def test_last_line_decides_whether_pulsar_1_succeeded(
     pulsar_1: Daemon, answer: str, status: str
 ) -> None:
-    """It exits 0 whatever happens; the line that says so must be the last of stdout."""
+    """Pulsar 1 always exits with 0. Success is announced by the last line of stdout."""
     number = pulsar_1.run("site", "production", "deploy", answer=answer)
     ended = pulsar_1.ended(number)
     assert ended["status"] == status

@@ -40,7 +40,7 @@ for _ in range(500):
 print('all here', flush=True)
 signal.pause()
 """
-"""Starts 500 processes that ignore TERM and that nobody can attribute to the task."""
+"""Starts 500 processes that ignore TERM and that nothing attributes to the task."""
 
 Start = Callable[..., Daemon]
 
@@ -135,7 +135,7 @@ def named(text: str) -> list[int]:
 
 
 def bomb(daemon: Daemon, place: Path) -> tuple[int, str]:
-    """Start a task with 500 such processes; return its number and their argument."""
+    """Start a task with 500 such processes. Return its number and their argument."""
     name = f"3600.{time.monotonic_ns()}"
     program = place / "bomb.py"
     program.write_text(BOMB)
@@ -158,7 +158,7 @@ def test_command_begins_in_a_cgroup_of_its_task(start: Start, delegated: Path) -
         assert line == f"0::/{cgroup(delegated, number).relative_to(tree())}"
         shim = int((daemon.state / "tasks" / str(number) / "lock").read_text().split()[0])
         assert shim in members(delegated / "daemon")
-        # Programs look there for what they may use.
+        # Programs read their limits there.
         assert cgroup(delegated, number).stat().st_mode & 0o777 == 0o755
     assert members(delegated) == []
     assert {daemon.process.pid, daemon.launcher()} <= set(members(delegated / "daemon"))
@@ -263,7 +263,7 @@ def test_background_process_survives_an_ordinary_end(start: Start, delegated: Pa
 
 @EACH
 def test_task_cannot_leave_or_change_its_cgroup(start: Start) -> None:
-    """It can write none of the files that would do it."""
+    """It has no permission to write the files that would do it."""
     daemon = start()
     line = (
         f"own={tree()}$(sed -n s/^0:://p /proc/self/cgroup); "
@@ -306,7 +306,7 @@ def test_start_removes_old_empty_cgroups(start: Start, delegated: Path) -> None:
 
 
 def test_second_daemon_runs_tasks_without_cgroups(start: Start, delegated: Path) -> None:
-    """The tree belongs to the first."""
+    """The tree of cgroups belongs to the first daemon."""
     start()
     second = start()
     assert "get no cgroups" in second.log.read_text()
@@ -321,7 +321,7 @@ def test_task_whose_cgroup_cannot_be_made_runs_without(
 ) -> None:
     """The log names the reason once."""
     daemon = start()
-    (delegated / "cgroup.max.descendants").write_text("1")  # that is the daemon's own
+    (delegated / "cgroup.max.descendants").write_text("1")  # that of the daemon itself
     for _ in range(2):
         task = daemon.ended(daemon.run("shop", "live", "run", run="exit 3"))
         assert (task["exitCode"], task["cpuSeconds"]) == (3, None)
@@ -362,7 +362,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 
 def ordered(folder: Path, cgroup: Path, *arguments: str, path: str = "/bin") -> None:
-    """Write what a shim is to run, and in which cgroup."""
+    """Write the order for a shim: its command, and the cgroup of it."""
     folder.mkdir()
     executor = ShimExecutor(LocalMachine(None), Clock(), folder.parent, str)
     command = Command(arguments, {"PATH": path})
@@ -370,7 +370,7 @@ def ordered(folder: Path, cgroup: Path, *arguments: str, path: str = "/bin") -> 
 
 
 def shim_with(folder: Path, *lines: str) -> str:
-    """Run a shim after lines of Python have changed it; return its result."""
+    """Run a shim that lines of Python have changed first. Return its result."""
     code = "\n".join(
         ["import errno, os, posix, sys", "from pulsar_api.shim import shim", *lines]
     )
@@ -394,7 +394,7 @@ shim.Shim.{method} = once
 def test_shim_makes_a_removed_cgroup_again(
     delegated: Path, tmp_path: Path, method: str
 ) -> None:
-    """Systemd removes those that are empty when the unit stops."""
+    """Systemd removes empty cgroups when the unit stops."""
     cgroup = delegated / "task-1-x"
     cgroup.mkdir()
     ordered(tmp_path / "1", cgroup, "sh", "-c", "cat /proc/self/cgroup")
@@ -405,7 +405,7 @@ def test_shim_makes_a_removed_cgroup_again(
 
 
 def test_shim_waits_for_processes_and_descriptors(delegated: Path, tmp_path: Path) -> None:
-    """Each try gives back what it has opened."""
+    """Each attempt closes the descriptors that it has opened."""
     cgroup = delegated / "task-1-x"
     cgroup.mkdir()
     ordered(tmp_path / "1", cgroup, "sh", "-c", "exit 3", path="/nowhere:/usr/none:/bin")
@@ -428,7 +428,7 @@ def test_shim_waits_for_processes_and_descriptors(delegated: Path, tmp_path: Pat
 
 
 def test_shim_removes_sub_cgroups(delegated: Path, tmp_path: Path) -> None:
-    """A task that runs as the daemon can make them, as containers do."""
+    """A task with the user of the daemon can make them, as container tools do."""
     cgroup = delegated / "task-1-x"
     cgroup.mkdir()
     inner = cgroup / "inner" / "most"

@@ -1,7 +1,7 @@
-"""Everything at once, for a short while.
+"""All faults at once, for a short while.
 
-``PULSAR_CHAOS_MINUTES=30 pytest -s tests/integration/test_chaos.py`` makes it longer; so
-does ``python -m tests.integration.chaos``, with another seed.
+``PULSAR_CHAOS_MINUTES=30 pytest -s tests/integration/test_chaos.py`` takes longer.
+``python -m tests.integration.chaos`` takes a seed as well.
 """
 
 import os
@@ -16,8 +16,8 @@ MINUTES = os.environ.get("PULSAR_CHAOS_MINUTES", "0.5")
 
 @pytest.mark.needs("mounts")
 @pytest.mark.long
-def test_no_promise_breaks_when_everything_goes_wrong() -> None:
-    """The daemon, its shims and its disk are attacked while clients work."""
+def test_all_promises_hold_under_all_faults() -> None:
+    """Faults hit the daemon, its shims and its disk while clients work."""
     call = command("tests.integration.chaos", f"--minutes={MINUTES}")
     done = subprocess.run(call, check=False, stdout=subprocess.PIPE, text=True)
     print(done.stdout)

@@ -1,4 +1,4 @@
-"""The command ``pulsar-api`` as people and scripts use it, against a real daemon."""
+"""The command ``pulsar-api`` as people and scripts use it, with a real daemon."""
 
 import json
 import os
@@ -32,12 +32,12 @@ from tests.integration.daemon import (
 
 @pytest.fixture
 def daemon(returning: Daemon) -> Daemon:
-    """Return the daemon of these tests."""
+    """Return a daemon that runs lines of shell."""
     return returning
 
 
 def environ_of(daemon: Daemon, **more: str) -> dict[str, str]:
-    """Return an environment that says where a daemon is."""
+    """Return an environment with the URL of a daemon."""
     given = {"PULSAR_API_URL": f"http://localhost:{daemon.port}", **more}
     return {**os.environ, "XDG_CONFIG_HOME": str(daemon.folder), **given}
 
@@ -62,8 +62,8 @@ def run(daemon: Daemon, line: str, *options: str) -> subprocess.CompletedProcess
     return call(daemon, "run", "site", "production", "run", "-v", f"run={line}", *options)
 
 
-def test_run_shows_both_streams_and_ends_as_the_task(daemon: Daemon) -> None:
-    """Standard output is what the task printed there, nothing else."""
+def test_run_prints_both_streams_and_exits_as_the_task(daemon: Daemon) -> None:
+    """Standard output has the task's standard output, and nothing else."""
     done = run(daemon, "echo out; echo ä >&2; exit 3")
     assert (done.returncode, done.stdout) == (3, "out\n")
     assert "\nä\n" in done.stderr
@@ -71,8 +71,8 @@ def test_run_shows_both_streams_and_ends_as_the_task(daemon: Daemon) -> None:
     assert run(daemon, "true").returncode == 0
 
 
-def test_every_end_has_its_status(daemon: Daemon) -> None:
-    """As the help says; a script can tell them apart."""
+def test_each_outcome_has_its_exit_status(daemon: Daemon) -> None:
+    """Scripts can distinguish them. The help lists them."""
     assert run(daemon, "kill -9 $$").returncode == 124
     detached = run(daemon, "exec sleep 60", "--detach")
     assert (detached.returncode, detached.stdout) == (0, "2\n")
@@ -100,8 +100,8 @@ def test_every_end_has_its_status(daemon: Daemon) -> None:
     assert "Traceback" not in gone.stderr
 
 
-def test_a_shell_script_can_use_it(daemon: Daemon, tmp_path: Path) -> None:
-    """Exit codes decide, and a pipe that is closed early is no error."""
+def test_shell_script_can_rely_on_exit_status(daemon: Daemon, tmp_path: Path) -> None:
+    """If ``head`` closes the pipe early, that is no error."""
     program = tmp_path / "pulsar-api"
     program.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{PULSAR_API[2]}' \"$@\"\n")
     program.chmod(0o755)
@@ -124,8 +124,8 @@ def test_a_shell_script_can_use_it(daemon: Daemon, tmp_path: Path) -> None:
     assert daemon.ended(3)["exitCode"] == 0
 
 
-def test_it_lists_and_shows(daemon: Daemon) -> None:
-    """For people as a table, for programs as JSON."""
+def test_tasks_and_show_print_tables_and_json(daemon: Daemon) -> None:
+    """Tables are for people, JSON is for programs."""
     run(daemon, "echo one; exit 3")
     run(daemon, "true")
     lines = call(daemon, "tasks").stdout.splitlines()
@@ -151,24 +151,24 @@ def test_it_lists_and_shows(daemon: Daemon) -> None:
     assert (events.returncode, events.stderr) == (3, "")
 
 
-def test_what_others_have_chosen_does_not_steer_the_terminal(daemon: Daemon) -> None:
-    """Variables may hold anything."""
+def test_control_characters_in_variables_are_escaped(daemon: Daemon) -> None:
+    """Otherwise the author of a variable could control the terminal of another user."""
     run(daemon, "true", "-v", "odd=\x1b[2J\x07\nreason      all is well")
     shown = call(daemon, "show", "1").stdout
     assert "\x1b" not in shown
     assert re.search(r"^  odd +\\x1b\[2J\\x07\\nreason +all is well$", shown, re.MULTILINE)
 
 
-def test_what_is_no_text_ends_the_log_all_the_same(daemon: Daemon) -> None:
-    """Also of a task that runs on."""
+def test_log_of_invalid_utf8_ends(daemon: Daemon) -> None:
+    """The task still runs, and the invalid byte is shown as U+FFFD."""
     run(daemon, r"printf 'a\377b\n'; echo end; exec sleep 60", "--detach")
     wait_for(lambda: daemon.task(1)["outputSize"] == 8, "the lines")
     assert call(daemon, "log", "1").stdout == "a\ufffdb\nend\n"
     call(daemon, "kill", "1")
 
 
-def test_it_shows_what_was_printed(daemon: Daemon) -> None:
-    """All, one stream, or as JSON; of a running task what there is."""
+def test_log_prints_the_output(daemon: Daemon) -> None:
+    """Both streams, one of them, or JSON. Of a running task it prints the output so far."""
     run(daemon, "echo out; echo err >&2")
     done = call(daemon, "log", "1")
     assert (done.stdout, done.stderr) == ("out\n", "err\n")
@@ -181,16 +181,16 @@ def test_it_shows_what_was_printed(daemon: Daemon) -> None:
     call(daemon, "kill", "2")
 
 
-def test_the_same_key_starts_nothing_twice(daemon: Daemon) -> None:
-    """Who asks again follows the first one."""
+def test_repeated_key_starts_one_task(daemon: Daemon) -> None:
+    """The second call follows the task of the first."""
     for _ in range(2):
         done = run(daemon, "echo once", "--idempotency-key", "release-1")
         assert (done.returncode, done.stdout) == (0, "once\n")
     assert len(call(daemon, "tasks", "--json").stdout.splitlines()) == 1
 
 
-def test_it_goes_on_over_restarts_of_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
-    """Twice, and every line is there once."""
+def test_run_continues_over_restarts_of_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
+    """After two of them every line is there once."""
     go = tmp_path / "go"
     os.mkfifo(go)
     line = f"run=seq 100; read x < {go}; seq 101 200; exit 3"
@@ -209,10 +209,10 @@ def test_it_goes_on_over_restarts_of_the_daemon(daemon: Daemon, tmp_path: Path) 
     assert running.returncode == 3
 
 
-def test_where_the_daemon_is_can_be_said_in_three_ways(
+def test_url_comes_from_option_environment_or_file(
     daemon: Daemon, start: Start, tmp_path: Path
 ) -> None:
-    """An option goes before the environment, and that before a file."""
+    """The option has precedence over the environment, which has it over the file."""
     own = start("--dev", "--command", SHELL, "--port=0")
     folder = tmp_path / "pulsar-api"
     folder.mkdir()
@@ -237,7 +237,7 @@ def test_where_the_daemon_is_can_be_said_in_three_ways(
 
 
 class Terminal:
-    """The command on a terminal of its own."""
+    """The command in a terminal of its own."""
 
     def __init__(self, daemon: Daemon, *arguments: str, **environ: str) -> None:
         self.master, slave = pty.openpty()
@@ -253,7 +253,7 @@ class Terminal:
         self.seen = ""
 
     def sees(self, text: str) -> None:
-        """Wait until a text was printed."""
+        """Wait until the command has printed a text."""
         until = time.monotonic() + PATIENCE
         while text not in self.seen:
             assert time.monotonic() < until, self.seen
@@ -266,7 +266,7 @@ class Terminal:
                 self.seen += data.decode()
 
     def types(self, text: str) -> None:
-        """Type something."""
+        """Type a text."""
         os.write(self.master, text.encode())
 
     def interrupt(self) -> None:
@@ -274,7 +274,7 @@ class Terminal:
         self.process.send_signal(signal.SIGINT)
 
     def end(self) -> int:
-        """Wait for the end and return the status."""
+        """Wait for the end and return the exit status."""
         status = self.process.wait(PATIENCE)
         os.close(self.master)
         return status
@@ -283,8 +283,8 @@ class Terminal:
 RUN = ("run", "site", "production", "run", "-v")
 
 
-def test_ctrl_c_asks_what_is_meant(daemon: Daemon) -> None:
-    """To kill it; anything else goes on; a second one leaves it running."""
+def test_ctrl_c_asks_whether_to_kill(daemon: Daemon) -> None:
+    """The answer "k" kills it, others follow on. A second Ctrl-C leaves it running."""
     terminal = Terminal(daemon, *RUN, "run=echo ready; exec sleep 60")
     terminal.sees("ready")
     terminal.interrupt()
@@ -312,8 +312,8 @@ def test_ctrl_c_asks_what_is_meant(daemon: Daemon) -> None:
     call(daemon, "kill", "2")
 
 
-def test_without_a_terminal_ctrl_c_leaves(daemon: Daemon) -> None:
-    """Nobody is there to be asked, and nothing is killed unasked."""
+def test_sigint_without_a_terminal_leaves_the_task_running(daemon: Daemon) -> None:
+    """Without a terminal the command cannot ask, so it kills nothing."""
     command = [*PULSAR_API, *RUN, "run=echo ready; exec sleep 60"]
     with zygote.Popen(
         command,
@@ -335,10 +335,10 @@ def test_without_a_terminal_ctrl_c_leaves(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", [("wait", "1"), ("kill", "1"), ("log", "-f", "1")])
-def test_a_command_that_is_ended_does_not_look_like_a_success(
+def test_interrupted_command_exits_with_130(
     daemon: Daemon, command: tuple[str, ...], number: signal.Signals
 ) -> None:
-    """Whatever it was doing; the task goes on."""
+    """The task goes on."""
     run(daemon, "trap '' TERM; echo ready; sleep 61", "--detach")
     wait_for(lambda: daemon.task(1)["output"], "the start")
     daemon.process.send_signal(signal.SIGSTOP)
@@ -349,7 +349,7 @@ def test_a_command_that_is_ended_does_not_look_like_a_success(
             folder = Path(f"/proc/{waiting.pid}/fd")
 
             def connected() -> bool:
-                with suppress(OSError):  # they come and go
+                with suppress(OSError):  # descriptors vanish meanwhile
                     return any(
                         os.readlink(f).startswith("socket:") for f in folder.iterdir()
                     )
@@ -366,8 +366,8 @@ def test_a_command_that_is_ended_does_not_look_like_a_success(
     daemon.post("/task/1/kill")
 
 
-def test_a_terminal_gets_colours_and_the_time(daemon: Daemon) -> None:
-    """While a task is silent; and not who does not want colours."""
+def test_terminal_shows_colours_and_elapsed_time(daemon: Daemon) -> None:
+    """The time appears while a task prints nothing. ``NO_COLOR`` turns colours off."""
     terminal = Terminal(daemon, *RUN, "run=sleep 4.5; echo done")
     terminal.sees("… ")
     terminal.sees("done")
@@ -383,8 +383,8 @@ def test_a_terminal_gets_colours_and_the_time(daemon: Daemon) -> None:
     assert "\x1b" not in plain.seen
 
 
-def test_the_shell_can_complete_it(daemon: Daemon, tmp_path: Path) -> None:
-    """As register-python-argcomplete sets bash up for it."""
+def test_shell_completes_commands(daemon: Daemon, tmp_path: Path) -> None:
+    """With the environment that ``register-python-argcomplete`` sets up for bash."""
     program = shutil.which("pulsar-api", path=Path(sys.executable).parent)
     assert program is not None
     found = tmp_path / "completions"
@@ -401,8 +401,8 @@ def test_the_shell_can_complete_it(daemon: Daemon, tmp_path: Path) -> None:
     assert found.read_text().strip() == "tasks"
 
 
-def test_the_help_says_what_there_is() -> None:
-    """Each command, its options, and what the exit codes mean."""
+def test_help_lists_commands_and_exit_status() -> None:
+    """Each command has a help of its own."""
 
     def help_of(*words: str) -> str:
         done = zygote.run(

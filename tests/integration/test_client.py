@@ -1,4 +1,4 @@
-"""The Python client against a real daemon, which may die at any moment."""
+"""The Python client with a real daemon, which may die at any moment."""
 
 import os
 import random
@@ -29,7 +29,7 @@ CUTS = int(os.environ.get("PULSAR_CUTS", "40"))
 
 @pytest.fixture
 def daemon(returning: Daemon) -> Daemon:
-    """Return the daemon of these tests."""
+    """Return a daemon that runs lines of shell."""
     return returning
 
 
@@ -38,8 +38,8 @@ def client_of(daemon: Daemon, **more: Any) -> Client:
     return Client(reactor, f"{daemon.scheme}://localhost:{daemon.port}", **more)
 
 
-async def test_a_task_from_its_creation_to_its_end(daemon: Daemon) -> None:
-    """Created, followed with both streams, waited for, found again."""
+async def test_client_creates_follows_and_finds_a_task(daemon: Daemon) -> None:
+    """It follows both streams, and waits for the end."""
     client = client_of(daemon)
     run = "echo out; echo ä >&2; exit 3"
     task = await client.create("site", "production", "run", {"run": run})
@@ -60,8 +60,8 @@ async def test_a_task_from_its_creation_to_its_end(daemon: Daemon) -> None:
     await client.close()
 
 
-async def test_a_kill_is_a_kill(daemon: Daemon) -> None:
-    """And harmless when it comes late."""
+async def test_kill_ends_the_task(daemon: Daemon) -> None:
+    """Another kill after the end changes nothing."""
     client = client_of(daemon)
     task = await client.create("site", "production", "run", {"run": "exec sleep 60"})
     await client.kill(task.id)
@@ -70,8 +70,8 @@ async def test_a_kill_is_a_kill(daemon: Daemon) -> None:
     await client.close()
 
 
-async def test_what_is_refused_has_a_reason(daemon: Daemon) -> None:
-    """For a program the type, for people a sentence."""
+async def test_refused_request_raises_refused_with_a_reason(daemon: Daemon) -> None:
+    """Programs read the type, people the sentence."""
     client = client_of(daemon)
     with pytest.raises(Refused) as caught:
         await client.get(99)
@@ -104,10 +104,10 @@ def other_server(tmp_path: Path) -> Iterator[int]:
         other.kill()
 
 
-async def test_what_cannot_be_reached_has_a_reason(
+async def test_unreachable_daemon_raises_unreachable_with_a_reason(
     daemon: Daemon, other_server: int
 ) -> None:
-    """Nobody listens, somebody else answers, the address is none."""
+    """No server listens, another one answers, or the URL is invalid."""
     daemon.kill()
     client = client_of(daemon, patience=0.3)
     with pytest.raises(Unreachable, match="refused"):
@@ -123,8 +123,8 @@ async def test_what_cannot_be_reached_has_a_reason(
     await stranger.close()
 
 
-async def test_a_certificate_is_checked(start: Start) -> None:
-    """That of the system's authorities, or of a file; another one is refused at once."""
+async def test_client_checks_the_certificate(start: Start) -> None:
+    """Against the authorities of the system or those of a file."""
     daemon = start("--dev", "--command", SHELL)
     good = client_of(daemon, ca_file=CERTIFICATE)
     assert await good.tasks() == []
@@ -137,8 +137,8 @@ async def test_a_certificate_is_checked(start: Start) -> None:
         client_of(daemon, ca_file=Path("no-such-file"))
 
 
-async def test_a_request_may_be_sent_again_and_starts_one_task(daemon: Daemon) -> None:
-    """The daemon dies in the middle of each POST; the client does not care."""
+async def test_repeated_post_starts_one_task(daemon: Daemon) -> None:
+    """The daemon dies in the middle of each POST, and the client repeats it."""
     client = client_of(daemon)
     await client.tasks()
     chance = random.Random(3)
@@ -154,12 +154,12 @@ async def test_a_request_may_be_sent_again_and_starts_one_task(daemon: Daemon) -
 
 
 def grown(path: Path, size: int) -> None:
-    """Wait until a file is larger than that."""
+    """Wait until a file is larger than ``size``."""
     wait_for(lambda: path.stat().st_size > size, "more output")
 
 
-async def test_following_survives_everything(daemon: Daemon, tmp_path: Path) -> None:
-    """Connections that are cut at any moment, and daemons that are killed."""
+async def test_follow_resumes_at_any_offset(daemon: Daemon, tmp_path: Path) -> None:
+    """The caller stops at random pieces, and the daemon is killed now and then."""
     script, stop = tmp_path / "talker.py", tmp_path / "stop"
     script.write_text(TALKER)
     client = client_of(daemon)
@@ -184,7 +184,7 @@ async def test_following_survives_everything(daemon: Daemon, tmp_path: Path) -> 
             daemon.kill()
             await deferToThread(daemon.start)
         if cuts == CUTS:
-            # The last one has more to tell than the talker's last words.
+            # The last call then gets more than the last words of the task.
             await deferToThread(grown, daemon.output_file(task.id), offset)
             stop.touch()
     assert (await client.wait(task.id)).exit_code == 7
@@ -194,7 +194,7 @@ async def test_following_survives_everything(daemon: Daemon, tmp_path: Path) -> 
 
 
 class Scissors:
-    """Stands between a client and a daemon, and cuts connections at random moments."""
+    """A proxy between client and daemon that cuts connections at random moments."""
 
     def __init__(self, daemon: Daemon, chance: random.Random) -> None:
         self.daemon = daemon
@@ -228,19 +228,19 @@ class Scissors:
                         return
 
     def close(self) -> None:
-        """Let nobody in any more."""
+        """Accept no more connections."""
         self.listening.close()
 
 
 def talk(daemon: Daemon, folder: Path) -> tuple[int, Path]:
-    """Start a task that prints until a file is there."""
+    """Start a task that prints until a file exists."""
     script, stop = folder / "talker.py", folder / "stop"
     script.write_text(TALKER)
     return daemon.sh(f"exec {sys.executable} -IS {script} {stop}"), stop
 
 
 def until_cut(scissors: Scissors, daemon: Daemon, stop: Path) -> None:
-    """Kill the daemon now and then, until there were enough cuts; then let it end."""
+    """Kill the daemon now and then until enough connections were cut, then end the task."""
     for part in (1, 2, 3):
         wait_for(lambda p=part: scissors.cuts >= CUTS * p / 4, "cuts", 300)  # type: ignore[misc]
         daemon.kill()
@@ -249,10 +249,8 @@ def until_cut(scissors: Scissors, daemon: Daemon, stop: Path) -> None:
     stop.touch()
 
 
-async def test_connections_that_break_are_not_seen_by_a_program(
-    daemon: Daemon, tmp_path: Path
-) -> None:
-    """One call follows to the end, whatever is cut, also when the daemon is killed."""
+async def test_client_hides_broken_connections(daemon: Daemon, tmp_path: Path) -> None:
+    """One call of ``follow`` returns all output, even if the daemon is killed."""
     number, stop = talk(daemon, tmp_path)
     scissors = Scissors(daemon, random.Random(8))
     client = Client(reactor, f"http://127.0.0.1:{scissors.port}")
@@ -267,10 +265,8 @@ async def test_connections_that_break_are_not_seen_by_a_program(
     await client.close()
 
 
-def test_connections_that_break_are_not_seen_on_the_command_line(
-    daemon: Daemon, tmp_path: Path
-) -> None:
-    """Both streams are whole, and the exit code is that of the task."""
+def test_command_line_hides_broken_connections(daemon: Daemon, tmp_path: Path) -> None:
+    """Both streams are complete, and the exit status is that of the task."""
     number, stop = talk(daemon, tmp_path)
     scissors = Scissors(daemon, random.Random(9))
     program = "from pulsar_api.cli.main import main; main()"
@@ -295,8 +291,8 @@ def test_connections_that_break_are_not_seen_on_the_command_line(
     scissors.close()
 
 
-async def test_one_follower_goes_on_over_restarts(daemon: Daemon, tmp_path: Path) -> None:
-    """Without anything done by the program."""
+async def test_follow_continues_over_restarts(daemon: Daemon, tmp_path: Path) -> None:
+    """The program has nothing to do for it."""
     go = tmp_path / "go"
     os.mkfifo(go)
     client = client_of(daemon)
@@ -315,13 +311,13 @@ async def test_one_follower_goes_on_over_restarts(daemon: Daemon, tmp_path: Path
 
 
 class Later:
-    """The reactor, but with a time that can be set forward."""
+    """The reactor, with a clock that can be advanced."""
 
     def __init__(self) -> None:
         self.seconds_ahead = 0.0
 
     def seconds(self) -> float:
-        """Return the time of the reactor, so many seconds later."""
+        """Return the time of the reactor plus ``seconds_ahead``."""
         return float(reactor.seconds()) + self.seconds_ahead
 
     def __getattr__(self, name: str) -> Any:
@@ -331,7 +327,7 @@ class Later:
 async def test_patience_begins_with_the_first_failure(
     daemon: Daemon, tmp_path: Path
 ) -> None:
-    """Not with the last line of a task that says nothing for long."""
+    """Patience counts from the failure, not from the last line of a silent task."""
     go = tmp_path / "go"
     os.mkfifo(go)
     later = Later()
@@ -351,8 +347,8 @@ async def test_patience_begins_with_the_first_failure(
     await client.close()
 
 
-async def test_who_does_not_want_to_wait_any_more_is_let_go(daemon: Daemon) -> None:
-    """At once; a request that was cancelled is not sent again."""
+async def test_cancelled_call_ends_at_once(daemon: Daemon) -> None:
+    """The client does not repeat a cancelled request."""
     client = client_of(daemon)
     task = await client.create("a", "b", "run", {"run": "echo x; exec sleep 60"})
 

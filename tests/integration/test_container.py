@@ -1,4 +1,4 @@
-"""A daemon as process 1 of a container. This needs root, for a namespace of processes."""
+"""A daemon as process 1 of a container. The tests need root, to make a PID namespace."""
 
 import os
 import re
@@ -19,15 +19,15 @@ STRANGERS = 3
 
 
 def children(pid: int) -> set[int]:
-    """Return the children of a process, zombies as well."""
+    """Return the children of a process, including zombies."""
     return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 class Contained(Daemon):
-    """A daemon that is process 1 where it is."""
+    """A daemon that is process 1 of its PID namespace."""
 
     def first(self) -> int:
-        """Return the number of process 1 of the container, as it is outside."""
+        """Return the number of the container's process 1, as seen from outside."""
         (pid,) = children(self.process.pid)
         status = Path(f"/proc/{pid}/status").read_text()
         assert re.search(r"^NSpid:.*\t1$", status, re.MULTILINE)
@@ -42,15 +42,15 @@ class Contained(Daemon):
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[Contained]:
-    """Return a daemon in a container; all that is left there ends with it."""
+    """Return a daemon in a container, whose processes all end with it."""
     program = (*UNSHARE, sys.executable, "-m", "pulsar_api")
     daemon = Contained(tmp_path, "--command", SHELL, program=program)
     yield daemon
     daemon.stop()
 
 
-def test_a_daemon_as_process_1_leaves_no_zombies_of_strangers(daemon: Contained) -> None:
-    """It gets them when they lose their parent; tasks and strangers leave each other be."""
+def test_daemon_as_process_1_collects_orphans(daemon: Contained) -> None:
+    """They become its children. Tasks and such orphans do not affect each other."""
     first = daemon.first()
     entry = f"PULSAR_TEST_STRANGER={first}"
     run = "exec 3<&0; for n in $(seq $0); do env $1 cat <&3 & done"
@@ -62,12 +62,12 @@ def test_a_daemon_as_process_1_leaves_no_zombies_of_strangers(daemon: Contained)
         assert daemon.ended(daemon.sh("exit 3"))["exitCode"] == 3
         assert set(marked(entry)) == strangers
         assert parent.stdin is not None
-        parent.stdin.close()  # which ends them
+        parent.stdin.close()  # this ends them
     wait_for(lambda: not strangers & children(first), "the end of the zombies")
     assert daemon.ended(daemon.sh("exit 4"))["exitCode"] == 4
 
 
 def known(entry: str) -> list[int]:
-    """Return the processes that have it in their environment, as soon as all have."""
+    """Return the processes with this entry in their environment, once all have it."""
     found = marked(entry)
     return found if len(found) == STRANGERS else []
