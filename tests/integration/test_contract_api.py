@@ -1,4 +1,4 @@
-"""The API of the document, line by line, over real sockets: plain HTTP and TLS."""
+"""The documented API, line by line, over real sockets with HTTP and TLS."""
 
 import hashlib
 import json
@@ -39,20 +39,20 @@ ADDED = set(
 TAIL = 4096
 HUGE = 40_000_000
 AT_ONCE = 20.0
-"""Seconds: more than anything takes that is answered at once, less than a long-poll."""
+"""Seconds: longer than any immediate answer takes, shorter than a long-poll waits."""
 FLAT = 20 << 20
-"""Bytes that the daemon's memory may grow by while it sends `HUGE` bytes."""
+"""Bytes by which the daemon's memory may grow while it sends `HUGE` bytes."""
 
 
 @pytest.fixture(scope="module", params=list(SCHEMES))
 def tls(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    """Return the options for plain HTTP, or for TLS."""
+    """Return the options of the daemon for plain HTTP, or for TLS."""
     return SCHEMES[request.param]
 
 
 @pytest.fixture(scope="module")
 def api(tls: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """Return a daemon that the tests share; its log must stay free of tracebacks."""
+    """Return a daemon that the tests share, and fail if its log has a traceback."""
     folder = tmp_path_factory.mktemp("daemon")
     daemon = Daemon(folder, "--command", SHELL, "--kill-grace", "1", *tls)
     yield daemon
@@ -61,7 +61,7 @@ def api(tls: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 class Puppet:
-    """A running task that prints what its test says and ends when it says so."""
+    """A running task that prints and ends when its test tells it to."""
 
     def __init__(self, daemon: Daemon, fifo: Path, code: int = 0) -> None:
         os.mkfifo(fifo)
@@ -73,39 +73,39 @@ class Puppet:
         self.path = f"/task/{self.number}"
 
     def starts(self) -> None:
-        """Wait until the command runs and the daemon knows."""
+        """Wait until the command runs and the daemon knows it."""
         wait_for(self._open, "the command to open its end")
         wait_for(lambda: self.now()["pid"] is not None, "the news of the start")
 
     def _open(self) -> bool:
-        with suppress(OSError):  # nobody reads it yet
+        with suppress(OSError):  # the task has not opened it yet
             self.fd = os.open(self.fifo, os.O_WRONLY | os.O_NONBLOCK)
             os.set_blocking(self.fd, True)
         return self.fd >= 0
 
     def says(self, data: bytes) -> None:
-        """Print something."""
+        """Let the task print some bytes."""
         os.write(self.fd, data)
 
     def ends(self) -> None:
-        """End."""
+        """Let the task end."""
         if self.fd >= 0:
             os.close(self.fd)
         self.fd = -1
 
     def now(self) -> dict[str, Any]:
-        """Return the task."""
+        """Return the task as the daemon shows it now."""
         return self.daemon.task(self.number)
 
     def printed(self, size: int) -> dict[str, Any]:
-        """Wait until the daemon knows of so much output, and return the task."""
+        """Wait until the daemon knows of ``size`` bytes of output, and return the task."""
         return wait_for(
             lambda: now if (now := self.now())["outputSize"] >= size else {},
             f"{size} bytes of output",
         )
 
     def poll(self, path: str) -> Poll:
-        """Begin to wait for something of this task."""
+        """Begin a long-poll below the path of this task."""
         return Poll(self.daemon, self.path + path)
 
 
@@ -114,7 +114,7 @@ Play = Callable[..., Puppet]
 
 @pytest.fixture
 def play(tmp_path: Path) -> Iterator[Play]:
-    """Return a function that creates a puppet; its second argument is the exit code."""
+    """Return a function that creates a puppet. Its second argument is the exit code."""
     puppets: list[Puppet] = []
 
     def begin(daemon: Daemon, code: int = 0, *, wait: bool = True) -> Puppet:
@@ -137,7 +137,7 @@ def ended(api: Daemon) -> dict[str, Any]:
 
 
 def address(daemon: Daemon) -> str:
-    """Return the URL of a daemon as the Host header of our requests has it."""
+    """Return the URL of a daemon, with the host that our requests send."""
     connection = daemon.connect()
     return f"{daemon.scheme}://{connection.host}:{daemon.port}"
 
@@ -149,13 +149,13 @@ def newest(daemon: Daemon) -> int:
 
 
 def unchanged(answer: Answer) -> bool:
-    """Return whether an answer is exactly what a long-poll says at its time-out."""
+    """Return whether an answer is exactly that of a long-poll at its timeout."""
     assert answer.status == 200
     return answer.body.strip() == UNCHANGED
 
 
 def changed(answer: Answer) -> dict[str, Any]:
-    """Check that a long-poll was answered by a change, and return its task."""
+    """Check that a change ended a long-poll, and return the task in its answer."""
     value = answer.json()
     assert answer.status == 200
     assert answer.headers["Content-Type"] == "application/json"
@@ -168,8 +168,8 @@ def changed(answer: Answer) -> dict[str, Any]:
 # -- the task object
 
 
-def test_a_task_has_every_field_of_the_document_and_every_added_one(api: Daemon) -> None:
-    """All fields are always there, of the right type, also while they are not known."""
+def test_task_has_every_documented_field(api: Daemon) -> None:
+    """Fields that are not known yet are there too. Each has the right type."""
     number = api.sh("echo hello; exit 3", count=5)
     task = changed(api.get(f"/task/{number}/state"))
     assert task["id"] == number
@@ -190,8 +190,8 @@ def test_a_task_has_every_field_of_the_document_and_every_added_one(api: Daemon)
     assert abs(moments[0] - time.time()) < PATIENCE
 
 
-def test_each_way_to_end_has_its_status(api: Daemon) -> None:
-    """Exit code 0 is finished, another is failed, a signal has no exit code but a name."""
+def test_end_of_the_command_decides_the_status(api: Daemon) -> None:
+    """Exit code 0 is finished, another one failed. A signal replaces the exit code."""
     numbers = [api.sh(run) for run in ("exit 0", "exit 1", "kill -USR1 $$")]
     tasks = [api.ended(number) for number in numbers]
     found = [(task["status"], task["exitCode"], task["signal"]) for task in tasks]
@@ -202,20 +202,18 @@ def test_each_way_to_end_has_its_status(api: Daemon) -> None:
     ]
 
 
-def test_a_command_that_cannot_be_started_is_a_failed_task_with_a_reason(
+def test_command_that_cannot_start_fails_the_task(
     start: Start, tls: tuple[str, ...]
 ) -> None:
-    """The task exists, says why it never ran, and has neither pid nor exit code."""
+    """The task has a reason, and neither pid nor exit code."""
     daemon = start("--command", "no-such-program {app}", *tls)
     task = daemon.ended(daemon.run("site", "production", "run"))
     assert (task["status"], task["exitCode"], task["pid"]) == ("failed", None, None)
     assert "no-such-program" in task["reason"]
 
 
-def test_output_is_decoded_over_the_whole_stream_and_the_raw_bytes_are_kept(
-    api: Daemon, play: Play
-) -> None:
-    """A character that comes byte by byte is that character; wrong bytes are U+FFFD."""
+def test_output_is_decoded_as_one_stream(api: Daemon, play: Play) -> None:
+    """A character may arrive byte by byte. Invalid bytes are shown as U+FFFD, and kept."""
     puppet = play(api)
     for byte in "ä€𝄞".encode():
         puppet.says(bytes([byte]))
@@ -229,10 +227,8 @@ def test_output_is_decoded_over_the_whole_stream_and_the_raw_bytes_are_kept(
     assert kept == "ä€𝄞".encode() + b"\xff|\xc3|"
 
 
-def test_numbers_count_up_and_none_is_used_twice_also_after_a_restart(
-    start: Start, tls: tuple[str, ...]
-) -> None:
-    """The first task after a restart has a higher number than the last before."""
+def test_task_numbers_increase_over_restarts(start: Start, tls: tuple[str, ...]) -> None:
+    """No number is used twice."""
     daemon = start("--command", "true", *tls)
     numbers = [daemon.run("site", "production", "run") for _ in range(3)]
     daemon.ended(numbers[-1])
@@ -245,10 +241,8 @@ def test_numbers_count_up_and_none_is_used_twice_also_after_a_restart(
 # -- GET /tasks
 
 
-def test_the_list_has_the_url_of_the_page_and_tasks_by_their_numbers(
-    api: Daemon, ended: dict[str, Any]
-) -> None:
-    """``tasks`` maps numbers as texts to whole tasks; ``url`` is a page that is there."""
+def test_list_has_page_url_and_tasks_by_number(api: Daemon, ended: dict[str, Any]) -> None:
+    """``tasks`` maps numbers, as strings, to whole tasks. ``url`` leads to the page."""
     answer = api.get("/tasks")
     assert answer.status == 200
     assert answer.headers["Content-Type"] == "application/json"
@@ -260,10 +254,10 @@ def test_the_list_has_the_url_of_the_page_and_tasks_by_their_numbers(
     assert api.get("/pulsar/index.html").status == 200
 
 
-def test_the_list_has_the_newest_hundred_and_its_link_leads_to_all_others(
+def test_list_has_newest_hundred_and_links_to_older(
     start: Start, tls: tuple[str, ...]
 ) -> None:
-    """100 without ``limit``, up to 1000 with; the pages hold each task exactly once."""
+    """``limit`` raises 100 to at most 1000. The pages hold each task exactly once."""
     daemon = start("--command", SHELL, "--max-running", "1", *tls)
     connection = daemon.connect()
     numbers = []
@@ -299,8 +293,8 @@ def test_the_list_has_the_newest_hundred_and_its_link_leads_to_all_others(
         assert sorted(chain(*pages(f"/tasks?limit=10&{query}"))) == wanted
 
 
-def test_the_list_is_filtered_by_status_app_env_and_user(api: Daemon) -> None:
-    """Only tasks that match everything asked for are in the list."""
+def test_list_is_filtered_by_status_app_env_user_and_text(api: Daemon) -> None:
+    """A listed task matches all filters."""
     sites = [("filter-a", "one"), ("filter-a", "two"), ("filter-b", "two")]
     numbers = [str(api.run(*site, "run", run="exit 0")) for site in sites]
     for number in numbers:
@@ -337,18 +331,16 @@ def test_the_list_is_filtered_by_status_app_env_and_user(api: Daemon) -> None:
         (f"text={'x' * 201}", "text"),
     ],
 )
-def test_a_wrong_parameter_of_the_list_is_named(
-    api: Daemon, query: str, field: str
-) -> None:
-    """What the list does not understand it refuses, and says which parameter it was."""
+def test_invalid_list_parameter_answers_400(api: Daemon, query: str, field: str) -> None:
+    """The problem names the parameter."""
     problem(api.get(f"/tasks?{query}"), 400, field)
 
 
-def test_every_answer_with_a_task_has_its_whole_output_its_tail_or_none(
+def test_output_parameter_selects_all_tail_or_none(
     api: Daemon,
 ) -> None:
-    """In the list the last 4 KiB are the default, elsewhere all; no character is cut."""
-    # The tail would begin in the middle of a character of three bytes.
+    """Lists have the last 4 KiB by default, other answers all. No character is cut."""
+    # The tail would begin within a character of three bytes.
     text = "x" * 1000 + "€" * 1500
     run = 'printf "%s" "$PULSAR_VAR_text"'
     before = newest(api)
@@ -384,16 +376,16 @@ def test_every_answer_with_a_task_has_its_whole_output_its_tail_or_none(
 # -- GET /tasks/created
 
 
-def test_waiting_for_a_new_task_ends_with_the_next_one(api: Daemon) -> None:
-    """Everybody who waits gets the task that is created while they wait."""
+def test_created_poll_returns_the_next_task(api: Daemon) -> None:
+    """Every waiter gets the same task."""
     polls = [Poll(api, "/tasks/created") for _ in range(3)]
     assert all(poll.waits() for poll in polls)
     number = api.sh("sleep 0")
     assert [changed(poll.answer())["id"] for poll in polls] == [number] * 3
 
 
-def test_a_burst_of_new_tasks_is_seen_whole_with_since(api: Daemon) -> None:
-    """Each ``since`` is answered at once by the oldest newer task, none is left out."""
+def test_since_returns_every_task_of_a_burst(api: Daemon) -> None:
+    """The answer to ``since`` is the oldest newer task, at once if there is one."""
     last = newest(api)
     numbers = [api.sh("sleep 0") for _ in range(5)]
     seen = []
@@ -407,8 +399,8 @@ def test_a_burst_of_new_tasks_is_seen_whole_with_since(api: Daemon) -> None:
     assert changed(poll.answer())["id"] == number
 
 
-def test_waiting_for_a_new_task_ends_without_one_at_the_time_out(api: Daemon) -> None:
-    """Then the answer is exactly ``{"changed": false}``."""
+def test_created_poll_ends_unchanged_at_its_timeout(api: Daemon) -> None:
+    """The answer is exactly ``{"changed": false}``."""
     assert unchanged(api.get("/tasks/created?timeout=0.2"))
 
 
@@ -418,7 +410,7 @@ def test_waiting_for_a_new_task_ends_without_one_at_the_time_out(api: Daemon) ->
 def post(
     daemon: Daemon, path: str, body: str = "", kind: str | None = None, **headers: str
 ) -> Answer:
-    """Send a POST with a body of some type."""
+    """Send a POST with a body of the given content type."""
     if kind is not None:
         headers["Content-Type"] = kind
     return daemon.request("POST", path, body, headers)
@@ -460,10 +452,10 @@ FORM = "application/x-www-form-urlencoded"
         ),
     ],
 )
-def test_a_post_creates_the_task_that_its_body_asks_for(
+def test_post_creates_the_task_of_its_body(
     api: Daemon, query: str, body: str, kind: str
 ) -> None:
-    """JSON or form, action in body or query, body first; the URL alone says app and env."""
+    """The body is JSON or a form and beats the query. Only the path sets app and env."""
     answer = post(api, f"/site/production{query}", body, kind)
     assert answer.status == 200
     assert answer.headers["Content-Type"] == "application/json"
@@ -484,16 +476,16 @@ def test_a_post_creates_the_task_that_its_body_asks_for(
     assert (page.status, page.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
 
 
-def test_an_action_in_the_query_is_enough(api: Daemon) -> None:
-    """A POST without any body creates a task; more than the action is not taken from it."""
+def test_post_with_an_action_in_its_query_needs_no_body(api: Daemon) -> None:
+    """The query sets no variables."""
     answer = post(api, "/site/production?action=deploy&variables[run]=x&run=x")
     assert answer.status == 200
     task = api.ended(answer.json()["id"])
     assert (task["action"], task["variables"]) == ("deploy", {})
 
 
-def test_a_post_that_is_not_understood_creates_nothing(api: Daemon) -> None:
-    """Each is refused by the status that fits, and the number of tasks is the same."""
+def test_invalid_post_creates_no_task(api: Daemon) -> None:
+    """A missing action answers 400, a wrong type 415, and a large body 413."""
     before = newest(api)
     problem(post(api, "/site/production"), 400, "action")
     problem(post(api, "/site/production", "{}", JSON), 400, "action")
@@ -508,10 +500,8 @@ def test_a_post_that_is_not_understood_creates_nothing(api: Daemon) -> None:
 # -- GET /task/:id
 
 
-def test_a_task_is_answered_at_once_with_its_output_to_date(
-    api: Daemon, play: Play
-) -> None:
-    """A running task shows what it has printed so far, and goes on."""
+def test_get_of_a_running_task_has_its_output_so_far(api: Daemon, play: Play) -> None:
+    """The answer comes at once, and the task goes on."""
     puppet = play(api)
     assert puppet.now()["output"] == ""
     puppet.says(b"first\n")
@@ -525,10 +515,8 @@ def test_a_task_is_answered_at_once_with_its_output_to_date(
     assert puppet.printed(13)["output"] == "first\nsecond\n"
 
 
-def test_a_task_that_the_client_has_already_is_answered_by_304(
-    api: Daemon, play: Play
-) -> None:
-    """The tag is another one after each change, and for another part of the output."""
+def test_matching_etag_answers_304(api: Daemon, play: Play) -> None:
+    """The tag differs after each change, and for another part of the output."""
     puppet = play(api)
     answer = api.get(puppet.path)
     tag = answer.headers["ETag"]
@@ -556,16 +544,16 @@ def test_a_task_that_the_client_has_already_is_answered_by_304(
     "0 999999 9223372036854775807 9223372036854775808 99999999999999999999 -1 1.0 0x1 "
     "abc %20 1%20 %C2%B2 %D9%A1".split(),
 )
-def test_an_unknown_number_is_404(api: Daemon, number: str, rest: str) -> None:
-    """What is no number of a task is answered by a problem, never by a fault."""
+def test_unknown_task_number_answers_404(api: Daemon, number: str, rest: str) -> None:
+    """Text that is no number is answered in the same way."""
     problem(api.get(f"/task/{number}{rest}"), 404)
 
 
 # -- GET /task/:id/output
 
 
-def test_waiting_for_a_change_ends_with_new_output(api: Daemon, play: Play) -> None:
-    """Everybody who waits gets the task with all of its output."""
+def test_output_poll_ends_with_new_output(api: Daemon, play: Play) -> None:
+    """Every waiter gets the task with all of its output."""
     puppet = play(api)
     puppet.says(b"one ")
     puppet.printed(4)
@@ -577,8 +565,8 @@ def test_waiting_for_a_change_ends_with_new_output(api: Daemon, play: Play) -> N
         assert (task["status"], task["output"]) == ("running", "one zwölf\n")
 
 
-def test_waiting_for_a_change_ends_with_the_end(api: Daemon, play: Play) -> None:
-    """The end of a task is a change, also without any output."""
+def test_output_poll_ends_with_the_task(api: Daemon, play: Play) -> None:
+    """The end is a change even if the task printed nothing."""
     puppet = play(api, 5)
     poll = puppet.poll("/output")
     assert poll.waits()
@@ -588,10 +576,10 @@ def test_waiting_for_a_change_ends_with_the_end(api: Daemon, play: Play) -> None
 
 
 @pytest.mark.parametrize("what", ["output", "state"])
-def test_waiting_for_an_ended_task_is_answered_at_once(
+def test_poll_of_an_ended_task_returns_at_once(
     api: Daemon, ended: dict[str, Any], what: str
 ) -> None:
-    """Nothing more will change, so there is nothing to wait for."""
+    """The task will not change any more, even if the client has its last version."""
     began = time.monotonic()
     assert changed(api.get(f"/task/{ended['id']}/{what}")) == ended
     version = ended["version"]
@@ -600,10 +588,10 @@ def test_waiting_for_an_ended_task_is_answered_at_once(
 
 
 @pytest.mark.parametrize("what", ["output", "state"])
-def test_a_version_that_is_not_the_current_one_is_answered_at_once(
+def test_poll_with_another_version_returns_at_once(
     api: Daemon, play: Play, what: str
 ) -> None:
-    """With the current one it waits; with an older or unknown one it has the newest."""
+    """The answer has the current version, with which the next poll waits."""
     puppet = play(api)
     old = puppet.now()["version"]
     waiting = puppet.poll(f"/{what}?since={old}")
@@ -619,8 +607,8 @@ def test_a_version_that_is_not_the_current_one_is_answered_at_once(
     assert time.monotonic() - began < AT_ONCE
 
 
-def test_following_by_version_and_offset_loses_and_repeats_nothing(api: Daemon) -> None:
-    """Each answer goes on where the one before ended; together they are the output."""
+def test_polls_by_version_and_offset_return_the_whole_output(api: Daemon) -> None:
+    """Each answer begins where the one before ended."""
     number = api.sh(
         'i=0; while [ $i -lt 3000 ]; do i=$((i+1)); echo "$i äöü € 𝄞";'
         " [ $((i % 100)) -gt 0 ] || sleep 0.01; done"
@@ -643,10 +631,10 @@ def test_following_by_version_and_offset_loses_and_repeats_nothing(api: Daemon) 
     assert polls > 3
 
 
-def test_an_offset_within_a_character_is_moved_back_to_its_begin(
+def test_offset_within_a_character_moves_to_its_start(
     api: Daemon,
 ) -> None:
-    """The text then begins with that character, and says at which byte it does."""
+    """``outputOffset`` tells the byte at which the text begins."""
     text = "aä€𝄞z"
     number = api.sh('printf "%s" "$PULSAR_VAR_text"', text=text)
     api.ended(number)
@@ -667,8 +655,8 @@ def test_an_offset_within_a_character_is_moved_back_to_its_begin(
 # -- GET /task/:id/state
 
 
-def test_waiting_for_the_end_is_not_ended_by_output(api: Daemon, play: Play) -> None:
-    """Output wakes who waits for a change; who waits for the end waits on, to the end."""
+def test_state_poll_outlasts_output(api: Daemon, play: Play) -> None:
+    """Output ends only the polls for ``/output``."""
     puppet = play(api, 9)
     end = puppet.poll("/state")
     for word in (b"one\n", b"two\n"):
@@ -686,12 +674,12 @@ def test_waiting_for_the_end_is_not_ended_by_output(api: Daemon, play: Play) -> 
 
 
 def poll_paths(puppet: Puppet) -> list[str]:
-    """Return the three requests that wait."""
+    """Return the paths of the three kinds of long-poll."""
     return [f"{puppet.path}/output", f"{puppet.path}/state", "/tasks/created"]
 
 
-def test_a_long_poll_ends_at_the_time_that_was_asked_for(api: Daemon, play: Play) -> None:
-    """0 is answered at once, a second after a second: exactly ``{"changed": false}``."""
+def test_long_poll_ends_at_the_requested_timeout(api: Daemon, play: Play) -> None:
+    """A timeout of 0 returns at once. The answer is exactly ``{"changed": false}``."""
     puppet = play(api)
     for path in poll_paths(puppet):
         began = time.monotonic()
@@ -704,10 +692,8 @@ def test_a_long_poll_ends_at_the_time_that_was_asked_for(api: Daemon, play: Play
         assert 1 <= time.monotonic() - began < AT_ONCE
 
 
-def test_a_state_poll_whose_task_only_prints_ends_unchanged(
-    api: Daemon, play: Play
-) -> None:
-    """Output alone does not make its answer another one."""
+def test_state_poll_of_a_printing_task_ends_unchanged(api: Daemon, play: Play) -> None:
+    """Its timeout ends it, although the version of the task has changed."""
     puppet = play(api)
     poll = puppet.poll("/state?timeout=1")
     puppet.says(b"more")
@@ -716,19 +702,17 @@ def test_a_state_poll_whose_task_only_prints_ends_unchanged(
 
 
 @pytest.mark.parametrize("query", ["timeout=-1", "timeout=30.5", "timeout=nan", "since=x"])
-def test_a_wrong_parameter_of_a_long_poll_is_named(
-    api: Daemon, play: Play, query: str
-) -> None:
-    """A time above that of the daemon, or what is no number, is refused."""
+def test_invalid_poll_parameter_answers_400(api: Daemon, play: Play, query: str) -> None:
+    """A timeout above that of the daemon is invalid as well. The problem names it."""
     puppet = play(api)
     for path in poll_paths(puppet):
         problem(api.get(f"{path}?{query}"), 400, query.partition("=")[0])
 
 
-def test_poll_timeout_is_the_time_that_a_long_poll_waits(
+def test_poll_timeout_is_default_and_maximum(
     start: Start, tls: tuple[str, ...], play: Play
 ) -> None:
-    """Without ``timeout`` it is the time, with it it is the longest."""
+    """``--poll-timeout`` holds for polls without ``timeout``, and limits those with one."""
     daemon = start("--command", SHELL, "--poll-timeout", "1.5", *tls)
     paths = poll_paths(play(daemon))
     began = time.monotonic()
@@ -740,8 +724,8 @@ def test_poll_timeout_is_the_time_that_a_long_poll_waits(
         problem(daemon.get(f"{path}?timeout=1.6"), 400, "timeout")
 
 
-def test_a_long_poll_waits_30_seconds_by_itself(start: Start, play: Play) -> None:
-    """The document's time-out, for real, for all three over HTTP and TLS at once."""
+def test_long_poll_waits_30_seconds_by_default(start: Start, play: Play) -> None:
+    """In real time, for all three kinds over HTTP and TLS at once."""
     polls = []
     for options in SCHEMES.values():
         daemon = start("--command", SHELL, *options)
@@ -752,10 +736,8 @@ def test_a_long_poll_waits_30_seconds_by_itself(start: Start, play: Play) -> Non
         assert 29.5 <= time.monotonic() - began < 45
 
 
-def test_a_client_that_goes_away_ends_nothing_for_the_others(
-    api: Daemon, play: Play
-) -> None:
-    """Of two who wait one goes; the other is answered, and the task runs on."""
+def test_client_that_disconnects_ends_no_other_poll(api: Daemon, play: Play) -> None:
+    """The task runs on."""
     puppet = play(api)
     stays, goes = puppet.poll("/output"), puppet.poll("/output")
     goes.close()
@@ -768,8 +750,8 @@ def test_a_client_that_goes_away_ends_nothing_for_the_others(
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_a_kill_ends_a_running_task(api: Daemon, play: Play, method: str) -> None:
-    """The answer is 200 and the task, which is killed then; who waits for it is told."""
+def test_kill_answers_200_and_ends_the_task(api: Daemon, play: Play, method: str) -> None:
+    """The end of the task also ends the poll for its state."""
     puppet = play(api)
     puppet.says(b"before")
     puppet.printed(6)
@@ -786,17 +768,17 @@ def test_a_kill_ends_a_running_task(api: Daemon, play: Play, method: str) -> Non
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_a_kill_of_an_ended_task_changes_nothing(
+def test_kill_of_an_ended_task_changes_nothing(
     api: Daemon, ended: dict[str, Any], method: str
 ) -> None:
-    """It is answered by 200 and the task as it was, and as it stays."""
+    """The answer is 200 with the task."""
     answer = api.request(method, f"/task/{ended['id']}/kill")
     assert (answer.status, answer.json()) == (200, ended)
     assert api.task(ended["id"]) == ended
 
 
 def alive(pid: str) -> bool:
-    """Return whether a process lives; one that only waits to be counted does not."""
+    """Return whether a process lives. A zombie does not."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -804,8 +786,8 @@ def alive(pid: str) -> bool:
     return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
 
 
-def test_a_kill_ends_the_whole_process_tree_also_what_ignores_term(api: Daemon) -> None:
-    """Children, daemons in sessions of their own, and who ignores TERM: none is left."""
+def test_kill_ends_the_whole_process_tree(api: Daemon) -> None:
+    """Children, processes in sessions of their own, and those that ignore TERM."""
     number = api.sh(
         "trap '' TERM; sh -c 'trap \"\" TERM; echo $$; while :; do sleep 1; done' &"
         " setsid sh -c 'echo $$; exec sleep 1000' & sh -c '(sleep 1000 & echo $!)';"
@@ -822,10 +804,10 @@ def test_a_kill_ends_the_whole_process_tree_also_what_ignores_term(api: Daemon) 
     assert [pid for pid in lines if alive(pid)] == []
 
 
-def test_a_kill_lets_every_process_tidy_up(
+def test_kill_lets_every_process_clean_up(
     start: Start, tls: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """TERM reaches all of the tree, and within the grace no KILL; that is in the output."""
+    """TERM reaches the whole tree, and no KILL comes within the grace period."""
     daemon = start("--command", SHELL, "--kill-grace", "50", *tls)
     loop = "trap 'echo tidy; exit 5' TERM; echo up; while :; do sleep 0.1; done"
     program = tmp_path / "loop"
@@ -845,8 +827,8 @@ def test_a_kill_lets_every_process_tidy_up(
 # -- the page
 
 
-def test_the_page_is_html_and_lists_the_api(api: Daemon) -> None:
-    """Whoever opens it in a browser sees what this is and what can be asked."""
+def test_page_is_html_and_lists_the_api(api: Daemon) -> None:
+    """A user who opens it in a browser sees what the daemon is and offers."""
     answer = api.get("/pulsar/index.html")
     assert answer.status == 200
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
@@ -858,8 +840,8 @@ def test_the_page_is_html_and_lists_the_api(api: Daemon) -> None:
 # -- HEAD, OPTIONS, 405
 
 
-def test_head_answers_as_get_without_a_body(api: Daemon, ended: dict[str, Any]) -> None:
-    """Same status, same type, same length, and not one byte of a body."""
+def test_head_answers_as_get_without_the_body(api: Daemon, ended: dict[str, Any]) -> None:
+    """Status, type, length, tag and caching are the same."""
     number = ended["id"]
     paths = [
         "/tasks",
@@ -876,7 +858,7 @@ def test_head_answers_as_get_without_a_body(api: Daemon, ended: dict[str, Any]) 
     for path in paths:
         answers = []
         for method in ("HEAD", "GET"):
-            # On one connection: a body after HEAD would be read as the next answer.
+            # On one connection, where a body after HEAD would be read as the next answer.
             connection.request(method, path)
             answers.append(Answer(connection.getresponse()))
         head, get = answers
@@ -887,8 +869,8 @@ def test_head_answers_as_get_without_a_body(api: Daemon, ended: dict[str, Any]) 
     connection.close()
 
 
-def test_head_of_kill_kills_nothing(api: Daemon, play: Play) -> None:
-    """It is answered by 200, and the task runs on and prints."""
+def test_head_of_kill_does_not_kill(api: Daemon, play: Play) -> None:
+    """The answer is 200, and the task runs on and prints."""
     puppet = play(api)
     assert api.request("HEAD", f"{puppet.path}/kill").status == 200
     puppet.says(b"alive")
@@ -898,8 +880,8 @@ def test_head_of_kill_kills_nothing(api: Daemon, play: Play) -> None:
     assert api.ended(puppet.number)["status"] == "finished"
 
 
-def test_head_of_a_long_poll_is_answered_at_once(api: Daemon, play: Play) -> None:
-    """There is no body that a change could go into."""
+def test_head_of_a_long_poll_returns_at_once(api: Daemon, play: Play) -> None:
+    """It has no body that could hold a change."""
     puppet = play(api)
     began = time.monotonic()
     for path in poll_paths(puppet):
@@ -921,10 +903,10 @@ def test_head_of_a_long_poll_is_answered_at_once(api: Daemon, play: Play) -> Non
         ("/pulsar/index.html", "GET HEAD OPTIONS"),
     ],
 )
-def test_options_and_405_say_what_is_allowed(
+def test_options_and_405_list_the_allowed_methods(
     api: Daemon, ended: dict[str, Any], path: str, allowed: str
 ) -> None:
-    """OPTIONS answers ``Allow``, and so does each method that is not in it."""
+    """Both have the header ``Allow``. A method outside of it changes nothing."""
     path = path.format(ended["id"])
     before = newest(api)
     options = api.request("OPTIONS", path)
@@ -943,8 +925,8 @@ def test_options_and_405_say_what_is_allowed(
 @pytest.mark.parametrize(
     "app", "task tasks job jobs pulsar web websocket event events %74ask".split()
 )
-def test_a_reserved_name_is_no_app(api: Daemon, app: str) -> None:
-    """POST to a path of ours is 404 or 405, whatever it carries, and never a task."""
+def test_post_to_a_reserved_name_creates_no_task(api: Daemon, app: str) -> None:
+    """The answer is 404 or 405, below that name too."""
     before = newest(api)
     for rest in ("", "/", "/production", "/1", "/created"):
         answer = post(api, f"/{app}{rest}?action=run")
@@ -956,10 +938,10 @@ def test_a_reserved_name_is_no_app(api: Daemon, app: str) -> None:
 # -- the queue
 
 
-def test_a_waiting_task_is_created_and_polls_wait_for_it(
+def test_waiting_task_is_created_and_can_be_polled(
     start: Start, tls: tuple[str, ...], play: Play
 ) -> None:
-    """It says what it waits for; /output is ended by its start, /state by its end."""
+    """Its start ends polls for ``/output``, its end those for ``/state``."""
     daemon = start("--command", SHELL, "--max-running", "1", *tls)
     first = play(daemon)
     second = play(daemon, 4, wait=False)
@@ -980,10 +962,10 @@ def test_a_waiting_task_is_created_and_polls_wait_for_it(
     assert (task["status"], task["exitCode"]) == ("failed", 4)
 
 
-def test_a_kill_of_a_waiting_task_ends_it_before_it_starts(
+def test_kill_of_a_waiting_task_prevents_its_start(
     start: Start, tls: tuple[str, ...], play: Play, tmp_path: Path
 ) -> None:
-    """It is killed, never had a process, and those behind it get their turn."""
+    """It never has a process, and the tasks behind it get their turn."""
     daemon = start("--command", SHELL, "--max-running", "1", *tls)
     first = play(daemon)
     marker = tmp_path / "marker"
@@ -1002,10 +984,10 @@ def test_a_kill_of_a_waiting_task_ends_it_before_it_starts(
     assert not marker.exists()
 
 
-def test_more_than_may_wait_are_refused_with_a_time_to_try_again(
+def test_full_queue_answers_503_with_retry_after(
     start: Start, tls: tuple[str, ...], play: Play
 ) -> None:
-    """503 with Retry-After, nothing is recorded; when there is room it goes on."""
+    """Refused tasks are not recorded. When the queue has room, tasks are accepted again."""
     daemon = start("--command", SHELL, "--max-running", "1", "--max-queued", "2", *tls)
     first = play(daemon)
     waiting = [daemon.sh("exit 0") for _ in range(2)]
@@ -1047,15 +1029,15 @@ OWN = [
 
 
 def filled(daemon: Daemon, headers: dict[str, str]) -> dict[str, str]:
-    """Return headers with the daemon's own address in them."""
+    """Return headers with the daemon's address in place of ``{base}``."""
     return {name: value.format(base=address(daemon)) for name, value in headers.items()}
 
 
 @pytest.mark.parametrize("headers", FOREIGN, ids=str)
-def test_what_a_browser_sends_for_another_site_creates_and_kills_nothing(
+def test_requests_of_other_sites_answer_403(
     api: Daemon, play: Play, headers: dict[str, str]
 ) -> None:
-    """It is refused by 403, and the task does not notice; a link may be followed."""
+    """The task does not change. A link to it can be followed."""
     puppet = play(api)
     headers = filled(api, headers)
     form = {**headers, "Content-Type": FORM}
@@ -1073,10 +1055,10 @@ def test_what_a_browser_sends_for_another_site_creates_and_kills_nothing(
 
 
 @pytest.mark.parametrize("headers", OWN, ids=str)
-def test_what_our_own_page_or_no_browser_sends_is_done(
+def test_requests_of_the_page_and_of_programs_are_accepted(
     api: Daemon, play: Play, headers: dict[str, str]
 ) -> None:
-    """The page may start and kill, and so may a program, which sends neither header."""
+    """Both may create and kill. Programs send neither header."""
     puppet = play(api)
     headers = filled(api, headers)
     assert api.request("POST", "/site/production?action=run", None, headers).status == 200
@@ -1102,10 +1084,8 @@ REFERERS = [
 
 
 @pytest.mark.parametrize("referer", REFERERS)
-def test_a_page_of_another_site_is_told_by_the_address_that_it_leaves(
-    api: Daemon, play: Play, referer: str
-) -> None:
-    """Over plain HTTP a browser says no more than that of an image; reading is free."""
+def test_foreign_referer_answers_403(api: Daemon, play: Play, referer: str) -> None:
+    """Over plain HTTP a browser sends nothing better with an image. Reading is allowed."""
     puppet = play(api)
     headers = filled(api, {"Referer": referer})
     problem(api.get(f"{puppet.path}/kill", **headers), 403)
@@ -1117,10 +1097,10 @@ def test_a_page_of_another_site_is_told_by_the_address_that_it_leaves(
 
 
 @pytest.mark.parametrize("browser", BROWSERS)
-def test_a_browser_that_does_not_say_for_whom_kills_nothing_by_a_link(
+def test_browser_without_an_origin_cannot_kill_by_a_link(
     api: Daemon, play: Play, browser: str
 ) -> None:
-    """Nor does it start what lists actions, but for our own page."""
+    """Nor does its link run the command that lists actions, except from the page."""
     puppet = play(api)
     headers = {"User-Agent": browser}
     own = filled(api, {**headers, "Referer": "{base}/web/"})
@@ -1130,7 +1110,7 @@ def test_a_browser_that_does_not_say_for_whom_kills_nothing_by_a_link(
     assert puppet.now()["status"] == "running"
     listing = api.get("/site/production/tasks", **own)
     assert problem(listing, 404)["type"].endswith(":no-listing")
-    # What our page sends, also where it says nothing but its origin, is done.
+    # The page may create tasks, even if the browser sends nothing but its origin.
     started = {**own, **filled(api, {"Origin": "{base}"})}
     path = "/site/production?action=run"
     assert api.request("POST", path, None, started).status == 200
@@ -1140,8 +1120,8 @@ def test_a_browser_that_does_not_say_for_whom_kills_nothing_by_a_link(
 
 
 @pytest.mark.parametrize("program", ["curl/7.88.1", "node-fetch", "", "x Mozilla/5.0"])
-def test_a_program_needs_no_header_to_kill(api: Daemon, play: Play, program: str) -> None:
-    """As the document has it."""
+def test_program_can_kill_without_a_header(api: Daemon, play: Play, program: str) -> None:
+    """The documented GET works for every User-Agent that is no browser's."""
     puppet = play(api)
     assert api.get(f"{puppet.path}/kill", **{"User-Agent": program}).status == 200
     assert api.ended(puppet.number)["status"] == "killed"
@@ -1151,7 +1131,7 @@ def test_a_program_needs_no_header_to_kill(api: Daemon, play: Play, program: str
 
 
 def urls(daemon: Daemon, number: int, host: str) -> set[str]:
-    """Return where the links in every kind of answer point, without their paths."""
+    """Return the addresses, without paths, in the links of each kind of answer."""
     answers = [
         (daemon.get("/tasks?limit=1", Host=host).json()["url"], "/pulsar/index.html"),
         (daemon.get(f"/task/{number}", Host=host).json()["url"], f"/web#job/{number}"),
@@ -1176,10 +1156,10 @@ def urls(daemon: Daemon, number: int, host: str) -> set[str]:
         "",
     ],
 )
-def test_a_foreign_address_in_the_host_header_never_decides_where_links_point(
+def test_foreign_address_in_host_header_is_not_linked(
     api: Daemon, ended: dict[str, Any], host: str
 ) -> None:
-    """They point to the address that the request came to."""
+    """Links contain the address to which the request came."""
     assert urls(api, ended["id"], host) == {f"{api.scheme}://127.0.0.1:{api.port}"}
 
 
@@ -1198,10 +1178,10 @@ def test_a_foreign_address_in_the_host_header_never_decides_where_links_point(
         '"><script>',
     ],
 )
-def test_a_foreign_host_header_is_refused(
+def test_foreign_host_header_answers_421(
     api: Daemon, ended: dict[str, Any], host: str
 ) -> None:
-    """It may be a name of an attacker's page that leads to us (DNS rebinding)."""
+    """An attacker's name can resolve to the daemon (DNS rebinding)."""
     for path in ("/tasks", f"/task/{ended['id']}", "/pulsar/index.html", "/nothing"):
         answer = api.get(path, Host=host)
         assert problem(answer, 421)["type"].endswith(":unknown-host")
@@ -1211,18 +1191,16 @@ def test_a_foreign_host_header_is_refused(
 @pytest.mark.parametrize(
     "host", ["localhost", "LOCALHOST", "127.0.0.1", "[::1]", "a.localhost"]
 )
-def test_a_loopback_host_header_is_kept_in_links(
+def test_loopback_host_header_is_kept_in_links(
     api: Daemon, ended: dict[str, Any], host: str
 ) -> None:
-    """A tunnel to another port works: name and port are those that the client used."""
+    """Links then work through a tunnel, with the name and port of the client."""
     own = f"{api.scheme}://{host.lower()}:12345"
     assert urls(api, ended["id"], f"{host}:12345") == {own}
 
 
-def test_headers_of_a_proxy_do_not_decide_where_links_point(
-    api: Daemon, ended: dict[str, Any]
-) -> None:
-    """Anybody can send them."""
+def test_proxy_headers_do_not_change_links(api: Daemon, ended: dict[str, Any]) -> None:
+    """Any client can send them."""
     headers = {
         "X-Forwarded-Host": "evil.example",
         "X-Forwarded-Proto": "ftp",
@@ -1233,10 +1211,10 @@ def test_headers_of_a_proxy_do_not_decide_where_links_point(
     assert task == ended
 
 
-def test_public_url_says_where_all_links_point_and_which_origin_is_ours(
+def test_public_url_sets_links_and_the_own_origin(
     start: Start, tls: tuple[str, ...]
 ) -> None:
-    """Whatever the Host header is; pages of that address may start and kill."""
+    """The Host header does not matter. Pages of that address may create and kill."""
     public = "https://deploy.example.com/pulsar"
     daemon = start("--command", "true", "--public-url", f"{public}/", *tls)
     number = daemon.run("site", "production", "run")
@@ -1254,8 +1232,8 @@ def test_public_url_says_where_all_links_point_and_which_origin_is_ours(
     assert daemon.request("POST", path, None, headers).status == 200
 
 
-def test_the_names_of_the_development_certificate_are_allowed_hosts(start: Start) -> None:
-    """With --dev, as the document shows it, links go to api.pulsar.local."""
+def test_dev_allows_the_names_of_its_certificate(start: Start) -> None:
+    """Links then lead to api.pulsar.local, as documented."""
     daemon = start("--command", "true", "--dev")
     number = daemon.run("site", "production", "run")
     daemon.ended(number)
@@ -1269,7 +1247,7 @@ def test_the_names_of_the_development_certificate_are_allowed_hosts(start: Start
 
 
 def drained(connection: HTTPConnection, path: str) -> tuple[str, int]:
-    """Read an answer in small pieces; return the hash and size of the text in it."""
+    """Read an answer in small pieces. Return the hash and size of the text in it."""
     connection.request("GET", path)
     response = connection.getresponse()
     assert response.status == 200
@@ -1280,10 +1258,8 @@ def drained(connection: HTTPConnection, path: str) -> tuple[str, int]:
     return hashlib.sha256(text).hexdigest(), len(text)
 
 
-def test_a_huge_output_comes_complete_while_the_memory_stays_flat(
-    start: Start, tls: tuple[str, ...]
-) -> None:
-    """40 MB of text are streamed by every answer that holds a task, to the last byte."""
+def test_huge_output_is_sent_in_constant_memory(start: Start, tls: tuple[str, ...]) -> None:
+    """Every answer that holds a task streams 40 MB of text, complete to the last byte."""
     daemon = start("--command", SHELL, *tls)
     words = 'zeile "äöü" \\ € 𝄞\t.'
     line = f"{words}\n"
@@ -1322,7 +1298,7 @@ SCRIPT = Path(__file__).with_name("contract_by_curl.sh")
 
 
 def by_curl(base: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run the script that asks everything by curl."""
+    """Run the script that checks the contract by curl."""
     return subprocess.run(
         ["sh", SCRIPT, base, *options],
         stdin=subprocess.DEVNULL,
@@ -1334,10 +1310,8 @@ def by_curl(base: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.needs("curl")
-def test_curl_sees_every_line_of_the_contract_kept(
-    start: Start, tls: tuple[str, ...]
-) -> None:
-    """A script for any shell finds nothing that is not as it should be."""
+def test_contract_by_curl_passes(start: Start, tls: tuple[str, ...]) -> None:
+    """Each line of the script's output is a promise that it has checked."""
     daemon = start("--command", SHELL, "--max-running", "3", "--max-queued", "2", *tls)
     options = ("--cacert", str(CERTIFICATE)) if tls else ()
     found = by_curl(daemon.base, *options)
@@ -1348,8 +1322,8 @@ def test_curl_sees_every_line_of_the_contract_kept(
 
 
 @pytest.mark.needs("curl")
-def test_the_script_by_curl_fails_where_something_is_wrong(start: Start) -> None:
-    """Where nothing listens, and where a task does not do what it is told."""
+def test_contract_by_curl_fails_for_a_wrong_daemon(start: Start) -> None:
+    """With a wrong command, and without a daemon."""
     daemon = start("--command", "true")
     wrong = by_curl(daemon.base)
     assert wrong.returncode == 1

@@ -1,4 +1,4 @@
-"""The demonstration, as the README starts it."""
+"""The demonstration, started as the README starts it."""
 
 import os
 import re
@@ -16,7 +16,7 @@ DEMO = (*zygote.PULSAR_API, "demo")
 
 @pytest.fixture
 def environ(environ: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """Return an environment whose temporary folder can be looked into."""
+    """Return an environment whose temporary folder the test can inspect."""
     return {**environ, "TMPDIR": str(tmp_path)}
 
 
@@ -32,10 +32,8 @@ def once(environ: dict[str, str], *arguments: str) -> subprocess.CompletedProces
     )
 
 
-def test_it_deploys_for_real_and_ends_with_0(
-    environ: dict[str, str], tmp_path: Path
-) -> None:
-    """The lines of the deployment are shown, and nothing is left behind."""
+def test_demo_deploys_and_exits_with_0(environ: dict[str, str], tmp_path: Path) -> None:
+    """It shows the lines of the deployment, and leaves no files."""
     done = once(environ)
     assert (done.returncode, done.stderr) == (0, "")
     assert "** Copying public/index.html" in done.stdout
@@ -45,7 +43,7 @@ def test_it_deploys_for_real_and_ends_with_0(
 
 
 @pytest.mark.parametrize(("action", "code"), [("fail", 3), ("rollback", 1)])
-def test_a_task_that_fails_gives_its_exit_code(
+def test_demo_exits_with_the_code_of_a_failed_task(
     environ: dict[str, str], action: str, code: int
 ) -> None:
     """A rollback fails because nothing was deployed before."""
@@ -55,8 +53,8 @@ def test_a_task_that_fails_gives_its_exit_code(
 
 
 @pytest.mark.needs("curl")
-def test_it_serves_until_ctrl_c(environ: dict[str, str], tmp_path: Path) -> None:
-    """The commands that it tells work; two demonstrations can run at once."""
+def test_demo_serves_until_ctrl_c(environ: dict[str, str], tmp_path: Path) -> None:
+    """The commands that it prints work, also if two demonstrations run at once."""
     with (tmp_path / "out").open("w+b") as out:
         demos = [zygote.Popen(DEMO, env=environ, stdout=out, stderr=out) for _ in range(2)]
         try:
@@ -85,6 +83,6 @@ def test_it_serves_until_ctrl_c(environ: dict[str, str], tmp_path: Path) -> None
                 codes = [demo.wait(PATIENCE) for demo in demos]
             finally:
                 for demo in demos:
-                    demo.kill()  # else it would serve for ever, on the port of the README
+                    demo.kill()  # otherwise it keeps the port of the README for ever
     assert codes == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

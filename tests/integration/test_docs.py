@@ -1,4 +1,4 @@
-"""What the tutorial and the guides tell people to do works when pasted."""
+"""Commands and files of the tutorial and the guides work when pasted."""
 
 import os
 import re
@@ -28,7 +28,7 @@ HOWTO = DOCS / "howto"
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Mapping[str, str]:
-    """Return an environment in which ``pulsar-api`` is ours and ``pip`` does nothing."""
+    """Return an environment with our ``pulsar-api`` and a ``python3`` that does nothing."""
     folder = tmp_path / "bin"
     folder.mkdir()
     ours = f"#!{sys.executable}\nfrom pulsar_api.cli.main import main\nmain()\n"
@@ -39,7 +39,7 @@ def programs(tmp_path: Path) -> Mapping[str, str]:
 
 
 def shell(text: str, folder: Path, environ: Mapping[str, str]) -> tuple[int, str]:
-    """Run lines of shell as somebody who pastes them; return status and both outputs."""
+    """Run lines of shell as if pasted. Return the exit status and both outputs together."""
     done = subprocess.run(
         ["/bin/sh", "-c", text],
         cwd=folder,
@@ -54,7 +54,7 @@ def shell(text: str, folder: Path, environ: Mapping[str, str]) -> tuple[int, str
 
 
 class Newcomer:
-    """Somebody with two terminals in a new folder, who pastes what the tutorial says."""
+    """A user with two terminals and a new folder who pastes commands of the tutorial."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self.folder = folder
@@ -72,7 +72,7 @@ class Newcomer:
         self.printed: list[tuple[str, int, str]] = []
 
     def paste(self, command: str) -> None:
-        """Run a command; one that starts the daemon replaces the running one."""
+        """Run a command. If it starts the daemon, it replaces the running one."""
         command = command.replace(".venv/bin/", f"{BIN}/")
         command = command.replace("localhost:8081", f"localhost:{self.port}")
         if "twistd" in command:
@@ -118,13 +118,13 @@ class Newcomer:
             self.daemon = None
 
     def last(self, part: str) -> tuple[int, str]:
-        """Return status and output of the last command that contains this."""
+        """Return status and output of the last command that contains ``part``."""
         return [(s, t) for command, s, t in self.printed if part in command][-1]
 
 
 @pytest.fixture
 def newcomer(tmp_path: Path) -> Iterator[Newcomer]:
-    """Return somebody whose daemon ends with the test."""
+    """Return a user whose daemon ends with the test."""
     with reserved() as port:
         somebody = Newcomer(tmp_path, port)
     yield somebody
@@ -133,7 +133,7 @@ def newcomer(tmp_path: Path) -> Iterator[Newcomer]:
 
 @pytest.mark.needs("curl")
 def test_tutorial_leads_to_deployments(newcomer: Newcomer) -> None:
-    """Every file of it is written and every command is pasted, in the order of the page."""
+    """Each of its files is written and each command pasted, in the order of the page."""
     for block in blocks(TUTORIAL):
         if block.caption:
             (newcomer.folder / block.caption).write_text(block.text)
@@ -159,7 +159,7 @@ def test_tutorial_leads_to_deployments(newcomer: Newcomer) -> None:
 
 
 def test_tutorial_shows_the_folder_that_it_makes() -> None:
-    """The picture has the files of the text, no more and no fewer."""
+    """The picture has exactly the files that the text names."""
     (picture,) = blocks(TUTORIAL, "text")
     shown = set(re.findall(r"[\w.]+(?=/?\n)", picture.text))
     text = TUTORIAL.read_text()
@@ -168,7 +168,7 @@ def test_tutorial_shows_the_folder_that_it_makes() -> None:
 
 
 def ci_scripts() -> dict[str, str]:
-    """Return what each CI snippet runs, by the name of its file."""
+    """Return the shell code of each CI snippet, by the name of its file."""
     found = {}
     for block in blocks(HOWTO / "ci.rst", "yaml"):
         value: dict[str, Any] = yaml.safe_load(block.text)
@@ -181,7 +181,7 @@ def ci_scripts() -> dict[str, str]:
 
 @pytest.fixture
 def shop(start: Start, tmp_path: Path) -> Daemon:
-    """Return a daemon with a deployment of a shop, which fails for the revision "bad"."""
+    """Return a daemon with a deployment that fails while the file ``fail`` exists."""
     folder = tmp_path / "repo" / "apps" / "shop"
     folder.mkdir(parents=True)
     script = '#!/bin/sh\necho "revision ${PULSAR_VAR_revision:-none}"\n'
@@ -192,10 +192,10 @@ def shop(start: Start, tmp_path: Path) -> Daemon:
 
 @pytest.mark.needs("curl")
 @pytest.mark.parametrize("name", ci_scripts())
-def test_ci_snippets_deploy_and_fail_with_the_task(
+def test_ci_snippets_fail_if_the_deployment_fails(
     shop: Daemon, programs: Mapping[str, str], tmp_path: Path, name: str
 ) -> None:
-    """The job's status is that of the deployment."""
+    """A job succeeds exactly if its task does."""
     script = ci_scripts()[name]
     names = "GITHUB_SHA GITHUB_RUN_ID GITHUB_RUN_ATTEMPT CI_COMMIT_SHA CI_JOB_ID".split()
     environ = {
@@ -214,7 +214,7 @@ def test_ci_snippets_deploy_and_fail_with_the_task(
 def test_chat_bot_answers(
     shop: Daemon, programs: Mapping[str, str], tmp_path: Path
 ) -> None:
-    """With the address of the task, its result, and why it cannot be."""
+    """It replies with the URL of the task, its result, or the reason of a refusal."""
     (block,) = blocks(HOWTO / "chat.rst", "python")
     (tmp_path / "bot.py").write_text(block.text)
     said = "deploy shop staging\\nnonsense\\ndeploy -x staging\\n"
@@ -228,7 +228,7 @@ def test_chat_bot_answers(
 
 
 def test_backup_is_restored(start: Start, tmp_path: Path) -> None:
-    """With the commands of the page: the history is there, and nothing starts by itself."""
+    """The commands of the page restore the history, and start no old task again."""
     daemon = start("--command", SHELL)
     daemon.ended(daemon.sh("echo kept"))
     places = {
@@ -252,7 +252,7 @@ def test_backup_is_restored(start: Start, tmp_path: Path) -> None:
 
 @contextmanager
 def running(words: list[str], folder: Path) -> Iterator[None]:
-    """Run a program in the foreground for a while."""
+    """Run a program until the end of the block."""
     environ = {**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder)}
     with (folder / "proxy.log").open("wb") as log:
         process = subprocess.Popen(words, cwd=folder, env=environ, stdout=log, stderr=log)
@@ -264,13 +264,13 @@ def running(words: list[str], folder: Path) -> Iterator[None]:
 
 
 def captioned(caption: str) -> Block:
-    """Return the block of the page about proxies that has this caption."""
+    """Return the block with this caption from the page about proxies."""
     (found,) = [b for b in blocks(HOWTO / "proxy.rst") if b.caption == caption]
     return found
 
 
 def through(port: int, path: str, daemon: Daemon, folder: Path) -> None:
-    """Check that output arrives through a proxy as it is printed."""
+    """Check that a proxy passes output on as it is printed, and forwards a POST."""
     go = folder / "go"
     os.mkfifo(go)
     daemon.sh(f"echo one; read x < {go}; echo two")
@@ -293,7 +293,7 @@ def through(port: int, path: str, daemon: Daemon, folder: Path) -> None:
 
 @pytest.fixture
 def behind(start: Start) -> Daemon:
-    """Return a daemon that has the settings of the page about proxies, where it can."""
+    """Return a daemon with the public URL of the page about proxies."""
     return start("--command", SHELL, "--public-url", "https://deploy.example.com")
 
 
@@ -308,7 +308,7 @@ def behind(start: Start) -> Daemon:
 def test_output_arrives_through_nginx(
     behind: Daemon, tmp_path: Path, caption: str, path: str
 ) -> None:
-    """With the configuration of the page, but for its ports and its certificate."""
+    """The configuration is that of the page, with other ports and no certificate."""
     nginx = needs.find("nginx")
     assert nginx is not None
     with reserved() as port:
@@ -318,7 +318,7 @@ def test_output_arrives_through_nginx(
     text = re.sub(r"^ *ssl_certificate.*\n", "", text, flags=re.MULTILINE)
     if "server {" not in text:
         text = f"server {{ listen 127.0.0.1:{port};\n{text}}}\n"
-    # The test calls the proxy by its address.
+    # The test sends its requests to an address.
     text = text.replace("$host", "deploy.example.com")
     names = "client_body proxy fastcgi uwsgi scgi".split()
     paths = "".join(f"{n}_temp_path {tmp_path}/{n};\n" for n in names)
@@ -339,7 +339,7 @@ def test_output_arrives_through_nginx(
 def test_output_arrives_through_caddy(
     behind: Daemon, tmp_path: Path, caption: str, path: str
 ) -> None:
-    """With the configuration of the page, but for its name and ports."""
+    """The configuration is that of the page, with another name and other ports."""
     caddy = needs.find("caddy")
     assert caddy is not None
     with reserved() as port:
@@ -353,15 +353,15 @@ def test_output_arrives_through_caddy(
 
 
 def unit_of(name: str) -> str:
-    """Return the unit of the page about systemd that has this name."""
+    """Return the unit with this name from the page about systemd."""
     caption = f"/etc/systemd/system/{name}"
     (found,) = [b for b in blocks(HOWTO / "systemd.rst", "ini") if b.caption == caption]
     return found.text
 
 
 @pytest.mark.needs("systemd-analyze")
-def test_units_of_the_page_are_units(tmp_path: Path) -> None:
-    """Nothing is wrong with the unit that is shipped, its drop-ins and the socket."""
+def test_systemd_units_are_valid(tmp_path: Path) -> None:
+    """``systemd-analyze`` accepts the shipped unit, its drop-ins and the socket."""
     drop_in = "pulsar-api.service.d"
     unit = (ROOT / "systemd" / "pulsar-api.service").read_text()
     unit = unit.replace("/opt/pulsar-api/bin/twistd", str(BIN / "twistd"))
@@ -382,8 +382,8 @@ def test_units_of_the_page_are_units(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_container_runs_programs_that_there_are() -> None:
-    """The Dockerfile cannot be built here; its command is one of ours, its files exist."""
+def test_container_command_and_files_exist() -> None:
+    """The Dockerfile itself cannot be built here."""
     (block,) = blocks(HOWTO / "container.rst", "docker")
     known = "FROM COPY RUN USER VOLUME EXPOSE CMD".split()
     assert {line.split()[0] for line in block.text.splitlines()} == set(known)

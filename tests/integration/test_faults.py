@@ -1,4 +1,4 @@
-"""What breaks under a running daemon; docs/faults.rst has the same as a table."""
+"""Faults of the machine under a running daemon, those of the table in docs/faults.rst."""
 
 import json
 import os
@@ -37,8 +37,8 @@ ROOT = Path(__file__).parents[2]
 FAULTS = ROOT / "docs" / "faults.rst"
 
 
-def test_the_table_has_a_test_for_each_fault() -> None:
-    """And each of them exists."""
+def test_every_row_of_the_faults_table_names_a_test() -> None:
+    """And each test exists."""
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     rows = FAULTS.read_text().partition(".. list-table::")[2].split("\n   * - ")[2:]
     assert len(rows) > 10
@@ -56,7 +56,7 @@ def daemon(start: Start) -> Daemon:
 
 
 def refused(answer: Answer, status: int = 503) -> str:
-    """Check that a POST was refused as it has to be, and return the sentence."""
+    """Check that a POST was refused in the documented way, and return the detail."""
     assert answer.status == status, answer.body
     assert answer.json()["type"] == "urn:pulsar-api:problem:store-unavailable"
     assert int(answer.headers["Retry-After"]) > 0
@@ -66,12 +66,12 @@ def refused(answer: Answer, status: int = 503) -> str:
 
 
 def post(daemon: Daemon, run: str = "true") -> Answer:
-    """Ask for a task."""
+    """Send a POST for a task."""
     return daemon.post("/site/prod", {"action": "run", "variables": {"run": run}})
 
 
 def works(daemon: Daemon, traced: str = "Traceback") -> None:
-    """Check that the daemon does its work, and has logged no other traceback."""
+    """Check that a task runs and that the log has no traceback, except below ``traced``."""
     number = daemon.sh("echo well; exit 5")
     assert daemon.ended(number)["exitCode"] == 5
     assert daemon.task(number)["output"] == "well\n"
@@ -85,7 +85,7 @@ def processes(daemon: Daemon, number: int) -> list[int]:
 
 
 def waiter(daemon: Daemon, folder: Path, then: str) -> tuple[int, Callable[[], None]]:
-    """Start a task that waits, and return it and what lets it go on."""
+    """Start a task that waits. Return its number and a function that lets it go on."""
     pipe = folder / f"pipe{len(list(folder.glob('pipe*')))}"
     os.mkfifo(pipe)
     pipe.chmod(0o644)
@@ -100,7 +100,7 @@ def waiter(daemon: Daemon, folder: Path, then: str) -> tuple[int, Callable[[], N
 
 @contextmanager
 def mounted(path: Path, *options: str) -> Iterator[None]:
-    """Mount something on a folder for a while."""
+    """Mount a file system on a folder until the end of the block."""
     path.mkdir(exist_ok=True)
     subprocess.run(["mount", *options, str(path)], check=True)
     try:
@@ -110,7 +110,7 @@ def mounted(path: Path, *options: str) -> Iterator[None]:
 
 
 def fill(path: Path) -> None:
-    """Write a file until the disk has no room for a byte more."""
+    """Write a file until the disk has no free byte."""
     with path.open("wb", buffering=0) as file:
         for size in (1 << 16, 1 << 12, 1):
             with suppress(OSError):
@@ -119,8 +119,10 @@ def fill(path: Path) -> None:
 
 
 @pytest.mark.needs("mounts")
-def test_a_full_disk(start: Start, tmp_path: Path) -> None:
-    """New tasks are refused, what runs waits and loses nothing, all goes on after."""
+def test_full_disk_refuses_new_tasks_and_loses_no_output(
+    start: Start, tmp_path: Path
+) -> None:
+    """Running tasks wait for space, and go on when there is some."""
     disk = tmp_path / "daemon0" / "state"
     disk.mkdir(parents=True)
     with mounted(disk, "-t", "tmpfs", "-o", "size=8m", "tmpfs"):
@@ -135,14 +137,14 @@ def test_a_full_disk(start: Start, tmp_path: Path) -> None:
         fill(disk / "filler")
         assert "MiB is free" in refused(post(daemon), 507)
         go()
-        # More than the pipes take, so the command stands; nothing is wrong with it.
+        # More than the pipes hold, so the command is blocked until there is space.
         output = daemon.output_file(number)
         wait_for(lambda: output.stat().st_size > 6, "what has room")
         assert daemon.task(number)["status"] == "running"
         assert daemon.task(before)["output"] == text
         let_go()
         wait_for(lambda: not processes(daemon, other), "its end")
-        assert daemon.task(other)["status"] == "running"  # its result is not safe
+        assert daemon.task(other)["status"] == "running"  # its result is not on disk
         refused(post(daemon), 507)
         (disk / "filler").unlink()
         assert daemon.ended(other)["exitCode"] == 4
@@ -162,10 +164,8 @@ def test_a_full_disk(start: Start, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("free", range(5))
 @pytest.mark.needs("mounts")
-def test_without_inodes_a_task_that_was_accepted_waits(
-    start: Start, tmp_path: Path, free: int
-) -> None:
-    """The daemon starts nothing while there may be too few for all files of a task."""
+def test_accepted_task_waits_for_inodes(start: Start, tmp_path: Path, free: int) -> None:
+    """It does not start until there are enough inodes for all of its files."""
     disk = tmp_path / "daemon0" / "state"
     disk.mkdir(parents=True)
     with mounted(disk, "-t", "tmpfs", "-o", "size=64m,nr_inodes=64", "tmpfs"):
@@ -176,7 +176,7 @@ def test_without_inodes_a_task_that_was_accepted_waits(
         with suppress(OSError):
             for filler in fillers:
                 filler.touch()
-        for filler in fillers[: free + 1]:  # the result of the first takes one
+        for filler in fillers[: free + 1]:  # the result of the first task takes one inode
             filler.unlink()
         go()
         assert daemon.ended(first)["exitCode"] == 4
@@ -189,8 +189,8 @@ def test_without_inodes_a_task_that_was_accepted_waits(
 
 
 @pytest.mark.needs("mounts")
-def test_a_state_folder_that_becomes_read_only(daemon: Daemon, tmp_path: Path) -> None:
-    """New tasks are refused; what runs keeps its output and its exit code."""
+def test_read_only_state_folder_refuses_new_tasks(daemon: Daemon, tmp_path: Path) -> None:
+    """Running tasks keep their output and exit code."""
     number, go = waiter(daemon, tmp_path, "echo more; exit 3")
     tasks = daemon.state / "tasks"
     with mounted(tasks, "--bind", str(tasks)):
@@ -202,8 +202,8 @@ def test_a_state_folder_that_becomes_read_only(daemon: Daemon, tmp_path: Path) -
     works(daemon)
 
 
-def test_a_state_folder_that_is_gone(daemon: Daemon, tmp_path: Path) -> None:
-    """No task is recorded where nobody would find it; nothing has to be restarted."""
+def test_missing_state_folder_refuses_new_tasks(daemon: Daemon, tmp_path: Path) -> None:
+    """When it is back, everything goes on without a restart."""
     before = daemon.sh("echo before")
     daemon.ended(before)
     away = daemon.state.with_name("away")
@@ -216,7 +216,7 @@ def test_a_state_folder_that_is_gone(daemon: Daemon, tmp_path: Path) -> None:
     refused(post(daemon))
     go()
     wait_for((away / "tasks" / str(number) / "exit").exists, "its end")
-    # What cannot be seen is not thought to be dead.
+    # The daemon does not take a task for dead whose folder it cannot read.
     seen = daemon.log.read_text().count("Cannot read")
     wait_for(
         lambda: daemon.log.read_text().count("Cannot read") > seen + 4, "some more looks"
@@ -230,8 +230,10 @@ def test_a_state_folder_that_is_gone(daemon: Daemon, tmp_path: Path) -> None:
     works(daemon)
 
 
-def test_a_database_that_is_locked(daemon: Daemon, tmp_path: Path) -> None:
-    """Reads go on; a start is refused after 5 s, an end is recorded when it can be."""
+def test_locked_database_refuses_starts_and_delays_ends(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    """Reads work. A POST is refused after 5 s. An end is recorded after the lock."""
     number, go = waiter(daemon, tmp_path, "exit 3")
     path = daemon.state / "pulsar-api.db"
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -247,8 +249,8 @@ def test_a_database_that_is_locked(daemon: Daemon, tmp_path: Path) -> None:
     works(daemon)
 
 
-def test_a_database_that_is_damaged(daemon: Daemon, tmp_path: Path) -> None:
-    """It is not replaced; when a person has put a good one there, all goes on."""
+def test_damaged_database_is_not_replaced(daemon: Daemon, tmp_path: Path) -> None:
+    """When an operator has restored a good one, everything goes on."""
     number, go = waiter(daemon, tmp_path, "exit 3")
     away = tmp_path / "away"
     away.mkdir()
@@ -270,19 +272,19 @@ def test_a_database_that_is_damaged(daemon: Daemon, tmp_path: Path) -> None:
 
 
 def limit(daemon: Daemon, which: int, soft: int) -> int:
-    """Set a limit of the running daemon; return the one before."""
+    """Set a soft limit of the running daemon, and return the old one."""
     before, hard = resource.prlimit(daemon.process.pid, which)
     resource.prlimit(daemon.process.pid, which, (soft, hard))
     return before
 
 
 def taken(folder: Path, few: int) -> None:
-    """Wait until a process has more descriptors than that."""
+    """Wait until a process has more than ``few`` descriptors."""
     wait_for(lambda: len(os.listdir(folder)) > few, "another descriptor")
 
 
-def test_no_more_open_files(daemon: Daemon, tmp_path: Path) -> None:
-    """The task says so, whichever file it was; nothing leaks; later all goes on."""
+def test_task_waits_for_file_descriptors(daemon: Daemon, tmp_path: Path) -> None:
+    """It shows the reason. No descriptor leaks, and later everything goes on."""
     number, go = waiter(daemon, tmp_path, "echo more; exit 3")
     folder = Path(f"/proc/{daemon.process.pid}/fd")
     with ExitStack() as stack:
@@ -295,7 +297,7 @@ def test_no_more_open_files(daemon: Daemon, tmp_path: Path) -> None:
             return json.loads(connection.getresponse().read())
 
         ask("GET", "/tasks")
-        # No gaps below the limit, as when many clients have taken all there were.
+        # No number below the limit is free, as when many clients are connected.
         clients = stack.enter_context(ExitStack())
         while len(used := {int(path.name) for path in folder.iterdir()}) <= max(used):
             clients.enter_context(daemon.open_socket())
@@ -320,13 +322,13 @@ def test_no_more_open_files(daemon: Daemon, tmp_path: Path) -> None:
         limit(daemon, resource.RLIMIT_NOFILE, max(used) + 1)
         with pytest.raises((OSError, HTTPException)):
             daemon.get("/tasks")
-        # Not even those that become free now.
+        # From now on even a closed descriptor cannot be used again.
         limit(daemon, resource.RLIMIT_NOFILE, 3)
         unread = ask("GET", f"/task/{number}")
         assert (unread["status"], "Too many open files" in unread["detail"]) == (503, True)
         go()
         poll = f"/task/{number}/state?output=none&timeout=0.5"
-        assert ask("GET", poll) == {"changed": False}  # nobody can read how it ended
+        assert ask("GET", poll) == {"changed": False}  # the daemon cannot read the result
         limit(daemon, resource.RLIMIT_NOFILE, usual)
         assert ask("GET", f"/task/{number}/state")["task"]["exitCode"] == 3
         assert any("Too many open files" in why for why in waited)
@@ -334,14 +336,14 @@ def test_no_more_open_files(daemon: Daemon, tmp_path: Path) -> None:
     works(daemon, "recovery file descriptor")
 
 
-def test_no_more_processes(start: Start, tmp_path: Path) -> None:
-    """A new task waits and says so; what runs is not touched; later all goes on."""
+def test_task_waits_for_processes(start: Start, tmp_path: Path) -> None:
+    """It shows the reason. Running tasks go on, and later it starts."""
     user: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     place = tmp_path
     if os.geteuid() == 0:
-        # For root there is no such limit. Others may not be able to read this Python, and
-        # without accounts for tasks a daemon hands on nothing that it may do.
+        # Root has no such limit. Another user may be unable to read this Python, and a
+        # daemon without accounts for tasks passes none of its capabilities on.
         may = "+dac_override,+setuid,+setgid,+kill"
         user = ("setpriv", "--reuid=54321", "--clear-groups")
         user = (*user, f"--inh-caps={may}", f"--ambient-caps={may}")
@@ -380,8 +382,8 @@ def test_no_more_processes(start: Start, tmp_path: Path) -> None:
         shutil.rmtree(place)
 
 
-def test_a_shim_that_is_killed(daemon: Daemon) -> None:
-    """Nobody can know how the task ended: that is said, and nothing of it runs on."""
+def test_killed_shim_makes_the_task_lost(daemon: Daemon) -> None:
+    """Its exit code is unknown, and all of its processes are ended."""
     for restart in (False, True):
         number = daemon.sh("sleep 61 & setsid sleep 61 & echo ready; wait")
         wait_for(lambda n=number: daemon.task(n)["output"], "the start")  # type: ignore[misc]
@@ -401,8 +403,8 @@ def test_a_shim_that_is_killed(daemon: Daemon) -> None:
     works(daemon)
 
 
-def test_a_new_boot(daemon: Daemon, tmp_path: Path) -> None:
-    """All processes are gone and their numbers belong to others, whom nobody signals."""
+def test_task_from_before_a_boot_is_lost(daemon: Daemon, tmp_path: Path) -> None:
+    """Its process numbers may belong to other processes, which are never signalled."""
     number, _ = waiter(daemon, tmp_path, "exit 3")
     lock = daemon.output_file(number).with_name("lock")
     daemon.kill()
@@ -422,8 +424,8 @@ def test_a_new_boot(daemon: Daemon, tmp_path: Path) -> None:
         stranger.kill()
 
 
-def test_an_upgrade_that_removes_the_files(start: Start, tmp_path: Path) -> None:
-    """Neither what runs nor what is started before the restart misses them."""
+def test_tasks_need_no_files_of_the_removed_version(start: Start, tmp_path: Path) -> None:
+    """An upgrade may remove them before the restart, for running and for new tasks."""
     copy = tmp_path / "copy"
     source = Path(pulsar_api.__file__).parent
     for name in ("pulsar_api", "ssl", "twisted"):
@@ -441,8 +443,8 @@ def test_an_upgrade_that_removes_the_files(start: Start, tmp_path: Path) -> None
     assert daemon.task(hidden)["output"] == "***\n"
 
 
-def test_a_clock_that_jumps(start: Start, tmp_path: Path) -> None:
-    """Waiting is measured by a clock that never does."""
+def test_jumping_clock_changes_no_waiting_time(start: Start, tmp_path: Path) -> None:
+    """Waiting times are measured by the monotonic clock."""
     jump = tmp_path / "jump"
     jump.write_text("0")
     program = (
@@ -469,19 +471,19 @@ def test_a_clock_that_jumps(start: Start, tmp_path: Path) -> None:
     works(daemon)
 
 
-def test_clients_that_hang_up(daemon: Daemon) -> None:
-    """Whatever was recorded is started, and a kill that was sent is done."""
+def test_task_of_a_disconnected_client_runs(daemon: Daemon) -> None:
+    """Each recorded task is started, at whatever moment its client hangs up."""
     chance = random.Random(7)
-    reset = struct.pack("ii", 1, 0)  # on, after 0 seconds (socket(7))
+    reset = struct.pack("ii", 1, 0)  # on, with a delay of 0 seconds (socket(7))
     for n in range(60):
         body = json.dumps({"action": "run", "variables": {"run": f"exit {n % 7}"}})
         with daemon.open_socket() as sock:
             head = f"POST /site/prod HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
             head += "Content-Type: application/json\r\n\r\n"
             sock.sendall((head + body).encode())
-            time.sleep(chance.uniform(0, 0.006))  # any moment is meant
+            time.sleep(chance.uniform(0, 0.006))  # a random moment
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-    works(daemon)  # created after them
+    works(daemon)  # its task is newer than all others
     tasks = daemon.get("/tasks?limit=1000&output=none").json()["tasks"]
     for number in tasks:
         assert daemon.ended(int(number))["status"] in {"finished", "failed"}
