@@ -335,7 +335,7 @@ class Chaos:
     def thaw(self, mark: str) -> None:
         """Continue the stopped shim of a task."""
         for _, pid, born, shim in self.ledger.entry(mark).starts:
-            if stat(pid)[1:] == (shim, born):  # it may have ended and been collected
+            if stat(pid)[1:] == (shim, born):  # its number can belong to another process
                 send(shim, stat(shim)[2], SIGCONT)
 
     def attack_disk(self) -> None:

@@ -61,7 +61,7 @@ class Answer:
 def next_answer(sock: socket.socket) -> Answer:
     """Read the next answer from a connection from which nothing was read before.
 
-    Bytes behind it may be lost. To read several answers keep one `HTTPConnection`.
+    Bytes behind it can be lost. To read several answers keep one `HTTPConnection`.
     """
     response = HTTPResponse(sock)
     try:
@@ -137,7 +137,7 @@ class Daemon:
                 cwd="/",
                 env=self.environ,
                 umask=self.umask,
-                close_fds=False,  # a test may have opened a socket for it
+                close_fds=False,  # a test can have opened a socket for it
             )
 
         def address() -> re.Match[str] | None:
@@ -376,7 +376,7 @@ def end_shim(lock: Path, number: int = signal.SIGTERM) -> None:
 def shim_of(folder: Path) -> int:
     """Return the process number of a task's shim, or 0 if a daemon holds its lock."""
     lock = folder / "lock"
-    if not lock.is_file():  # a task may have put anything in its place
+    if not lock.is_file():  # a task can put anything in its place
         return 0
     with lock.open("rb") as file:
         word = (file.read(100).split() or [b""])[0]

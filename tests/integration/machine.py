@@ -31,7 +31,7 @@ _INSIDE = "PULSAR_TEST_MACHINE"
 def command(module: str, *arguments: str) -> list[str]:
     """Return the command that runs a module in the way of `enter`."""
     options = "--mount --propagation=private --pid --fork --kill-child --mount-proc"
-    # A shell is the first process: it collects orphans that end, as init does.
+    # A shell is the first process: it collects ended processes, as init does.
     init = ("sh", "-c", 'export "$0=1"; "$@"; exit $?', _INSIDE)
     return ["unshare", *options.split(), *init, sys.executable, "-m", module, *arguments]
 

@@ -41,7 +41,7 @@ from tests.integration.witness import ENDED, Client, Ledger, Wish, Witness
 
 OPTIONS = ("--kill-grace=1", "--max-running-per-target=1", "--poll-timeout=5")
 DAMAGE = ("removed", "empty", "zeros", "half", "garbage")
-"""The ways in which a file may be damaged."""
+"""The ways in which a trial can damage a file."""
 FILES = {"lock": "lock", "permit": "begun", "index": "output.idx", "exit": "exit"}
 """Files in the folder of a task, by their purpose."""
 ORDERS = frozenset({"spec", "spec.tmp"})
@@ -370,7 +370,7 @@ def files(trials: Trials) -> None:
         for path in sorted((trials.daemon.state / "tasks" / str(number)).glob("*")):
             kept = {"output", *ORDERS}
             if path.name not in kept and trials.chance.random() < 0.6:
-                path.unlink(missing_ok=True)  # the shim may have removed it already
+                path.unlink(missing_ok=True)  # the shim can remove it first
                 trials.figures[f"{path.name.partition('.')[0]} removed"] += 1
     _go_on(trials)
 
@@ -382,7 +382,7 @@ def rest(trials: Trials) -> None:
     for number in numbers:
         for path in sorted((trials.daemon.state / "tasks" / str(number)).glob("*")):
             if path.name not in {"start", "begun", *ORDERS}:
-                path.unlink(missing_ok=True)  # the shim may have removed it already
+                path.unlink(missing_ok=True)  # the shim can remove it first
     _go_on(trials)
 
 
@@ -436,7 +436,7 @@ def copy(trials: Trials) -> None:
     shutil.rmtree(other, ignore_errors=True)
     other.mkdir()
     state, first = other / "state", trials.daemon
-    # A file may vanish while it is copied.
+    # A file can vanish while it is copied.
     subprocess.run(
         ["cp", "-a", str(first.state), str(state)], check=False, stderr=subprocess.DEVNULL
     )

@@ -125,7 +125,7 @@ class _Start:
                 stderr=err,
                 cwd=folder,
                 env=environ,
-                close_fds=False,  # a test may have opened a socket for it
+                close_fds=False,  # a test can have opened a socket for it
             )
 
     def said(self, *, busy: bool) -> str:

@@ -80,7 +80,7 @@ TABLE = table()
 GUARDED = {route: right for route, right in TABLE.items() if right in list(Right)}
 
 
-def test_the_docs_have_every_route_and_the_right_that_it_needs() -> None:
+def test_docs_list_every_route_with_its_right() -> None:
     """``python -m tests.integration.test_access`` prints the table for the docs."""
     rest = {route for route, right in TABLE.items() if right in {"-", "socket"}}
     assert {**TABLE, **dict.fromkeys(rest, "-")} == routes()

@@ -169,7 +169,7 @@ def test_command_begins_in_a_cgroup_of_its_task(start: Start, delegated: Path) -
     assert cgroup(delegated, second).exists()
 
 
-def test_task_tells_its_cpu_seconds(start: Start) -> None:
+def test_task_has_its_cpu_seconds(start: Start) -> None:
     """Its background processes count as well."""
     daemon = start()
     line = f"{PYTHON} -ISc 'import time\nwhile time.process_time() < 0.3: pass'"
@@ -295,7 +295,7 @@ def test_next_daemon_kills_by_the_same_cgroup(
 
 
 def test_start_removes_old_empty_cgroups(start: Start, delegated: Path) -> None:
-    """It keeps a new one: a shim may be about to start its command there."""
+    """It keeps a new one, because a shim can be about to start its command there."""
     old, new = delegated / "task-1-old", delegated / "task-1-new"
     for path in (old, new):
         path.mkdir()
@@ -316,7 +316,7 @@ def test_second_daemon_runs_tasks_without_cgroups(start: Start, delegated: Path)
     assert not list(delegated.glob("task-*"))
 
 
-def test_task_whose_cgroup_cannot_be_made_runs_without(
+def test_task_runs_without_a_cgroup_if_none_can_be_made(
     start: Start, delegated: Path
 ) -> None:
     """The log names the reason once."""
@@ -362,7 +362,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 
 def ordered(folder: Path, cgroup: Path, *arguments: str, path: str = "/bin") -> None:
-    """Write the order for a shim: its command, and the cgroup of it."""
+    """Write the files that tell a shim its command and cgroup."""
     folder.mkdir()
     executor = ShimExecutor(LocalMachine(None), Clock(), folder.parent, str)
     command = Command(arguments, {"PATH": path})

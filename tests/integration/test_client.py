@@ -1,4 +1,4 @@
-"""The Python client with a real daemon, which may die at any moment."""
+"""The Python client with a real daemon, which can die at any moment."""
 
 import os
 import random

@@ -49,8 +49,8 @@ def daemon(tmp_path: Path) -> Iterator[Contained]:
     daemon.stop()
 
 
-def test_daemon_as_process_1_collects_orphans(daemon: Contained) -> None:
-    """They become its children. Tasks and such orphans do not affect each other."""
+def test_daemon_as_process_1_collects_zombies(daemon: Contained) -> None:
+    """Processes without a parent become its children. They and tasks do not interfere."""
     first = daemon.first()
     entry = f"PULSAR_TEST_STRANGER={first}"
     run = "exec 3<&0; for n in $(seq $0); do env $1 cat <&3 & done"

@@ -213,7 +213,7 @@ def test_command_that_cannot_start_fails_the_task(
 
 
 def test_output_is_decoded_as_one_stream(api: Daemon, play: Play) -> None:
-    """A character may arrive byte by byte. Invalid bytes are shown as U+FFFD, and kept."""
+    """A character can arrive byte by byte. Invalid bytes are shown as U+FFFD, and kept."""
     puppet = play(api)
     for byte in "ä€𝄞".encode():
         puppet.says(bytes([byte]))
@@ -634,7 +634,7 @@ def test_polls_by_version_and_offset_return_the_whole_output(api: Daemon) -> Non
 def test_offset_within_a_character_moves_to_its_start(
     api: Daemon,
 ) -> None:
-    """``outputOffset`` tells the byte at which the text begins."""
+    """``outputOffset`` is the byte at which the text begins."""
     text = "aä€𝄞z"
     number = api.sh('printf "%s" "$PULSAR_VAR_text"', text=text)
     api.ended(number)

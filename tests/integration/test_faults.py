@@ -342,7 +342,7 @@ def test_task_waits_for_processes(start: Start, tmp_path: Path) -> None:
     options: tuple[str, ...] = ()
     place = tmp_path
     if os.geteuid() == 0:
-        # Root has no such limit. Another user may be unable to read this Python, and a
+        # Root has no such limit. Another user is perhaps unable to read this Python, and a
         # daemon without accounts for tasks passes none of its capabilities on.
         may = "+dac_override,+setuid,+setgid,+kill"
         user = ("setpriv", "--reuid=54321", "--clear-groups")
@@ -404,7 +404,7 @@ def test_killed_shim_makes_the_task_lost(daemon: Daemon) -> None:
 
 
 def test_task_from_before_a_boot_is_lost(daemon: Daemon, tmp_path: Path) -> None:
-    """Its process numbers may belong to other processes, which are never signalled."""
+    """Its process numbers can belong to other processes, which are never signalled."""
     number, _ = waiter(daemon, tmp_path, "exit 3")
     lock = daemon.output_file(number).with_name("lock")
     daemon.kill()
@@ -425,7 +425,7 @@ def test_task_from_before_a_boot_is_lost(daemon: Daemon, tmp_path: Path) -> None
 
 
 def test_tasks_need_no_files_of_the_removed_version(start: Start, tmp_path: Path) -> None:
-    """An upgrade may remove them before the restart, for running and for new tasks."""
+    """An upgrade removes them before the restart, for running and for new tasks."""
     copy = tmp_path / "copy"
     source = Path(pulsar_api.__file__).parent
     for name in ("pulsar_api", "ssl", "twisted"):

@@ -1,4 +1,4 @@
-"""Much of everything: output, lines, clients; none of it is the daemon's to hold."""
+"""Much output, many lines and many clients must not cost the daemon memory or speed."""
 
 import hashlib
 import json
@@ -39,16 +39,16 @@ from tests.integration.latency import Latency
 MIB = 1 << 20
 MANY = 1000
 SLOWEST = 0.05
-"""Seconds within which 99 of 100 small requests are answered, whatever else goes on."""
+"""Seconds in which 99 of 100 small requests must be answered during a flood."""
 FLOOD = 180.0
-"""Seconds after which a flood must be over; a machine alone needs a tenth."""
+"""Seconds after which a flood must be over. An idle machine needs a tenth of it."""
 
 
 @pytest.fixture
 def daemon(start: Start) -> Daemon:
     """Return a daemon that runs lines of shell, at its usual speed.
 
-    Counting its lines for the coverage would make it several times slower.
+    Measuring the coverage would make it several times slower.
     """
     environ = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}
     return start("--command", SHELL, environ=environ)
@@ -62,7 +62,7 @@ def python(folder: Path, text: str, *arguments: str) -> str:
 
 
 def ask(daemon: Daemon, number: int, go_on: Callable[[], bool]) -> Latency:
-    """Ask for a task on one connection, again and again; return how long each took."""
+    """Request a task again and again on one connection, and return the response times."""
     latency = Latency(daemon)
 
     def get() -> int:
@@ -74,7 +74,7 @@ def ask(daemon: Daemon, number: int, go_on: Callable[[], bool]) -> Latency:
     with closing(daemon.connect()) as connection:
         while go_on():
             assert latency.of(get) == 200
-            # A stream of requests, not a flood of its own.
+            # A continuous flood of requests would disturb the daemon itself.
             time.sleep(0.001)
     return latency
 
@@ -83,7 +83,7 @@ def flood(daemon: Daemon, run: str, what: str) -> int:
     """Run a task that prints much, watch the daemon meanwhile, and return its number."""
     other = daemon.sh("exec sleep 300")
     wait_for(lambda: daemon.task(other)["status"] == "running", "the other task")
-    # What a small request takes on this machine, today, with nothing else to do.
+    # The time of a small request on this machine while the daemon is idle.
     left = iter(range(500))
     idle = ask(daemon, other, lambda: next(left, None) is not None)
     daemon.forget_peak()
@@ -108,13 +108,13 @@ def flood(daemon: Daemon, run: str, what: str) -> int:
     daemon.get(f"/task/{other}/kill")
     daemon.ended(other)
     assert grown < 32 * MIB
-    # Who has to wait even when nothing goes on waits here as well.
+    # If requests are slow on an idle daemon, the bound is higher.
     assert busy.p99 < max(SLOWEST, 5 * idle.p99)
     return number
 
 
 def streams(folder: Path) -> dict[int, str]:
-    """Return the SHA-256 of both streams of a task, told apart by its index."""
+    """Return the SHA-256 of each stream of a task, which its index separates."""
     found = {shim.STDOUT: hashlib.sha256(), shim.STDERR: hashlib.sha256()}
     begin = 0
     with (folder / "output").open("rb") as file:
@@ -127,10 +127,8 @@ def streams(folder: Path) -> dict[int, str]:
 
 
 @pytest.mark.long
-def test_a_gigabyte_without_a_line_end_is_kept_and_disturbs_nobody(
-    daemon: Daemon, tmp_path: Path
-) -> None:
-    """Every byte is on disk, the daemon does not grow, other requests are answered."""
+def test_gigabyte_without_a_line_end_is_kept(daemon: Daemon, tmp_path: Path) -> None:
+    """Meanwhile the daemon does not grow, and other requests are fast."""
     run = python(
         tmp_path,
         """
@@ -153,10 +151,8 @@ for number in range(1000):
 
 
 @pytest.mark.long
-def test_a_million_lines_are_kept_and_disturb_nobody(
-    daemon: Daemon, tmp_path: Path
-) -> None:
-    """Also those that are written one by one, on both streams in turn."""
+def test_million_lines_are_kept(daemon: Daemon, tmp_path: Path) -> None:
+    """Most are written one by one, on both streams in turn. Other requests are fast."""
     run = python(
         tmp_path,
         """
@@ -177,10 +173,8 @@ for number in range(200000, 1000000):
     assert found == {code: digest.hexdigest() for code, digest in wanted.items()}
 
 
-def test_a_long_output_is_answered_in_constant_memory(
-    daemon: Daemon, tmp_path: Path
-) -> None:
-    """Sixty-four MiB as JSON, to a client that reads it slowly at first."""
+def test_long_output_is_sent_in_constant_memory(daemon: Daemon, tmp_path: Path) -> None:
+    """The answer has 64 MiB as JSON, and the client reads it slowly at first."""
     text = "0123456789abcde\n"
     run = python(
         tmp_path, f"import os\nfor _ in range(64): os.write(1, {text!r}.encode() * 65536)"
@@ -193,10 +187,10 @@ def test_a_long_output_is_answered_in_constant_memory(
         connection.request("GET", f"/task/{number}")
         answer = connection.getresponse()
         head = answer.read(1000)
-        # Its buffers are full when it answers others again and again.
+        # While this client does not read, the daemon answers others.
         ask(daemon, number, iter([True] * 100 + [False]).__next__)
         task = json.loads(head + answer.read())
-    daemon.output_file(number).unlink()  # pytest keeps what it gave to the last tests
+    daemon.output_file(number).unlink()  # pytest keeps the folders of the last tests
     assert task["output"] == text * (4 * MIB)
     grown = daemon.peak() - memory
     print(f"64 MiB as JSON: memory +{grown / MIB:.1f} MiB")
@@ -217,7 +211,7 @@ def descriptors() -> Iterator[None]:
 
 @contextmanager
 def many_polls(daemon: Daemon, path: str) -> Iterator[list[socket.socket]]:
-    """Give a thousand connections, each with a request that the daemon has read."""
+    """Yield a thousand connections, each with a request that the daemon has read."""
     request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     with ExitStack() as stack:
         opened = []
@@ -229,7 +223,7 @@ def many_polls(daemon: Daemon, path: str) -> Iterator[list[socket.socket]]:
 
 
 def wait_until_read(daemon: Daemon, opened: list[socket.socket]) -> None:
-    """Wait until the daemon has read what was sent on all these connections."""
+    """Wait until the daemon has read all bytes on all these connections."""
     mine = {sock.getsockname()[1] for sock in opened}
 
     def all_read() -> bool:
@@ -241,12 +235,12 @@ def wait_until_read(daemon: Daemon, opened: list[socket.socket]) -> None:
         return mine <= read
 
     wait_for(all_read, "the daemon to read all requests")
-    # Its turn in which it read the last of them is over when it answers another one.
+    # With this answer, the reactor's iteration that read the last bytes is over.
     daemon.get("/tasks?limit=1")
 
 
 def read_all(opened: list[socket.socket]) -> list[tuple[float, bytes]]:
-    """Read an answer on each connection; return when each was whole, and its body."""
+    """Read an answer on each connection. Return the times of completion and the bodies."""
     answers: dict[socket.socket, bytes] = dict.fromkeys(opened, b"")
     done: list[tuple[float, bytes]] = []
     until = time.monotonic() + PATIENCE
@@ -269,7 +263,7 @@ def read_all(opened: list[socket.socket]) -> list[tuple[float, bytes]]:
 
 
 def a_talker(daemon: Daemon, tmp_path: Path) -> tuple[int, Path]:
-    """Start a task that prints a line when a file is made, and goes on to live."""
+    """Start a task that prints a line as soon as a file exists, and then runs on."""
     go = tmp_path / "go"
     wait = f"while ! [ -e {shlex.quote(str(go))} ]; do sleep 0.01; done"
     number = daemon.sh(f"echo begin; {wait}; echo line; exec sleep 300")
@@ -279,7 +273,7 @@ def a_talker(daemon: Daemon, tmp_path: Path) -> tuple[int, Path]:
 
 @pytest.mark.usefixtures("descriptors")
 def test_one_line_answers_a_thousand_long_polls(daemon: Daemon, tmp_path: Path) -> None:
-    """All of those who wait get it; the daemon forgets them and does not keep memory."""
+    """Each answer has the line, and the task runs on."""
     number, go = a_talker(daemon, tmp_path)
     version = daemon.task(number)["version"]
     memory = daemon.memory()
@@ -303,10 +297,10 @@ def test_one_line_answers_a_thousand_long_polls(daemon: Daemon, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("descriptors")
-def test_a_thousand_clients_that_go_away_leave_nothing(
+def test_thousand_disconnected_clients_leave_nothing(
     daemon: Daemon, tmp_path: Path
 ) -> None:
-    """Their connections are closed, nothing is logged, the next client is served."""
+    """The daemon closes their connections, logs nothing, and does not grow."""
     number, go = a_talker(daemon, tmp_path)
     folder = f"/proc/{daemon.process.pid}/fd"
     before = len(os.listdir(folder))
@@ -316,7 +310,7 @@ def test_a_thousand_clients_that_go_away_leave_nothing(
             assert len(os.listdir(folder)) > MANY
         wait_for(lambda: len(os.listdir(folder)) <= before, "the connections to close")
         print(f"round {round_}: memory {(daemon.memory() - memory) / MIB:+.1f} MiB")
-    # Python keeps some of what it had for the next time, so only a leak grows again.
+    # Python reuses memory that it has freed, so only a leak grows in the last round.
     assert daemon.memory() - memory < 4 * MIB
     go.touch()
     wait_for(lambda: "line" in daemon.task(number)["output"], "the line")
@@ -328,7 +322,7 @@ def test_a_thousand_clients_that_go_away_leave_nothing(
 
 
 class Waiters:
-    """A thousand requests for one task of an API in memory, without sockets."""
+    """A thousand requests for one task to an API in memory, without sockets."""
 
     def __init__(self, folder: Path) -> None:
         self.clock = Clock()
@@ -358,14 +352,14 @@ class Waiters:
         return Commands(Template(("true",)), {})
 
     def poll(self, path: str) -> list[Deferred[object]]:
-        """Send the requests."""
+        """Send the requests, and return their answers."""
         answers = [self.client.get(f"https://localhost{path}") for _ in range(MANY)]
         self.client.flush()
         return answers
 
     @property
     def waiting(self) -> tuple[int, int, int]:
-        """How many wait for output, for the end, and for a new task."""
+        """The numbers of waiters for output, for the end, and for a new task."""
         return (
             self.task.changes.waiting,
             self.task.end.waiting,
@@ -374,11 +368,11 @@ class Waiters:
 
     @property
     def calls(self) -> int:
-        """How many delayed calls there are but for the next tidying."""
+        """The number of delayed calls, without the one for the next retention."""
         return len(self.clock.getDelayedCalls()) - 1
 
     def end(self) -> None:
-        """Let the run end, and whatever was to be done be done."""
+        """End the task, and run everything that this causes."""
         self.executor.run(1).end(0)
         for _ in range(MANY // 50):
             self.clock.advance(0)
@@ -389,8 +383,8 @@ class Waiters:
     ("path", "kind"),
     [("/task/1/output", 0), ("/task/1/state", 1), ("/tasks/created", 2)],
 )
-def test_nobody_waits_for_those_who_went_away(tmp_path: Path, path: str, kind: int) -> None:
-    """Neither a waiter nor a delayed call is left of a thousand abandoned long-polls."""
+def test_abandoned_long_polls_leave_no_waiter(tmp_path: Path, path: str, kind: int) -> None:
+    """No delayed call is left either."""
     waiters = Waiters(tmp_path)
     answers = waiters.poll(path)
     assert waiters.waiting[kind] == MANY
@@ -405,8 +399,8 @@ def test_nobody_waits_for_those_who_went_away(tmp_path: Path, path: str, kind: i
 
 
 @pytest.mark.parametrize("path", ["/task/1/output", "/task/1/state", "/tasks/created"])
-def test_nobody_waits_for_those_whose_time_was_up(tmp_path: Path, path: str) -> None:
-    """All are answered after the poll timeout, and nothing is left of them."""
+def test_timed_out_long_polls_leave_no_waiter(tmp_path: Path, path: str) -> None:
+    """The daemon has answered all of them, and no delayed call is left."""
     waiters = Waiters(tmp_path)
     answers = waiters.poll(path)
     waiters.clock.advance(30)
@@ -418,10 +412,10 @@ def test_nobody_waits_for_those_whose_time_was_up(tmp_path: Path, path: str) -> 
 
 
 @pytest.mark.parametrize("half", [0, 1])
-def test_those_who_go_away_while_others_are_woken_leave_nothing(
+def test_long_polls_abandoned_during_a_wakeup_leave_no_waiter(
     tmp_path: Path, half: int
 ) -> None:
-    """A thousand are woken in slices; half of them give up after the first slice."""
+    """A thousand are woken in slices, and half of them give up after the first slice."""
     waiters = Waiters(tmp_path)
     answers = waiters.poll("/task/1/output")
     waiters.executor.run(1).end(3)

@@ -1,4 +1,4 @@
-"""Following a task: the raw log and the events, cut off, resumed, read slowly."""
+"""Following a task by its raw log or its events: cut off, resumed, and read slowly."""
 
 import hashlib
 import json
@@ -25,20 +25,20 @@ from tests.integration.test_restart import streams
 
 CUTS = int(os.environ.get("PULSAR_CUTS", "40"))
 SLOW = float(os.environ.get("PULSAR_SLOW", "5"))
-"""Seconds for which a flood of 50 MB/s is read slowly."""
+"""Seconds for which clients slowly read a flood of 50 MB/s."""
 MIB = 1 << 20
 
 
 @pytest.fixture
 def daemon(start: Start) -> Daemon:
-    """Return a daemon that runs lines of shell, and comes back on the same port."""
+    """Return a daemon that runs lines of shell and restarts on the same port."""
     daemon = start("--command", SHELL, "--kill-grace=1")
     daemon.arguments[daemon.arguments.index("--port") + 1] = str(daemon.port)
     return daemon
 
 
 def events(lines: Iterator[bytes]) -> Iterator[tuple[str, str, Any]]:
-    """Yield kind, id and data of server-sent events, as far as they are whole."""
+    """Yield kind, id and data of each complete server-sent event."""
     kind = cursor = ""
     data: list[str] = []
     for raw in lines:
@@ -69,8 +69,8 @@ def all_events(daemon: Daemon, path: str, **headers: str) -> list[tuple[str, str
 # -- the raw log
 
 
-def test_the_log_is_the_bytes(daemon: Daemon) -> None:
-    """Nothing is decoded, nothing is added; a browser takes it for text."""
+def test_log_has_the_exact_bytes(daemon: Daemon) -> None:
+    """The daemon neither decodes nor adds anything. Browsers show the log as text."""
     number = daemon.sh(r"printf 'a\377\000b\303\244\n'; printf 'err\n' >&2")
     daemon.ended(number)
     answer = daemon.get(f"/task/{number}/log")
@@ -100,10 +100,10 @@ def test_the_log_is_the_bytes(daemon: Daemon) -> None:
         ("bytes=x", 200, b"one\ntwo\nthree", None),
     ],
 )
-def test_a_part_of_the_log_can_be_asked_for(
+def test_range_selects_a_part_of_the_log(
     daemon: Daemon, wanted: str, status: int, body: bytes | None, content_range: str | None
 ) -> None:
-    """By Range (RFC 9110), so that curl -C - goes on where it was cut."""
+    """By RFC 9110, so that ``curl -C -`` can resume a download."""
     number = daemon.sh("printf 'one\ntwo\nthree'")
     daemon.ended(number)
     path = f"/task/{number}/log"
@@ -121,8 +121,8 @@ def test_a_part_of_the_log_can_be_asked_for(
     assert (other.status, other.body) == (200, b"one\ntwo\nthree")
 
 
-def test_one_stream_the_end_and_the_times(daemon: Daemon) -> None:
-    """What a person at a terminal asks for."""
+def test_log_can_be_limited_and_timed(daemon: Daemon) -> None:
+    """By stream, tail and offset, and with the time before each line."""
     run = "echo out; echo err >&2; sleep 0.3; printf 'half '; sleep 0.1; echo line"
     number = daemon.sh(run)
     daemon.ended(number)
@@ -143,8 +143,8 @@ def test_one_stream_the_end_and_the_times(daemon: Daemon) -> None:
 
 
 @pytest.mark.needs("curl")
-def test_following_goes_on_to_the_end(daemon: Daemon, tmp_path: Path) -> None:
-    """By curl -N, from before the start, with times; the last byte is there."""
+def test_follow_receives_the_log_to_its_last_byte(daemon: Daemon, tmp_path: Path) -> None:
+    """By ``curl -N``: both streams, with times, and one stream."""
     go = tmp_path / "go"
     os.mkfifo(go)
     number = daemon.sh(f"echo one; read x < {go}; echo two >&2; exit 3")
@@ -168,8 +168,8 @@ def test_following_goes_on_to_the_end(daemon: Daemon, tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("curl")
-def test_a_stop_of_the_daemon_does_not_look_like_the_end(daemon: Daemon) -> None:
-    """Whoever follows is hung up on in the middle of the answer."""
+def test_stop_of_the_daemon_cuts_streams_off(daemon: Daemon) -> None:
+    """A client must not take the stop of the daemon for the end of the task."""
     number = daemon.sh("echo one; exec sleep 60")
     command = ["curl", "--silent", "--no-buffer"]
     paths = [f"/task/{number}/log?follow=1", f"/task/{number}/events", "/events"]
@@ -191,8 +191,8 @@ def test_a_stop_of_the_daemon_does_not_look_like_the_end(daemon: Daemon) -> None
 # -- events
 
 
-def test_events_tell_the_whole_story(daemon: Daemon) -> None:
-    """State, output by stream with offsets, and the end, which comes last."""
+def test_events_have_states_output_and_end(daemon: Daemon) -> None:
+    """Output has its stream and offset. The end is the last event."""
     number = daemon.sh("echo one; echo ä >&2; sleep 0.1; echo three; exit 3")
     found = all_events(daemon, f"/task/{number}/events")
     kinds = [kind for kind, _, _ in found]
@@ -207,10 +207,10 @@ def test_events_tell_the_whole_story(daemon: Daemon) -> None:
     end = found[-1][2]
     assert (end["status"], end["exitCode"]) == ("failed", 3)
     assert "output" not in end
-    # After the end an EventSource is told to stop asking.
+    # After the end, 204 tells an EventSource not to reconnect.
     last = {"Last-Event-ID": found[-1][1]}
     assert daemon.get(f"/task/{number}/events", **last).status == 204
-    # From each event on exactly what came after it.
+    # Resumed after any event, the stream has exactly the events behind it.
     for place, (_, cursor, _) in enumerate(found[:-1]):
         rest = all_events(daemon, f"/task/{number}/events?lastEventId={cursor}")
         texts = [data for kind, _, data in found[place + 1 :] if kind == "output"]
@@ -228,7 +228,7 @@ def test_events_tell_the_whole_story(daemon: Daemon) -> None:
 
 @pytest.mark.needs("curl")
 def test_events_of_all_tasks_can_be_resumed(daemon: Daemon) -> None:
-    """Each task is told as created, once, and its end; also over a restart."""
+    """Over a restart too, each task appears once as created, and once as ended."""
     client = subprocess.Popen(
         ["curl", "--silent", "--no-buffer", f"{daemon.base}/events"], stdout=subprocess.PIPE
     )
@@ -284,7 +284,7 @@ sys.exit(7)
 
 @contextmanager
 def attempt(daemon: Daemon) -> Iterator[HTTPConnection]:
-    """Connect and let it fail: the daemon may be away, or go away."""
+    """Ignore errors of the connection, as the daemon can be away or stop."""
     try:
         with closing(daemon.connect()) as connection:
             yield connection
@@ -293,7 +293,7 @@ def attempt(daemon: Daemon) -> Iterator[HTTPConnection]:
 
 
 def follow_events(daemon: Daemon, number: int, cut: Callable[[], float], got: Any) -> None:
-    """Follow by events, hanging up at random."""
+    """Follow by events, with disconnects at random moments."""
     cursor = ""
     while True:
         with attempt(daemon) as connection:
@@ -312,7 +312,7 @@ def follow_events(daemon: Daemon, number: int, cut: Callable[[], float], got: An
 
 
 def follow_log(daemon: Daemon, number: int, cut: Callable[[], float], got: Any) -> None:
-    """Follow by the raw log and its Range, hanging up at random."""
+    """Follow by ranges of the raw log, with disconnects at random moments."""
     size = 0
     while True:
         with attempt(daemon) as connection:
@@ -338,7 +338,7 @@ def follow_log(daemon: Daemon, number: int, cut: Callable[[], float], got: Any) 
 
 
 def follow_stream(daemon: Daemon, number: int, cut: Callable[[], float], got: Any) -> None:
-    """Follow by the raw log that stays open, hanging up at random."""
+    """Follow by the open stream of the raw log, with disconnects at random moments."""
     size = 0
     while True:
         with attempt(daemon) as connection:
@@ -356,7 +356,7 @@ def follow_stream(daemon: Daemon, number: int, cut: Callable[[], float], got: An
 
 
 def follow_polls(daemon: Daemon, number: int, cut: Callable[[], float], got: Any) -> None:
-    """Follow by the long-poll with an offset, hanging up at random."""
+    """Follow by long-polls with an offset, with disconnects at random moments."""
     offset = version = 0
     while True:
         with attempt(daemon) as connection:
@@ -374,10 +374,8 @@ def follow_polls(daemon: Daemon, number: int, cut: Callable[[], float], got: Any
                     return
 
 
-def test_whoever_is_cut_off_reads_on_without_gap_or_repeat(
-    daemon: Daemon, tmp_path: Path
-) -> None:
-    """At any moment, by any way to follow, also when the daemon is killed."""
+def test_resumed_client_misses_and_repeats_nothing(daemon: Daemon, tmp_path: Path) -> None:
+    """In each way to follow, at any moment, even if the daemon is killed."""
     script, stop = tmp_path / "talker.py", tmp_path / "stop"
     script.write_text(TALKER)
     number = daemon.sh(f"exec {sys.executable} -IS {script} {stop}")
@@ -420,11 +418,11 @@ def test_whoever_is_cut_off_reads_on_without_gap_or_repeat(
     assert "Traceback" not in daemon.log.read_text()
 
 
-# -- what it costs
+# -- the cost of following
 
 
-def test_to_follow_costs_little_more_than_the_text(daemon: Daemon, tmp_path: Path) -> None:
-    """10,000 lines of 100 bytes: bytes sent for each way, beside the whole each time."""
+def test_following_sends_little_more_than_the_text(daemon: Daemon, tmp_path: Path) -> None:
+    """For 10,000 lines of 100 bytes, and compared with polls for the whole output."""
     script = tmp_path / "lines.py"
     script.write_text(
         "import os, time\n"
@@ -437,7 +435,7 @@ def test_to_follow_costs_little_more_than_the_text(daemon: Daemon, tmp_path: Pat
     texts = dict.fromkeys(sent, "")
 
     def poll() -> None:
-        # As the document has it: no parameters, and all of the output each time.
+        # The documented poll has no parameters, so each answer has the whole output.
         while True:
             answer = daemon.get(f"/task/{number}/output")
             sent["whole each time"] += len(answer.body)
@@ -477,10 +475,10 @@ def test_to_follow_costs_little_more_than_the_text(daemon: Daemon, tmp_path: Pat
     assert sent["events"] < 2 * len(whole)
 
 
-def test_a_slow_reader_holds_up_nobody_and_loses_nothing(
+def test_slow_reader_receives_everything_in_constant_memory(
     start: Start, tmp_path: Path
 ) -> None:
-    """A flood, and clients that read 1 KB now and then: the daemon does not grow."""
+    """Its task does not wait for it, although it prints 50 MB/s."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}
     daemon = start("--command", SHELL, "--max-output-size=0", environ=environ)
     script = tmp_path / "flood.py"
@@ -525,8 +523,10 @@ def test_a_slow_reader_holds_up_nobody_and_loses_nothing(
     assert digests == [hashlib.sha256(whole).digest()] * 2
 
 
-def test_what_was_cut_out_is_said_to_who_follows(start: Start, tmp_path: Path) -> None:
-    """In place of the middle a line says so; a Range is not served zeros."""
+def test_marker_replaces_the_dropped_middle_of_an_output(
+    start: Start, tmp_path: Path
+) -> None:
+    """A request with a Range gets the whole log, instead of zeros for the middle."""
     daemon = start("--command", SHELL, "--max-output-size=256K")
     script = tmp_path / "talk.py"
     script.write_text("import os\nfor n in range(100000): os.write(1, b'%09d\\n' % n)\n")

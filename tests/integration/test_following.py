@@ -1,4 +1,4 @@
-"""The examples of docs/following.rst, each of them run."""
+"""Each example of docs/following.rst works."""
 
 import json
 import os
@@ -27,15 +27,15 @@ PROGRAMS = {
 }
 
 
-def test_every_way_has_an_example() -> None:
-    """And there is a program for each kind."""
+def test_each_way_to_follow_has_an_example() -> None:
+    """The list decides which program runs each example."""
     assert [kind for kind, _ in EXAMPLES] == [*["shell"] * 5, "python", "javascript"]
 
 
 def play(
     example: "subprocess.Popen[str]", daemon: Daemon, folder: Path, text: str
 ) -> tuple[str, str]:
-    """Let the task go on when the example has seen its first line; return what it says."""
+    """Let the task go on after its first line. Return both outputs of the example."""
     assert example.stdout is not None
     if "until" in text:
         log = folder / "task-1.log"
@@ -61,10 +61,10 @@ def play(
         for number, (kind, text) in enumerate(EXAMPLES)
     ],
 )
-def test_an_example_prints_what_the_task_prints(
+def test_example_prints_the_output_of_the_task(
     start: Start, tmp_path: Path, number: int
 ) -> None:
-    """While it runs, and over a restart of the daemon where that is promised."""
+    """Where the page promises it, the daemon restarts meanwhile."""
     kind, text = EXAMPLES[number]
     daemon = start("--command", SHELL)
     daemon.arguments[daemon.arguments.index("--port") + 1] = str(daemon.port)

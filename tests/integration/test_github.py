@@ -1,4 +1,4 @@
-"""A team on GitHub: who is let in, what happens while GitHub is away, and for how long."""
+"""Sign-in of a team by GitHub: access, duration, and failures of GitHub."""
 
 import base64
 import json
@@ -38,7 +38,7 @@ Team = Callable[..., Daemon]
 
 @pytest.fixture
 def team(start: Start, hub: GitHubServer, tmp_path: Path) -> Team:
-    """Return a function that starts a daemon that asks that GitHub."""
+    """Return a function that starts a daemon that uses that GitHub."""
 
     def begin(method: str, members: str, more: str = "", *options: str) -> Daemon:
         config = tmp_path / "config.toml"
@@ -56,12 +56,12 @@ def team(start: Start, hub: GitHubServer, tmp_path: Path) -> Team:
 
 
 def bearer(token: str) -> dict[str, str]:
-    """Return what shows a token."""
+    """Return the header with a token."""
     return {"Authorization": f"Bearer {token}"}
 
 
 def asked(daemon: Daemon, token: str, path: str = "/login/me") -> Answer:
-    """Return what somebody is answered."""
+    """Return the answer to a request with a token."""
     return daemon.get(path, **bearer(token))
 
 
@@ -84,7 +84,7 @@ def basic(user: str, password: str) -> dict[str, str]:
         ("team", "acme/none", set()),
     ],
 )
-def test_those_are_let_in_whom_the_method_says(
+def test_method_and_members_decide_who_has_access(
     team: Team,
     hub: GitHubServer,
     tmp_path: Path,
@@ -93,7 +93,7 @@ def test_those_are_let_in_whom_the_method_says(
     let_in: set[str],
     own: bool,  # noqa: FBT001
 ) -> None:
-    """By the caller's own token, or by one of the daemon's that sees all members."""
+    """The daemon asks with the caller's token, or with one of its own."""
     more = ""
     if own:
         hub.own = ("robot", "ghp_robot0000000000")
@@ -112,17 +112,17 @@ def test_those_are_let_in_whom_the_method_says(
     assert hub.own is None or hub.own[1] not in daemon.log.read_text()
 
 
-def test_an_invitation_that_is_not_accepted_is_no_membership(
+def test_invited_user_who_has_not_accepted_is_refused(
     team: Team, hub: GitHubServer
 ) -> None:
-    """GitHub shows it as pending."""
+    """GitHub reports such a membership as pending."""
     hub.members.discard(("acme/ops", "Alice"))
     hub.pending.add(("acme/ops", "Alice"))
     problem(asked(team("team", "acme/ops"), ALICE), 401)
 
 
-def test_the_ways_to_show_a_token(team: Team) -> None:
-    """Also those of release 0.6, and of git; a name that is shown must be the right one."""
+def test_token_is_accepted_as_bearer_or_in_basic(team: Team) -> None:
+    """Basic as in release 0.6 and in git. A user name in it must be the token's."""
     daemon = team("user", "alice")
     for headers in (
         bearer(ALICE),
@@ -152,8 +152,8 @@ def test_the_ways_to_show_a_token(team: Team) -> None:
         problem(answer, 401)
 
 
-def test_a_team_has_the_rights_that_its_rules_say(team: Team) -> None:
-    """An organisation may read, one of its teams may run, a user may kill."""
+def test_rules_give_rights_to_organisation_team_and_user(team: Team) -> None:
+    """Here the organisation may read, one of its teams run, and a user kill."""
     daemon = team(
         "org",
         "acme",
@@ -177,11 +177,11 @@ def test_a_team_has_the_rights_that_its_rules_say(team: Team) -> None:
         assert asked(daemon, token, path).status == status, (token, path)
 
 
-# -- a login is bound to the first account that is let in by it
+# -- a login is bound to its first account with access
 
 
 def operator(daemon: Daemon, *command: str) -> str:
-    """Return what a command for operators prints."""
+    """Return the output of a command for operators."""
     state = ("--state-dir", str(daemon.state))
     done = zygote.run(
         [*PULSAR_API, *command, *state], check=True, capture_output=True, text=True
@@ -191,16 +191,14 @@ def operator(daemon: Daemon, *command: str) -> str:
 
 
 def restarted(daemon: Daemon) -> None:
-    """Start the daemon again, so that it remembers no answer of GitHub."""
+    """Restart the daemon, so that no answer of GitHub is cached."""
     daemon.process.terminate()
     daemon.process.wait()
     daemon.start()
 
 
-def test_login_that_another_account_has_taken_is_refused(
-    team: Team, hub: GitHubServer
-) -> None:
-    """Also after a restart, until an operator binds it; the log tells all of it."""
+def test_login_taken_by_another_account_is_refused(team: Team, hub: GitHubServer) -> None:
+    """Until an operator binds it again. Each step is in the audit log."""
     daemon = team("user", "alice")
     hub.ids["alice"] = 7
     assert asked(daemon, ALICE).json()["user"] == "Alice"
@@ -229,8 +227,8 @@ def test_login_that_another_account_has_taken_is_refused(
     assert (rebound["login"], rebound["id"], rebound["before"]) == ("alice", "99", "7")
 
 
-def test_user_who_is_renamed_stays_who_they_are(team: Team, hub: GitHubServer) -> None:
-    """They keep their rights and their idempotency keys under the new name."""
+def test_renamed_user_keeps_rights_and_keys(team: Team, hub: GitHubServer) -> None:
+    """The rules still name the old login."""
     daemon = team(
         "org", "acme", '[[rights]]\nwho = "user:alice"\nmay = ["run"]\non = ["site"]\n'
     )
@@ -253,7 +251,7 @@ def test_user_who_is_renamed_stays_who_they_are(team: Team, hub: GitHubServer) -
 def test_only_members_bind_a_login(
     team: Team, hub: GitHubServer, method: str, members: str
 ) -> None:
-    """A stranger is nobody, and a member whose login was somebody else's is refused."""
+    """The account of a refused user is not bound, so it reserves no login."""
     rule = '[[rights]]\nwho = "user:alice"\nmay = ["run"]\n'
     daemon = team(method, members, rule)
     hub.ids["alice"] = 5
@@ -270,7 +268,7 @@ def test_only_members_bind_a_login(
     assert asked(daemon, ALICE).json()["type"].endswith("login-bound")
 
 
-# -- GitHub is away, slow, or somebody else
+# -- GitHub is away or slow, or another server answers
 
 
 NONSENSE: list[tuple[int, bytes, dict[str, str]]] = [
@@ -297,10 +295,10 @@ NONSENSE: list[tuple[int, bytes, dict[str, str]]] = [
 @pytest.mark.parametrize(
     "answer", NONSENSE, ids=[f"{a[0]}-{a[1][:12]!r}" for a in NONSENSE]
 )
-def test_nonsense_is_no_yes(
+def test_invalid_github_response_answers_503(
     team: Team, hub: GitHubServer, answer: tuple[int, bytes, dict[str, str]]
 ) -> None:
-    """503 in time, and as soon as GitHub is itself again, so are we."""
+    """As soon as GitHub answers correctly, users have access again."""
     daemon = team("user", "alice")
     hub.answer = answer
     began = time.monotonic()
@@ -312,8 +310,8 @@ def test_nonsense_is_no_yes(
     assert "Traceback" not in daemon.log.read_text()
 
 
-def test_nobody_waits_for_a_slow_github(team: Team, hub: GitHubServer) -> None:
-    """503 well within the 30 s that it takes; who is known goes on, others get in."""
+def test_slow_github_delays_only_unknown_users(team: Team, hub: GitHubServer) -> None:
+    """They get 503 before GitHub answers after 30 s. Others are not delayed."""
     daemon = team("user", "alice,bob,eve")
     assert asked(daemon, ALICE).status == 200
     hub.slow = {EVE: 30.0}
@@ -338,8 +336,8 @@ def test_nobody_waits_for_a_slow_github(team: Team, hub: GitHubServer) -> None:
     assert answer.headers["Retry-After"].isdigit()
 
 
-def test_without_github_who_is_known_goes_on(start: Start, tmp_path: Path) -> None:
-    """All others are told to come again."""
+def test_cached_user_has_access_without_github(start: Start, tmp_path: Path) -> None:
+    """Other users get 503."""
     config = tmp_path / "config.toml"
     with github() as hub:
         hub.users = {ALICE: "Alice", BOB: "bob"}
@@ -352,8 +350,8 @@ def test_without_github_who_is_known_goes_on(start: Start, tmp_path: Path) -> No
     assert asked(daemon, ALICE).status == 200
 
 
-def test_its_rate_limit_is_honoured(team: Team, hub: GitHubServer) -> None:
-    """For that token nothing is asked until GitHub allows it; others are not concerned."""
+def test_github_rate_limit_is_honoured(team: Team, hub: GitHubServer) -> None:
+    """The daemon sends no request with that token until then. Other tokens still work."""
     daemon = team("user", "alice,bob,eve")
     reset = str(int(time.time()) + 600)
     hub.limited = {
@@ -370,8 +368,8 @@ def test_its_rate_limit_is_honoured(team: Team, hub: GitHubServer) -> None:
     assert asked(daemon, ALICE).status == 200
 
 
-def test_an_answer_counts_for_a_while(team: Team, hub: GitHubServer) -> None:
-    """A hundred requests are one question to GitHub, a wrong token as well."""
+def test_github_answers_are_cached(team: Team, hub: GitHubServer) -> None:
+    """Many requests with a token cause one request to GitHub, even if it is invalid."""
     daemon = team("user", "alice")
     for _ in range(50):
         assert asked(daemon, ALICE).status == 200
@@ -381,8 +379,10 @@ def test_an_answer_counts_for_a_while(team: Team, hub: GitHubServer) -> None:
     assert hub.asked.count(("GET", "/user")) == 2
 
 
-def test_many_at_once_are_one_question(team: Team, hub: GitHubServer) -> None:
-    """All wait for the same answer, and who goes away takes it from nobody."""
+def test_concurrent_requests_share_one_github_request(
+    team: Team, hub: GitHubServer
+) -> None:
+    """If the first client disconnects, the others still get the answer."""
     daemon = team("user", "alice")
     hub.slow = {"": 0.5}
     polls = []
@@ -398,8 +398,8 @@ def test_many_at_once_are_one_question(team: Team, hub: GitHubServer) -> None:
     assert hub.asked.count(("GET", "/user")) == 1
 
 
-def test_a_password_is_never_sent_to_github(team: Team, hub: GitHubServer) -> None:
-    """What does not look like a token, and what is a token of ours, stays here."""
+def test_password_is_never_sent_to_github(team: Team, hub: GitHubServer) -> None:
+    """Nor is one of the daemon's own tokens."""
     daemon = team("user", "alice")
     for secret in ("hunter2!", "correct horse battery staple", "pulsar_" + "x" * 43):
         problem(daemon.get("/login/me", **basic("alice", secret)), 401)
@@ -410,7 +410,7 @@ def test_a_password_is_never_sent_to_github(team: Team, hub: GitHubServer) -> No
 
 
 def redirected(answer: Answer) -> str:
-    """Return where an answer leads to."""
+    """Return the target of a redirect."""
     assert answer.status in {302, 303}, answer.body
     location: str = answer.headers["Location"]
     return location
@@ -423,7 +423,7 @@ def cookies(answer: Answer) -> dict[str, str]:
 
 
 def from_hub(url: str) -> str:
-    """Return where GitHub sends the browser back to: path and query."""
+    """Return path and query to which GitHub redirects the browser."""
     parts = urlsplit(url)
     connection = HTTPConnection(parts.netloc)
     connection.request("GET", f"{parts.path}?{parts.query}")
@@ -433,15 +433,15 @@ def from_hub(url: str) -> str:
 
 
 def signing_in(daemon: Daemon, hub: GitHubServer, target: str = "") -> tuple[str, str]:
-    """Begin to sign in; return the browser's cookie, and where GitHub sends it back to."""
+    """Begin to sign in. Return the browser's cookie, and the path GitHub redirects to."""
     begun = daemon.get(f"/login/github?next={target}")
     url = redirected(begun)
     assert url.startswith(f"{hub.url}/login/oauth/authorize?")
     return cookies(begun)["pulsar-login"], from_hub(url)
 
 
-def test_a_browser_signs_in(team: Team, hub: GitHubServer) -> None:
-    """With state and PKCE; what is secret is never in a URL."""
+def test_browser_signs_in_by_oauth(team: Team, hub: GitHubServer) -> None:
+    """State and PKCE protect it. No secret is in a URL."""
     daemon = team("team", "acme/ops")
     hub.signed_in = ALICE
     assert redirected(daemon.get("/web/")).startswith("/login?next=")
@@ -456,16 +456,14 @@ def test_a_browser_signs_in(team: Team, hub: GitHubServer) -> None:
     for url in hub.urls:
         assert CLIENT_SECRET not in url
         assert ALICE not in url
-    # A code, and a state, is good for once.
+    # Code and state are valid once.
     again = daemon.get(back, Cookie=f"pulsar-login={browser}")
     assert again.status == 403
     assert "pulsar" not in cookies(again)
 
 
-def test_a_sign_in_that_another_browser_began_is_none(
-    team: Team, hub: GitHubServer
-) -> None:
-    """Else somebody could be signed in as an attacker without noticing."""
+def test_sign_in_begun_by_another_browser_is_refused(team: Team, hub: GitHubServer) -> None:
+    """Otherwise an attacker could sign a user in to the attacker's account."""
     daemon = team("user", "alice")
     hub.signed_in = ALICE
     browser, back = signing_in(daemon, hub)
@@ -482,8 +480,8 @@ def test_a_sign_in_that_another_browser_began_is_none(
     assert forged.status == 403
 
 
-def test_who_is_no_member_gets_no_session(team: Team, hub: GitHubServer) -> None:
-    """Nor who says no at GitHub; while GitHub is ill it is 503."""
+def test_only_members_get_a_session(team: Team, hub: GitHubServer) -> None:
+    """Users without membership, or who decline, get 403. If GitHub fails, it is 503."""
     daemon = team("team", "acme/ops")
     for signed_in, ill, status in (
         (BOB, None, 403),
@@ -512,8 +510,10 @@ def test_who_is_no_member_gets_no_session(team: Team, hub: GitHubServer) -> None
         "x",
     ],
 )
-def test_nobody_is_sent_to_another_site(team: Team, hub: GitHubServer, target: str) -> None:
-    """Whatever stands behind next=."""
+def test_sign_in_never_redirects_to_another_site(
+    team: Team, hub: GitHubServer, target: str
+) -> None:
+    """Whatever the value of ``next`` is."""
     daemon = team("user", "alice")
     hub.signed_in = ALICE
     browser, back = signing_in(daemon, hub, quote(target, safe=""))
@@ -522,10 +522,8 @@ def test_nobody_is_sent_to_another_site(team: Team, hub: GitHubServer, target: s
     assert answer.headers["X"] is None
 
 
-def test_signing_out_everywhere_works_while_github_is_ill(
-    team: Team, hub: GitHubServer
-) -> None:
-    """Who has lost a phone can end its session at any time."""
+def test_signing_out_everywhere_works_without_github(team: Team, hub: GitHubServer) -> None:
+    """A user who has lost a phone can end its session at any time."""
     daemon = team("user", "alice")
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     sessions = [
@@ -535,7 +533,7 @@ def test_signing_out_everywhere_works_while_github_is_ill(
     hub.answer = (500, b"", {})
     daemon.process.terminate()
     daemon.process.wait()
-    daemon.start()  # it remembers nobody
+    daemon.start()  # it has no cached answers
     problem(daemon.get("/login/me", Cookie=f"pulsar={sessions[0]}"), 503)
     path = "/logout?everywhere=1"
     daemon.request("POST", path, None, {"Cookie": f"pulsar={sessions[0]}"})
@@ -544,10 +542,10 @@ def test_signing_out_everywhere_works_while_github_is_ill(
         problem(daemon.get("/login/me", Cookie=f"pulsar={session}"), 401)
 
 
-def test_strangers_cost_few_questions(
+def test_stranger_causes_few_github_requests(
     team: Team, hub: GitHubServer, tmp_path: Path
 ) -> None:
-    """The daemon's own questions are counted: by login, not by what is shown."""
+    """Answers to the daemon's own requests are cached by login, in any case of letters."""
     hub.own = ("robot", "ghp_robot0000000000")
     (tmp_path / "password").write_text(hub.own[1])
     rules = "".join(
@@ -560,10 +558,8 @@ def test_strangers_cost_few_questions(
     assert [path for _, path in hub.asked if path != "/user"] == ["/orgs/acme/members/eve"]
 
 
-def test_one_group_that_cannot_be_asked_ends_all_questions(
-    team: Team, hub: GitHubServer
-) -> None:
-    """None of them stays open behind the answer."""
+def test_failed_github_request_cancels_the_others(team: Team, hub: GitHubServer) -> None:
+    """No connection to GitHub stays open after the answer."""
     daemon = team("team", "acme/ops,acme/dev", '[[rights]]\nwho = "*"\nmay = ["read"]\n')
     hub.broken_group = "acme/ops"
     hub.slow_group = "acme/dev"
@@ -584,8 +580,8 @@ def test_one_group_that_cannot_be_asked_ends_all_questions(
     wait_for(lambda: sockets() <= few + 1, "the connections to end")
 
 
-def test_no_cookie_of_github_is_kept(team: Team, hub: GitHubServer) -> None:
-    """One user's must not go with the next one's token."""
+def test_github_cookies_are_ignored(team: Team, hub: GitHubServer) -> None:
+    """Otherwise one user's cookie would be sent with another user's token."""
     daemon = team("user", "alice,bob")
     hub.cookie = "session=alice"
     assert asked(daemon, ALICE).status == 200
@@ -593,8 +589,8 @@ def test_no_cookie_of_github_is_kept(team: Team, hub: GitHubServer) -> None:
     assert hub.cookies == []
 
 
-def test_the_command_line_waits_for_github(team: Team, hub: GitHubServer) -> None:
-    """It goes on when GitHub does, as over any other interruption."""
+def test_command_line_waits_for_github(team: Team, hub: GitHubServer) -> None:
+    """It repeats the request, as after any other failure of the daemon."""
     daemon = team("user", "alice")
     hub.answer = (502, b"", {})
     with zygote.Popen(

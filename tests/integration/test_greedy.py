@@ -1,4 +1,4 @@
-"""Clients that want more than their share: sign-ins, bodies, lists and searches."""
+"""Clients that take more than their share by sign-ins, bodies, lists and searches."""
 
 import json
 import os
@@ -28,11 +28,11 @@ from tests.integration.daemon import (
 from tests.integration.others import Times, others
 
 FULL = bool(os.environ.get("PULSAR_HOSTILE"))
-"""Whether to attack as hard as is promised to be borne, and to judge how fast it is."""
+"""Whether to attack as hard as the documented bounds allow, and to judge the times."""
 SECONDS = 10 if FULL else 1
 SESSIONS = 300_000 if FULL else 2_000
 TASKS = 1000 if FULL else 40
-"""Tasks with as many variables as there may be."""
+"""Number of tasks with variables of `LARGE` characters."""
 SMALL_TASKS = 100_000 if FULL else 3_000
 READERS = 20 if FULL else 4
 STALLED = 50 if FULL else 6
@@ -40,9 +40,9 @@ SEARCHERS = 50 if FULL else 10
 STRANGERS = 1000 if FULL else 100
 MIB = 1 << 20
 FLAT = 16 * MIB
-"""Bytes that the daemon's memory may grow by in the end."""
+"""Bytes by which the daemon's memory may have grown after an attack."""
 SLOWEST = 0.1
-"""Seconds within which 99 of 100 small requests of others are answered meanwhile."""
+"""Seconds in which 99 of 100 small requests of others are answered meanwhile."""
 
 TOKENS = ("--command", "true", "--auth-provider", "tokens")
 
@@ -50,7 +50,7 @@ TOKENS = ("--command", "true", "--auth-provider", "tokens")
 def new_tokens(
     daemon: Daemon, names: Sequence[str], right: str = "admin", on: str = "*"
 ) -> list[dict[str, str]]:
-    """Return the headers that show new tokens; the daemon has not seen them yet."""
+    """Return the headers with new tokens, which the daemon has not cached yet."""
     secrets = [credentials.PREFIX + credentials.new_secret() for _ in names]
     with credentials.opened(daemon.state / credentials.FILE) as db:
         for name, secret in zip(names, secrets, strict=True):
@@ -66,8 +66,8 @@ def head(method: str, path: str, headers: Mapping[str, str]) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-def test_many_right_tokens_at_once_are_all_let_in(start: Start) -> None:
-    """429 is for wrong ones: nobody here has shown any."""
+def test_many_valid_tokens_at_once_are_accepted(start: Start) -> None:
+    """Only wrong credentials lead to 429."""
     daemon = start(*TOKENS)
     headers = new_tokens(daemon, [f"bot{n}" for n in range(60)])
     with ExitStack() as stack:
@@ -78,7 +78,7 @@ def test_many_right_tokens_at_once_are_all_let_in(start: Start) -> None:
 
 
 def test_one_user_fills_half_of_the_queue_and_others_the_rest(start: Start) -> None:
-    """The refused user learns the reason, and when to try again."""
+    """The problem tells which limit is reached, and when to try again."""
     daemon = start(
         *("--auth-provider", "tokens", "--command", "sleep 60"),
         *("--max-running=1", "--max-queued=4"),
@@ -93,7 +93,7 @@ def test_one_user_fills_half_of_the_queue_and_others_the_rest(start: Start) -> N
         assert found["detail"].startswith(limit)
 
     daemon.headers = mean
-    for _ in range(1 + 2):  # one runs
+    for _ in range(1 + 2):  # one of them runs
         daemon.run("site", "prod", "deploy")
     share = "2 tasks of token:mean are waiting already, which is the limit for one user;"
     refusal(share)
@@ -105,12 +105,12 @@ def test_one_user_fills_half_of_the_queue_and_others_the_rest(start: Start) -> N
 
 
 def report(what: str, idle: Times, busy: Times) -> None:
-    """Print figures, for who wants to see them."""
+    """Print the response times during an attack and before it."""
     print(f"{what}: {busy} (idle: p99 {idle.p99 * 1e3:.1f} ms)")
 
 
 def calm(idle: Times, busy: Times) -> bool:
-    """Return whether others were served in time, be it a machine that does much else."""
+    """Return whether others were served in time. On a slow machine the bound is higher."""
     return not FULL or busy.p99 < max(SLOWEST, 5 * idle.p99)
 
 
@@ -120,7 +120,7 @@ FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
 
 def fill_sessions(path: Path, user: str, number: int) -> None:
-    """Write sessions of a user as if they had signed in so often."""
+    """Write as many sessions as if a user had signed in that often."""
     now = time.time()
     rows = (
         (f"{n:064d}", f"static:{user}", now - 100 - n / 1e3, user) for n in range(number)
@@ -130,14 +130,14 @@ def fill_sessions(path: Path, user: str, number: int) -> None:
 
 
 def sessions(path: Path) -> int:
-    """Return how many sessions are kept."""
+    """Return the number of stored sessions."""
     with closing(sqlite3.connect(path)) as db:
         found: int = db.execute("SELECT count(*) FROM session").fetchone()[0]
         return found
 
 
-def test_one_user_who_signs_in_without_end_disturbs_nobody(start: Start) -> None:
-    """Old sessions of theirs end; what was done to tasks stays in the audit log."""
+def test_endless_sign_ins_do_not_slow_others(start: Start) -> None:
+    """Old sessions of that user end. The audit log still has the actions on tasks."""
     daemon = start(
         *("--command", "true", "--auth-provider", "static"),
         *("--auth-username", "joe", "--auth-password", "hunter2"),
@@ -163,10 +163,10 @@ def test_one_user_who_signs_in_without_end_disturbs_nobody(start: Start) -> None
     cookie = {"Cookie": answer.headers["Set-Cookie"].partition(";")[0]}
     daemon.headers = {}
     assert daemon.get("/login/me", **cookie).json()["signedIn"]
-    # They end little by little, a hundred in a transaction.
+    # Each transaction ends at most a hundred sessions.
     few = credentials.MOST_SESSIONS
     wait_for(lambda: sessions(auth) <= few, "the old sessions to end", 10 * PATIENCE)
-    # A sign-in that was overtaken by a hundred others spares its own session in vain.
+    # If a hundred others overtake a sign-in, its own session has ended already.
     assert sessions(auth) >= few - 1
     report(f"{signed_in} sign-ins among {SESSIONS} sessions", idle, busy)
     assert calm(idle, busy)
@@ -182,13 +182,13 @@ def test_one_user_who_signs_in_without_end_disturbs_nobody(start: Start) -> None
 # -- lists and searches
 
 LARGE = 60_000
-"""Characters of the variables of a task."""
+"""Characters in the variables of a task."""
 LIST = "/tasks?limit=1000&output=none"
 FOREVER = ("--keep-tasks", "0", "--keep-days", "0")
 
 
 def fill_tasks(daemon: Daemon, number: int, size: int) -> None:
-    """Let a daemon begin again with so many ended tasks, and variables of that size."""
+    """Restart a daemon with ``number`` ended tasks with variables of ``size`` each."""
     daemon.stop()
     now = time.time()
     row = (json.dumps({"data": "x" * size}), f"deploy data={'x' * size}", now, now, now)
@@ -203,7 +203,7 @@ def fill_tasks(daemon: Daemon, number: int, size: int) -> None:
 
 
 class Crowd:
-    """Clients that ask for the same again and again, each on its own connection."""
+    """Clients that repeat a request without end, each on its own connection."""
 
     def __init__(
         self, daemon: Daemon, clients: int, path: str, headers: Mapping[str, str]
@@ -219,7 +219,7 @@ class Crowd:
             sock.setblocking(False)
 
     def go_on(self, seconds: float, least: int) -> None:
-        """Read and ask until the time is over and there were enough answers."""
+        """Send and read until the time is over and at least ``least`` answers have come."""
         until = time.monotonic() + seconds
         while time.monotonic() < until or self.answers < least:
             for key, _ in self.selector.select(1):
@@ -235,7 +235,7 @@ class Crowd:
                     sock.sendall(self.head)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close all connections."""
         for key in list(self.selector.get_map().values()):
             sock: Any = key.fileobj
             sock.close()
@@ -252,8 +252,8 @@ def _is_whole(data: bytearray) -> bool:
     return data.endswith(b"\r\n0\r\n\r\n")
 
 
-def test_huge_lists_disturb_nobody(start: Start) -> None:
-    """Those who ask for them wait for each other, and for nothing that others do."""
+def test_huge_lists_do_not_slow_others(start: Start) -> None:
+    """Requests for lists wait for each other, and delay no other request."""
     daemon = start("--command", "true", *FOREVER)
     fill_tasks(daemon, TASKS, LARGE)
     whole = daemon.get(LIST)
@@ -279,8 +279,8 @@ def test_huge_lists_disturb_nobody(start: Start) -> None:
 
 
 @pytest.mark.parametrize("path", [LIST, "/jobs?pageSize=1000"])
-def test_huge_lists_that_nobody_reads_take_little(start: Start, path: str) -> None:
-    """Not even the next list of the same caller waits for them."""
+def test_unread_huge_lists_need_little_memory(start: Start, path: str) -> None:
+    """The next list of the same caller does not wait for them."""
     daemon = start("--command", "true", *FOREVER)
     fill_tasks(daemon, TASKS, LARGE)
     assert daemon.get(path).status == 200
@@ -299,7 +299,7 @@ def test_huge_lists_that_nobody_reads_take_little(start: Start, path: str) -> No
         grown = (daemon.memory() - memory) / MIB
         print(f"{STALLED} lists that nobody reads: memory +{grown:.1f} MiB")
         assert grown * MIB < 2 * FLAT
-        # What one did not read it gets when it goes on.
+        # A client that goes on to read still gets the whole list.
         rest = bytearray(b"HTTP/1.1 ")
         while not rest.endswith(b"\r\n0\r\n\r\n"):
             data = socks[-1].recv(1 << 20)
@@ -310,8 +310,8 @@ def test_huge_lists_that_nobody_reads_take_little(start: Start, path: str) -> No
     assert "Traceback" not in daemon.log.read_text()
 
 
-def test_http_1_0_has_huge_lists_as_well(start: Start) -> None:
-    """Without chunks; it is whole if it ends as JSON does."""
+def test_http_1_0_client_gets_huge_lists(start: Start) -> None:
+    """Without chunks. The end of the JSON shows that the list is complete."""
     daemon = start("--command", "true", *FOREVER)
     fill_tasks(daemon, 40, LARGE)
     with closing(daemon.open_socket()) as sock:
@@ -332,8 +332,8 @@ def test_http_1_0_has_huge_lists_as_well(start: Start) -> None:
         ("/tasks?limit=1", "nothing/*"),
     ],
 )
-def test_searches_disturb_nobody(start: Start, path: str, on: str) -> None:
-    """However many look at all tasks there are, and find none."""
+def test_searches_do_not_slow_others(start: Start, path: str, on: str) -> None:
+    """Each search reads all tasks and finds none."""
     daemon = start(*TOKENS, *FOREVER)
     (mean,) = new_tokens(daemon, ["mean"], "read", on)
     (good,) = new_tokens(daemon, ["good"])
@@ -347,7 +347,7 @@ def test_searches_disturb_nobody(start: Start, path: str, on: str) -> None:
         others(daemon, "/task/1?output=none", good) as busy,
     ):
         crowd.go_on(SECONDS, 2)
-        # Nor is a list of somebody else held up.
+        # A list of another user is not delayed either.
         assert len(daemon.get("/tasks?limit=2").json()["tasks"]) == 2
     report(f"{crowd.answers} times {path} for {SEARCHERS} with {on}", idle, busy)
     assert calm(idle, busy)
@@ -371,10 +371,10 @@ WRONG = {"Authorization": "Bearer pulsar_wrong"}
         ("/login", {}, {413}),
     ],
 )
-def test_bodies_of_strangers_take_no_memory(
+def test_unauthorised_bodies_need_no_memory(
     start: Start, path: str, headers: dict[str, str], statuses: set[int]
 ) -> None:
-    """They are told at the head that nobody wants their bodies."""
+    """The daemon refuses them by the head of the request."""
     daemon = start(*TOKENS)
     (good,) = new_tokens(daemon, ["good"])
     daemon.headers = good
@@ -399,10 +399,8 @@ def test_bodies_of_strangers_take_no_memory(
 
 
 @pytest.mark.parametrize("options", [TOKENS, ("--command", "true")], ids=["auth", "open"])
-def test_who_sends_without_waiting_takes_no_memory(
-    start: Start, options: tuple[str, ...]
-) -> None:
-    """Not even if the whole body is sent before anybody could refuse it."""
+def test_bodies_sent_at_once_need_no_memory(start: Start, options: tuple[str, ...]) -> None:
+    """Even if the client sends the whole body before the daemon can refuse it."""
     daemon = start(*options)
     assert daemon.get("/tasks?limit=1").status in {200, 401}
     memory = daemon.memory()
@@ -422,8 +420,8 @@ def test_who_sends_without_waiting_takes_no_memory(
 
 
 @pytest.mark.parametrize("line", [b"a%d:b\r\n", b"X%d: " + b"x" * 3000 + b"\r\n"])
-def test_heads_without_end_take_no_memory(start: Start, line: bytes) -> None:
-    """Of many lines or of long ones; others are served meanwhile."""
+def test_endless_heads_need_no_memory(start: Start, line: bytes) -> None:
+    """With many lines or with long ones. Other clients are served meanwhile."""
     daemon = start("--command", "true")
     assert daemon.get("/tasks?limit=1").status == 200
     memory = daemon.memory()
@@ -441,8 +439,8 @@ def test_heads_without_end_take_no_memory(start: Start, line: bytes) -> None:
     assert grown * MIB < FLAT
 
 
-def test_names_of_headers_are_not_kept_for_ever(start: Start) -> None:
-    """Whoever makes them up."""
+def test_header_names_of_clients_are_not_cached(start: Start) -> None:
+    """Otherwise a client could fill the memory with invented names."""
     daemon = start("--command", "true")
     daemon.get("/tasks?limit=1")
     memory = daemon.memory()
@@ -454,7 +452,7 @@ def test_names_of_headers_are_not_kept_for_ever(start: Start) -> None:
 
 
 def test_many_bodies_of_one_caller_leave_room_for_others(start: Start) -> None:
-    """Who finds no room is told to come back."""
+    """Of that caller, bodies without room get 503 with ``Retry-After``."""
     daemon = start(*TOKENS)
     mean, good = new_tokens(daemon, ["mean", "good"])
     daemon.headers = good
@@ -479,8 +477,8 @@ def test_many_bodies_of_one_caller_leave_room_for_others(start: Start) -> None:
     wait_for(lambda: daemon.memory() - memory < FLAT, "the memory to come back")
 
 
-def test_streams_that_nobody_reads_take_little(start: Start) -> None:
-    """Also of all that ever happened."""
+def test_unread_streams_need_little_memory(start: Start) -> None:
+    """Even if they begin with the very first event."""
     daemon = start("--command", "true", *FOREVER)
     fill_tasks(daemon, TASKS, LARGE)
     daemon.get(LIST)

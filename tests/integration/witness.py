@@ -1,4 +1,4 @@
-"""Compares what tasks did with what clients were told of them.
+"""Compares the notes of tasks with the answers that clients got.
 
 Each task notes in a file outside of the daemon's state that it began, which processes it
 made, and how it ended. A `Witness` compares every answer of the daemon with the answers
@@ -359,7 +359,7 @@ def _shown(*tasks: Mapping[str, Any]) -> str:
 
 @frozen
 class Client:
-    """A client of a daemon that may be away at any moment. The witness sees each answer."""
+    """A client of a daemon that can be away at any moment. The witness sees each answer."""
 
     daemon: Daemon
     witness: Witness
