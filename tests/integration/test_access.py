@@ -242,7 +242,7 @@ LISTS = {"GET /tasks", "GET /jobs"}
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("route", [r for r in GUARDED if r.startswith("GET")])
 def test_head_refuses_callers_as_get_does(world: World, route: str, method: str) -> None:
-    """401 without a credential, 403 without the right."""
+    """They answer 401 without a credential, and 403 without the right."""
     _, path = path_of(route, world.failed, "site")
     assert world.head(method, path, {}).status == 401
     expected = 403 if ":" in route else 200
@@ -255,7 +255,7 @@ def test_head_refuses_callers_as_get_does(world: World, route: str, method: str)
 def test_socket_sends_only_readable_tasks(
     world: World, transport: type[Transport], role: str, how: str
 ) -> None:
-    """Whether the request carries the credential, or the first message."""
+    """The request carries the credential, or the first message does."""
     message: dict[str, str] | None = None
     headers = {}
     if how == "request":
@@ -287,7 +287,7 @@ def test_socket_sends_only_readable_tasks(
 def test_socket_denies_unknown_callers(
     world: World, transport: type[Transport], how: str
 ) -> None:
-    """With the frame of release 0.6: ``c[403,"Access denied"]``."""
+    """They get the frame of release 0.6: ``c[403,"Access denied"]``."""
     headers = world.shown("wrong", "bearer") if how == "request" else {}
     said: dict[str, Any] = {"how": "are you"}
     if how != "nonsense":
@@ -314,7 +314,7 @@ def test_lists_hide_tasks_of_other_apps(world: World, role: str) -> None:
 
 
 def test_link_on_another_site_can_only_read(world: World) -> None:
-    """A browser adds its session to requests of other sites. Those that act are refused."""
+    """A browser sends its session along. The daemon refuses all requests but navigation."""
     cookie = {"Cookie": world.sessions["admin"], "Sec-Fetch-Site": "cross-site"}
     navigate = {**cookie, "Sec-Fetch-Mode": "navigate"}
     task = f"/task/{world.failed}"
@@ -478,7 +478,7 @@ def test_idempotency_keys_of_users_are_separate(world: World) -> None:
 
 @pytest.mark.parametrize("name", ["Host", "Authorization", "Cookie", "Origin", "Accept"])
 def test_header_with_invalid_text_answers_400(world: World, name: str) -> None:
-    """Without a traceback in the log."""
+    """The log has no traceback."""
     with world.daemon.open_socket() as sock:
         lines = b"GET /tasks HTTP/1.1\r\nHost: localhost\r\n"
         if name == "Host":
@@ -489,7 +489,7 @@ def test_header_with_invalid_text_answers_400(world: World, name: str) -> None:
 
 
 def test_too_long_names_answer_400(world: World) -> None:
-    """Even for a caller without rights, as no rule is matched against such names."""
+    """Callers without rights get 400 too, as no rule is matched against such names."""
     for path in (f"/{'x' * 101}/p", f"/site/{'x' * 101}", "/site/p"):
         body = json.dumps({"action": "deploy" if "x" in path else "d" * 100_000})
         headers = {**world.bearer("other"), "Content-Type": "application/json"}

@@ -201,7 +201,7 @@ def test_arguments_in_the_action_reach_capistrano(
 
 
 def test_tasks_of_capistrano_are_listed(cap: Daemon) -> None:
-    """Only those with a description, as ``cap --tasks`` prints them."""
+    """The list has those with a description, as ``cap --tasks`` prints them."""
     found = cap.get("/shop/production/tasks").json()
     assert found["where"] == "Says where it runs"
     assert "nap" not in found
@@ -389,7 +389,7 @@ def test_pulsar_1_variable_that_affects_programs_is_refused(
 def test_last_line_decides_whether_pulsar_1_succeeded(
     pulsar_1: Daemon, answer: str, status: str
 ) -> None:
-    """Pulsar 1 always exits with 0. Success is announced by the last line of stdout."""
+    """Pulsar 1 always exits with 0. Its last line on stdout announces success."""
     number = pulsar_1.run("site", "production", "deploy", answer=answer)
     ended = pulsar_1.ended(number)
     assert ended["status"] == status

@@ -181,7 +181,7 @@ def test_task_has_its_cpu_seconds(start: Start) -> None:
 
 
 def test_page_shows_the_processor_time(start: Start, browser: Chrome) -> None:
-    """It stands among the facts of the task."""
+    """The facts of the task include it."""
     daemon = start()
     number = daemon.run("shop", "live", "run", run="exit 0")
     used = daemon.ended(number)["cpuSeconds"]

@@ -168,7 +168,7 @@ def test_log_of_invalid_utf8_ends(daemon: Daemon) -> None:
 
 
 def test_log_prints_the_output(daemon: Daemon) -> None:
-    """Both streams, one of them, or JSON. Of a running task it prints the output so far."""
+    """Options select one stream, or JSON. A running task shows the output so far."""
     run(daemon, "echo out; echo err >&2")
     done = call(daemon, "log", "1")
     assert (done.stdout, done.stderr) == ("out\n", "err\n")
@@ -190,7 +190,7 @@ def test_repeated_key_starts_one_task(daemon: Daemon) -> None:
 
 
 def test_run_continues_over_restarts_of_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
-    """After two of them every line is there once."""
+    """After two restarts every line is there once."""
     go = tmp_path / "go"
     os.mkfifo(go)
     line = f"run=seq 100; read x < {go}; seq 101 200; exit 3"
@@ -384,7 +384,7 @@ def test_terminal_shows_colours_and_elapsed_time(daemon: Daemon) -> None:
 
 
 def test_shell_completes_commands(daemon: Daemon, tmp_path: Path) -> None:
-    """With the environment that ``register-python-argcomplete`` sets up for bash."""
+    """``register-python-argcomplete`` sets this environment up for bash."""
     program = shutil.which("pulsar-api", path=Path(sys.executable).parent)
     assert program is not None
     found = tmp_path / "completions"

@@ -124,7 +124,7 @@ async def test_unreachable_daemon_raises_unreachable_with_a_reason(
 
 
 async def test_client_checks_the_certificate(start: Start) -> None:
-    """Against the authorities of the system or those of a file."""
+    """It trusts the authorities of the system, or those of a file."""
     daemon = start("--dev", "--command", SHELL)
     good = client_of(daemon, ca_file=CERTIFICATE)
     assert await good.tasks() == []
@@ -292,7 +292,7 @@ def test_command_line_hides_broken_connections(daemon: Daemon, tmp_path: Path) -
 
 
 async def test_follow_continues_over_restarts(daemon: Daemon, tmp_path: Path) -> None:
-    """The program has nothing to do for it."""
+    """The calling program does nothing for it."""
     go = tmp_path / "go"
     os.mkfifo(go)
     client = client_of(daemon)

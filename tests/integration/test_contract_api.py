@@ -455,7 +455,7 @@ FORM = "application/x-www-form-urlencoded"
 def test_post_creates_the_task_of_its_body(
     api: Daemon, query: str, body: str, kind: str
 ) -> None:
-    """The body is JSON or a form and beats the query. Only the path sets app and env."""
+    """JSON or a form overrides the query. Only the path sets app and env."""
     answer = post(api, f"/site/production{query}", body, kind)
     assert answer.status == 200
     assert answer.headers["Content-Type"] == "application/json"
@@ -703,7 +703,7 @@ def test_state_poll_of_a_printing_task_ends_unchanged(api: Daemon, play: Play) -
 
 @pytest.mark.parametrize("query", ["timeout=-1", "timeout=30.5", "timeout=nan", "since=x"])
 def test_invalid_poll_parameter_answers_400(api: Daemon, play: Play, query: str) -> None:
-    """A timeout above that of the daemon is invalid as well. The problem names it."""
+    """The problem names the parameter. A timeout above the daemon's is invalid too."""
     puppet = play(api)
     for path in poll_paths(puppet):
         problem(api.get(f"{path}?{query}"), 400, query.partition("=")[0])
@@ -725,7 +725,7 @@ def test_poll_timeout_is_default_and_maximum(
 
 
 def test_long_poll_waits_30_seconds_by_default(start: Start, play: Play) -> None:
-    """In real time, for all three kinds over HTTP and TLS at once."""
+    """The test waits in real time, for all three kinds over HTTP and TLS at once."""
     polls = []
     for options in SCHEMES.values():
         daemon = start("--command", SHELL, *options)
@@ -787,7 +787,7 @@ def alive(pid: str) -> bool:
 
 
 def test_kill_ends_the_whole_process_tree(api: Daemon) -> None:
-    """Children, processes in sessions of their own, and those that ignore TERM."""
+    """Some have sessions of their own, and some ignore TERM."""
     number = api.sh(
         "trap '' TERM; sh -c 'trap \"\" TERM; echo $$; while :; do sleep 1; done' &"
         " setsid sh -c 'echo $$; exec sleep 1000' & sh -c '(sleep 1000 & echo $!)';"
@@ -1085,7 +1085,7 @@ REFERERS = [
 
 @pytest.mark.parametrize("referer", REFERERS)
 def test_foreign_referer_answers_403(api: Daemon, play: Play, referer: str) -> None:
-    """Over plain HTTP a browser sends nothing better with an image. Reading is allowed."""
+    """Over plain HTTP a browser identifies a site by this header alone. Reading works."""
     puppet = play(api)
     headers = filled(api, {"Referer": referer})
     problem(api.get(f"{puppet.path}/kill", **headers), 403)
@@ -1100,7 +1100,7 @@ def test_foreign_referer_answers_403(api: Daemon, play: Play, referer: str) -> N
 def test_browser_without_an_origin_cannot_kill_by_a_link(
     api: Daemon, play: Play, browser: str
 ) -> None:
-    """Nor does its link run the command that lists actions, except from the page."""
+    """Only a link of the page can run the command that lists actions."""
     puppet = play(api)
     headers = {"User-Agent": browser}
     own = filled(api, {**headers, "Referer": "{base}/web/"})
@@ -1121,7 +1121,7 @@ def test_browser_without_an_origin_cannot_kill_by_a_link(
 
 @pytest.mark.parametrize("program", ["curl/7.88.1", "node-fetch", "", "x Mozilla/5.0"])
 def test_program_can_kill_without_a_header(api: Daemon, play: Play, program: str) -> None:
-    """The documented GET works for every User-Agent that is no browser's."""
+    """The documented GET works for each User-Agent that is not a browser's."""
     puppet = play(api)
     assert api.get(f"{puppet.path}/kill", **{"User-Agent": program}).status == 200
     assert api.ended(puppet.number)["status"] == "killed"
@@ -1323,7 +1323,7 @@ def test_contract_by_curl_passes(start: Start, tls: tuple[str, ...]) -> None:
 
 @pytest.mark.needs("curl")
 def test_contract_by_curl_fails_for_a_wrong_daemon(start: Start) -> None:
-    """With a wrong command, and without a daemon."""
+    """The daemon has a wrong command, or does not run."""
     daemon = start("--command", "true")
     wrong = by_curl(daemon.base)
     assert wrong.returncode == 1

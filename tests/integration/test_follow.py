@@ -103,7 +103,7 @@ def test_log_has_the_exact_bytes(daemon: Daemon) -> None:
 def test_range_selects_a_part_of_the_log(
     daemon: Daemon, wanted: str, status: int, body: bytes | None, content_range: str | None
 ) -> None:
-    """By RFC 9110, so that ``curl -C -`` can resume a download."""
+    """It follows RFC 9110, so ``curl -C -`` can resume a download."""
     number = daemon.sh("printf 'one\ntwo\nthree'")
     daemon.ended(number)
     path = f"/task/{number}/log"
@@ -122,7 +122,7 @@ def test_range_selects_a_part_of_the_log(
 
 
 def test_log_can_be_limited_and_timed(daemon: Daemon) -> None:
-    """By stream, tail and offset, and with the time before each line."""
+    """Parameters select stream, tail and offset, and put the time before each line."""
     run = "echo out; echo err >&2; sleep 0.3; printf 'half '; sleep 0.1; echo line"
     number = daemon.sh(run)
     daemon.ended(number)
@@ -144,7 +144,7 @@ def test_log_can_be_limited_and_timed(daemon: Daemon) -> None:
 
 @pytest.mark.needs("curl")
 def test_follow_receives_the_log_to_its_last_byte(daemon: Daemon, tmp_path: Path) -> None:
-    """By ``curl -N``: both streams, with times, and one stream."""
+    """``curl -N`` follows both streams, with and without times, and one stream alone."""
     go = tmp_path / "go"
     os.mkfifo(go)
     number = daemon.sh(f"echo one; read x < {go}; echo two >&2; exit 3")
@@ -375,7 +375,7 @@ def follow_polls(daemon: Daemon, number: int, cut: Callable[[], float], got: Any
 
 
 def test_resumed_client_misses_and_repeats_nothing(daemon: Daemon, tmp_path: Path) -> None:
-    """In each way to follow, at any moment, even if the daemon is killed."""
+    """Each way to follow survives cuts at any moment, and kills of the daemon."""
     script, stop = tmp_path / "talker.py", tmp_path / "stop"
     script.write_text(TALKER)
     number = daemon.sh(f"exec {sys.executable} -IS {script} {stop}")
@@ -422,7 +422,7 @@ def test_resumed_client_misses_and_repeats_nothing(daemon: Daemon, tmp_path: Pat
 
 
 def test_following_sends_little_more_than_the_text(daemon: Daemon, tmp_path: Path) -> None:
-    """For 10,000 lines of 100 bytes, and compared with polls for the whole output."""
+    """The output has 10,000 lines. Polls for the whole output are counted as well."""
     script = tmp_path / "lines.py"
     script.write_text(
         "import os, time\n"

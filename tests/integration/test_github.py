@@ -122,7 +122,7 @@ def test_invited_user_who_has_not_accepted_is_refused(
 
 
 def test_token_is_accepted_as_bearer_or_in_basic(team: Team) -> None:
-    """Basic as in release 0.6 and in git. A user name in it must be the token's."""
+    """Release 0.6 and git use Basic. A user name in it must be that of the token."""
     daemon = team("user", "alice")
     for headers in (
         bearer(ALICE),
@@ -153,7 +153,7 @@ def test_token_is_accepted_as_bearer_or_in_basic(team: Team) -> None:
 
 
 def test_rules_give_rights_to_organisation_team_and_user(team: Team) -> None:
-    """Here the organisation may read, one of its teams run, and a user kill."""
+    """The organisation may read, one of its teams may run, and a user may kill."""
     daemon = team(
         "org",
         "acme",
@@ -198,7 +198,7 @@ def restarted(daemon: Daemon) -> None:
 
 
 def test_login_taken_by_another_account_is_refused(team: Team, hub: GitHubServer) -> None:
-    """Until an operator binds it again. Each step is in the audit log."""
+    """An operator can bind it again. The audit log has each step."""
     daemon = team("user", "alice")
     hub.ids["alice"] = 7
     assert asked(daemon, ALICE).json()["user"] == "Alice"
@@ -351,7 +351,7 @@ def test_cached_user_has_access_without_github(start: Start, tmp_path: Path) -> 
 
 
 def test_github_rate_limit_is_honoured(team: Team, hub: GitHubServer) -> None:
-    """The daemon sends no request with that token until then. Other tokens still work."""
+    """The daemon sends no request with that token until the limit ends. Others work."""
     daemon = team("user", "alice,bob,eve")
     reset = str(int(time.time()) + 600)
     hub.limited = {
@@ -369,7 +369,7 @@ def test_github_rate_limit_is_honoured(team: Team, hub: GitHubServer) -> None:
 
 
 def test_github_answers_are_cached(team: Team, hub: GitHubServer) -> None:
-    """Many requests with a token cause one request to GitHub, even if it is invalid."""
+    """Many requests with one token, valid or not, cause one request to GitHub."""
     daemon = team("user", "alice")
     for _ in range(50):
         assert asked(daemon, ALICE).status == 200
@@ -399,7 +399,7 @@ def test_concurrent_requests_share_one_github_request(
 
 
 def test_password_is_never_sent_to_github(team: Team, hub: GitHubServer) -> None:
-    """Nor is one of the daemon's own tokens."""
+    """The daemon does not send its own tokens either."""
     daemon = team("user", "alice")
     for secret in ("hunter2!", "correct horse battery staple", "pulsar_" + "x" * 43):
         problem(daemon.get("/login/me", **basic("alice", secret)), 401)
@@ -441,7 +441,7 @@ def signing_in(daemon: Daemon, hub: GitHubServer, target: str = "") -> tuple[str
 
 
 def test_browser_signs_in_by_oauth(team: Team, hub: GitHubServer) -> None:
-    """State and PKCE protect it. No secret is in a URL."""
+    """State and PKCE protect the sign-in. No secret is in a URL."""
     daemon = team("team", "acme/ops")
     hub.signed_in = ALICE
     assert redirected(daemon.get("/web/")).startswith("/login?next=")
@@ -513,7 +513,7 @@ def test_only_members_get_a_session(team: Team, hub: GitHubServer) -> None:
 def test_sign_in_never_redirects_to_another_site(
     team: Team, hub: GitHubServer, target: str
 ) -> None:
-    """Whatever the value of ``next`` is."""
+    """The value of ``next`` can be anything."""
     daemon = team("user", "alice")
     hub.signed_in = ALICE
     browser, back = signing_in(daemon, hub, quote(target, safe=""))

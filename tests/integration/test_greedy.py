@@ -311,7 +311,7 @@ def test_unread_huge_lists_need_little_memory(start: Start, path: str) -> None:
 
 
 def test_http_1_0_client_gets_huge_lists(start: Start) -> None:
-    """Without chunks. The end of the JSON shows that the list is complete."""
+    """The answer has no chunks. The end of the JSON shows that it is complete."""
     daemon = start("--command", "true", *FOREVER)
     fill_tasks(daemon, 40, LARGE)
     with closing(daemon.open_socket()) as sock:
@@ -400,7 +400,7 @@ def test_unauthorised_bodies_need_no_memory(
 
 @pytest.mark.parametrize("options", [TOKENS, ("--command", "true")], ids=["auth", "open"])
 def test_bodies_sent_at_once_need_no_memory(start: Start, options: tuple[str, ...]) -> None:
-    """Even if the client sends the whole body before the daemon can refuse it."""
+    """The clients send whole bodies before the daemon can refuse them."""
     daemon = start(*options)
     assert daemon.get("/tasks?limit=1").status in {200, 401}
     memory = daemon.memory()
@@ -421,7 +421,7 @@ def test_bodies_sent_at_once_need_no_memory(start: Start, options: tuple[str, ..
 
 @pytest.mark.parametrize("line", [b"a%d:b\r\n", b"X%d: " + b"x" * 3000 + b"\r\n"])
 def test_endless_heads_need_no_memory(start: Start, line: bytes) -> None:
-    """With many lines or with long ones. Other clients are served meanwhile."""
+    """They have many lines, or long ones. Other clients are served meanwhile."""
     daemon = start("--command", "true")
     assert daemon.get("/tasks?limit=1").status == 200
     memory = daemon.memory()
@@ -452,7 +452,7 @@ def test_header_names_of_clients_are_not_cached(start: Start) -> None:
 
 
 def test_many_bodies_of_one_caller_leave_room_for_others(start: Start) -> None:
-    """Of that caller, bodies without room get 503 with ``Retry-After``."""
+    """Further bodies of that caller get 503 with ``Retry-After``."""
     daemon = start(*TOKENS)
     mean, good = new_tokens(daemon, ["mean", "good"])
     daemon.headers = good
@@ -478,7 +478,7 @@ def test_many_bodies_of_one_caller_leave_room_for_others(start: Start) -> None:
 
 
 def test_unread_streams_need_little_memory(start: Start) -> None:
-    """Even if they begin with the very first event."""
+    """The streams begin with the very first event."""
     daemon = start("--command", "true", *FOREVER)
     fill_tasks(daemon, TASKS, LARGE)
     daemon.get(LIST)
