@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -145,12 +145,22 @@ async def within(clock: IReactorTime, what: str, closing: Deferred[Any]) -> None
 def build(reactor: Any, s: Settings, given: Given, lock: int) -> Running:
     """Return the parts that the settings describe, with the launcher started.
 
-    ``lock`` is the descriptor that keeps other daemons out of the state folder.
+    ``lock`` is the descriptor that keeps other daemons out of the state folder. It is
+    closed if this fails.
 
     Raises:
         SettingsError: This process cannot give tasks their accounts.
         OSError: The state folder or the launcher cannot be set up.
     """
+    with ExitStack() as undo:
+        undo.callback(os.close, lock)
+        running = _build(reactor, s, given, lock, undo)
+        undo.pop_all()
+    return running
+
+
+def _build(reactor: Any, s: Settings, given: Given, lock: int, undo: ExitStack) -> Running:
+    """Build as `build`. What has to be undone if that fails is added to ``undo``."""
     state = Path(s.state_dir)
     tasks = state / TASKS
     tasks.mkdir(mode=0o700, exist_ok=True)
@@ -172,6 +182,7 @@ def build(reactor: Any, s: Settings, given: Given, lock: int) -> Running:
     find_accounts(s, () if groups is None else groups.enabled())
     launcher = Launcher(reactor, started.launcher, state)
     launcher.start()
+    undo.callback(launcher.stop)
     machine = LocalMachine(reactor, started.shim, own_children, launcher, groups)
     machine.sync(state)
 
