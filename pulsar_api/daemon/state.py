@@ -59,6 +59,7 @@ def lock(state: Path) -> int:
 OWN = (
     *("lock", "permits", "secrets", LISTINGS),
     *programs.COMPILED,
+    *programs.FORMER,
     *(
         f"{name}{end}"
         for name in (DATABASE, credentials.FILE)

@@ -34,10 +34,13 @@ class Programs:
 COMPILED = ("masker.pyc", "shim.pyc", "launcher.pyc")
 """The files that `compiled` makes."""
 
+FORMER = ("mask.pyc",)
+"""Files that `compiled` made in earlier versions; shims of these may still need them."""
+
 
 def remove_compiled(folder: Path) -> None:
-    """Remove the files that `compiled` has made in a folder."""
-    for name in COMPILED:
+    """Remove the files that `compiled` has made in a folder, also in earlier versions."""
+    for name in (*COMPILED, *FORMER):
         with suppress(OSError):
             (folder / name).unlink()
 

@@ -566,6 +566,14 @@ async def test_a_compiled_shim_is_a_copy(
     assert (await runner.start("true").sink.end()).code == 0
 
 
+def test_the_copies_of_an_earlier_version_are_removed(tmp_path: Path) -> None:
+    """Without accounts a task could write to them."""
+    for name in ("mask.pyc", "masker.pyc", "shim.pyc", "launcher.pyc", "permits"):
+        (tmp_path / name).touch()
+    programs.remove_compiled(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["permits"]
+
+
 def test_without_space_for_a_copy_the_shim_of_the_package_runs(tmp_path: Path) -> None:
     """A daemon must be able to start on a full disk."""
     (tmp_path / "file").touch()

@@ -19,7 +19,7 @@ import pytest
 from selenium.webdriver import Chrome
 
 import pulsar_api
-from pulsar_api.execution.programs import COMPILED
+from pulsar_api.execution.programs import COMPILED, FORMER
 from pulsar_api.tasks.accounts import NEEDED, capabilities
 from tests.integration import zygote
 from tests.integration.daemon import PATIENCE, PULSAR_API, SHELL, Daemon, wait_for
@@ -473,7 +473,7 @@ def test_state_folder_holds_no_program_that_a_task_could_replace(place: Path) ->
     """Without accounts a task can write there; an older version left its programs."""
     state = place / "state"
     state.mkdir()
-    for name in COMPILED:
+    for name in (*COMPILED, *FORMER):
         (state / name).write_text("forged")
     daemon = Daemon(place, "--command", SHELL, state=state)
     try:
