@@ -322,6 +322,8 @@ class FakeExecutor:
     """Ended tasks whose secrets a start of the service has removed."""
     bug: Exception | None = None
     """Raised when a task is about to start."""
+    late_bug: Exception | None = None
+    """Raised when the start of a task is on record already."""
 
     def check(self) -> None:
         if self.full:
@@ -346,6 +348,8 @@ class FakeExecutor:
         sink: Sink,
         permit: str | None = None,
     ) -> FakeRun:
+        if self.late_bug is not None:
+            raise self.late_bug
         return self._keep(FakeRun(self.clock, task_id, sink, command, bounds, False))
 
     def adopt(

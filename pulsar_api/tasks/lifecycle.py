@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 
 from attrs import define, evolve, field
-from twisted.internet.defer import CancelledError
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
@@ -142,9 +142,10 @@ class Lifecycle:
             self._run(live, command)
 
     def _run(self, live: LiveTask, command: Command) -> None:
-        self.queue.move(live, Phase.RUNNING)
         permit = live.newest.permit
         live.run = self._executor.start(live.id, command, self._bounds, live, permit)
+        # Not before: a stop waits for tasks without a run until their end is on record.
+        self.queue.move(live, Phase.RUNNING)
         if live.kill_requested:
             live.run.kill()
         self._moved()
@@ -257,7 +258,6 @@ class Lifecycle:
         """End a task. Return when the request, or the end, is on record."""
         live.kill_requested = True
         live.kill_revision = live.newest.revision + 1
-        live.wake()
         _log.info("Task {id}: kill asked for by {by}", id=live.id, by=by.name)
         if live.run is not None:
             live.run.kill()
@@ -268,7 +268,10 @@ class Lifecycle:
             await self.end_killed(live)
         else:
             live.killed_by(by, f"Kill asked for by {by}.")
-            await self.recorder.record(live)
+            recorded = Deferred.fromCoroutine(self.recorder.record(live))
+            # Not before: the end of a task that waits for the disk names the caller.
+            live.wake()
+            await recorded
 
     async def end_killed(self, live: LiveTask) -> None:
         """Record the end of a task that was killed before it started."""

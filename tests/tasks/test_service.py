@@ -891,6 +891,23 @@ def test_a_bug_at_a_start_ends_the_task(
     CASE.successResultOf(Deferred.fromCoroutine(world.service.stop(0)))
 
 
+def test_a_stop_waits_for_the_end_of_a_task_whose_run_could_not_be_made(
+    world: World, logged_failures: list[LogEvent]
+) -> None:
+    """Its start is on record. Otherwise the next daemon would have to find out."""
+    world.store.slow = True
+    Deferred.fromCoroutine(world.service.create(SPEC))
+    world.store.finish()  # the record
+    world.executor.late_bug = RuntimeError("this is a bug")
+    world.store.finish()  # of the start
+    assert logged_failures.pop()["log_failure"].check(RuntimeError)
+    stopped = Deferred.fromCoroutine(world.service.stop(0))
+    assert not stopped.called
+    world.store.finish()  # of the end
+    CASE.successResultOf(stopped)
+    assert world.store.rows[1].status is Status.FAILED
+
+
 SUDO = Process(4711, 100, "sleep 1000", "root")
 
 
@@ -1134,7 +1151,9 @@ def test_a_task_that_waits_for_the_disk_can_be_killed() -> None:
     world.executor.run(1).end(0)
     world.kill(2)
     world.clock.advance(RETRY)
-    assert world.find(2).status is Status.KILLED
+    snapshot = world.find(2)
+    assert snapshot.status is Status.KILLED
+    assert snapshot.reason == "Killed by bob before it started."
     world.executor.full = False
     world.clock.advance(RETRY)
     assert len(world.executor.runs) == 1
