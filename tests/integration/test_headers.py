@@ -1,4 +1,4 @@
-"""What browsers are told is on every answer, whatever kind of answer it is."""
+"""Tests of the security headers, which every response has."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 
 def check(headers: HTTPMessage, policy: str = POLICY) -> None:
-    """Check what is on every answer: once, and no version of anything."""
+    """Check that a response has each security header once, and no version of a program."""
     for name, value in {**ALWAYS, "Content-Security-Policy": policy}.items():
         assert headers.get_all(name) == [value], name
     assert headers["Server"] is None
@@ -76,15 +76,17 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("method", "path", "status"), ANSWERS)
-def test_every_answer_has_them(daemon: Daemon, method: str, path: str, status: int) -> None:
-    """Also those that nobody of ours has made."""
+def test_every_response_has_security_headers(
+    daemon: Daemon, method: str, path: str, status: int
+) -> None:
+    """Responses that Twisted or Klein makes by itself have them too."""
     answer = daemon.request(method, path)
     assert answer.status == status, answer.body
     check(answer.headers)
 
 
-def test_ranges_and_what_is_not_modified_have_them(daemon: Daemon) -> None:
-    """206, 304 and 416."""
+def test_partial_and_not_modified_responses_have_security_headers(daemon: Daemon) -> None:
+    """The statuses are 206, 304 and 416."""
     etag = daemon.get("/task/1").headers["ETag"] or ""
     given = {"If-None-Match": etag}, {"Range": "bytes=0-1"}, {"Range": "bytes=100-"}
     paths = "/task/1", "/task/1/log", "/task/1/log"
@@ -96,8 +98,10 @@ def test_ranges_and_what_is_not_modified_have_them(daemon: Daemon) -> None:
     assert statuses == [304, 206, 416]
 
 
-def test_what_another_site_asks_is_refused_with_them(daemon: Daemon) -> None:
-    """403."""
+def test_refusals_of_requests_from_another_site_have_security_headers(
+    daemon: Daemon,
+) -> None:
+    """The status is 403."""
     answer = daemon.get("/task/1/kill", Origin="https://evil.example")
     assert answer.status == 403
     check(answer.headers)
@@ -112,8 +116,10 @@ def test_what_another_site_asks_is_refused_with_them(daemon: Daemon) -> None:
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_what_is_refused_unread_has_them(daemon: Daemon, data: bytes, status: int) -> None:
-    """These answers are bytes that were made beforehand."""
+def test_responses_to_unparsed_requests_have_security_headers(
+    daemon: Daemon, data: bytes, status: int
+) -> None:
+    """These responses are prepared bytes, sent before any routing."""
     with daemon.open_socket() as sock:
         sock.sendall(data)
         answer = next_answer(sock)
@@ -122,8 +128,8 @@ def test_what_is_refused_unread_has_them(daemon: Daemon, data: bytes, status: in
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_a_page_allows_nothing_inline(daemon: Daemon, path: str) -> None:
-    """And what it allows is all that it needs."""
+def test_pages_forbid_inline_scripts_and_styles(daemon: Daemon, path: str) -> None:
+    """Every file that a page links to can be loaded under its policy."""
     answer = daemon.get(path)
     policy = answer.headers["Content-Security-Policy"] or ""
     check(answer.headers, policy)
@@ -149,8 +155,8 @@ FILES = [path for path in UI.iterdir() if path.suffix in {".js", ".css", ".svg"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_a_file_of_the_page_is_loaded_once(daemon: Daemon, path: Path) -> None:
-    """A browser asks each time whether it has changed, and hears that it has not."""
+def test_files_of_the_page_are_revalidated_by_etag(daemon: Daemon, path: Path) -> None:
+    """A browser asks each time whether a file has changed, and gets 304 if it has not."""
     answer = daemon.get(f"/pulsar/{path.name}")
     assert (answer.status, answer.body) == (200, path.read_bytes())
     assert answer.headers["Content-Type"] == KINDS.get(path.suffix, "image/svg+xml")
@@ -168,10 +174,10 @@ def test_a_file_of_the_page_is_loaded_once(daemon: Daemon, path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_a_file_of_the_page_is_packed_for_who_can_unpack_it(
+def test_files_of_the_page_are_compressed_for_clients_that_accept_gzip(
     daemon: Daemon, path: Path
 ) -> None:
-    """It is another answer, with a name of its own."""
+    """The compressed form has an ETag of its own."""
     plain = daemon.get(f"/pulsar/{path.name}")
     asked = {"Accept-Encoding": "br, GZIP"}
     answer = daemon.get(f"/pulsar/{path.name}", **asked)
@@ -193,13 +199,13 @@ def test_a_file_of_the_page_is_packed_for_who_can_unpack_it(
 @pytest.mark.parametrize(
     "name", ["login.html", "none.js", "..", "__init__.py", "style.css/x", ".css", "%2e%2e"]
 )
-def test_nothing_else_is_a_file_of_the_page(daemon: Daemon, name: str) -> None:
-    """A path leads to one of the names, never to the disk."""
+def test_unknown_files_of_the_page_answer_404(daemon: Daemon, name: str) -> None:
+    """The daemon serves a fixed list of names and never resolves a path on the disk."""
     assert problem(daemon.get(f"/pulsar/{name}"), 404)["type"].endswith(":not-found")
 
 
-def test_errors_are_no_pages(daemon: Daemon) -> None:
-    """What a client sent comes back as JSON only."""
+def test_errors_are_json_even_if_the_path_is_html(daemon: Daemon) -> None:
+    """A path that a client sends cannot become part of a page."""
     answer = daemon.get("/<script>alert(1)</script>")
     assert answer.headers["Content-Type"] == "application/problem+json"
     assert json.loads(answer.body)["status"] == answer.status

@@ -1,4 +1,4 @@
-"""An attack takes nothing from the others, neither their answers nor their places."""
+"""Tests that attacks take neither responses nor connections from other clients."""
 
 import os
 import re
@@ -20,18 +20,18 @@ from tests.integration.daemon import SHELL, Answer, Daemon, next_answer, problem
 from tests.integration.latency import Latency
 
 FULL = bool(os.environ.get("PULSAR_HOSTILE"))
-"""Whether to attack as hard as is promised to be borne: thousands, a minute."""
+"""Whether to attack as hard as the documentation promises: thousands, for a minute."""
 SENDERS, READERS, SECONDS = (1000, 200, 60) if FULL else (150, 30, 12)
-"""Senders of heads and as many of bodies; readers; seconds."""
+"""Clients that send heads (as many send bodies); readers; seconds."""
 SLOWEST = 0.1
-"""Seconds within which 99 of 100 small requests are answered meanwhile."""
+"""Seconds within which 99 of 100 small requests are answered during the attack."""
 SIZE = 16_000_000
 MIB = 1 << 20
 BUFFERS = 512 << 10
-"""Bytes that an answer may take from the daemon while nobody reads it."""
+"""Bytes that a response may take in the daemon's memory while its client does not read."""
 
 FEW = ("sh", "-c", 'ulimit -n 300; exec "$@"', "sh", sys.executable, "-m", "pulsar_api")
-"""A daemon that has 44 places: 300 files, less those for everything else."""
+"""A daemon with 44 places for connections: 300 files, less the files for other uses."""
 PLACES = 44
 SHARE = PLACES // 4
 
@@ -46,7 +46,7 @@ def descriptors() -> Iterator[None]:
 
 
 def uncounted() -> dict[str, str]:
-    """Return an environment in which lines are not counted, which costs much time."""
+    """Return an environment without coverage, which would slow the daemon down."""
     return {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}
 
 
@@ -56,7 +56,7 @@ def files(daemon: Daemon) -> int:
 
 
 class Measured:
-    """What an honest client measures as long as something goes on."""
+    """Measurements of an honest client during an attack."""
 
     def __init__(self, daemon: Daemon, path: str) -> None:
         self.daemon = daemon
@@ -64,7 +64,11 @@ class Measured:
         self.most_files = 0
 
     def p99(self, seconds: float, others: list[subprocess.Popen[bytes]]) -> float:
-        """Ask on one connection until the time is over or the others have ended."""
+        """Return the 99th percentile of response times on one connection, in seconds.
+
+        The measurement ends when the time is over or the other processes have
+        ended.
+        """
         latency = Latency(self.daemon)
         until = time.monotonic() + seconds
 
@@ -80,7 +84,7 @@ class Measured:
                     break
                 assert latency.of(get) == 200
                 self.most_files = max(self.most_files, files(self.daemon))
-                time.sleep(0.002)  # a stream of requests, not a flood of its own
+                time.sleep(0.002)  # a stream of requests, not a second flood
         print(
             f"{latency}; at most {self.most_files} files, "
             f"memory {self.daemon.memory() / MIB:.0f} MiB"
@@ -90,10 +94,10 @@ class Measured:
 
 @pytest.mark.usefixtures("descriptors")
 @pytest.mark.needs("slowhttptest")
-def test_slow_clients_disturb_nobody_and_leave_nothing(
+def test_slow_clients_disturb_nobody_and_leave_no_open_files(
     start: Start, tmp_path: Path
 ) -> None:
-    """Slow heads, slow bodies and slow readers at once, by slowhttptest."""
+    """The program slowhttptest sends slow heads and slow bodies, and reads slowly."""
     daemon = start("--command", SHELL, environ=uncounted())
     large = daemon.sh(f"head -c {SIZE} /dev/zero | tr '\\0' x")
     assert daemon.ended(large)["outputSize"] == SIZE
@@ -107,7 +111,7 @@ def test_slow_clients_disturb_nobody_and_leave_nothing(
     base = f"http://127.0.0.1:{daemon.port}"
     for_all = ["-l", str(SECONDS), "-r", "500", "-p", "30", "-i", "2"]
     senders = ["-c", str(SENDERS), "-x", "2"]
-    # Windows of a byte or two, and a byte every two seconds.
+    # TCP windows of one or two bytes, and a byte every two seconds.
     readers = ["-c", str(READERS), "-w", "1", "-y", "2", "-n", "2", "-z", "1"]
     attacks = {
         "heads": ["-H", *senders, "-u", f"{base}/tasks"],
@@ -128,7 +132,7 @@ def test_slow_clients_disturb_nobody_and_leave_nothing(
             stack.callback(attacker.kill)
             attackers.append(attacker)
         busy = measured.p99(SECONDS + 30, attackers)
-        # It was as hard as it was meant to be, and to its own probes we were there.
+        # The attack had its full strength, and its own probes were served.
         assert measured.most_files - usual > (2 * SENDERS + READERS) * 0.9
         for name in attacks:
             said = re.sub(r"\x1b\[[0-9;]*m", "", (tmp_path / name).read_text())
@@ -151,32 +155,35 @@ def test_slow_clients_disturb_nobody_and_leave_nothing(
 
 
 def connect_from(daemon: Daemon, host: str) -> HTTPConnection:
-    """Return a connection that comes from an address of 127.0.0.0/8."""
+    """Return a connection from a given address of 127.0.0.0/8."""
     connection: Any = daemon.connect()
-    connection.source_address = (host, 0)  # it has it, its stubs have not
+    connection.source_address = (host, 0)  # its type stub lacks the attribute
     connection.connect()
     found: HTTPConnection = connection
     return found
 
 
 def ask_from(daemon: Daemon, host: str) -> Answer:
-    """Send a request from an address, on a connection of its own."""
+    """Send a request from a given address, on a new connection."""
     with closing(connect_from(daemon, host)) as connection:
         connection.request("GET", "/tasks?limit=1")
         return Answer(connection.getresponse())
 
 
 def ask(connection: HTTPConnection) -> Answer:
-    """Send one more request on a connection."""
+    """Send another request on an open connection."""
     connection.request("GET", "/tasks?limit=1")
     return Answer(connection.getresponse())
 
 
 @pytest.mark.parametrize("tls", [(), ("--dev",)], ids=["http", "tls"])
-def test_one_address_cannot_take_the_places_of_others(
+def test_one_address_can_use_a_quarter_of_the_connections(
     start: Start, tls: tuple[str, ...]
 ) -> None:
-    """It is told so, others are served, and what it gives back it can have again."""
+    """The address gets 429 beyond its share.
+
+    It can connect again when it has closed a connection.
+    """
     daemon = start("--command", SHELL, *tls, program=FEW)
     with ExitStack() as stack:
         held = []
@@ -200,11 +207,11 @@ def _served(daemon: Daemon, host: str) -> bool:
     try:
         return ask_from(daemon, host).status == 200
     except OSError:
-        return False  # refused, and cut before it could ask
+        return False  # the daemon closed the connection before the request was sent
 
 
-def test_one_address_cannot_ask_without_end(start: Start) -> None:
-    """It is told how long to wait, on connections that stay; others are served."""
+def test_too_many_requests_from_one_address_answer_429(start: Start) -> None:
+    """The connections stay open, and other addresses are served."""
     daemon = start("--command", SHELL, "--max-requests-per-address", "1")
     with ExitStack() as stack:
         clients = []
@@ -215,7 +222,8 @@ def test_one_address_cannot_ask_without_end(start: Start) -> None:
         assert {daemon.get("/tasks?limit=1").status for _ in range(50)} == {200}
         answers = [Answer(client.getresponse()) for client in clients]
         refused = [answer for answer in answers if answer.status == 429]
-        # Five at once; a machine that needs a second for a few lets a few more through.
+        # Five are served at once. A machine that takes a second for a few of them serves
+        # more.
         assert len([answer for answer in answers if answer.status == 200]) >= 5
         assert len(refused) > 25
         for answer in refused:
@@ -226,10 +234,10 @@ def test_one_address_cannot_ask_without_end(start: Start) -> None:
 
 @pytest.mark.parametrize("tls", [(), ("--dev",)], ids=["http", "tls"])
 @pytest.mark.parametrize("stalled", [False, True], ids=["idle", "stalled"])
-def test_who_does_nothing_gives_way_to_who_comes(
+def test_inactive_connections_give_way_to_new_ones(
     start: Start, tls: tuple[str, ...], *, stalled: bool
 ) -> None:
-    """Neither the idle nor those who do not read keep everybody else out."""
+    """Neither idle clients nor clients that do not read keep others out."""
     daemon = start("--command", SHELL, *tls, program=FEW)
     large = daemon.sh(f"head -c {SIZE} /dev/zero | tr '\\0' x")
     daemon.ended(large)
@@ -247,13 +255,13 @@ def test_who_does_nothing_gives_way_to_who_comes(
         began = time.monotonic()
         assert not _served(daemon, "127.0.0.9")
         wait_for(lambda: _served(daemon, "127.0.0.9"), "a place")
-        # Sooner than the daemon hangs up on the idle by itself.
+        # This is sooner than the daemon closes idle connections by itself.
         assert time.monotonic() - began < 50
     assert "Traceback" not in daemon.log.read_text()
 
 
-def test_the_kernel_looks_after_clients_that_have_vanished(start: Start) -> None:
-    """Its keepalive clock runs on a connection that waits for an answer."""
+def test_keepalive_probes_run_on_waiting_connections(start: Start) -> None:
+    """The kernel finds clients that have vanished while they waited for a response."""
     daemon = start("--command", SHELL)
     with closing(daemon.connect()) as connection:
         connection.request("GET", "/tasks/created")

@@ -1,4 +1,4 @@
-"""No client, however slow, large, broken or numerous, takes the daemon from the others."""
+"""Tests that slow, large, broken and numerous clients take nothing from the others."""
 
 import json
 import select
@@ -28,13 +28,13 @@ from tests.integration.daemon import (
 HEAD_DEADLINE = 10.0
 BODY_DEADLINE = 30.0
 SLACK = 10.0
-"""Seconds that a deadline may be late by on a busy machine."""
+"""Seconds by which a deadline may be late on a busy machine."""
 MIB = 1 << 20
 FLAT = 16 * MIB
-"""Bytes that the daemon's memory may grow by, whatever is sent or not read."""
+"""Bytes by which the daemon's memory may grow, whatever clients send or leave unread."""
 FEW_FILES = 300
 CROWD = 150
-"""More connections than a daemon has that may open `FEW_FILES` files, and keeps some."""
+"""More connections than a daemon that may open `FEW_FILES` files can have."""
 FEW = (
     "sh",
     "-c",
@@ -51,7 +51,7 @@ POST = b"POST /site/production?action=run HTTP/1.1\r\nHost: localhost\r\n"
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """Return a daemon that the tests share; its log must stay free of tracebacks."""
+    """Return a daemon that the tests share. Its log must have no traceback."""
     folder = tmp_path_factory.mktemp("limits")
     daemon = Daemon(folder, "--command", SHELL, "--poll-timeout", "60")
     yield daemon
@@ -60,14 +60,14 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 
 def sent(daemon: Daemon, data: bytes) -> Answer:
-    """Send bytes on a connection of their own and return the answer to them."""
+    """Send bytes on a new connection and return the response."""
     with daemon.open_socket() as sock:
         sock.sendall(data)
         return next_answer(sock)
 
 
 def serves(daemon: Daemon) -> bool:
-    """Return whether the daemon answers somebody else."""
+    """Return whether the daemon answers another client."""
     return daemon.get("/tasks?limit=1").status == 200
 
 
@@ -80,9 +80,9 @@ def newest(daemon: Daemon) -> int:
 
 
 def until_cut(sock: socket.socket, drip: bytes, pause: float) -> tuple[float, bytes]:
-    """Send a little every ``pause`` seconds until the other side ends the connection.
+    """Send a little every ``pause`` seconds until the daemon closes the connection.
 
-    Return after how many seconds it did, and what it said.
+    Return the seconds until then, and the bytes that the daemon sent.
     """
     began = time.monotonic()
     said = b""
@@ -104,7 +104,7 @@ def until_cut(sock: socket.socket, drip: bytes, pause: float) -> tuple[float, by
 
 
 class Slow(Thread):
-    """Somebody who sends a beginning, and then a little every two seconds."""
+    """A client that sends a beginning, and then a little every two seconds."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class Slow(Thread):
         self.start()
 
     def run(self) -> None:
-        """Be slow until cut."""
+        """Send slowly until the daemon closes the connection."""
         with self.sock, suppress(ConnectionResetError):
             self.sock.sendall(self.begin)
             self.seconds, self.said = until_cut(self.sock, self.drip, 2)
@@ -132,16 +132,16 @@ class Slow(Thread):
 
 @frozen
 class Meeting:
-    """Those who were slow at the same time, until the last of them was cut."""
+    """Clients that were slow at the same time, and the results."""
 
     told: list[Slow]
-    """They speak HTTP, so far."""
+    """Slow clients whose connection is ready for HTTP."""
     mute: list[Slow]
-    """They speak not even TLS."""
+    """Clients that do not complete a TLS handshake."""
     crowd: list[Slow]
-    """They say nothing, and are more than there is room for."""
+    """Clients that send nothing, more of them than the daemon has connections."""
     patient: Answer
-    """What somebody got who waited for an answer meanwhile."""
+    """The response to a client that waited in a long-poll meanwhile."""
     others_are_served: bool
 
 
@@ -156,7 +156,7 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 @pytest.fixture(scope="module")
 def meeting(daemon: Daemon, secure: Daemon) -> Meeting:
-    """Return what became of many slow clients; they take their time all at once."""
+    """Return the results of many slow clients, which run at the same time."""
     number = daemon.sh("exec sleep 100")
     waiting = daemon.connect()
     waiting.request("GET", "/tasks?limit=1")
@@ -193,7 +193,7 @@ def meeting(daemon: Daemon, secure: Daemon) -> Meeting:
     ]
     crowd = []
     for number in range(CROWD):
-        with suppress(ConnectionResetError):  # those are cut at once
+        with suppress(ConnectionResetError):  # the daemon closes these at once
             sock = secure.open_socket()
             crowd.append(Slow(f"one of many, {number}", HEAD_DEADLINE, sock))
     patient = Answer(waiting.getresponse())
@@ -204,8 +204,8 @@ def meeting(daemon: Daemon, secure: Daemon) -> Meeting:
     return Meeting(told, mute, crowd, patient, serves(daemon) and serves(secure))
 
 
-def test_who_is_too_slow_is_told_and_cut(meeting: Meeting) -> None:
-    """Ten seconds for a head, thirty for a body, however steadily they trickle."""
+def test_slow_requests_answer_408_and_are_closed(meeting: Meeting) -> None:
+    """The deadline is ten seconds for a head and thirty for a body, however it trickles."""
     assert [s.name for s in meeting.told if s.seconds > s.deadline + SLACK] == []
     assert [s.name for s in meeting.told if s.seconds < s.deadline - 1] == []
     for slow in meeting.told:
@@ -213,18 +213,18 @@ def test_who_is_too_slow_is_told_and_cut(meeting: Meeting) -> None:
         assert b"application/problem+json" in slow.said
 
 
-def test_who_does_not_even_speak_tls_is_cut(meeting: Meeting) -> None:
-    """The same deadline holds before and during a handshake."""
+def test_connections_without_a_tls_handshake_are_closed(meeting: Meeting) -> None:
+    """The deadline of a head also holds before and during the handshake."""
     assert [s.name for s in meeting.mute if s.seconds > s.deadline + SLACK] == []
 
 
-def test_a_silent_crowd_over_tls_is_cut_too(meeting: Meeting) -> None:
-    """Also those for whom there is no room: they take files from the daemon."""
+def test_a_silent_crowd_over_tls_is_closed(meeting: Meeting) -> None:
+    """Clients beyond the limit of connections are closed as well, as each costs a file."""
     assert [s.name for s in meeting.crowd if s.seconds > s.deadline + SLACK] == []
 
 
-def test_the_patient_are_served_among_the_slow(meeting: Meeting) -> None:
-    """The deadlines are for requests: who waits for an answer on a used one gets it."""
+def test_long_polls_and_other_clients_are_served_among_slow_ones(meeting: Meeting) -> None:
+    """The deadlines are for requests, not for the wait for a response."""
     assert meeting.patient.status == 200
     assert meeting.patient.json() == {"changed": False}
     assert meeting.others_are_served
@@ -234,16 +234,16 @@ def test_the_patient_are_served_among_the_slow(meeting: Meeting) -> None:
 
 
 @pytest.mark.parametrize("length", [MIB + 1, 10**9, 2**63, 10**19])
-def test_a_body_that_is_announced_as_too_large_is_refused_unsent(
+def test_a_body_with_a_too_large_content_length_answers_413(
     daemon: Daemon, length: int
 ) -> None:
-    """The answer is there before a byte of the body is."""
+    """The response comes before the client sends a byte of the body."""
     head = POST + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % length
     problem(sent(daemon, head), 413)
 
 
-def test_a_body_that_is_too_large_is_not_asked_for(daemon: Daemon) -> None:
-    """Who expects ``100 Continue`` gets 413 and nothing else; a small body is asked for."""
+def test_a_too_large_body_gets_413_instead_of_100_continue(daemon: Daemon) -> None:
+    """With a small body such a client gets ``100 Continue``."""
     head = POST + b"Expect: 100-continue\r\nContent-Type: application/json\r\n"
     with daemon.open_socket() as sock:
         sock.sendall(head + b"Content-Length: 2\r\n\r\n")
@@ -257,8 +257,8 @@ def test_a_body_that_is_too_large_is_not_asked_for(daemon: Daemon) -> None:
     assert b"100 Continue" not in said
 
 
-def test_a_chunked_body_is_refused_as_soon_as_it_is_too_large(daemon: Daemon) -> None:
-    """It announces no size, and its end is not waited for."""
+def test_a_too_large_chunked_body_answers_413_before_its_end(daemon: Daemon) -> None:
+    """A chunked body announces no size, so the daemon counts what has arrived."""
     before = daemon.memory()
     chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
     with daemon.open_socket() as sock:
@@ -269,15 +269,15 @@ def test_a_chunked_body_is_refused_as_soon_as_it_is_too_large(daemon: Daemon) ->
         sock.sendall(b"1\r\nx\r\n")
         problem(next_answer(sock), 413)
     assert daemon.memory() - before < FLAT
-    # One chunk that says it is larger than everything.
+    # A single chunk announces a size above the limit.
     with daemon.open_socket() as sock:
         sock.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n7fffffff\r\n")
         sock.sendall(b"x" * (MIB + 1))
         problem(next_answer(sock), 413)
 
 
-def test_whoever_goes_on_sending_what_was_refused_is_cut(daemon: Daemon) -> None:
-    """Nothing of it is kept, and soon nothing of it is taken."""
+def test_a_client_that_keeps_sending_a_refused_body_is_disconnected(daemon: Daemon) -> None:
+    """The daemon stores none of these bytes, and soon stops reading them."""
     daemon.forget_peak()
     before = daemon.memory()
     piece = b"10000\r\n" + b"x" * 65536 + b"\r\n"
@@ -292,8 +292,8 @@ def test_whoever_goes_on_sending_what_was_refused_is_cut(daemon: Daemon) -> None
     assert serves(daemon)
 
 
-def test_a_body_of_exactly_the_limit_is_read(daemon: Daemon) -> None:
-    """1 MiB, by length and chunked."""
+def test_a_body_of_exactly_the_limit_is_accepted(daemon: Daemon) -> None:
+    """The limit is 1 MiB, with ``Content-Length`` and in chunks."""
     text = b'{"action": "run"}'
     body = text + b" " * (MIB - len(text))
     kind = b"Content-Type: application/json\r\n"
@@ -319,16 +319,14 @@ def test_a_body_of_exactly_the_limit_is_read(daemon: Daemon) -> None:
     ],
     ids=lambda data: f"{data[:12]!r} {len(data)}",
 )
-def test_a_head_that_is_too_large_is_answered_not_hung_up_on(
-    daemon: Daemon, data: bytes
-) -> None:
-    """The client can read why, even if it sends all of it first."""
+def test_a_too_large_head_answers_4xx(daemon: Daemon, data: bytes) -> None:
+    """The client can read the response even if it sends the whole head first."""
     answer = sent(daemon, data)
     assert 400 <= answer.status < 500
     problem(answer, answer.status)
 
 
-# -- what is no HTTP
+# -- malformed HTTP
 
 
 @pytest.mark.parametrize(
@@ -368,15 +366,15 @@ def test_a_head_that_is_too_large_is_answered_not_hung_up_on(
     ],
     ids=lambda data: repr(data.removeprefix(POST)[:40]),
 )
-def test_what_is_no_http_is_answered_by_a_problem(daemon: Daemon, data: bytes) -> None:
-    """400 that a program can read, and no task."""
+def test_malformed_requests_answer_400(daemon: Daemon, data: bytes) -> None:
+    """The body is a problem in JSON, and no task is created."""
     before = newest(daemon)
     problem(sent(daemon, data), 400)
     assert newest(daemon) == before
 
 
-def test_what_comes_behind_a_broken_request_is_not_answered(daemon: Daemon) -> None:
-    """Where one request ends is not known any more: nothing is taken for another."""
+def test_requests_behind_a_broken_one_are_not_answered(daemon: Daemon) -> None:
+    """After an error the daemon no longer knows where the next request begins."""
     before = newest(daemon)
     requests = [
         b"GET /tasks HTTP/1.1\r\nno colon\r\n\r\n",
@@ -395,8 +393,8 @@ def test_what_comes_behind_a_broken_request_is_not_answered(daemon: Daemon) -> N
     assert newest(daemon) == before
 
 
-def test_a_method_in_lower_case_is_another_method(daemon: Daemon) -> None:
-    """Methods are case-sensitive: ``head`` is not HEAD, and must not kill as GET does."""
+def test_a_method_in_lower_case_is_refused(daemon: Daemon) -> None:
+    """Methods are case-sensitive: ``get`` must not kill as GET does."""
     number = daemon.sh("exec sleep 100")
     for method in (b"head", b"get", b"post", b"Get"):
         request = b"%s /task/%d/kill HTTP/1.1\r\nHost: localhost\r\n\r\n" % (method, number)
@@ -410,8 +408,8 @@ def test_a_method_in_lower_case_is_another_method(daemon: Daemon) -> None:
 # -- many requests on one connection
 
 
-def test_a_connection_serves_one_request_after_the_other(daemon: Daemon) -> None:
-    """Also behind errors, without a body and with one, and until the client closes it."""
+def test_a_connection_serves_successive_requests(daemon: Daemon) -> None:
+    """It stays open after errors, with and without a body, until the client closes it."""
     connection = daemon.connect()
     connection.connect()
     sock = connection.sock
@@ -435,8 +433,8 @@ def test_a_connection_serves_one_request_after_the_other(daemon: Daemon) -> None
     connection.close()
 
 
-def test_requests_sent_at_once_are_answered_in_order(daemon: Daemon) -> None:
-    """A client need not wait for one answer to send the next request."""
+def test_pipelined_requests_are_answered_in_order(daemon: Daemon) -> None:
+    """A client need not wait for a response before it sends the next request."""
     number = daemon.sh("exec sleep 100")
     path = f"/task/{number}/state?timeout=1".encode()
     requests = [
@@ -470,8 +468,8 @@ def test_requests_sent_at_once_are_answered_in_order(daemon: Daemon) -> None:
     daemon.get(f"/task/{number}/kill")
 
 
-def test_what_is_sent_behind_a_long_poll_is_not_hoarded(daemon: Daemon) -> None:
-    """The daemon stops reading until it has answered, instead of keeping it all."""
+def test_requests_pipelined_behind_a_long_poll_are_not_buffered(daemon: Daemon) -> None:
+    """The daemon stops reading until it has answered the long-poll."""
     number = daemon.sh("exec sleep 100")
     daemon.forget_peak()
     before = daemon.memory()
@@ -481,7 +479,7 @@ def test_what_is_sent_behind_a_long_poll_is_not_hoarded(daemon: Daemon) -> None:
         wait_for(lambda: daemon.has_read(sock), "the daemon to read the poll")
         sock.setblocking(False)
         total = 0
-        # Full for a whole second: nobody takes anything any more.
+        # If the buffers are full for a second, the daemon has stopped reading.
         while select.select([], [sock], [], 1)[1]:
             total += sock.send(GET * 1000)
             assert total < 100 * MIB
@@ -496,17 +494,17 @@ def test_what_is_sent_behind_a_long_poll_is_not_hoarded(daemon: Daemon) -> None:
 
 @pytest.fixture(params=[(), ("--dev",)], ids=["http", "tls"])
 def few(start: Start, request: pytest.FixtureRequest) -> Daemon:
-    """Return a daemon that has few connections."""
+    """Return a daemon with few connections."""
     return start("--command", SHELL, *request.param, program=FEW)
 
 
 def hold_all(daemon: Daemon, stack: ExitStack) -> tuple[list[HTTPConnection], Answer]:
-    """Return all connections that a daemon has, and what the next one was told."""
+    """Return all connections that the daemon accepts, and the response to the next one."""
     held: list[HTTPConnection] = []
     while len(held) < CROWD:
         connection = daemon.connect()
         stack.callback(connection.close)
-        with suppress(OSError):  # it is told without being asked, and closed
+        with suppress(OSError):  # the daemon answers and closes before it reads a request
             connection.request("GET", "/tasks?limit=1")
         answer = Answer(connection.getresponse())
         if answer.status != 200:
@@ -515,10 +513,10 @@ def hold_all(daemon: Daemon, stack: ExitStack) -> tuple[list[HTTPConnection], An
     raise AssertionError("there was room for everybody")
 
 
-def test_one_connection_too_many_is_told_so(few: Daemon) -> None:
-    """Those before are served, and so is the next one after them.
+def test_a_connection_beyond_the_limit_answers_503(few: Daemon) -> None:
+    """Earlier connections are served, and new ones when an earlier one is closed.
 
-    Tasks still start: the files that they need are not for connections.
+    Tasks still start, as some files are kept free for them.
     """
     with ExitStack() as stack:
         held, refusal = hold_all(few, stack)
@@ -535,8 +533,8 @@ def test_one_connection_too_many_is_told_so(few: Daemon) -> None:
     wait_for(lambda: few.get("/tasks?limit=1").status == 200, "a free connection")
 
 
-def test_one_connection_too_many_is_told_when_to_try_again(few: Daemon) -> None:
-    """503 has Retry-After, like every 503 of ours."""
+def test_a_connection_beyond_the_limit_has_retry_after(few: Daemon) -> None:
+    """Every 503 of the daemon has this header."""
     with ExitStack() as stack:
         _, refusal = hold_all(few, stack)
         assert int(refusal.headers["Retry-After"] or 0) > 0
@@ -546,7 +544,7 @@ def test_one_connection_too_many_is_told_when_to_try_again(few: Daemon) -> None:
 
 
 def test_slow_readers_of_a_huge_output_cost_the_daemon_no_memory(start: Start) -> None:
-    """What they do not take stays on the disk; it is complete when they take it at last."""
+    """Unread output stays on the disk. A slow reader gets all of it in the end."""
     daemon = start("--command", SHELL)
     size = 40_000_000
     number = daemon.sh(f"head -c {size} /dev/zero | tr '\\0' x")
@@ -562,14 +560,14 @@ def test_slow_readers_of_a_huge_output_cost_the_daemon_no_memory(start: Start) -
         reader.request("GET", path)
         readers.append(reader)
     answers = [reader.getresponse() for reader in readers]
-    # They take some, in turns; meanwhile others are served.
+    # Each reader takes some in turn, and other clients are served meanwhile.
     received = [bytearray() for _ in answers]
     for _ in range(20):
         for answer, data in zip(answers, received, strict=True):
             data.extend(answer.read(32768))
         assert serves(daemon)
     assert daemon.peak() - before < FLAT
-    # One goes away, one takes all.
+    # One reader disconnects, and another reads to the end.
     readers[1].close()
     answers[1].close()
     received[0] += answers[0].read()
@@ -582,8 +580,11 @@ def test_slow_readers_of_a_huge_output_cost_the_daemon_no_memory(start: Start) -
     assert "Traceback" not in daemon.log.read_text()
 
 
-def test_a_reader_that_stops_keeps_nobody_else_waiting(daemon: Daemon) -> None:
-    """Of two who wait for the same end one reads at once, one late; both see all of it."""
+def test_a_stopped_reader_does_not_delay_another(daemon: Daemon) -> None:
+    """Two clients wait for the same end.
+
+    One reads at once, one late, and both get everything.
+    """
     size = 10_000_000
     number = daemon.sh(f"sleep 1; head -c {size} /dev/zero | tr '\\0' x")
     with daemon.open_socket() as sock:

@@ -1,4 +1,4 @@
-"""What is no plain name is refused and starts nothing; what is allowed arrives as it is."""
+"""Tests that malformed names start nothing, and that allowed values arrive unchanged."""
 
 import json
 import re
@@ -16,21 +16,21 @@ JSON = "application/json"
 FORM = "application/x-www-form-urlencoded"
 
 NASTY = [
-    # an option of whatever program comes next
+    # options of the next program
     *("-", "-x", "--help", "--conf-repo=x$(id)", "-c", "+x"),
     # words and commands of a shell
     *(";", "a;b", "a;touch x", "$(touch x)", "`touch x`", "$HOME", "${IFS}", "'; id; '"),
     *("a|b", "a&b", "a&&b", "a>b", "a<b", "a b", "a\tb", "~", "~root", "!x", "#x", "a=b"),
     *("'", '"', "\\", "a\\"),
-    # lines, ends, control characters
+    # line breaks, ends of strings, control characters
     *("a\n", "\na", "a\nb", "a\r\nX-Header: y", "a\0b", "\0", "a\x7f", "\x1b[31m"),
     # paths
     *(".", "..", "../x", "a/b", "/etc/passwd", "%2F", "a%2Fb", "%2e%2e", ".hidden"),
     # globs and lists
     *("*", "a*", "?", "[a]", "a[b]", "{a,b}", "a,b", ","),
-    # places in templates and formats
+    # placeholders of templates and formats
     *("{app}", "{config_repo}", "{variables}", "{0}", "%s", "%(x)s"),
-    # other alphabets, and what only looks like ours
+    # other alphabets, and characters that look like ASCII
     *("é", "\N{FULLWIDTH LATIN SMALL LETTER A}", "\N{CYRILLIC SMALL LETTER A}"),
     *("a\N{ZERO WIDTH SPACE}", "\N{RIGHT-TO-LEFT OVERRIDE}a", "\ufeffa"),
     *("\N{ARABIC-INDIC DIGIT THREE}", "𝄞"),
@@ -86,11 +86,11 @@ cat /proc/$$/environ
 
 
 class Printer:
-    """A daemon whose only program prints what it was given, byte for byte."""
+    """A daemon whose only program prints its arguments and environment, byte for byte."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.marker = folder / "marker"
-        """Is there as soon as the program has run."""
+        """This file exists as soon as the program has run."""
         self.program = folder / "print arguments"
         self.program.write_text(PRINT.format(marker=shlex.quote(str(self.marker))))
         self.program.chmod(0o755)
@@ -100,24 +100,24 @@ class Printer:
         self.daemon = Daemon(folder, *options, "--command", template)
 
     def traces(self) -> tuple[set[str], set[str], bool]:
-        """Return which tasks are recorded, which had a folder, and whether one ran."""
+        """Return the recorded tasks, those with a folder, and whether the program ran."""
         tasks = set(self.daemon.get("/tasks?limit=1000").json()["tasks"])
         folders = {path.name for path in self.daemon.state.glob("tasks/*")}
         return tasks, folders, self.marker.exists()
 
     def post(self, path: str, body: str | bytes = b"", kind: str = "") -> Answer:
-        """Send a POST whose path is taken as it is."""
+        """Send a POST with a path that is not encoded or changed."""
         headers = {"Content-Type": kind} if kind else {}
         body = body.encode() if isinstance(body, str) else body
         return self.daemon.request("POST", path, body, headers)
 
     def given(self, answer: Answer) -> tuple[list[bytes], dict[bytes, bytes]]:
-        """Return the arguments and the environment that a new task's program got."""
+        """Return the arguments and the environment of the program in a new task."""
         assert answer.status == 200, answer.body
         number = answer.json()["id"]
         assert self.daemon.ended(number)["status"] == "finished"
         data = self.daemon.output_file(number).read_bytes()
-        # No argument of ours is empty: two NULs are the end of them.
+        # No argument in these tests is empty, so two NULs are their end.
         shell, script, *arguments = data.partition(b"\0\0")[0].split(b"\0")
         assert (shell, script) == (b"/bin/sh", bytes(self.program))
         environment = data.partition(b"\0\0")[2].rstrip(b"\0").split(b"\0")
@@ -127,7 +127,7 @@ class Printer:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Printer]:
-    """Return a daemon on which no task is ever created."""
+    """Return a daemon on which no test creates a task."""
     printer = Printer(tmp_path_factory.mktemp("refusing"))
     yield printer
     printer.daemon.stop()
@@ -138,7 +138,7 @@ def refusing(shared: Printer) -> Iterator[Printer]:
     """Return a daemon that must neither create a task nor log a traceback."""
     log = shared.daemon.log
     begin = log.stat().st_size
-    # Nothing at all, unless an earlier test has failed and has left something.
+    # This is empty, unless an earlier test failed and left something.
     before = shared.traces()
     yield shared
     assert shared.traces() == before
@@ -147,7 +147,7 @@ def refusing(shared: Printer) -> Iterator[Printer]:
 
 @pytest.fixture(scope="module")
 def printer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Printer]:
-    """Return a daemon that runs what it is asked for."""
+    """Return a daemon that runs tasks."""
     printer = Printer(tmp_path_factory.mktemp("running"))
     yield printer
     printer.daemon.stop()
@@ -155,12 +155,12 @@ def printer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Printer]:
 
 
 def short(value: object) -> str:
-    """Return the name of a test's parameter."""
+    """Return the id of a parameter."""
     return ascii(value)[:40]
 
 
 def refused(answer: Answer, field: str) -> None:
-    """Check that an answer is a 4xx that names a field."""
+    """Check that a response is a 4xx problem for a field."""
     assert 400 <= answer.status < 500, answer.body
     problem(answer, answer.status, field)
 
@@ -169,29 +169,32 @@ def refused(answer: Answer, field: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES, ids=short)
-def test_a_nasty_name_in_the_url_is_refused(refusing: Printer, name: str) -> None:
-    """As app and as env, each byte of it percent-encoded, whatever the action is."""
+def test_nasty_names_in_the_url_answer_4xx(refusing: Printer, name: str) -> None:
+    """Each name is tried as app and as env, with every byte percent-encoded."""
     encoded = quote(name, safe="")
     refused(refusing.post(f"/{encoded}/production?action=run"), "app")
     refused(refusing.post(f"/site/{encoded}?action=run"), "env")
 
 
 @pytest.mark.parametrize("name", NAMES, ids=short)
-def test_a_nasty_action_is_refused(refusing: Printer, name: str) -> None:
-    """In JSON, escaped and not, in a form, and in the query."""
+def test_nasty_actions_answer_4xx(refusing: Printer, name: str) -> None:
+    """They are tried in JSON (escaped and not), in a form, and in the query."""
     site = "/site/production"
     for escaped in (True, False):
         body = json.dumps({"action": name}, ensure_ascii=escaped)
         refused(refusing.post(site, body, JSON), "action")
-        # What the body says is not replaced by a query that would be allowed.
+        # An action in the body is not replaced by an allowed one in the query.
         refused(refusing.post(f"{site}?action=run", body, JSON), "action")
     refused(refusing.post(site, urlencode({"action": name}), FORM), "action")
     refused(refusing.post(f"{site}?{urlencode({'action': name})}"), "action")
 
 
 @pytest.mark.parametrize("key", KEYS, ids=short)
-def test_a_nasty_key_of_a_variable_is_refused(refusing: Printer, key: str) -> None:
-    """In JSON and in a form; the field is the variable, as far as it can be said."""
+def test_nasty_keys_of_variables_answer_400(refusing: Printer, key: str) -> None:
+    """They are tried in JSON and in a form.
+
+    The field names the variable, shortened if long.
+    """
     json_body = json.dumps({"action": "run", "variables": {key: "x"}})
     form_body = urlencode({"action": "run", f"variables[{key}]": "x"})
     for body, kind in ((json_body, JSON), (form_body, FORM)):
@@ -200,8 +203,8 @@ def test_a_nasty_key_of_a_variable_is_refused(refusing: Printer, key: str) -> No
         assert found["field"].startswith(f"variables.{key[:50]}")
 
 
-def test_half_a_surrogate_pair_in_a_key_is_refused(refusing: Printer) -> None:
-    """JSON can say it, no answer can repeat it; it is bad input like any other."""
+def test_half_a_surrogate_pair_in_a_key_answers_400(refusing: Printer) -> None:
+    """JSON can express it, but a response cannot repeat it."""
     for key in ("\\ud800", "a\\udfff", "\\udc80"):
         body = f'{{"action": "run", "variables": {{"{key}": "x"}}}}'
         answer = refusing.post("/site/production", body, JSON)
@@ -210,8 +213,8 @@ def test_half_a_surrogate_pair_in_a_key_is_refused(refusing: Printer) -> None:
         assert found["field"].startswith("variables")
 
 
-def test_raw_bytes_in_the_url_are_refused(refusing: Printer) -> None:
-    """Also where they are not percent-encoded, which no client of ours would do."""
+def test_raw_bytes_in_the_url_answer_400(refusing: Printer) -> None:
+    """A client should percent-encode them, but an attacker need not."""
     daemon = refusing.daemon
     for app in (b"\xff", "é".encode(), b"a\x01b", b"a\\b", b"*", b"$(id)", b"`id`", b"a;b"):
         with daemon.open_socket() as sock:
@@ -240,14 +243,14 @@ def test_raw_bytes_in_the_url_are_refused(refusing: Printer) -> None:
         "/;/production/x",
     ],
 )
-def test_a_path_of_another_form_is_refused(refusing: Printer, path: str) -> None:
-    """Two names are two names: nothing is joined, cut, or tidied up to become two."""
+def test_paths_of_another_form_answer_4xx(refusing: Printer, path: str) -> None:
+    """The daemon does not join, cut or normalise a path until it has two names."""
     answer = refusing.post(f"{path}?action=run")
     assert answer.status in {400, 404, 405}
     problem(answer, answer.status, answer.json().get("field"))
 
 
-# -- whatever the settings allow
+# -- limits that settings cannot lift
 
 ALL = "".join(f"{name}-pattern = '(?s:.*)'\n" for name in ("app", "env", "action"))
 
@@ -273,7 +276,10 @@ UNNAMEABLE = [
 def test_a_pattern_that_allows_everything_allows_no_forgery(
     loose: Printer, name: str
 ) -> None:
-    """No other variable, no option, no line of a log; each field is named."""
+    """A name cannot add a variable, an option or a line of the log.
+
+    Each response has the field.
+    """
     encoded = quote(name, safe="")
     site = "/site/production"
     if name:
@@ -292,7 +298,7 @@ def test_a_pattern_that_allows_everything_allows_no_forgery(
 
 
 def test_a_value_of_several_lines_is_one_line_of_the_log(loose: Printer) -> None:
-    """It arrives as it is, and what the log and the task show has no line of its own."""
+    """The program gets the value unchanged. The log and the task show it escaped."""
     value = "1\nTask 7 killed: x\r\x1b[2K"
     body = json.dumps({"action": "let's go", "variables": {"to be": value}})
     arguments, _ = loose.given(loose.post("/my%20site/production", body, JSON))
@@ -310,10 +316,8 @@ def test_a_value_of_several_lines_is_one_line_of_the_log(loose: Printer) -> None
 
 
 @pytest.mark.parametrize("data", NO_TEXT, ids=short)
-def test_bytes_that_are_no_text_are_refused_everywhere(
-    refusing: Printer, data: bytes
-) -> None:
-    """Wrong UTF-8 is never guessed at: not in the URL, the query, a form, nor JSON."""
+def test_invalid_utf_8_answers_4xx_everywhere(refusing: Printer, data: bytes) -> None:
+    """The daemon never guesses an encoding, neither in the URL nor in a form or JSON."""
     encoded = quote_from_bytes(data, safe="")
     site = "/site/production"
     refused(refusing.post(f"/{encoded}/production?action=run"), "app")
@@ -332,23 +336,23 @@ def test_bytes_that_are_no_text_are_refused_everywhere(
 
 
 @pytest.mark.parametrize("body", NO_OBJECT, ids=short)
-def test_a_body_that_is_no_json_object_is_refused(refusing: Printer, body: str) -> None:
-    """Also if the query alone would be enough; however deep it is nested."""
+def test_a_body_that_is_no_json_object_answers_4xx(refusing: Printer, body: str) -> None:
+    """Deep nesting does not matter, nor a query that alone would be enough."""
     refused(refusing.post("/site/production", body, JSON), "body")
     refused(refusing.post("/site/production?action=run", body, JSON), "body")
 
 
 @pytest.mark.parametrize("value", NO_NAME)
-def test_an_action_that_is_no_text_is_refused(refusing: Printer, value: str) -> None:
-    """A number is not made a text, and nothing at all is not replaced by the query."""
+def test_an_action_that_is_no_string_answers_4xx(refusing: Printer, value: str) -> None:
+    """A number is not converted to a string, and null is not replaced by the query."""
     body = f'{{"action": {value}}}'
     refused(refusing.post("/site/production", body, JSON), "action")
     refused(refusing.post("/site/production?action=run", body, JSON), "action")
 
 
 @pytest.mark.parametrize("value", ["1", "true", "null", "[]", '["a=b"]', '"a=b"', '""'])
-def test_variables_that_are_no_object_are_refused(refusing: Printer, value: str) -> None:
-    """They are named as a whole."""
+def test_variables_that_are_no_object_answer_4xx(refusing: Printer, value: str) -> None:
+    """The field is ``variables``."""
     body = f'{{"action": "run", "variables": {value}}}'
     refused(refusing.post("/site/production", body, JSON), "variables")
     form = urlencode({"action": "run", "variables": value})
@@ -356,22 +360,22 @@ def test_variables_that_are_no_object_are_refused(refusing: Printer, value: str)
 
 
 @pytest.mark.parametrize("value", NO_VALUE)
-def test_a_value_that_is_no_text_nor_number_is_refused(
+def test_a_value_that_is_no_string_or_number_answers_4xx(
     refusing: Printer, value: str
 ) -> None:
-    """No boolean, no list, no NUL, no half character, no number that is none."""
+    """Strings with NUL or half a surrogate pair and infinite numbers are refused too."""
     body = f'{{"action": "run", "variables": {{"good": "x", "bad": {value}}}}}'
     refused(refusing.post("/site/production", body, JSON), "variables.bad")
 
 
-def test_nul_in_a_value_of_a_form_is_refused(refusing: Printer) -> None:
-    """It could not be handed to any program."""
+def test_nul_in_a_value_of_a_form_answers_4xx(refusing: Printer) -> None:
+    """No program can receive NUL in an argument."""
     form = "action=run&variables[bad]=a%00b"
     refused(refusing.post("/site/production", form, FORM), "variables.bad")
 
 
-def test_a_body_of_another_type_is_not_guessed_at(refusing: Printer) -> None:
-    """JSON that is not called JSON is refused, and so is a form that is called one."""
+def test_a_body_of_another_content_type_is_refused(refusing: Printer) -> None:
+    """JSON needs the media type of JSON, and a form needs that of forms."""
     body = '{"action": "run"}'
     site = "/site/production"
     for kind in ("", "text/plain", "text/json", "application/xml", "multipart/form-data"):
@@ -384,8 +388,8 @@ def test_a_body_of_another_type_is_not_guessed_at(refusing: Printer) -> None:
 # -- bounds
 
 
-def test_one_more_than_is_allowed_is_refused(refusing: Printer) -> None:
-    """Of characters in a name, of variables, of bytes in them, of fields in a query."""
+def test_one_more_than_the_limits_answers_4xx(refusing: Printer) -> None:
+    """Names, the number and size of variables, and the fields of a query are limited."""
     site = "/site/production"
 
     def variables(values: Mapping[str, object]) -> Answer:
@@ -405,8 +409,8 @@ def test_one_more_than_is_allowed_is_refused(refusing: Printer) -> None:
     refused(refusing.post(site, f"action=run&{query}", FORM), "body")
 
 
-def test_as_much_as_is_allowed_arrives(printer: Printer) -> None:
-    """Names of 100 and an action of 200 characters; 100 variables, 64 KiB of them."""
+def test_names_and_variables_of_exactly_the_limits_arrive(printer: Printer) -> None:
+    """Names have 100 characters, an action has 200; there are 100 variables with 64 KiB."""
     app, env, action = "A" + ".-_z9" * 19 + "Abcd", "_" * 100, "a:b." * 50
     values = {f"v{i:02}": "" for i in range(99)}
     values["last"] = "x" * (65536 - 99 * 3 - 4)
@@ -423,7 +427,7 @@ def test_as_much_as_is_allowed_arrives(printer: Printer) -> None:
     assert arguments[3:] == [f"{key}=x".encode()]
 
 
-# -- what is allowed arrives as it is
+# -- allowed values arrive unchanged
 
 
 VALUES = [
@@ -474,7 +478,7 @@ VALUES = [
 def checked(
     given: tuple[list[bytes], dict[bytes, bytes]], values: Mapping[str, str]
 ) -> None:
-    """Check that each variable is one argument and one variable of the environment."""
+    """Check that each variable is one argument and one environment variable."""
     arguments, environment = given
     assert arguments[:3] == [b"site", b"production", b"run"]
     assert arguments[3:] == [f"{key}={value}".encode() for key, value in values.items()]
@@ -487,7 +491,7 @@ def checked(
 def test_any_text_arrives_as_one_argument_byte_for_byte(
     printer: Printer, kind: str
 ) -> None:
-    """No shell, no template and no encoding on the way changes anything."""
+    """No shell, template or encoding changes it."""
     values = {f"v{i}": value for i, value in enumerate(VALUES)}
     assert len(values) <= 100
     if kind == FORM:
@@ -500,8 +504,8 @@ def test_any_text_arrives_as_one_argument_byte_for_byte(
     assert printer.daemon.task(answer.json()["id"])["variables"] == values
 
 
-def test_what_json_escapes_and_numbers_arrive_as_what_they_mean(printer: Printer) -> None:
-    """A pair of surrogates is one character; a number is the text of that number."""
+def test_json_escapes_and_numbers_arrive_decoded(printer: Printer) -> None:
+    """A surrogate pair becomes one character, and a number becomes its text."""
     body = (
         '{"action": "run", "variables": {"a": "\\ud83d\\ude00", "b": "\\u0041\\/\\"",'
         ' "c": 0, "d": -5, "e": 1.5, "f": 1000000000000000000000000000000, "g.h-i": "x"}}'
@@ -519,7 +523,7 @@ def test_what_json_escapes_and_numbers_arrive_as_what_they_mean(printer: Printer
 
 
 def test_no_variable_changes_the_environment_of_the_program(printer: Printer) -> None:
-    """Whatever its name is, it stands there under a name of ours only."""
+    """Each variable is in the environment only as ``PULSAR_VAR_`` and its name."""
     names = "PATH HOME IFS ENV BASH_ENV LD_PRELOAD RUBYOPT PULSAR_APP PYTHONPATH".split()
     values: dict[str, Any] = dict.fromkeys(names, "/evil")
     plain = printer.given(printer.post("/site/production?action=run"))[1]
@@ -532,14 +536,14 @@ def test_no_variable_changes_the_environment_of_the_program(printer: Printer) ->
     assert rest[b"PULSAR_APP"] == b"site"
 
 
-def test_the_marker_proves_a_process(printer: Printer) -> None:
-    """The program makes it: where it is missing, the program has not run."""
+def test_the_marker_shows_that_the_program_ran(printer: Printer) -> None:
+    """The program makes the marker, so other tests can check that nothing ran."""
     printer.given(printer.post("/site/production?action=run"))
     tasks, folders, ran = printer.traces()
     assert tasks == folders
     assert ran
 
 
-def test_the_corpus_is_nasty() -> None:
-    """No text in it is a name that the contract allows; that would prove nothing."""
+def test_no_name_of_the_corpus_is_allowed() -> None:
+    """An allowed name in it would make the tests above meaningless."""
     assert not [n for n in NASTY if re.fullmatch(r"\w[\w.-]*", n, re.ASCII)]
