@@ -72,7 +72,7 @@ class Client:
 
     _reactor: Any
     url: str = field(converter=_without_slash)
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     ca_file: Path | None = None
     patience: float = PATIENCE
     deadline: float = ANSWER
@@ -88,9 +88,7 @@ class Client:
             policy = policy_for(self.ca_file)
         except (OSError, ValueError) as e:
             raise Unreachable(self.url, f"{self.ca_file}: {e}") from None
-        self._transport = Transport(
-            self._reactor, self.url, self.token, policy, self.deadline
-        )
+        self._transport = Transport(self._reactor, self, policy)
 
     async def close(self) -> None:
         """Close the connections that are kept for later."""

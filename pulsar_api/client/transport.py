@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, Protocol, cast
 
 from OpenSSL import SSL
 from treq.client import HTTPClient
@@ -23,20 +23,21 @@ _GATEWAY = frozenset({502, 503, 504})  # of a proxy, while the daemon is away
 _MAX_PROBLEM = 2 << 20  # bytes
 
 
+class Settings(Protocol):
+    """What there is to know of the client, which may change between two requests."""
+
+    url: str
+    token: str | None
+    deadline: float
+
+
 class Transport:
     """The connections to one daemon."""
 
     def __init__(
-        self,
-        reactor: Any,
-        url: str,
-        token: str | None,
-        policy: BrowserLikePolicyForHTTPS,
-        deadline: float,
+        self, reactor: Any, settings: Settings, policy: BrowserLikePolicyForHTTPS
     ) -> None:
-        self.url = url
-        self.token = token
-        self.deadline = deadline
+        self._settings = settings
         self._reactor = reactor
         self._pool = HTTPConnectionPool(reactor, persistent=True)
         self._http = HTTPClient(bounded_agent(reactor, policy, self._pool))
@@ -49,7 +50,7 @@ class Transport:
 
     def content(self, response: IResponse, most: int | None) -> Deferred[bytes]:
         """Fire with the body of an answer; fail as `Body`, beyond ``most`` bytes too."""
-        body = Body(self._reactor, self.deadline, most)
+        body = Body(self._reactor, self._settings.deadline, most)
         response.deliverBody(body)
         return body.whole
 
@@ -75,19 +76,22 @@ class Transport:
         if body is not None:
             data = json.dumps(body).encode()
             given.setRawHeaders("Content-Type", ["application/json"])
-        if self.token is not None:
-            given.setRawHeaders("Authorization", [f"Bearer {self.token}"])
+        token, seconds = self._settings.token, wait + self._settings.deadline
+        if token is not None:
+            given.setRawHeaders("Authorization", [f"Bearer {token}"])
         try:
-            response = await self._head(method, path, data, given, wait + self.deadline)
+            response = await self._head(method, path, data, given, seconds)
         except (SSL.Error, *BROKEN) as e:
             why = tls_reason(e)
             if why:
-                raise Unreachable(self.url, why) from None
+                raise Unreachable(self._settings.url, why) from None
             raise
         except ConnectingCancelledError:
             raise CancelledError from None
         except (ValueError, TypeError, SchemeNotSupported) as e:
-            raise Unreachable(self.url, f"this is not the URL of a daemon: {e}") from None
+            raise Unreachable(
+                self._settings.url, f"this is not the URL of a daemon: {e}"
+            ) from None
         if response.code >= 300:
             raise await self._refusal(response)
         return cast("IResponse", response)
@@ -102,7 +106,7 @@ class Transport:
 
         answer: Deferred[Any] = self._http.request(
             method,
-            self.url + path,
+            self._settings.url + path,
             data=data,
             headers=headers,
             allow_redirects=False,
@@ -118,7 +122,7 @@ class Transport:
             kind = problem["type"].rpartition(":")[2]
             detail = str(problem["detail"])
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            error = not_the_daemon(self.url, f"status {response.code}")
+            error = not_the_daemon(self._settings.url, f"status {response.code}")
             if response.code in _GATEWAY:
                 return Refused(response.code, "gateway", error.detail)
             return error
