@@ -1,4 +1,4 @@
-"""The API of release 0.6: REST, SockJS, and the client that was published for it."""
+"""Tests of the API of release 0.6: REST, SockJS, and its published client."""
 
 import json
 import os
@@ -24,14 +24,14 @@ JOB = set("id status timestamp exitCode pid command args stdout output".split())
 
 @pytest.fixture
 def daemon(start: Start) -> Iterator[Daemon]:
-    """Return a daemon that runs lines of shell; its log must stay free of tracebacks."""
+    """Return a daemon that runs lines of shell. Its log must have no traceback."""
     daemon = start("--command", SHELL, "--kill-grace=1")
     yield daemon
     assert "Traceback" not in daemon.log.read_text()
 
 
 def create(daemon: Daemon, run: str, **more: object) -> dict[str, Any]:
-    """Create a job as the clients of that release do."""
+    """Create a job as the clients of release 0.6 do."""
     value = {"task": "run", "taskVariables": {"run": run}, **more}
     answer = daemon.post("/site/production", value)
     assert answer.status == 200, answer.body
@@ -48,8 +48,8 @@ def job(daemon: Daemon, number: int) -> dict[str, Any]:
 # -- REST
 
 
-def test_a_job_is_a_task(daemon: Daemon) -> None:
-    """The same number, in the words of that release; stdout has no stderr in it."""
+def test_a_job_is_a_task_with_the_same_number(daemon: Daemon) -> None:
+    """It has the field names of release 0.6, and its stdout has no stderr in it."""
     created = create(daemon, "echo out; echo err >&2; exit 3")
     assert created["id"] == created["taskId"]
     assert created["url"].endswith(f"/web#job/{created['id']}")
@@ -65,8 +65,11 @@ def test_a_job_is_a_task(daemon: Daemon) -> None:
     assert daemon.get("/job/99").status == 404
 
 
-def test_who_wants_to_wait_is_answered_at_the_end(daemon: Daemon) -> None:
-    """With the job; also a failure is a 200. A form says it in another way."""
+def test_a_request_with_wait_is_answered_at_the_end_of_the_job(daemon: Daemon) -> None:
+    """The response has the job.
+
+    Its status is 200 even if the job failed, and forms work too.
+    """
     created = create(daemon, "sleep 0.1; echo done; exit 3", wait=True)
     assert (created["data"]["status"], created["data"]["stdout"]) == ("FAILED", "done\n")
     form = "task=run&wait=true&taskVariables[run]=echo+form"
@@ -75,8 +78,9 @@ def test_who_wants_to_wait_is_answered_at_the_end(daemon: Daemon) -> None:
     assert answer.json()["data"]["stdout"] == "form\n"
 
 
-def test_who_waits_may_go_away(daemon: Daemon, tmp_path: Path) -> None:
-    """The job goes on."""
+def test_a_job_continues_when_its_waiting_client_disconnects(
+    daemon: Daemon, tmp_path: Path
+) -> None:
     go = tmp_path / "go"
     os.mkfifo(go)
     value = {"task": "run", "taskVariables": {"run": f"read x < {go}; echo end"}}
@@ -106,24 +110,24 @@ def test_who_waits_may_go_away(daemon: Daemon, tmp_path: Path) -> None:
         ({"taskVariables": {}}, "action"),
     ],
 )
-def test_what_that_release_refused_is_refused(
+def test_requests_that_release_0_6_refused_answer_400(
     daemon: Daemon, body: dict[str, object], field: str
 ) -> None:
-    """And nothing is started."""
+    """No job is created."""
     problem(daemon.post("/site/production", body), 400, field)
     assert daemon.get("/jobs").json() == []
 
 
-def test_numbers_and_empty_texts_are_variables(daemon: Daemon) -> None:
-    """An empty one ended that release's daemon."""
+def test_numbers_and_empty_strings_are_valid_variables(daemon: Daemon) -> None:
+    """An empty string ended the daemon of release 0.6."""
     value = {"task": "run", "taskVariables": {"run": "", "n": 5, "f": 1.5}, "wait": True}
     answer = daemon.post("/site/production", value)
     assert answer.json()["data"]["status"] == "FINISHED"
     assert answer.json()["data"]["args"]["taskVariables"]["n"] == "5"
 
 
-def test_pages_are_pages(daemon: Daemon) -> None:
-    """Newest first, ten at a time, or as many as one wants."""
+def test_jobs_are_listed_in_pages_newest_first(daemon: Daemon) -> None:
+    """A page has ten jobs by default."""
     numbers = [create(daemon, "true")["id"] for _ in range(23)]
     for number in numbers:
         daemon.ended(number)
@@ -141,8 +145,8 @@ def test_pages_are_pages(daemon: Daemon) -> None:
     problem(daemon.get("/jobs?currentPage=-1"), 400, "currentPage")
 
 
-def test_a_job_is_killed_and_started_again(daemon: Daemon) -> None:
-    """What failed or was killed is started anew; what runs or went well is not."""
+def test_failed_and_killed_jobs_can_be_restarted(daemon: Daemon) -> None:
+    """Running and successful jobs answer 409."""
     number = create(daemon, "echo ready; exec sleep 60")["id"]
     wait_for(lambda: job(daemon, number)["output"], "the start")
     assert job(daemon, number)["status"] == "RUNNING"
@@ -166,10 +170,11 @@ def test_a_job_is_killed_and_started_again(daemon: Daemon) -> None:
         problem(daemon.request("POST", path, headers=foreign), 403)
 
 
-def test_the_actions_of_an_app_can_be_listed(
-    start: Start, repo: Path, script: Script
-) -> None:
-    """With scripts they are its executables; a free command has no list."""
+def test_actions_of_an_app_are_listed(start: Start, repo: Path, script: Script) -> None:
+    """With ``--command scripts`` they are the executables of the app.
+
+    Other commands have no list.
+    """
     for name in ("deploy", "roll-back"):
         script(name, "#!/bin/sh\n")
     (repo / "apps" / "site" / "README").write_text("no action")
@@ -188,8 +193,8 @@ def test_the_actions_of_an_app_can_be_listed(
 # -- SockJS
 
 
-def test_sockjs_says_what_it_is(daemon: Daemon) -> None:
-    """As version 0.3 of its protocol has it."""
+def test_sockjs_describes_itself(daemon: Daemon) -> None:
+    """The responses are those of version 0.3 of the SockJS protocol."""
     welcome = daemon.get("/websocket")
     assert (welcome.status, welcome.body) == (200, b"Welcome to SockJS!\n")
     info = daemon.get("/websocket/info")
@@ -202,7 +207,7 @@ def test_sockjs_says_what_it_is(daemon: Daemon) -> None:
 
 
 def events(frames: list[str], number: int) -> list[tuple[str, dict[str, Any]]]:
-    """Return what frames say of one job."""
+    """Return the events of one job in some frames."""
     found = []
     for frame in frames:
         if frame.startswith("a"):
@@ -214,12 +219,12 @@ def events(frames: list[str], number: int) -> list[tuple[str, dict[str, Any]]]:
 
 
 def told_all(told: list[tuple[str, dict[str, Any]]]) -> bool:
-    """Return whether the end of a job was told."""
+    """Return whether the last event is the end of a job."""
     return told != [] and told[-1][0] == "job.close"
 
 
 def checked(told: list[tuple[str, dict[str, Any]]]) -> None:
-    """Check the story of a job that prints on both streams and ends with 3."""
+    """Check all events of a job that prints on both streams and exits with 3."""
     kinds = [kind for kind, _ in told]
     assert kinds[0] == "job.create"
     assert kinds[-1] == "job.close"
@@ -230,8 +235,8 @@ def checked(told: list[tuple[str, dict[str, Any]]]) -> None:
     assert (last["stdout"], last["output"]) == ("out\n", "out\nerr\n")
 
 
-def test_a_session_by_polling(daemon: Daemon) -> None:
-    """One frame for each request."""
+def test_a_session_by_polling_gets_all_events(daemon: Daemon) -> None:
+    """Each request returns one frame."""
     path = "/websocket/000/first/xhr"
     assert daemon.post(path).body == b"o\n"
     number = create(daemon, "echo out; echo err >&2; exit 3")["id"]
@@ -243,14 +248,14 @@ def test_a_session_by_polling(daemon: Daemon) -> None:
     checked(events(frames, number))
 
 
-def test_a_session_by_streaming(daemon: Daemon) -> None:
-    """All frames as lines of one answer, after a prelude."""
+def test_a_session_by_streaming_gets_all_events(daemon: Daemon) -> None:
+    """The frames are lines of one response, after a prelude."""
     with closing(daemon.connect()) as connection:
         connection.request("POST", "/websocket/000/second/xhr_streaming")
         response = connection.getresponse()
         assert response.readline() == b"h" * 2048 + b"\n"
         assert response.readline() == b"o\n"
-        # A second one is told that there is one.
+        # A second connection of the session is refused.
         busy = daemon.post("/websocket/000/second/xhr_streaming").body
         assert busy.endswith(b'\nc[2010,"Another connection still open"]\n')
         assert daemon.post("/websocket/000/second/xhr").body == (
@@ -269,7 +274,7 @@ def test_a_session_by_streaming(daemon: Daemon) -> None:
 
 
 def test_a_session_ends_when_its_client_stays_away(daemon: Daemon) -> None:
-    """After 5 seconds; whoever comes back begins anew."""
+    """It ends after 5 seconds. A client that comes back gets a new session."""
     path = "/websocket/000/third/xhr"
     assert daemon.post(path).body == b"o\n"
     wait_for(
@@ -279,8 +284,8 @@ def test_a_session_ends_when_its_client_stays_away(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"x", b"{}", b"[1]", b"[" * 5000, b"\xff"])
-def test_what_is_no_message_is_refused(daemon: Daemon, body: bytes) -> None:
-    """And the session goes on."""
+def test_malformed_messages_answer_400(daemon: Daemon, body: bytes) -> None:
+    """The session stays open."""
     daemon.post("/websocket/000/fourth/xhr")
     problem(daemon.request("POST", "/websocket/000/fourth/xhr_send", body), 400, "body")
     unknown = daemon.request("POST", "/websocket/000/nobody/xhr_send", body)
@@ -288,8 +293,8 @@ def test_what_is_no_message_is_refused(daemon: Daemon, body: bytes) -> None:
     assert daemon.post("/websocket/000/fourth/xhr_send", []).status == 204
 
 
-def test_a_session_by_websocket(daemon: Daemon) -> None:
-    """The same frames, one a message; whoever says who it is is heard."""
+def test_a_session_by_websocket_gets_all_events(daemon: Daemon) -> None:
+    """Each message has one of the same frames, and a client can send its token."""
     client = WebSocket(daemon)
     with client.sock as sock:
         assert client.frame() == "o"
@@ -324,10 +329,10 @@ def test_a_session_by_websocket(daemon: Daemon) -> None:
     ],
     ids=["words", "object", "bytes", "deep", "long", "no-frame", "unmasked"],
 )
-def test_a_websocket_that_says_nonsense_is_closed(
+def test_a_websocket_that_sends_nonsense_is_closed(
     daemon: Daemon, data: TextMessage | BytesMessage | bytes
 ) -> None:
-    """And the others go on."""
+    """Other sockets continue."""
     good = WebSocket(daemon)
     assert good.frame() == "o"
     bad = WebSocket(daemon)
@@ -346,8 +351,8 @@ def test_a_websocket_that_says_nonsense_is_closed(
     daemon.ended(number)
 
 
-def test_another_site_gets_no_websocket(daemon: Daemon) -> None:
-    """A browser sends the origin; ours may, others may not."""
+def test_another_site_cannot_open_a_session(daemon: Daemon) -> None:
+    """The daemon compares the ``Origin`` that a browser sends with its own address."""
     foreign = WebSocket(daemon, "https://evil.example")
     assert b" 403 " in foreign.sock.recv(1 << 16).partition(b"\r\n")[0]
     foreign.sock.close()
@@ -361,8 +366,8 @@ def test_another_site_gets_no_websocket(daemon: Daemon) -> None:
     assert daemon.post("/websocket/000/socket/websocket").status == 405
 
 
-def test_of_a_huge_output_a_message_has_the_end(daemon: Daemon) -> None:
-    """And says where the rest is."""
+def test_a_message_has_the_end_of_a_huge_output(daemon: Daemon) -> None:
+    """Its first line names the request that returns the rest."""
     client = WebSocket(daemon)
     assert client.frame() == "o"
     number = create(daemon, "head -c 3000000 /dev/zero | tr '\\0' x; echo end")["id"]
@@ -381,7 +386,7 @@ def test_of_a_huge_output_a_message_has_the_end(daemon: Daemon) -> None:
 
 
 def flow(npm: Path, daemon: Daemon, *arguments: str) -> Any:
-    """Run the published client and return what it prints."""
+    """Run the published client and return its JSON output."""
     done = subprocess.run(
         ["node", "flow.js", f"http://{daemon.host}:{daemon.port}", *arguments],
         cwd=npm,
@@ -397,10 +402,10 @@ def flow(npm: Path, daemon: Daemon, *arguments: str) -> Any:
     [(JOBS, "one-by-one"), (50, "together")],
     ids=["one-by-one", "together"],
 )
-def test_the_published_client_hears_of_the_end_of_each_job(
+def test_the_published_client_gets_the_end_of_each_job(
     npm: Path, daemon: Daemon, count: int, how: str
 ) -> None:
-    """It learns the number of a job from the answer only, and jobs are short."""
+    """It learns the number of a job only from the response, and these jobs are short."""
     results = flow(npm, daemon, "run", str(count), how)
     assert len(results) == count
     for n, result in enumerate(results):
@@ -414,8 +419,8 @@ def test_the_published_client_hears_of_the_end_of_each_job(
         assert (data["stdout"], data["exitCode"]) == (f"out {n}\n", n % 2 * 3)
 
 
-def test_the_published_client_kills_and_lists(npm: Path, daemon: Daemon) -> None:
-    """It sees that a job runs, and that it was killed."""
+def test_the_published_client_kills_and_lists_jobs(npm: Path, daemon: Daemon) -> None:
+    """It sees the job run, and then its status ``KILLED``."""
     result = flow(npm, daemon, "kill")
     assert result["events"][-1] == "error: Job finished with status `KILLED`."
     assert [one["status"] for one in result["jobs"]] == ["KILLED"]

@@ -1,4 +1,4 @@
-"""The page without a mouse, and for who hears it: only keys are pressed here."""
+"""Tests of the page with a keyboard alone, and for users of screen readers."""
 
 from collections.abc import Iterator
 
@@ -10,9 +10,9 @@ from tests.integration.browser import chromium
 from tests.integration.daemon import PATIENCE, SHELL, Daemon
 
 STOPS = 40
-"""More than one has to press Tab on any view."""
+"""More presses of Tab than any view needs."""
 LINES = "seq 1000; while :; do sleep 1; done"
-"""A task that prints and then runs on."""
+"""A task that prints and then keeps running."""
 
 FOCUS = """
 const it = document.activeElement;
@@ -41,13 +41,13 @@ def browser() -> Iterator[Chrome]:
 
 
 class Person:
-    """Somebody who has a keyboard only, and looks where the focus is."""
+    """A user with a keyboard alone, who checks where the focus is."""
 
     def __init__(self, driver: Chrome) -> None:
         self.driver = driver
 
     def press(self, *keys: str) -> None:
-        """Press keys, one after the other."""
+        """Press keys one after the other."""
         ActionChains(self.driver, duration=0).send_keys(*keys).perform()
 
     def back(self) -> None:
@@ -56,7 +56,7 @@ class Person:
         chain.key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).perform()
 
     def focus(self) -> str:
-        """Return the name of what has the focus, which is to be seen there."""
+        """Return the name of the element with the focus, which must be visible."""
         name, visible, outlined, on_screen, _ = self.driver.execute_script(FOCUS)
         assert visible, name
         assert outlined, name
@@ -68,7 +68,7 @@ class Person:
         return bool(self.driver.execute_script(FOCUS)[-1])
 
     def tab_to(self, name: str) -> None:
-        """Press Tab until something has the focus."""
+        """Press Tab until an element with this name has the focus."""
         seen = []
         for _ in range(STOPS):
             self.press(Keys.TAB)
@@ -78,14 +78,14 @@ class Person:
         raise AssertionError(f"no {name!r} among {seen}")
 
     def until(self, condition: str) -> None:
-        """Wait until an expression of JavaScript is true."""
+        """Wait until an expression in JavaScript is true."""
         wait = WebDriverWait(self.driver, PATIENCE, poll_frequency=0.02)
         wait.until(lambda d: d.execute_script(f"return Boolean({condition})"), condition)
 
 
 @pytest.fixture
 def person(browser: Chrome, daemon: Daemon) -> Person:
-    """Return somebody who looks at the list."""
+    """Return a user who looks at the list."""
     browser.get("about:blank")
     browser.get(f"{daemon.base}/web/")
     person = Person(browser)
@@ -94,7 +94,7 @@ def person(browser: Chrome, daemon: Daemon) -> Person:
 
 
 def seen(number: int) -> str:
-    """Return what is true when a line is seen in the log."""
+    """Return a condition in JavaScript: a line is visible in the log."""
     return (
         "(() => { "
         "const place = (it) => document.querySelector(it)?.getBoundingClientRect(); "
@@ -104,16 +104,16 @@ def seen(number: int) -> str:
 
 
 def test_a_task_is_started_followed_and_killed_by_keys(person: Person) -> None:
-    """From the list to the list, with the focus seen at each stop."""
+    """The focus is visible at every stop, from the list to the task and back."""
     press, until = person.press, person.until
-    # The skip link is the first thing, and leads to what the view has.
+    # The skip link is the first stop, and leads to the content.
     press(Keys.TAB)
     assert person.focus() == "Skip to the content"
     press(Keys.ENTER)
     until("document.activeElement.matches('main')")
     press(Keys.TAB)
     assert person.focus() == "search"
-    # Back to the button in the head of the page.
+    # Go back to the button in the head of the page.
     for _ in range(STOPS):
         person.back()
         if person.focus() == "Run…":
@@ -126,7 +126,7 @@ def test_a_task_is_started_followed_and_killed_by_keys(person: Person) -> None:
     press(Keys.ENTER)
     assert person.focus() == "Name"
     press("run", Keys.TAB, LINES, Keys.ENTER)
-    # The dialog is gone, the task is there, and so is the focus: at its heading.
+    # The dialog is closed, and the heading of the task has the focus.
     until("document.body.matches('.task') && document.activeElement.matches('h1')")
     until("document.activeElement.textContent.startsWith('site production run')")
     until(seen(1000))
@@ -134,7 +134,7 @@ def test_a_task_is_started_followed_and_killed_by_keys(person: Person) -> None:
     _search(person)
     _scroll(person)
     _kill(person)
-    # Back to the list.
+    # Go back to the list.
     for _ in range(STOPS):
         person.back()
         if "Tasks" in person.focus():
@@ -144,7 +144,7 @@ def test_a_task_is_started_followed_and_killed_by_keys(person: Person) -> None:
     assert (
         person.driver.execute_script("return document.activeElement.textContent") == "Tasks"
     )
-    # And to the task again.
+    # Go to the task again.
     person.tab_to(f"#{number}")
     press(Keys.ENTER)
     until("document.body.matches('.task')")
@@ -166,10 +166,10 @@ def _scroll(person: Person) -> None:
     person.until("document.querySelector('.log').scrollTop > 100")
     person.press(Keys.END)
     person.until(seen(1000))
-    # A line gets into the address, from where it can be sent.
+    # The key puts the line into the address, which the user can share.
     person.press("l")
     person.until("/^#L[0-9]+$/.test(location.hash) && document.querySelector('.marked')")
-    # At the end it is followed again; on the way up it is not.
+    # The log follows the end when the user is there, and stops when the user goes up.
     person.until("document.querySelector('.resume').hidden")
     person.press(Keys.PAGE_UP)
     person.until("!document.querySelector('.resume').hidden")
@@ -185,13 +185,13 @@ def _kill(person: Person) -> None:
         person.back()
         if person.focus() == "Kill…":
             break
-    for leave in (Keys.ESCAPE, Keys.ENTER):  # by the key, by the button that lets it run
+    for leave in (Keys.ESCAPE, Keys.ENTER):  # Escape, and the button "Keep it running"
         person.press(Keys.ENTER)
         person.until("document.querySelector('dialog[open]')")
         assert person.focus() == "Keep it running"
         for _ in range(5):
             person.press(Keys.TAB)
-            # Chromium goes by its own bar between the last thing and the first.
+            # Chromium goes through its own toolbar between the last element and the first.
             at = "document.activeElement.closest('dialog') || document.activeElement"
             assert person.driver.execute_script(f"return ({at}).localName") in {
                 "dialog",
@@ -207,7 +207,7 @@ def _kill(person: Person) -> None:
     person.tab_to("Kill site on production")
     person.press(Keys.ENTER)
     person.until("document.querySelector('.titles .killed')")
-    # What had the focus is no more: it must not be lost.
+    # The focused button is gone, so the page must move the focus.
     person.until("document.activeElement.matches('h1, .actions button')")
 
 
@@ -224,8 +224,10 @@ watch.observe(document.body, { subtree: true, childList: true, characterData: tr
 """
 
 
-def test_who_hears_the_page_is_not_flooded(person: Person, daemon: Daemon) -> None:
-    """A thousand lines are told in a few words, and the end is told."""
+def test_a_screen_reader_gets_a_few_announcements_of_a_task(
+    person: Person, daemon: Daemon
+) -> None:
+    """The page does not announce a thousand lines, but it announces the end."""
     number = daemon.sh("sleep 1; for i in $(seq 1000); do echo $i; sleep 0.001; done")
     person.driver.get(f"{daemon.base}/web/job/{number}")
     person.until("document.querySelector('.titles .running')")
@@ -237,12 +239,14 @@ def test_who_hears_the_page_is_not_flooded(person: Person, daemon: Daemon) -> No
     assert said[-1] == "The task is finished."
 
 
-def test_a_list_that_changes_says_little(person: Person, daemon: Daemon) -> None:
-    """Each task that begins and ends would be told, else."""
+def test_a_screen_reader_gets_few_announcements_of_a_list(
+    person: Person, daemon: Daemon
+) -> None:
+    """The page does not announce every start and end of a task."""
     person.driver.execute_script(WATCH)
     for _ in range(5):
         daemon.ended(daemon.sh("true"))
-    # The last of them is there.
+    # Wait for the last of the tasks.
     shown = "document.querySelector('.tasks li:first-child .finished')"
     person.until(f"document.querySelectorAll('.tasks li').length >= 5 && {shown}")
     said = person.driver.execute_script("return window.said")

@@ -1,4 +1,4 @@
-"""A kill by HTTP: whatever a task has started is gone soon, and the task says so."""
+"""Tests of kills by HTTP: no process of the task is left, and the task has the reason."""
 
 import os
 import signal
@@ -33,38 +33,38 @@ GRACE = 2
 LATE = 1.0
 """Seconds after the grace within which no process of a task is left."""
 NOISE = 2.0
-"""What a busy machine with two cores may add.
+"""Seconds that a busy machine with two cores may add.
 
-What the shim does between TERM and the result takes milliseconds, and its times in the
-files have no HTTP and no daemon in them; so this is only for not being given a processor.
+The shim needs milliseconds between TERM and the result, and the times in its files include
+neither HTTP nor the daemon. So this covers only the wait for a processor.
 """
 
 
 @define
 class Victim:
-    """A task whose processes can be found again."""
+    """A task whose processes the test can find."""
 
     daemon: Daemon
     number: int
     mark: str
 
     def left(self) -> list[int]:
-        """Return its processes that are alive."""
+        """Return the numbers of its live processes."""
         return marked(f"PULSAR_VAR_mark={self.mark}")
 
     def ready(self) -> None:
-        """Wait until it has printed ``ready``."""
+        """Wait until the task has printed ``ready``."""
         path = self.daemon.output_file(self.number)
         wait_for(lambda: path.exists() and b"ready" in path.read_bytes(), "ready")
 
     def kill(self) -> dict[str, object]:
-        """Kill it by HTTP, wait for its end and return it."""
+        """Kill the task by HTTP, wait for its end and return it."""
         answer = self.daemon.get(f"/task/{self.number}/kill")
         assert answer.status == 200
         return self.daemon.ended(self.number)
 
     def took(self) -> float:
-        """Return the seconds from TERM to the result, by the times in its files."""
+        """Return the seconds from TERM to the result, by the times in the task's files."""
         folder = self.daemon.output_file(self.number).parent
         records = list(Output(folder).records())
         clock = next(r for r in records if r.code == shim.CLOCK)
@@ -75,13 +75,13 @@ class Victim:
 
 @define
 class Victims:
-    """Starts lines of shell as tasks of one daemon."""
+    """A function that starts lines of shell as tasks of one daemon."""
 
     daemon: Daemon
     started: list[Victim] = field(factory=list)
 
     def __call__(self, run: str) -> Victim:
-        """Start one."""
+        """Start a task."""
         mark = uuid4().hex
         self.started.append(Victim(self.daemon, self.daemon.sh(run, mark=mark), mark))
         return self.started[-1]
@@ -92,7 +92,7 @@ OPTIONS = ("--command", SHELL, "--kill-grace", str(GRACE))
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """Return a daemon with a short grace that runs lines of shell, one for all tests."""
+    """Return a daemon with a short grace period, shared by the tests."""
     daemon = Daemon(tmp_path_factory.mktemp("daemon"), *OPTIONS)
     yield daemon
     daemon.stop()
@@ -100,13 +100,13 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 @pytest.fixture
 def victims(daemon: Daemon) -> Victims:
-    """Return what starts tasks to be killed."""
+    """Return a function that starts tasks."""
     return Victims(daemon)
 
 
 @pytest.fixture
 def mortal(start: Start) -> Victims:
-    """Return the same with a daemon of its own, which its test may kill."""
+    """Return such a function with a daemon of its own, which the test can kill."""
     return Victims(start(*OPTIONS))
 
 
@@ -134,8 +134,8 @@ STUBBORN = {
 
 
 @pytest.mark.parametrize("script", OBEDIENT.values(), ids=OBEDIENT.keys())
-def test_a_kill_ends_all_that_obeys_term_at_once(victims: Victims, script: str) -> None:
-    """No process is left when the task is told to have ended, long before the grace."""
+def test_a_kill_ends_a_task_that_obeys_term_at_once(victims: Victims, script: str) -> None:
+    """All its processes are gone when the task has ended, long before the grace is over."""
     victim = victims(script)
     victim.ready()
     ended = victim.kill()
@@ -147,10 +147,10 @@ def test_a_kill_ends_all_that_obeys_term_at_once(victims: Victims, script: str) 
 
 
 @pytest.mark.parametrize("script", STUBBORN.values(), ids=STUBBORN.keys())
-def test_a_kill_ends_what_ignores_term_after_the_grace(
+def test_a_kill_ends_a_task_that_ignores_term_after_the_grace(
     victims: Victims, script: str
 ) -> None:
-    """No process is left a second after it, and the reason says that force was needed."""
+    """No process is left a second later, and the reason says that KILL was sent."""
     victim = victims(script)
     victim.ready()
     ended = victim.kill()
@@ -161,10 +161,13 @@ def test_a_kill_ends_what_ignores_term_after_the_grace(
 
 
 @pytest.mark.parametrize("code", [0, 1, 143])
-def test_who_was_killed_is_killed_whatever_its_exit_code(
+def test_a_killed_task_is_killed_whatever_its_exit_code(
     victims: Victims, code: int
 ) -> None:
-    """Also a task that answers TERM by exit code 0 did not finish; the code is kept."""
+    """The status is ``killed`` even if the task answers TERM with exit code 0.
+
+    The code is kept.
+    """
     victim = victims(
         f"trap 'echo bye; exit {code}' TERM; echo ready; while :; do sleep 0.05; done"
     )
@@ -175,8 +178,8 @@ def test_who_was_killed_is_killed_whatever_its_exit_code(
     assert victim.left() == []
 
 
-def test_task_killed_after_its_command_has_ended_is_killed(victims: Victims) -> None:
-    """A child still holds the output: the task runs, so a kill ends it and says so."""
+def test_a_task_killed_after_the_end_of_its_command_is_killed(victims: Victims) -> None:
+    """The task still runs while a child holds its output, so a kill ends it."""
     victim = victims("while :; do echo ready; sleep 0.2; done & exit 0")
     victim.ready()
     time.sleep(1)
@@ -186,8 +189,8 @@ def test_task_killed_after_its_command_has_ended_is_killed(victims: Victims) -> 
     assert ended["reason"] == "Killed by 127.0.0.1."
 
 
-def test_a_kill_touches_no_other_task(victims: Victims) -> None:
-    """One that runs the very same thing goes on."""
+def test_a_kill_does_not_affect_other_tasks(victims: Victims) -> None:
+    """A task with the same command keeps running."""
     script = "echo ready; exec sleep 300"
     victim, other = victims(script), victims(script)
     victim.ready()
@@ -200,8 +203,8 @@ def test_a_kill_touches_no_other_task(victims: Victims) -> None:
     assert other.left() == []
 
 
-def test_whoever_waits_for_a_killed_task_is_answered(victims: Victims) -> None:
-    """Both long-polls tell of its end, and each kill answers with the task."""
+def test_a_long_poll_on_a_killed_task_is_answered(victims: Victims) -> None:
+    """Each kill answers with the task, also when it is repeated."""
     victim = victims("echo ready; exec sleep 300")
     victim.ready()
     state = Poll(victim.daemon, f"/task/{victim.number}/state")
@@ -214,7 +217,7 @@ def test_whoever_waits_for_a_killed_task_is_answered(victims: Victims) -> None:
 
 
 def test_a_kill_of_an_ended_task_changes_nothing(victims: Victims) -> None:
-    """It is answered by the task as it is."""
+    """The response is the task as it is."""
     victim = victims("echo ready; exit 3")
     before = victim.daemon.ended(victim.number)
     after = victim.daemon.get(f"/task/{victim.number}/kill?output=none")
@@ -223,13 +226,13 @@ def test_a_kill_of_an_ended_task_changes_nothing(victims: Victims) -> None:
 
 
 def test_a_kill_around_the_end_of_a_task_is_no_error(victims: Victims) -> None:
-    """Also when the result is on disk already and the daemon is about to read it."""
+    """The result can already be on the disk when the daemon gets the kill."""
     with closing(victims.daemon.connect()) as connection:
         for _ in range(30):
             victim = victims("exit 3")
             result = victim.daemon.output_file(victim.number).with_name("exit")
             end = time.monotonic() + PATIENCE
-            while not result.exists():  # without a pause: the moment is short
+            while not result.exists():  # no pause, because the moment is short
                 assert time.monotonic() < end
             connection.request("POST", f"/task/{victim.number}/kill?output=none")
             answer = connection.getresponse()
@@ -239,16 +242,16 @@ def test_a_kill_around_the_end_of_a_task_is_no_error(victims: Victims) -> None:
             assert (ended["status"], ended["exitCode"]) == ("failed", 3)
 
 
-def test_a_kill_right_after_the_creation_leaves_nothing(victims: Victims) -> None:
-    """Whether it meets the record, the shim that starts, or the command."""
+def test_a_kill_right_after_the_creation_leaves_no_process(victims: Victims) -> None:
+    """The kill can meet the record, the starting shim, or the command."""
     for _ in range(10):
         victim = victims("echo ready; exec sleep 300")
         assert victim.kill()["status"] == "killed"
         assert victim.left() == []
 
 
-def test_a_task_that_waits_is_killed_without_being_started(start: Start) -> None:
-    """It never runs, and the one before it is not touched."""
+def test_a_killed_task_that_waits_never_starts(start: Start) -> None:
+    """The task before it keeps running."""
     daemon = start("--command", SHELL, "--max-running", "1")
     victims = Victims(daemon)
     first, second = victims("echo ready; exec sleep 300"), victims("echo ready")
@@ -262,7 +265,7 @@ def test_a_task_that_waits_is_killed_without_being_started(start: Start) -> None
 
 
 def test_a_task_of_an_earlier_daemon_can_be_killed(mortal: Victims) -> None:
-    """After a kill -9 of the daemon the next one ends the whole tree just the same."""
+    """After a ``kill -9`` of the daemon, the next daemon ends the whole process tree."""
     victim = mortal(STUBBORN["own session"])
     victim.ready()
     victim.daemon.kill()
@@ -274,8 +277,11 @@ def test_a_task_of_an_earlier_daemon_can_be_killed(mortal: Victims) -> None:
     assert victim.took() < GRACE + LATE + NOISE
 
 
-def test_a_kill_that_was_asked_for_is_not_forgotten_by_a_restart(mortal: Victims) -> None:
-    """The daemon dies within the grace; the task ends as killed, and by whom is known."""
+def test_a_restart_does_not_forget_a_kill(mortal: Victims) -> None:
+    """The daemon dies during the grace period.
+
+    The task is killed, and the reason has the caller.
+    """
     victim = mortal(STUBBORN["child"])
     victim.ready()
     answer = victim.daemon.get(f"/task/{victim.number}/kill")
@@ -288,8 +294,8 @@ def test_a_kill_that_was_asked_for_is_not_forgotten_by_a_restart(mortal: Victims
     assert str(ended["reason"]).startswith("Killed by 127.0.0.1")
 
 
-def test_a_kill_from_the_shell_is_a_kill_too(victims: Victims) -> None:
-    """TERM to the process that watches the task is what the daemon does itself."""
+def test_a_term_signal_to_the_shim_kills_the_task(victims: Victims) -> None:
+    """The daemon uses the same signal."""
     victim = victims("echo ready; exec sleep 300")
     victim.ready()
     os.kill(shim_of(victim.daemon.output_file(victim.number).parent), 15)
@@ -299,8 +305,8 @@ def test_a_kill_from_the_shell_is_a_kill_too(victims: Victims) -> None:
     assert victim.left() == []
 
 
-def test_the_time_limits_end_the_whole_tree(start: Start) -> None:
-    """A task that takes too long, or is silent for too long, has failed and says why."""
+def test_time_limits_end_the_whole_process_tree(start: Start) -> None:
+    """The task has failed, and its reason names the option."""
     slow = Victims(start(*OPTIONS, "--task-timeout", "1"))
     quiet = Victims(start(*OPTIONS, "--silence-timeout", "1"))
     begin = time.time()
@@ -314,8 +320,8 @@ def test_the_time_limits_end_the_whole_tree(start: Start) -> None:
     assert time.time() - begin > 2
 
 
-def test_nothing_of_a_task_is_left_in_the_process_table(mortal: Victims) -> None:
-    """Neither a shim nor a zombie stays behind, with kill or without."""
+def test_an_ended_task_leaves_no_entry_in_the_process_table(mortal: Victims) -> None:
+    """Neither a shim nor a zombie stays, whether the task was killed or not."""
     for script in ("exit 0", "sleep 300 & echo ready; wait"):
         victim = mortal(script)
         if "ready" in script:
@@ -336,7 +342,7 @@ def test_nothing_of_a_task_is_left_in_the_process_table(mortal: Victims) -> None
     wait_for(lambda: children(launcher) == [], "the launcher to have no child")
 
 
-# -- a shim that is killed, or stopped
+# -- shims that are killed or stopped
 
 CLEARED = {
     "environment": "echo $$; exec env -i sleep 300",
@@ -352,7 +358,7 @@ CLEARED = {
 
 
 def printed(victim: Victim) -> proc.Key:
-    """Wait until a task has printed the number of a process, and return the process."""
+    """Wait until a task has printed a process id, and return that process."""
     path = victim.daemon.output_file(victim.number)
     wait_for(lambda: path.exists() and path.read_text().endswith("\n"), "the process")
     found = proc.Entry.of(int(path.read_text()))
@@ -361,16 +367,16 @@ def printed(victim: Victim) -> proc.Key:
 
 
 def watcher(victim: Victim) -> int:
-    """Return the number of a task's shim."""
+    """Return the process id of a task's shim."""
     lock = victim.daemon.output_file(victim.number).with_name("lock")
     return int(lock.read_text().split()[0])
 
 
 @pytest.mark.parametrize("script", CLEARED.values(), ids=CLEARED.keys())
-def test_nothing_is_left_of_a_task_whose_shim_was_killed(
+def test_a_task_whose_shim_was_killed_leaves_no_process(
     mortal: Victims, script: str
 ) -> None:
-    """However soon after its start, and whatever it did to be nobody's."""
+    """The processes have cleared the environment, or changed the session or name."""
     victim = mortal(script)
     process = printed(victim)
     try:
@@ -383,7 +389,9 @@ def test_nothing_is_left_of_a_task_whose_shim_was_killed(
 
 
 @pytest.mark.parametrize("script", CLEARED.values(), ids=CLEARED.keys())
-def test_the_next_daemon_leaves_nothing_of_it_either(mortal: Victims, script: str) -> None:
+def test_the_next_daemon_ends_processes_of_a_killed_shim(
+    mortal: Victims, script: str
+) -> None:
     """The daemon is killed together with the shim, some seconds after the start."""
     victim = mortal(script)
     process = printed(victim)
@@ -417,10 +425,10 @@ STOPS = {
 
 @pytest.mark.parametrize("restart", ["same", "next"])
 @pytest.mark.parametrize("script", STOPS.values(), ids=STOPS.keys())
-def test_a_task_that_stops_its_shim_is_killed(
+def test_a_task_that_stops_its_shim_can_be_killed(
     start: Start, script: str, restart: str
 ) -> None:
-    """The daemon wakes the shim, and does its work where that is not enough."""
+    """The daemon wakes the shim. If that is not enough, the daemon ends the task itself."""
     options = ("--command", SHELL, "--kill-grace=1", "--max-running-per-target=1")
     victims = Victims(start(*options))
     victim = victims(script)
@@ -451,7 +459,7 @@ def test_a_task_that_stops_its_shim_is_killed(
 def test_a_time_limit_ends_a_task_whose_shim_is_stopped(
     start: Start, how: str, option: str
 ) -> None:
-    """The daemon keeps both clocks as well."""
+    """The daemon watches both limits too."""
     victims = Victims(start("--command", SHELL, "--kill-grace=1", option, "2"))
     victim = victims(STOPS[how])
     lock = victim.daemon.output_file(victim.number).with_name("lock")
@@ -468,10 +476,10 @@ def test_a_time_limit_ends_a_task_whose_shim_is_stopped(
         processes.end_tree(watched.key)
 
 
-def test_a_task_whose_shim_an_operator_has_stopped_is_ended_by_end_tasks(
+def test_end_tasks_ends_a_task_whose_shim_is_stopped(
     mortal: Victims,
 ) -> None:
-    """The shim is woken to hear it."""
+    """The command wakes the shim so that the shim gets the signal."""
     victim = mortal("echo ready; exec sleep 300")
     victim.ready()
     number = watcher(victim)

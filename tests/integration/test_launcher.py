@@ -1,4 +1,4 @@
-"""A real daemon whose launcher is killed and stopped."""
+"""Tests of a daemon whose launcher is killed or stopped."""
 
 import os
 import random
@@ -28,12 +28,12 @@ PATIENT = (
     ),
     *("sys.argv[0] = 'pulsar_api'", "runpy.run_module('pulsar_api', run_name='__main__')"),
 )
-"""A daemon that never gives the launcher up, however often it dies."""
+"""A daemon that always starts a new launcher, however often it dies."""
 
 
 @pytest.fixture
 def daemon(start: Start) -> Daemon:
-    """Return a daemon with a launcher that works."""
+    """Return a daemon with a working launcher."""
     program = (sys.executable, "-c", "; ".join(PATIENT))
     options = ("--command", SHELL, "--kill-grace=1", "--max-running=40")
     daemon = start(*options, program=program)
@@ -42,7 +42,7 @@ def daemon(start: Start) -> Daemon:
 
 
 def forks(daemon: Daemon) -> None:
-    """Wait until shims are forked by the launcher."""
+    """Wait until the launcher forks shims."""
 
     def forked() -> bool:
         number = daemon.sh("sleep 60", env=f"try{time.monotonic_ns()}")
@@ -63,7 +63,7 @@ def shim_that_runs(daemon: Daemon, number: int) -> Entry:
 
 
 def gone(process: Path) -> bool:
-    """Return whether a process has ended, reaped or not."""
+    """Return whether a process has ended. It can be a zombie."""
     try:
         return ") Z " in (process / "stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -71,7 +71,7 @@ def gone(process: Path) -> bool:
 
 
 def descriptors(daemon: Daemon) -> int:
-    """Return how many descriptors the daemon has open, but for connections."""
+    """Return the number of open descriptors of the daemon, without its sockets."""
     count = 0
     for path in Path(f"/proc/{daemon.process.pid}/fd").iterdir():
         with suppress(FileNotFoundError):
@@ -79,10 +79,10 @@ def descriptors(daemon: Daemon) -> int:
     return count
 
 
-def test_a_launcher_that_is_killed_again_and_again_loses_no_task(
+def test_repeated_kills_of_the_launcher_lose_no_task(
     daemon: Daemon, tmp_path: Path
 ) -> None:
-    """While tasks run and while they start; each is started once, and ends as it does."""
+    """Tasks are running and starting meanwhile. Each starts once and has its own result."""
     chance = random.Random(7)
     file, go = tmp_path / "starts", tmp_path / "go"
     before = descriptors(daemon)
@@ -105,8 +105,8 @@ def test_a_launcher_that_is_killed_again_and_again_loses_no_task(
     assert "Traceback" not in daemon.log.read_text()
 
 
-def test_what_ran_below_a_dead_launcher_is_the_daemons(daemon: Daemon) -> None:
-    """It gets the shims as its children: it kills them, and hears of their end."""
+def test_the_daemon_adopts_the_shims_of_a_dead_launcher(daemon: Daemon) -> None:
+    """The shims become its children, so it can kill them and learns of their end."""
     numbers = [daemon.sh("echo $$; sleep 60", env=f"env{n}") for n in range(3)]
     shims = [shim_that_runs(daemon, number) for number in numbers]
     os.kill(daemon.launcher(), signal.SIGKILL)
@@ -115,7 +115,7 @@ def test_what_ran_below_a_dead_launcher_is_the_daemons(daemon: Daemon) -> None:
         entry = Entry.of(shim.pid)
         assert entry is not None
         assert (entry.key, entry.parent) == (shim.key, daemon.process.pid)
-    # An orphan of one is none of the others.
+    # The end of one shim does not affect the others.
     os.kill(shims[0].pid, signal.SIGKILL)
     assert daemon.ended(numbers[0])["status"] == "lost"
     assert daemon.get(f"/task/{numbers[1]}/kill").status == 200
@@ -124,10 +124,10 @@ def test_what_ran_below_a_dead_launcher_is_the_daemons(daemon: Daemon) -> None:
     wait_for(lambda: Entry.of(shims[1].pid) is None, "no zombie", 20)
 
 
-def test_a_launcher_that_is_stopped_holds_a_start_up_for_seconds(
+def test_a_stopped_launcher_delays_a_start_by_seconds(
     daemon: Daemon, tmp_path: Path
 ) -> None:
-    """Then it is killed, and the task starts without it, once."""
+    """The daemon then kills the launcher and starts the task without it, once."""
     file = tmp_path / "starts"
     os.kill(daemon.launcher(), signal.SIGSTOP)
     begin = time.monotonic()
@@ -139,7 +139,7 @@ def test_a_launcher_that_is_stopped_holds_a_start_up_for_seconds(
 
 
 def test_the_launcher_ends_with_the_daemon(daemon: Daemon) -> None:
-    """However that ends, and the tasks go on."""
+    """It ends on SIGKILL and SIGTERM of the daemon, and tasks keep running."""
     number = daemon.sh("sleep 0.5; exit 3")
     shim_that_runs(daemon, number)
     for end in (signal.SIGKILL, signal.SIGTERM):
@@ -152,10 +152,10 @@ def test_the_launcher_ends_with_the_daemon(daemon: Daemon) -> None:
     assert daemon.ended(number)["exitCode"] == 3
 
 
-def test_a_launcher_that_comes_late_starts_nothing_twice(
+def test_a_launcher_that_resumes_late_starts_nothing_twice(
     daemon: Daemon, tmp_path: Path
 ) -> None:
-    """It was stopped with starts to do, and its daemon was killed; then it goes on."""
+    """The launcher is stopped with starts to do, its daemon is killed, then it resumes."""
     file = tmp_path / "starts"
     old = daemon.launcher()
     os.kill(old, signal.SIGSTOP)
@@ -165,7 +165,10 @@ def test_a_launcher_that_comes_late_starts_nothing_twice(
     ]
 
     def recorded() -> bool:
-        """Their starts, of which nobody is told before the launcher has answered."""
+        """Return whether all starts are recorded.
+
+        The API shows none of them before the launcher has answered.
+        """
         with closing(sqlite3.connect(daemon.state / "pulsar-api.db")) as db:
             rows = db.execute("SELECT count(*) FROM task WHERE status = 'running'")
             return bool(rows.fetchone()[0] == len(numbers))

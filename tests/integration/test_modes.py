@@ -1,4 +1,4 @@
-"""Nothing below the state folder is open to other users."""
+"""Tests that other users have no rights on anything below the state folder."""
 
 import os
 import stat
@@ -9,7 +9,7 @@ from tests.integration.daemon import SHELL, Daemon, wait_for
 
 
 def wide(state: Path) -> list[str]:
-    """Return what others have rights to, each with its mode."""
+    """Return the paths on which others have rights, each with its mode."""
     found = []
     for folder, folders, names in os.walk(state):
         for name in (*folders, *names):
@@ -21,7 +21,7 @@ def wide(state: Path) -> list[str]:
 
 
 def work(daemon: Daemon) -> None:
-    """Run tasks of all kinds to their end, and one that goes on."""
+    """Run tasks to their end and kill one."""
     ends = daemon.sh("echo one; echo two >&2", PASSWORD="a secret value")
     killed = daemon.sh("echo ready; exec sleep 600")
     wait_for(lambda: daemon.task(killed)["output"] == "ready\n", "the output")
@@ -31,7 +31,7 @@ def work(daemon: Daemon) -> None:
 
 
 def test_state_is_closed_to_other_users(start: Start, tmp_path: Path) -> None:
-    """Whatever the umask, and whatever an older version has left there."""
+    """The umask does not matter, and files that an older version left open are closed."""
     state = tmp_path / "state"
     state.mkdir(mode=0o755)
     state.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The Python client and the command line against servers that are no good."""
+"""Tests of the Python client and the command line against broken servers."""
 
 import resource
 import subprocess
@@ -30,7 +30,7 @@ NOT_FOUND = b"HTTP/1.1 404 Not Found\r\n\r\n"
 
 
 class Server(Factory):
-    """Begins to answer what it is asked, and then sends a piece again and again."""
+    """A server that begins a response and then repeats a piece of bytes."""
 
     noisy = False
     begin = again = b""
@@ -43,7 +43,7 @@ class Server(Factory):
         self.port: int = self.listening.getHost().port
 
     def buildProtocol(self, _: object) -> "Answering":
-        """Return what serves a connection."""
+        """Return the protocol of a new connection."""
         return Answering(self)
 
 
@@ -57,23 +57,23 @@ class Answering(Protocol):
         self.next: IDelayedCall | None = None
 
     def connectionMade(self) -> None:
-        """Be counted."""
+        """Add the connection to those that are open."""
         self.server.open.add(self)
 
     def dataReceived(self, data: bytes) -> None:
-        """Begin to answer, once."""
+        """Begin the response, once."""
         if self.next is None:
             self.transport.write(self.server.begin)
             if self.server.again:
                 self.go_on()
 
     def go_on(self) -> None:
-        """Send a piece, and the next one later."""
+        """Send the piece now, and again after a pause."""
         self.transport.write(self.server.again)
         self.next = reactor.callLater(self.server.pause, self.go_on)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Be counted no more."""
+        """Remove the connection from those that are open."""
         self.server.open.discard(self)
         if self.next is not None and self.next.active():
             self.next.cancel()
@@ -81,11 +81,11 @@ class Answering(Protocol):
 
 @pytest_twisted.async_yield_fixture
 async def server() -> AsyncIterator[Server]:
-    """Return a server that accepts and says nothing, unless a test says what."""
+    """Return a server that accepts connections and sends nothing by default."""
     server = Server()
     yield server
     await server.listening.stopListening()
-    # Who gives up hangs up, and does not wait for a silent server to agree.
+    # A client that gives up closes at once, without waiting for the server to agree.
     tries = 0
     while server.open and tries < 1000:
         tries += 1
@@ -94,12 +94,12 @@ async def server() -> AsyncIterator[Server]:
 
 
 def resident() -> int:
-    """Return how many bytes of memory this process has."""
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 async def followed(client: Client) -> None:
-    """Follow a task."""
+    """Follow a task to its end."""
     async for _ in client.follow(1):
         pass
 
@@ -116,7 +116,7 @@ CALLS: dict[str, Call] = {
 
 
 def impatient(server: Server, scheme: str = "http", deadline: float = 0.2) -> Client:
-    """Return a client that waits less long than others."""
+    """Return a client with short deadlines."""
     return Client(
         reactor,
         f"{scheme}://127.0.0.1:{server.port}",
@@ -128,12 +128,12 @@ def impatient(server: Server, scheme: str = "http", deadline: float = 0.2) -> Cl
 
 
 def patient(server: Server) -> Client:
-    """Return a client that would wait for longer than any test."""
+    """Return a client that would wait longer than any test."""
     return impatient(server, deadline=10 * PATIENCE)
 
 
 async def given_up(client: Client, call: str) -> str:
-    """Return why a call is given up; fail if it goes on."""
+    """Return the error of a call. The test fails if the call goes on."""
     waiting = Deferred.fromCoroutine(CALLS[call](client))
     with pytest.raises(Unreachable) as caught:
         await waiting.addTimeout(PATIENCE, reactor)
@@ -143,10 +143,13 @@ async def given_up(client: Client, call: str) -> str:
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("scheme", ["http", "https"])
-async def test_nobody_waits_for_a_server_that_says_nothing(
+async def test_calls_to_a_silent_server_end_at_the_deadline(
     server: Server, call: str, scheme: str
 ) -> None:
-    """It accepts, and that is all: each call ends with a sentence."""
+    """The server accepts the connection only.
+
+    The error names the address and the deadline.
+    """
     client = impatient(server, scheme)
     seconds = "0.3" if call == "wait" else "0.2"
     why = f"it has not answered within {seconds} seconds"
@@ -169,10 +172,10 @@ async def test_nobody_waits_for_a_server_that_says_nothing(
     ids=ascii,
 )
 @pytest.mark.parametrize("call", CALLS)
-async def test_a_byte_now_and_then_is_no_answer(
+async def test_calls_to_a_trickling_server_end_at_the_deadline(
     server: Server, call: str, begin: bytes, again: bytes
 ) -> None:
-    """Wherever it comes: in the head, in the body, or after all that was expected."""
+    """The trickle is in the head, in the body, or after a complete response."""
     server.begin, server.again = begin, again
     assert "it has not answered within" in await given_up(impatient(server), call)
 
@@ -199,10 +202,10 @@ SPACES = b" " * (1 << 18)
     ids=lambda value: ascii(value)[:40],
 )
 @pytest.mark.parametrize("call", ["create", "get", "kill", "wait", "follow"])
-async def test_an_endless_answer_is_not_kept(
+async def test_an_endless_response_is_cut(
     server: Server, call: str, begin: bytes, again: bytes, why: str
 ) -> None:
-    """A task is small, and so is a head: the bytes end it, long before the clock does."""
+    """The head and the body have a limit in bytes. It ends the call before any deadline."""
     server.begin, server.again, server.pause = begin, again, 0.001
     assert why in await given_up(patient(server), call)
 
@@ -214,10 +217,10 @@ async def test_an_endless_answer_is_not_kept(
 )
 @pytest.mark.parametrize("status", [b"200 OK", b"404 Not Found", b"302 Found"])
 @pytest.mark.parametrize("call", ["create", "get", "tasks", "kill"])
-async def test_another_answer_is_no_answer_of_a_daemon(
+async def test_responses_of_another_server_are_reported(
     server: Server, call: str, status: bytes, body: bytes
 ) -> None:
-    """JSON or not: a sentence says so."""
+    """The client says that the server is not pulsar-api, whether it got JSON or not."""
     length = b"Content-Length: %d\r\n\r\n" % len(body)
     server.begin = b"HTTP/1.1 " + status + b"\r\n" + length + body
     assert "the server that answers is not pulsar-api (" in await given_up(
@@ -230,18 +233,18 @@ async def test_another_answer_is_no_answer_of_a_daemon(
     [b"data: {\n\n", b"id: x\ndata: {}\n\n", b"id: 1-1-1\ndata: \xff\n\n", b"data: {}\n\n"],
     ids=ascii,
 )
-async def test_another_stream_is_no_stream_of_a_daemon(
+async def test_event_streams_of_another_server_are_reported(
     server: Server, event: bytes
 ) -> None:
-    """What is no event is an error with a sentence as well."""
+    """Malformed events give the same error as other responses."""
     server.begin = OK + b"\r\n" + event
     assert "the server that answers is not pulsar-api (" in await given_up(
         patient(server), "follow"
     )
 
 
-async def test_a_long_poll_asks_for_no_more_than_the_settings_allow(start: Start) -> None:
-    """A client learns it by being refused."""
+async def test_the_client_waits_no_longer_than_the_daemon_allows(start: Start) -> None:
+    """The daemon refuses the first long-poll, and the client then uses a shorter one."""
     daemon = start("--poll-timeout", "2", "--command", SHELL)
     client = Client(reactor, f"http://127.0.0.1:{daemon.port}")
     task = await client.create("a", "b", "run", {"run": "sleep 3; exit 7"})
@@ -252,8 +255,8 @@ async def test_a_long_poll_asks_for_no_more_than_the_settings_allow(start: Start
     await client.close()
 
 
-async def test_what_is_followed_is_not_kept(start: Start) -> None:
-    """A stream of any length costs the client as much as one piece of it."""
+async def test_following_a_large_output_needs_little_memory(start: Start) -> None:
+    """The client holds only one piece of the stream."""
     daemon = start("--command", SHELL)
     client = Client(reactor, f"http://127.0.0.1:{daemon.port}")
     task = await client.create("a", "b", "run", {"run": "yes | head -c 30000000"})
@@ -273,11 +276,11 @@ from pulsar_api.cli import main
 main.Client = partial(main.Client, patience=1, deadline=1, silence=2, poll=1)
 main.main()
 """
-"""The command ``pulsar-api`` with bounds of its client that a test can wait for."""
+"""The command ``pulsar-api`` with deadlines that a test can wait for."""
 
 
-async def test_every_command_says_that_nobody_answers(server: Server) -> None:
-    """Within the deadline, with the status of a daemon that cannot be reached."""
+async def test_every_command_reports_a_silent_server(server: Server) -> None:
+    """It exits within the deadline, with the status of an unreachable daemon."""
     lines = ("show 1", "tasks", "kill 1", "log 1", "run a b c", "wait 1", "free a b")
 
     def ask() -> list[tuple[int, str, str]]:
