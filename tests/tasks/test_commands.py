@@ -142,8 +142,8 @@ def test_the_version_chooses_the_preset(said: str, name: str) -> None:
     ("text", "why"),
     [
         ("'", "cannot be split"),
-        ("", "needs a program"),
-        ("{app} x", "needs a program"),
+        ("", "must begin with a program"),
+        ("{app} x", "must begin with a program"),
         ("deploy {nonsense}", "{nonsense} is unknown"),
         ("deploy --v={variables}", "an argument of its own"),
     ],
