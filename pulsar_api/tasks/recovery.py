@@ -69,6 +69,7 @@ class Recovery:
         # may get the folder of an old one. This call also removes the reason for the doubt,
         # so it must come after the lost tasks are on record.
         await self._store.reserve(last_used)
+        self._retention.taken_up = True
         self._lifecycle.schedule()
         unfinished = {one.id for one in found if not one.status.ended}
         self._retention.start(kept, unfinished)

@@ -29,6 +29,8 @@ class Retention:
     _clock: IReactorTime
     _time: SteadyClock
     _keep: Keep
+    taken_up: bool = field(default=False, init=False)
+    """Whether all tasks of earlier daemons are taken up, or on record as lost."""
     _next: IDelayedCall | None = field(default=None, init=False)
     _stopped: bool = field(default=False, init=False)
 
@@ -51,7 +53,13 @@ class Retention:
         run_in_background(self._tidy())
 
     async def keep_reading(self) -> bool:
-        """Record a `Reading` of the clocks; return False if that fails."""
+        """Record a `Reading` of the clocks; return False if that fails.
+
+        Before the tasks are taken up the last reading stays: the clock is not set yet, and
+        by that reading the next daemon may see that this state is a copy.
+        """
+        if not self.taken_up:
+            return False
         try:
             reading = self._time.reading(self._executor.place())
             await self._store.keep_reading(reading)

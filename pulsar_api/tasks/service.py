@@ -70,8 +70,6 @@ class TaskService:
     _lifecycle: Lifecycle = field(init=False)
     _keys: set[tuple[Principal | None, str]] = field(factory=set, init=False)
     """The idempotency keys of requests in progress."""
-    _started: bool = field(default=False, init=False)
-    """Whether `start` has taken up all tasks."""
 
     def __attrs_post_init__(self) -> None:
         self.created = Changes(self._clock)
@@ -103,7 +101,6 @@ class TaskService:
             *(self._lifecycle, self._retention, self.created),
         )
         await recovery.take_up()
-        self._started = True
 
     async def stop(self, drain: float) -> None:
         """Take no new tasks, give running ones ``drain`` seconds, then detach.
@@ -126,11 +123,9 @@ class TaskService:
             _log.info("Waiting for {n} tasks", n=len(active))
         until = self._clock.seconds() + drain
         await self._until(lambda: not active, until)
-        if self._started:
-            # This reading identifies a copy of the state made from now on; see `Reading`.
-            # Before the start the clock is not set, and the last reading may show a copy.
-            reading = Deferred.fromCoroutine(self._retention.keep_reading())
-            await reading.addTimeout(LEAVE, self._clock, lambda *_: False)
+        # This reading identifies a copy of the state made from now on; see `Reading`.
+        reading = Deferred.fromCoroutine(self._retention.keep_reading())
+        await reading.addTimeout(LEAVE, self._clock, lambda *_: False)
         self._recorder.closed = True
         for live in active.values():
             self._lifecycle.let_go(live)
