@@ -99,7 +99,8 @@ class Router:
         if len(decoded) > 1 and not decoded[-1]:
             del decoded[-1]
         found = self._first(self._routes.get((len(decoded), decoded[0]), ()), decoded)
-        if found is None and decoded[0] not in self.reserved:
+        # Without a first segment there is no app, and Klein would begin at the second one.
+        if found is None and decoded[0] and decoded[0] not in self.reserved:
             found = self._first(self._routes.get((len(decoded), None), ()), decoded)
         return self._nothing if found is None else found
 

@@ -98,10 +98,12 @@ def test_path_has_its_api(path: str, expected: str) -> None:
         "/%65vent/production",
         "/static/a/tasks",
         "/web/a",
+        "//job/tasks",
+        "//production",
     ],
 )
 def test_other_paths_have_none(path: str) -> None:
-    """A reserved name is not an app, in any spelling."""
+    """A reserved name is not an app, in any spelling; nor is no name at all."""
     assert ROUTER.find(path.encode().split(b"/")[1:]) not in NAMES
 
 
