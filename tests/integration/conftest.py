@@ -11,7 +11,7 @@ from selenium.webdriver import Chrome
 
 from tests.integration import zygote
 from tests.integration.browser import chromium
-from tests.integration.daemon import SHELL, Daemon
+from tests.integration.daemon import SHELL, Daemon, wait_for
 
 Start = Callable[..., Daemon]
 NPM = Path(__file__).parents[1] / "npm"
@@ -46,7 +46,13 @@ def place() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     yield folder
-    shutil.rmtree(folder)
+
+    def removed() -> bool:
+        # The shim of a task that a test has left may still write its result.
+        shutil.rmtree(folder, ignore_errors=True)
+        return not folder.exists()
+
+    wait_for(removed, "the removal of a folder")
 
 
 @pytest.fixture

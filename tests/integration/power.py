@@ -8,6 +8,7 @@ other process sees (`machine`).
 """
 
 import argparse
+import os
 import random
 import shutil
 import signal
@@ -505,6 +506,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--idle", type=float, default=25.0, help=help)
     parser.add_argument("--folder", type=Path, help="is kept, else one is made and removed")
     chosen = parser.parse_intermixed_args(arguments)
+    # A power cut takes what forks the daemons, too.
+    os.environ["PULSAR_ZYGOTE"] = "0"
     bad = False
     with tempfile.TemporaryDirectory() as made:
         folder = chosen.folder or Path(made)

@@ -119,7 +119,7 @@ def test_wrong_password_shows_the_form_again(browser: Chrome, daemon: Daemon) ->
     browser.find_element(By.CSS_SELECTOR, "form button").click()
     # While the browser replaces the page, reading its text fails in several ways.
     wait = WebDriverWait(browser, PATIENCE, ignored_exceptions=[WebDriverException])
-    wait.until(lambda _: "not right" in text(browser))
+    wait.until(lambda _: "Wrong user name" in text(browser))
     browser.find_element(By.NAME, "user").send_keys("joe")
     browser.find_element(By.NAME, "password").send_keys(PASSWORD)
     browser.find_element(By.CSS_SELECTOR, "form button").click()

@@ -186,9 +186,9 @@ def test_page_shows_the_processor_time(start: Start, browser: Chrome) -> None:
     number = daemon.run("shop", "live", "run", run="exit 0")
     used = daemon.ended(number)["cpuSeconds"]
     browser.get(f"{daemon.base}/web#job/{number}")
-    facts = wait_for(lambda: browser.find_elements("css selector", ".facts div"), "facts")
-    texts = [str(fact.get_attribute("innerText")).splitlines() for fact in facts]
-    assert ["Processor time", f"{used:.2f} s"] in texts
+    facts = "return [...document.querySelectorAll('.facts div')].map(e => e.innerText)"
+    wanted = f"Processor time\n{used:.2f} s"
+    wait_for(lambda: wanted in browser.execute_script(facts), "the fact")
 
 
 @pytest.mark.parametrize("how", ["kill", "silence", "lost", "stopped"])
@@ -381,16 +381,16 @@ def shim_with(folder: Path, *lines: str) -> str:
 
 
 REMOVED = """
-start = shim.Shim.{method}
+start = shim.Command.{method}
 def once(self):
-    shim.Shim.{method} = start
+    shim.Command.{method} = start
     os.rmdir(self.spec.cgroup)
     return start(self)
-shim.Shim.{method} = once
+shim.Command.{method} = once
 """
 
 
-@pytest.mark.parametrize("method", ["open_files", "start"])
+@pytest.mark.parametrize("method", ["open", "start"])
 def test_shim_makes_a_removed_cgroup_again(
     delegated: Path, tmp_path: Path, method: str
 ) -> None:
@@ -478,4 +478,4 @@ def test_limit_without_its_controller_is_refused(place: Path, limit: str) -> Non
 def test_invalid_limit_is_refused(place: Path, limit: str, why: str) -> None:
     """The message names the setting."""
     table = f'[[run-as]]\non = ["*"]\nuser = "{SHOP}"\n{limit}\n'
-    refused(place, table, f"{why} is")
+    refused(place, table, f"{why} must be")
