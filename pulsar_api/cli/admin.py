@@ -6,8 +6,7 @@ import json
 import os
 import re
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from pulsar_api.auth.credentials import (
     remove_token,
 )
 from pulsar_api.auth.rights import Caller, Grant, Right
+from pulsar_api.cli import audit_log
 from pulsar_api.config import loading
 from pulsar_api.errors import SettingsError, StoreUnavailable
 from pulsar_api.execution import executor
@@ -156,7 +156,7 @@ def add_to(commands: Any) -> None:
     audit.add_argument(
         "--json", action="store_true", help="print lines of JSON, for programs"
     )
-    audit.set_defaults(local=_audit)
+    audit.set_defaults(local=audit_log.show)
 
 
 def run(given: argparse.Namespace, now: Callable[[], float]) -> int:
@@ -329,34 +329,3 @@ def _day(at: float | None) -> str | None:
     if at is None:
         return None
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%MZ")
-
-
-def _audit(given: argparse.Namespace, now: _Now) -> None:
-    wanted = (
-        entry
-        for entry in AuditLog(Path(given.state_dir) / FILE, now).read()
-        if given.user in {None, entry.get("who"), entry.get("principal")}
-        and not (given.refused and entry.get("allowed"))
-    )
-    show: Callable[[dict[str, Any]], str] = json.dumps if given.json else _line
-    for entry in deque(wanted, maxlen=max(0, given.limit)):
-        print(show(entry))
-
-
-def _line(entry: dict[str, Any]) -> str:
-    def words() -> Iterator[str]:
-        yield str(entry.get("at", "")).replace("T", " ")
-        yield "yes" if entry.get("allowed") else "NO "
-        yield f"{entry.get('who') or '-'} ({entry.get('means')}, {entry.get('from')})"
-        yield str(entry.get("what"))
-        place = [entry[name] for name in ("app", "env", "action") if entry.get(name)]
-        yield "/".join(map(str, place))
-        for name in ("task", "user", "token", "login", "id", "times"):
-            if entry.get(name) is not None:
-                yield f"{name} {entry[name]}"
-        if isinstance(entry.get("tasks"), list):
-            yield f"tasks {' to '.join(map(str, entry['tasks']))}"
-
-    # Text from outside is escaped, so that it cannot control the terminal.
-    text = "  ".join(word for word in words() if word)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
