@@ -1,4 +1,4 @@
-"""The page in a real Chromium: what people do with it."""
+"""Tests of the page in Chromium: the steps that users take."""
 
 import re
 from pathlib import Path
@@ -29,10 +29,10 @@ from tests.integration.test_signin import command
 # -- start, follow, kill
 
 
-def test_a_task_is_started_seen_live_and_killed(
+def test_a_task_is_started_followed_and_killed_on_the_page(
     browser: Chrome, daemon: Daemon, script: Script, tmp_path: Path
 ) -> None:
-    """All from the page; what it shows is what the API says."""
+    """The page shows the same state as the API."""
     gate = tmp_path / "gate"
     script(
         "deploy",
@@ -71,8 +71,10 @@ def test_a_task_is_started_seen_live_and_killed(
     assert "killed" in find(browser, ".tasks li").text
 
 
-def test_a_task_is_run_again(browser: Chrome, daemon: Daemon, script: Script) -> None:
-    """As it was, but for the secrets, which have to be given again."""
+def test_run_again_starts_a_task_with_the_same_values(
+    browser: Chrome, daemon: Daemon, script: Script
+) -> None:
+    """The user has to enter secrets again."""
     script(
         "deploy",
         "#!/bin/sh\necho $PULSAR_VAR_branch; test $PULSAR_VAR_token = shh-2",
@@ -88,7 +90,7 @@ def test_a_task_is_run_again(browser: Chrome, daemon: Daemon, script: Script) ->
     assert [v.get_attribute("value") for v in values] == ["main", ""]
     assert values[1].get_attribute("type") == "password"
     click(browser, "dialog button.primary")
-    assert path(browser) == f"/web/job/{number}"  # a field is empty that must not be
+    assert path(browser) == f"/web/job/{number}"  # a required field is empty
     values[1].send_keys("shh-2")
     click(browser, "dialog button.primary")
     until(browser, lambda: path(browser) == f"/web/job/{number + 1}", "the new task")
@@ -96,10 +98,10 @@ def test_a_task_is_run_again(browser: Chrome, daemon: Daemon, script: Script) ->
     shows(browser, "main")
 
 
-def test_what_has_several_lines_is_run_again_as_it_was(
+def test_run_again_keeps_values_of_several_lines(
     browser: Chrome, daemon: Daemon, script: Script
 ) -> None:
-    """An input of one line would swallow the others; some names say that it is secret."""
+    """An input of one line would drop the others. Some names make the field a secret."""
     script("deploy", '#!/bin/sh\nprintf %s "$PULSAR_VAR_note"')
     number = daemon.run("site", "staging", "deploy", note="one\ntwo")
     daemon.ended(number)
@@ -112,7 +114,7 @@ def test_what_has_several_lines_is_run_again_as_it_was(
     assert browser.find_elements(By.CSS_SELECTOR, "dialog .secret")[1].is_selected()
     value = browser.find_elements(By.CSS_SELECTOR, "dialog .value")[1]
     assert value.get_attribute("type") == "password"
-    # Away with it: what has the focus then is the one that is left.
+    # When a variable is removed, the focus goes to the remaining one.
     browser.find_elements(By.CSS_SELECTOR, "dialog .variable button")[1].send_keys(
         Keys.ENTER
     )
@@ -123,10 +125,10 @@ def test_what_has_several_lines_is_run_again_as_it_was(
     assert daemon.task(number + 1)["output"] == "one\ntwo"
 
 
-def test_the_dialog_offers_what_there_is(
+def test_the_dialog_offers_known_actions_apps_and_envs(
     browser: Chrome, daemon: Daemon, script: Script
 ) -> None:
-    """The actions that the command knows, and the apps and envs of earlier tasks."""
+    """The command knows the actions. The apps and envs are those of earlier tasks."""
     for name in ("deploy", "rollback"):
         script(name, "#!/bin/sh\ntrue")
     daemon.ended(daemon.run("site", "staging", "deploy"))
@@ -151,8 +153,8 @@ def test_the_dialog_offers_what_there_is(
     )
 
 
-def test_a_refusal_is_told_in_the_dialog(browser: Chrome, daemon: Daemon) -> None:
-    """Nothing is lost: what was written stays."""
+def test_the_dialog_shows_why_a_task_was_refused(browser: Chrome, daemon: Daemon) -> None:
+    """The fields keep their text."""
     browser.get(f"{daemon.base}/web/")
     click(browser, "#run")
     fill(browser, "app", "site")
@@ -165,10 +167,10 @@ def test_a_refusal_is_told_in_the_dialog(browser: Chrome, daemon: Daemon) -> Non
     assert daemon.get("/tasks").json()["tasks"] == {}
 
 
-def test_what_is_dangerous_is_looked_at_twice(
+def test_dangerous_tasks_need_a_confirmation(
     browser: Chrome, start: Start, repo: Path, script: Script, tmp_path: Path
 ) -> None:
-    """The name of the env has to be typed; of what was changed since, again."""
+    """The user has to type the name of the env, and again after a change of the task."""
     script("deploy", "#!/bin/sh\ntrue")
     (tmp_path / "config.toml").write_text(
         f'command = "scripts"\nconfig-repo = "{repo}"\nconfirm = ["*/production"]\n'
@@ -203,13 +205,13 @@ def test_what_is_dangerous_is_looked_at_twice(
     until(browser, lambda: path(browser) == "/web/job/2", "what needs no second look")
 
 
-# -- following through everything
+# -- restarts of the daemon
 
 
-def test_it_follows_through_a_kill_of_the_daemon(
+def test_a_log_continues_after_a_kill_of_the_daemon(
     browser: Chrome, returning: Daemon
 ) -> None:
-    """``kill -9`` and a start: the log on the screen is the task's output."""
+    """After ``kill -9`` and a start, the log on the page is the whole output."""
     number = returning.sh("for i in $(seq 1 200); do echo line $i; sleep 0.02; done")
     browser.get(f"{returning.base}/web/job/{number}")
     shows(browser, "line 10")
@@ -226,8 +228,8 @@ def test_it_follows_through_a_kill_of_the_daemon(
     assert returning.task(number)["output"] == "".join(f"line {n}\n" for n in range(1, 201))
 
 
-def test_the_list_goes_on_after_a_restart(browser: Chrome, returning: Daemon) -> None:
-    """What began and ended meanwhile is there."""
+def test_the_list_continues_after_a_restart(browser: Chrome, returning: Daemon) -> None:
+    """It has the tasks that began or ended meanwhile."""
     first = returning.sh("sleep 600")
     browser.get(f"{returning.base}/web/")
     find(browser, ".tasks .running")
@@ -240,10 +242,10 @@ def test_the_list_goes_on_after_a_restart(browser: Chrome, returning: Daemon) ->
     find(browser, f".tasks [data-id='{second}'] .finished")
 
 
-def test_a_page_opened_while_the_daemon_is_away_comes_back(
+def test_a_task_opened_while_the_daemon_is_away_loads_later(
     browser: Chrome, returning: Daemon
 ) -> None:
-    """A task's view asks again until it is answered."""
+    """The view of the task repeats its request until the daemon answers."""
     number = returning.sh("echo here")
     returning.ended(number)
     browser.get(f"{returning.base}/web/")
@@ -257,10 +259,10 @@ def test_a_page_opened_while_the_daemon_is_away_comes_back(
     status(browser, "finished")
 
 
-def test_settings_of_another_daemon_count_at_once(
+def test_new_settings_count_on_an_open_page(
     browser: Chrome, returning: Daemon, tmp_path: Path
 ) -> None:
-    """What asks for a second look since the restart is looked at twice."""
+    """An open page asks for confirmations that the settings require since the restart."""
     browser.get(f"{returning.base}/web/")
     find(browser, "#run")
     returning.kill()
@@ -277,10 +279,8 @@ def test_settings_of_another_daemon_count_at_once(
     assert returning.get("/tasks").json()["tasks"] == {}
 
 
-def test_a_list_stays_where_it_is_over_a_restart(
-    browser: Chrome, returning: Daemon
-) -> None:
-    """With all that was loaded, also if nothing has happened; and over a look at a task."""
+def test_a_list_keeps_its_place_over_a_restart(browser: Chrome, returning: Daemon) -> None:
+    """It keeps all loaded tasks, also when the user looks at a task and comes back."""
     for _ in range(130):
         last = returning.sh("true")
     for number in range(1, last + 1):
@@ -312,8 +312,8 @@ def test_a_list_stays_where_it_is_over_a_restart(
     assert len(listed(browser)) == 131
 
 
-def test_a_refusal_that_passes_is_no_empty_list(browser: Chrome, many: Daemon) -> None:
-    """Too many requests, or a daemon that starts: asked again."""
+def test_a_list_that_was_refused_is_requested_again(browser: Chrome, many: Daemon) -> None:
+    """Such refusals are 429 and the 503 of a starting daemon."""
     script = (
         "const real = fetch; let first = true; window.fetch = (...all) => {"
         "if (!first || !all[0].startsWith('/tasks')) return real(...all);"
@@ -326,10 +326,10 @@ def test_a_refusal_that_passes_is_no_empty_list(browser: Chrome, many: Daemon) -
         until(browser, lambda: len(listed(browser)) == 100, "the list")
 
 
-def test_a_tab_that_was_never_seen_shows_the_state(
+def test_a_hidden_tab_shows_the_state_in_its_title(
     browser: Chrome, daemon: Daemon, script: Script, tmp_path: Path
 ) -> None:
-    """It has no stream, and asks now and then."""
+    """It closes its stream and polls from time to time."""
     gate = tmp_path / "gate"
     script("wait", f"#!/bin/sh\nwhile [ ! -e {gate} ]; do sleep 0.02; done")
     number = daemon.run("site", "staging", "wait")
@@ -347,10 +347,10 @@ def test_a_tab_that_was_never_seen_shows_the_state(
 # -- the list
 
 
-def test_what_matches_late_comes_late(
+def test_a_task_that_begins_to_match_is_added_to_the_list(
     browser: Chrome, daemon: Daemon, script: Script, tmp_path: Path
 ) -> None:
-    """An old task that begins to match, when all that match were loaded."""
+    """It can be older than the tasks that the list has loaded."""
     gate = tmp_path / "gate"
     script("wait", f"#!/bin/sh\nwhile [ ! -e {gate} ]; do sleep 0.02; done; exit 1")
     script("fail", "#!/bin/sh\nexit 1")
@@ -363,8 +363,8 @@ def test_what_matches_late_comes_late(
     until(browser, lambda: listed(browser) == [second, first], "the other one")
 
 
-def test_more_come_as_one_scrolls(browser: Chrome, many: Daemon) -> None:
-    """Newest first, none twice, none left out."""
+def test_scrolling_loads_all_tasks_newest_first(browser: Chrome, many: Daemon) -> None:
+    """Each task is in the list once."""
     browser.get(f"{many.base}/web/")
     until(browser, lambda: len(listed(browser)) == 100, "a first page")
 
@@ -378,7 +378,7 @@ def test_more_come_as_one_scrolls(browser: Chrome, many: Daemon) -> None:
 
 
 def test_filters_are_in_the_address(browser: Chrome, many: Daemon) -> None:
-    """So that one can send what one sees to somebody else."""
+    """A user can share the address of a filtered list."""
     browser.get(f"{many.base}/web/")
     fill(browser, "app", "app0")
     fill(browser, "env", "production")
@@ -400,10 +400,10 @@ def test_filters_are_in_the_address(browser: Chrome, many: Daemon) -> None:
     find(browser, ".note", "No tasks match.")
 
 
-def test_the_list_is_live(
+def test_the_list_adds_and_removes_tasks_as_they_match(
     browser: Chrome, daemon: Daemon, script: Script, tmp_path: Path
 ) -> None:
-    """Only what matches comes in, and what ends says so."""
+    """The filter applies to new tasks and to changes of status."""
     gate = tmp_path / "gate"
     script("wait", f"#!/bin/sh\nwhile [ ! -e {gate} ]; do sleep 0.02; done")
     browser.get(f"{daemon.base}/web/?env=production&status=running")
@@ -416,10 +416,10 @@ def test_the_list_is_live(
     until(browser, lambda: listed(browser) == [], "it to go as it runs no more")
 
 
-def test_the_queue_says_what_it_waits_for(
+def test_a_waiting_task_shows_its_reason(
     browser: Chrome, start: Start, repo: Path, script: Script
 ) -> None:
-    """In the list and on the page of the task."""
+    """The reason is in the list and on the page of the task."""
     script("wait", "#!/bin/sh\nexec sleep 600")
     daemon = start(
         *("--command", "scripts", "--config-repo", str(repo), "--kill-grace", "1"),
@@ -439,7 +439,7 @@ def test_the_queue_says_what_it_waits_for(
 
 
 def test_old_addresses_lead_to_the_task(browser: Chrome, many: Daemon) -> None:
-    """As published clients are told them."""
+    """The responses to published clients still have them."""
     url = many.task(7)["url"]
     assert url.endswith("/web#job/7")
     browser.get(url)
@@ -450,13 +450,13 @@ def test_old_addresses_lead_to_the_task(browser: Chrome, many: Daemon) -> None:
     find(browser, ".empty", "9999")
 
 
-# -- who may
+# -- rights
 
 
 def test_a_reader_sees_no_buttons_and_the_api_refuses(
     browser: Chrome, start: Start, tmp_path: Path
 ) -> None:
-    """Signed in by a token that may read; the log is there, what is not allowed is not."""
+    """A user with a token for ``read`` sees the log, but nothing to start or kill tasks."""
     (tmp_path / "config.toml").write_text(
         'command = "sh -c \\"echo here; exec sleep 600\\""\nkill-grace = 1\n'
         'auth-provider = "static"\nauth-username = "joe"\nauth-password = "correct horse"\n'
@@ -468,7 +468,7 @@ def test_a_reader_sees_no_buttons_and_the_api_refuses(
     number = daemon.run("shop", "production", "x")
 
     def sign_in(token: str) -> None:
-        browser.get(f"{daemon.base}/web#job/{number}")  # as a link in a chat
+        browser.get(f"{daemon.base}/web#job/{number}")  # like a link from a chat
         until(browser, lambda: path(browser) == "/login", "the sign-in")
         find(browser, "[name=password]").send_keys(token, Keys.ENTER)
         until(browser, lambda: path(browser) == f"/web/job/{number}", "the page wanted")
@@ -492,10 +492,10 @@ def test_a_reader_sees_no_buttons_and_the_api_refuses(
     find(browser, "#run")
 
 
-def test_who_is_signed_out_elsewhere_comes_to_the_sign_in(
+def test_an_ended_session_leads_to_the_sign_in(
     browser: Chrome, start: Start, tmp_path: Path
 ) -> None:
-    """The page that follows says so by going there, not by freezing."""
+    """The page goes to the sign-in at the next refused request."""
     (tmp_path / "password").write_text("correct horse")
     daemon = start(
         *("--auth-provider", "static", "--auth-username", "joe"),

@@ -1,4 +1,4 @@
-"""The log on a task's page: of any size, whatever a task prints."""
+"""Tests of the log on the page of a task, for any size and any output."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ from tests.integration.page import (
     until,
 )
 
-# -- what a task prints
+# -- the output of tasks
 
 HOSTILE = b"".join(
     [
@@ -47,10 +47,10 @@ HOSTILE = b"".join(
 )
 
 
-def test_hostile_output_is_text_and_nothing_else(
+def test_hostile_output_is_shown_as_text(
     browser: Chrome, daemon: Daemon, script: Script, tmp_path: Path
 ) -> None:
-    """It runs nothing, changes no title, moves no cursor; and nothing of it is missing."""
+    """It runs no code, changes no title and moves no cursor, and it is complete."""
     (tmp_path / "corpus").write_bytes(HOSTILE)
     script("print", f"#!/bin/sh\ncat {tmp_path}/corpus")
     number = daemon.run("site", "staging", "print")
@@ -80,7 +80,7 @@ def test_hostile_output_is_text_and_nothing_else(
     assert red.text == "red"
     assert browser.execute_script("return window.pwned") is None
     assert browser.execute_script("return window.broken") == []
-    # No element of the log is anything but what the page itself makes.
+    # Every element in the log is one that the page itself makes.
     names = browser.execute_script(
         "return [...document.querySelectorAll('.log *')].map((element) => element.tagName)"
     )
@@ -112,10 +112,10 @@ return [log.querySelectorAll('*').length, log.textContent.length];
     ],
     ids=["cursor", "colours", "tabs"],
 )
-def test_some_bytes_of_output_take_a_tab_no_more_than_others(
+def test_expensive_output_needs_bounded_memory_in_a_tab(
     browser: Chrome, daemon: Daemon, script: Script, line: str, end: str
 ) -> None:
-    """Blanks, styles and elements have a bound, however they are asked for."""
+    """Blanks, styles and elements have limits for any sequence that asks for them."""
     printer = "BEGIN { while (n < 400000) { printf line; n += length(line) } print last }"
     arguments = f"-v 'line={line}' -v 'last=\\n\\033[mthe end'"
     script("print", f"#!/bin/sh\nawk {arguments} '{printer}'")
@@ -132,7 +132,7 @@ def test_some_bytes_of_output_take_a_tab_no_more_than_others(
     browser.execute_cdp_cmd("HeapProfiler.collectGarbage", {})
     heap = browser.execute_cdp_cmd("Runtime.getHeapUsage", {})
     assert heap["usedSize"] < 64_000_000
-    # What one looks for may be everywhere.
+    # The text of a search can match everywhere.
     find(browser, ".find input").send_keys("x", Keys.ENTER)
     find(browser, ".row mark", "x")
     assert browser.execute_script(HEAP)[0] < 25_000
@@ -147,10 +147,10 @@ return [...document.querySelectorAll('.row')].filter((row) => {
 """
 
 
-def test_matches_that_can_be_seen_are_marked_however_many_more_there_are(
+def test_visible_matches_are_marked_in_any_number(
     browser: Chrome, daemon: Daemon, script: Script
 ) -> None:
-    """Those farther away are not, so that elements have a bound wherever the reader is."""
+    """Matches farther away are not marked, which limits the number of elements."""
     matches = 150
     script(
         "many",
@@ -161,7 +161,7 @@ def test_matches_that_can_be_seen_are_marked_however_many_more_there_are(
     daemon.ended(number)
     browser.get(f"{daemon.base}/web/job/{number}")
     shows(browser, "the end")
-    # Slowly, so that the box changes its size while the match is on its way.
+    # The network is slow, so the box changes its size before the match arrives.
     latency(browser, 700)
     find(browser, ".find input").send_keys("ab", Keys.ENTER)
     find(browser, ".row.marked mark", "ab")
@@ -171,7 +171,7 @@ def test_matches_that_can_be_seen_are_marked_however_many_more_there_are(
         def all_marked() -> bool:
             found: list[int] = browser.execute_script(MATCHES)
             numbers = [int(n) for n, _ in rows(browser) if n]
-            # The last line has none.
+            # The last line has no match.
             all_of_them = len(found) > 3 and found.count(matches) >= len(found) - 1
             return line in numbers and all_of_them
 
@@ -182,7 +182,7 @@ def test_matches_that_can_be_seen_are_marked_however_many_more_there_are(
     for line in (500, 700):
         browser.execute_script(f"location.hash = '#L{line}'")
         marked(line)
-    # By the wheel, over rows that had none of their matches marked before.
+    # Scroll down over rows whose matches were not marked before.
     for _ in range(8):
         browser.execute_script("document.querySelector('.log').scrollTop += 800")
         marked(720)
@@ -192,8 +192,10 @@ def test_matches_that_can_be_seen_are_marked_however_many_more_there_are(
     marked(1000)
 
 
-def test_a_log_of_200000_lines(browser: Chrome, daemon: Daemon, script: Script) -> None:
-    """Begins at its end; every part of it can be reached; little of it is kept."""
+def test_a_log_of_200000_lines_can_be_read_at_any_place(
+    browser: Chrome, daemon: Daemon, script: Script
+) -> None:
+    """It opens at its end, and the page holds only a small part of it."""
     script("huge", "#!/bin/sh\nseq -f 'line %.0f of a huge log' 1 200000")
     number = daemon.run("site", "staging", "huge")
     daemon.ended(number)
@@ -201,14 +203,14 @@ def test_a_log_of_200000_lines(browser: Chrome, daemon: Daemon, script: Script) 
     shows(browser, "line 200000 of a huge log")
     assert browser.execute_script(FROM_END) < 5
     log = "document.querySelector('.log')"
-    # By the bar: somewhere in the middle.
+    # Go to the middle by the scroll bar.
     browser.execute_script(f"{log}.scrollTop = {log}.scrollHeight / 2")
     until(
         browser,
         lambda: any(80_000 < int(n) < 120_000 for n, _ in rows(browser)),
         "the middle",
     )
-    # By the wheel: row after row, over borders of what is loaded, none left out.
+    # Scroll up row by row, beyond the loaded part, and see each row.
     seen: set[int] = set()
 
     def up() -> bool:
@@ -220,7 +222,7 @@ def test_a_log_of_200000_lines(browser: Chrome, daemon: Daemon, script: Script) 
 
     until(browser, up, "four thousand lines")
     assert len(seen) == max(seen) - min(seen) + 1
-    # By an address.
+    # Go to a line by the address.
     browser.execute_script("location.hash = '#L120-L122'")
     shows(browser, "line 120 of a huge log")
     marked = (
@@ -228,12 +230,12 @@ def test_a_log_of_200000_lines(browser: Chrome, daemon: Daemon, script: Script) 
     )
     want = [f"line {n} of a huge log" for n in (120, 121, 122)]
     until(browser, lambda: browser.execute_script(marked) == want, "the marked lines")
-    # By a search.
+    # Go to a line by a search.
     find(browser, ".find input").send_keys("LINE 15432 of", Keys.ENTER)
     find(browser, ".found", "1 of 1")
     shows(browser, "line 15432 of a huge log")
     assert find(browser, ".row mark").text == "line 15432 of"
-    # And back to the end.
+    # Go back to the end.
     browser.execute_script(f"{log}.scrollTop = {log}.scrollHeight")
     shows(browser, "line 200000 of a huge log")
     browser.execute_cdp_cmd("HeapProfiler.collectGarbage", {})
@@ -246,10 +248,10 @@ def test_a_log_of_200000_lines(browser: Chrome, daemon: Daemon, script: Script) 
     assert count < 4000
 
 
-def test_it_stops_following_and_resumes(
+def test_the_log_stops_following_when_the_user_scrolls_up(
     browser: Chrome, daemon: Daemon, script: Script, tmp_path: Path
 ) -> None:
-    """Who scrolls up is left in peace; who comes back to the end follows again."""
+    """It follows again when the user comes back to the end."""
     script(
         "talk",
         "#!/bin/sh\nseq 1 100\nn=100\nwhile :; do "
@@ -285,10 +287,10 @@ def test_it_stops_following_and_resumes(
     assert not button.is_displayed()
 
 
-def test_a_flood_does_not_kill_the_page(
+def test_a_flood_of_output_does_not_freeze_the_page(
     browser: Chrome, daemon: Daemon, script: Script
 ) -> None:
-    """300 MB as fast as they come: the page skips to the end, and is alive."""
+    """A task prints 300 MB at full speed. The page skips to the end."""
     script("flood", "#!/bin/sh\nseq 1 35000000\necho it is over")
     number = daemon.run("site", "staging", "flood")
     browser.get(f"{daemon.base}/web/job/{number}")
@@ -301,10 +303,10 @@ def test_a_flood_does_not_kill_the_page(
     assert heap < 200e6
 
 
-def test_the_end_is_followed_in_a_box_of_any_size(
+def test_the_log_follows_its_end_in_a_box_of_any_size(
     browser: Chrome, daemon: Daemon, script: Script
 ) -> None:
-    """A phone is turned, details are closed: nobody has scrolled."""
+    """A turned phone or closed details are not a scroll by the user."""
     text = (
         "a line that has to be broken where there is little room for it, which is often so"
     )
@@ -317,7 +319,7 @@ def test_the_end_is_followed_in_a_box_of_any_size(
     with sized(browser) as resize:
         for width, height in sizes:
             resize(width, height)
-            # What the browser does by itself has happened, and what we do about it.
+            # Wait until the browser and the page have reacted to the new size.
             browser.execute_async_script(
                 "const done = arguments[0]; "
                 "requestAnimationFrame(() => requestAnimationFrame(done))"
@@ -327,10 +329,10 @@ def test_the_end_is_followed_in_a_box_of_any_size(
             shows(browser, last)
 
 
-def test_lines_that_are_empty_are_lines(
+def test_empty_lines_are_rows_of_their_own(
     browser: Chrome, daemon: Daemon, script: Script
 ) -> None:
-    """64 KiB of them are more rows than of anything else."""
+    """64 KiB of empty lines have more rows than any other text of that size."""
     script("empty", "#!/bin/sh\nyes '' | head -n 400000; echo the end")
     number = daemon.run("site", "staging", "empty")
     daemon.ended(number)
@@ -342,10 +344,10 @@ def test_lines_that_are_empty_are_lines(
     until(browser, lambda: "200000" in [n for n, _ in rows(browser)], "the middle")
 
 
-def test_a_line_that_is_written_over_again_and_again_is_one_row(
+def test_an_overwritten_line_is_one_row(
     browser: Chrome, daemon: Daemon, script: Script, tmp_path: Path
 ) -> None:
-    """Megabytes of a progress bar, read as it comes and read again."""
+    """A progress bar prints megabytes. The page reads them live, and again later."""
     gate = tmp_path / "gate"
     script(
         "progress",
@@ -368,7 +370,7 @@ def test_a_line_that_is_written_over_again_and_again_is_one_row(
 def test_a_colour_goes_on_until_it_ends(
     browser: Chrome, daemon: Daemon, script: Script
 ) -> None:
-    """Whichever part of the output one looks at first."""
+    """The part of the output that the page loads first does not matter."""
     script("green", "#!/bin/sh\nprintf '\\033[1;32m'; seq 1 40000; printf '\\033[0mplain'")
     number = daemon.run("site", "staging", "green")
     daemon.ended(number)
@@ -380,10 +382,10 @@ def test_a_colour_goes_on_until_it_ends(
         assert row.find_elements(By.CSS_SELECTOR, ".bold.f2")
 
 
-def test_what_is_seen_stays_while_the_middle_is_cut_out(
+def test_the_view_stays_while_the_middle_is_cut(
     browser: Chrome, start: Start, tmp_path: Path
 ) -> None:
-    """It is before what is cut: its lines keep their numbers, and the view its place."""
+    """Lines before the cut keep their numbers, and the view keeps its place."""
     gate = tmp_path / "gate"
     daemon = start("--command", SHELL, "--kill-grace=1", "--max-output-size", "1000000")
     number = daemon.sh(
@@ -425,10 +427,10 @@ def test_what_is_seen_stays_while_the_middle_is_cut_out(
     assert until(browser, seen, "a line") == before
 
 
-def test_a_search_begins_where_one_is(
+def test_a_search_begins_at_the_visible_lines(
     browser: Chrome, daemon: Daemon, script: Script
 ) -> None:
-    """To either side, round the ends, with more matches than the daemon gives at once."""
+    """It goes in both directions, wraps around, and has more matches than one response."""
     script("many", "#!/bin/sh\nseq -f 'error %.0f' 1 5000")
     number = daemon.run("site", "staging", "many")
     daemon.ended(number)
@@ -464,10 +466,10 @@ def test_a_search_begins_where_one_is(
         found(line)
 
 
-def test_what_is_selected_is_copied_though_it_is_scrolled_away(
+def test_a_selection_is_copied_when_it_is_scrolled_away(
     browser: Chrome, daemon: Daemon, script: Script
 ) -> None:
-    """From where it began, with its empty lines, and without breaks that only rows have."""
+    """The copy has the empty lines, and no line breaks at the ends of rows."""
     long = "x" * 4500
     script(
         "print",
@@ -501,10 +503,10 @@ def test_what_is_selected_is_copied_though_it_is_scrolled_away(
     assert clipboard(browser) == "\n".join(lines)
 
 
-def test_who_goes_elsewhere_is_not_thrown_back(
+def test_a_late_response_does_not_move_the_view(
     browser: Chrome, daemon: Daemon, script: Script
 ) -> None:
-    """What was asked for before, and comes late on a slow network, moves nothing."""
+    """The user has gone to another line meanwhile, on a slow network."""
     script("huge", "#!/bin/sh\nseq 1 200000")
     number = daemon.run("site", "staging", "huge")
     daemon.ended(number)
@@ -530,10 +532,10 @@ def test_who_goes_elsewhere_is_not_thrown_back(
     assert rows(browser)[0] == ["1", "1"]
 
 
-def test_who_leaves_a_task_leaves_no_stream_behind(
+def test_a_task_that_was_left_has_no_open_stream(
     browser: Chrome, daemon: Daemon, script: Script
 ) -> None:
-    """Also if its page was not ready yet: a browser has six connections."""
+    """A browser has only six connections for a host."""
     script("long", "#!/bin/sh\nseq 1 100000; exec sleep 600")
     number = daemon.run("site", "staging", "long")
     wait_for(lambda: daemon.task(number)["outputSize"] > 500_000, "its output")
@@ -559,7 +561,7 @@ def test_who_leaves_a_task_leaves_no_stream_behind(
     for count in range(1, 4):
         click(browser, ".tasks a")
         answered("?", count)
-        browser.back()  # while the next question is on its way
+        browser.back()  # while the next request is under way
         until(browser, lambda: path(browser) == "/web/", "the list")
         answered("/lines?", count)
     latency(browser, 0)
@@ -567,14 +569,17 @@ def test_who_leaves_a_task_leaves_no_stream_behind(
     until(browser, lambda: browser.execute_script("return open_.size") == 1, "one stream")
 
 
-def test_one_intention_is_one_task(browser: Chrome, returning: Daemon) -> None:
-    """The answer is lost; one writes and deletes a letter, and sends it again."""
+def test_a_repeated_form_creates_one_task(browser: Chrome, returning: Daemon) -> None:
+    """The response is lost.
+
+    The user changes a letter and back, and sends the form again.
+    """
     browser.get(f"{returning.base}/web/")
     click(browser, "#run")
     fill(browser, "app", "site")
     fill(browser, "env", "staging")
     fill(browser, "action", "run")
-    # The request arrives, its answer does not.
+    # The request arrives, and its response is lost.
     browser.execute_script(
         "const real = fetch; let lost = false; window.fetch = async (...all) => {"
         "const answer = await real(...all);"
@@ -592,7 +597,7 @@ def test_one_intention_is_one_task(browser: Chrome, returning: Daemon) -> None:
 def test_lines_behind_a_cut_have_the_numbers_of_the_api(
     browser: Chrome, start: Start, repo: Path, script: Script, tmp_path: Path
 ) -> None:
-    """Also on a page that was there when they were printed."""
+    """A page that was open when they were printed has the same numbers."""
     script(
         "much",
         f"#!/bin/sh\nseq 1 100\nwhile [ ! -e {tmp_path}/go ]; do sleep 0.02; done\n"
@@ -627,10 +632,10 @@ def test_lines_behind_a_cut_have_the_numbers_of_the_api(
     assert begin["nextOffset"] <= cut[0]
 
 
-def test_a_search_finds_what_comes_later_and_what_is_far_in_a_line(
+def test_a_search_finds_new_lines_and_text_far_into_a_line(
     browser: Chrome, daemon: Daemon, script: Script, tmp_path: Path
 ) -> None:
-    """And a long line is copied whole."""
+    """The page copies a long line completely."""
     (tmp_path / "line").write_text("begin " + "x" * 500_000 + " Needle end\n")
     script(
         "late",
@@ -653,9 +658,9 @@ def test_a_search_finds_what_comes_later_and_what_is_far_in_a_line(
     find(browser, ".row mark", "Needle")
     browser.execute_script("location.hash = '#L1'")
     until(browser, lambda: rows(browser)[0][0] == "1", "the first line")
-    # Permission to read denies writing (an earlier test may have asked for it). The page
-    # then copies as without TLS, which a browser allows for 5 seconds after the click only:
-    # not enough for this text on a busy machine.
+    # After an earlier test has asked for permission to read, the clipboard denies writes.
+    # The page then copies as it does without TLS. The browser allows that only within 5
+    # seconds of the click, which a busy machine can exceed with this text.
     browser.execute_cdp_cmd("Browser.resetPermissions", {})
     click(browser, ".bar button", "Copy")
     find(browser, ".copied", "marked lines")
@@ -665,10 +670,10 @@ def test_a_search_finds_what_comes_later_and_what_is_far_in_a_line(
     assert clipboard(browser) == (tmp_path / "line").read_text()[:-1]
 
 
-def test_what_is_gone_is_told_and_not_asked_for_ever(
+def test_an_unknown_task_is_reported_once(
     browser: Chrome, start: Start, repo: Path, script: Script
 ) -> None:
-    """A task that is no longer kept is no daemon that is away."""
+    """The page does not treat it as an unreachable daemon."""
     script("end", "#!/bin/sh\necho done")
     daemon = start(
         *("--command", "scripts", "--config-repo", str(repo), "--keep-tasks", "1")
@@ -680,8 +685,10 @@ def test_what_is_gone_is_told_and_not_asked_for_ever(
     assert not browser.find_element(By.ID, "away").is_displayed()
 
 
-def test_times_copy_and_download(browser: Chrome, daemon: Daemon, script: Script) -> None:
-    """The time of each line on demand; the raw bytes as a file."""
+def test_the_log_has_times_a_copy_and_a_download(
+    browser: Chrome, daemon: Daemon, script: Script
+) -> None:
+    """Times are shown on demand. The download has the raw bytes."""
     script("say", "#!/bin/sh\necho one\nsleep 1.1\necho two\nprintf '\\377'")
     number = daemon.run("site", "staging", "say")
     daemon.ended(number)
@@ -711,7 +718,7 @@ def test_times_copy_and_download(browser: Chrome, daemon: Daemon, script: Script
     assert clipboard(browser) == "one"
 
 
-# -- the reader of what a terminal would show
+# -- terminal sequences
 
 CASES = [
     ("plain\n", ["plain"]),
@@ -749,10 +756,10 @@ import('/pulsar/terminal.js').then(({ Terminal }) => {
 """
 
 
-def test_a_line_is_read_as_a_terminal_shows_it_however_it_is_cut(
+def test_a_line_is_read_as_a_terminal_shows_it_in_any_pieces(
     browser: Chrome, many: Daemon
 ) -> None:
-    """Whole, in two at each place, and character by character."""
+    """The text comes whole, in two pieces cut at each place, and character by character."""
     browser.get(f"{many.base}/web/")
     for text, want in CASES:
         pairs = len(text.encode("utf-16-le")) // 2 == len(text)
@@ -775,7 +782,7 @@ import('/pulsar/terminal.js').then(({ Terminal }) => {
 
 
 def test_colours_are_those_of_a_terminal(browser: Chrome, many: Daemon) -> None:
-    """By number, of 256, of 16 million, with colons; marks begin and end."""
+    """The palettes have 16, 256 and 16 million colours. Colons separate parameters too."""
     browser.get(f"{many.base}/web/")
     text = (
         "a\x1b[1;31mb\x1b[22;94mc\x1b[0;42md\x1b[38;5;9;48;5;16me\x1b[m"
@@ -793,8 +800,8 @@ def test_colours_are_those_of_a_terminal(browser: Chrome, many: Daemon) -> None:
     ]
 
 
-def test_all_of_it_is_small(browser: Chrome, many: Daemon) -> None:
-    """Under 100 KB for everything that a task's page needs, from this host alone."""
+def test_the_page_of_a_task_needs_less_than_50_kb(browser: Chrome, many: Daemon) -> None:
+    """The browser loads everything from the daemon."""
     browser.get(f"{many.base}/web/job/1")
     status(browser, "finished")
     script = (

@@ -1,4 +1,4 @@
-"""Parts of an output: where its lines are, who printed what and when, where a text is."""
+"""Tests of parts of an output: its lines, its pieces with stream and time, and searches."""
 
 import sqlite3
 import threading
@@ -22,7 +22,7 @@ def daemon(start: Start) -> Daemon:
 
 
 def get(daemon: Daemon, path: str) -> Any:
-    """Return the JSON of an answer that is good."""
+    """Return the JSON of a response with status 200."""
     answer = daemon.get(path)
     assert answer.status == 200, answer.body
     assert answer.headers["Content-Type"] == "application/json"
@@ -30,7 +30,7 @@ def get(daemon: Daemon, path: str) -> Any:
 
 
 def all_segments(daemon: Daemon, number: int) -> list[list[int]]:
-    """Return the segments of as many answers as it takes."""
+    """Return all segments, in as many requests as needed."""
     found = []
     at: int | None = 0
     while at is not None:
@@ -41,7 +41,7 @@ def all_segments(daemon: Daemon, number: int) -> list[list[int]]:
 
 
 def pieces(daemon: Daemon, number: int, start: int, end: int) -> str:
-    """Return the text between two bytes, in as many answers as it takes."""
+    """Return the text between two offsets, in as many requests as needed."""
     text = ""
     while start < end:
         answer = get(daemon, f"/task/{number}/pieces?offset={start}&end={end}")
@@ -51,8 +51,8 @@ def pieces(daemon: Daemon, number: int, start: int, end: int) -> str:
     return text
 
 
-def test_a_page_finds_each_line_of_a_large_log(daemon: Daemon) -> None:
-    """By segments that hold together, and by a search that knows the same numbers."""
+def test_segments_and_searches_locate_lines_of_a_large_log(daemon: Daemon) -> None:
+    """The segments join without gaps, and a search gives the same line numbers."""
     number = daemon.sh("seq -f 'line %07.0f ä' 300000")
     daemon.ended(number)
     answer = get(daemon, f"/task/{number}/lines")
@@ -87,7 +87,7 @@ def test_a_page_finds_each_line_of_a_large_log(daemon: Daemon) -> None:
 
 
 def test_an_output_without_newlines_has_segments_between_characters(daemon: Daemon) -> None:
-    """And begins no line in them."""
+    """All segments are in line 1, and only the first begins it."""
     number = daemon.sh("printf 'x'; yes 'ä€' | head -n 100000 | tr -d '\\n'")
     daemon.ended(number)
     segments = all_segments(daemon, number)
@@ -105,7 +105,7 @@ def test_a_task_that_has_printed_nothing_has_no_parts(
     start: Start,
     begun: bool,  # noqa: FBT001
 ) -> None:
-    """Whether it has ended, or waits and has no files yet."""
+    """It has ended, or it waits and has no files yet."""
     daemon = start("--command", SHELL, "--kill-grace=1", "--max-running=1")
     if not begun:
         daemon.sh("sleep 600")
@@ -130,8 +130,8 @@ def test_a_task_that_has_printed_nothing_has_no_parts(
     assert answer == {"matches": [], "nextFrom": None, "searched": 0}
 
 
-def test_lines_grow_with_a_task(daemon: Daemon, tmp_path: Path) -> None:
-    """What was told stays true; the version is that of what was looked at."""
+def test_segments_grow_with_a_task(daemon: Daemon, tmp_path: Path) -> None:
+    """Earlier segments stay valid. The version is that of the output in the response."""
     go = tmp_path / "go"
     number = daemon.sh(
         f"seq 20000; printf begun; while ! [ -e {go} ]; do sleep 0.01; done; echo ' end'"
@@ -153,8 +153,8 @@ def test_lines_grow_with_a_task(daemon: Daemon, tmp_path: Path) -> None:
     assert last["version"] > first["version"]
 
 
-def test_pieces_say_who_printed_them_and_when(daemon: Daemon, tmp_path: Path) -> None:
-    """Milliseconds after a begin that is the time of day."""
+def test_pieces_have_their_stream_and_time(daemon: Daemon, tmp_path: Path) -> None:
+    """The time is in milliseconds after the start, which is a time of day."""
     step = tmp_path / "step"
     wait = f"while ! [ -e {step} ]; do sleep 0.01; done"
     number = daemon.sh(f"printf 'out ä'; {wait}; echo err >&2")
@@ -171,7 +171,7 @@ def test_pieces_say_who_printed_them_and_when(daemon: Daemon, tmp_path: Path) ->
     db.close()
     assert abs(began - started) < 10
     assert answer == {"offset": 0, "nextOffset": 10, "size": task["outputSize"]}
-    # In the middle of a character: from its begin.
+    # An offset in the middle of a character gives the whole character.
     answer = get(daemon, f"/task/{number}/pieces?offset=5&end=7")
     assert (answer["offset"], answer["nextOffset"]) == (4, 7)
     assert [text for _, _, text in answer["pieces"]] == ["ä", "e"]
@@ -179,8 +179,8 @@ def test_pieces_say_who_printed_them_and_when(daemon: Daemon, tmp_path: Path) ->
         assert get(daemon, f"/task/{number}/pieces?{query}")["pieces"] == []
 
 
-def test_an_answer_has_a_quarter_of_a_mebibyte_at_most(daemon: Daemon) -> None:
-    """Whoever wants more goes on; all of it is the log."""
+def test_a_response_has_at_most_256_kib_of_pieces(daemon: Daemon) -> None:
+    """A client continues at ``nextOffset``, and gets the whole log."""
     number = daemon.sh("seq 200000")
     daemon.ended(number)
     answer = get(daemon, f"/task/{number}/pieces?end={MIB}")
@@ -190,10 +190,10 @@ def test_an_answer_has_a_quarter_of_a_mebibyte_at_most(daemon: Daemon) -> None:
     assert text == "".join(f"{n}\n" for n in range(1, 200_001))
 
 
-def test_of_what_was_cut_out_all_say_so(start: Start) -> None:
-    """A segment covers the hole, a line tells of it, and nothing is found in it.
+def test_lines_pieces_and_searches_show_a_cut(start: Start) -> None:
+    """A segment covers the cut, a marker tells of it, and searches find nothing in it.
 
-    The marker ends the line before, so what follows is two lines on.
+    The marker ends the line before the cut, so the text after it is two lines later.
     """
     daemon = start("--command", SHELL, "--max-output-size", "2M")
     number = daemon.sh("seq -f 'number %.0f of many' 400000")
@@ -213,7 +213,7 @@ def test_of_what_was_cut_out_all_say_so(start: Start) -> None:
     assert answer["lines"] == lines
     found = get(daemon, f"/task/{number}/search?text=number%20400000")
     assert found["matches"] == [[lines, data.index(b"number 400000")]]
-    # What reads as zeros is none of it.
+    # The cut reads as NUL bytes, which are not part of the output.
     assert get(daemon, f"/task/{number}/search?text=%00")["matches"] == []
     part = get(daemon, f"/task/{number}/pieces?offset={start_ - 5}&end={start_ + 9}")
     assert part["nextOffset"] == end
@@ -223,8 +223,8 @@ def test_of_what_was_cut_out_all_say_so(start: Start) -> None:
     )
 
 
-def test_lines_are_the_same_whenever_they_were_asked_for(start: Start) -> None:
-    """While more and more is cut out of the middle; another daemon finds the same."""
+def test_lines_are_the_same_at_any_time_and_after_a_restart(start: Start) -> None:
+    """Clients ask for them while the middle is being cut more and more."""
     daemon = start("--command", SHELL, "--max-output-size", "2M")
     number = daemon.sh("seq -f 'number %.0f of many, of far too many' 2000000")
     paths = [f"/task/{number}/{path}" for path in ("lines", "search?text=X", "pieces")]
@@ -244,8 +244,8 @@ def test_lines_are_the_same_whenever_they_were_asked_for(start: Start) -> None:
     assert [get(daemon, path) for path in paths] == answers
 
 
-def test_a_huge_log_holds_nobody_up(daemon: Daemon) -> None:
-    """While its lines are counted for the first time others are answered."""
+def test_a_huge_log_does_not_delay_other_requests(daemon: Daemon) -> None:
+    """The daemon answers them while it counts the lines of the log for the first time."""
     number = daemon.sh("head -c 280000000 /dev/zero | tr '\\0' '\\n'")
     daemon.ended(number)
     answers: list[Any] = []
@@ -269,7 +269,7 @@ def test_a_huge_log_holds_nobody_up(daemon: Daemon) -> None:
     assert (len(first["segments"]), first["nextFrom"]) == (4096, 4096 * (LEAST + 1))
     segments = all_segments(daemon, number)
     assert len(segments) == -(-280_000_000 // (LEAST + 1))
-    # No more than 64 MiB are searched for one answer.
+    # A response covers at most 64 MiB of the searched output.
     found = get(daemon, f"/task/{number}/search?text=x")
     assert found == {"matches": [], "nextFrom": 64 * MIB, "searched": 64 * MIB}
     found = get(daemon, f"/task/{number}/search?text=x&from=279999990")
@@ -290,15 +290,17 @@ def test_a_huge_log_holds_nobody_up(daemon: Daemon) -> None:
         ("search?text=x&from=y", "from"),
     ],
 )
-def test_what_is_wrong_is_named(daemon: Daemon, path: str, field: str) -> None:
-    """By 400; and a task that is not there is 404."""
+def test_invalid_parameters_answer_400_with_the_field(
+    daemon: Daemon, path: str, field: str
+) -> None:
+    """A task that does not exist answers 404."""
     number = daemon.sh("true")
     problem(daemon.get(f"/task/{number}/{path}"), 400, field)
     assert problem(daemon.get(f"/task/99/{path}"), 404)["type"].endswith(":unknown-task")
 
 
-def test_the_longest_text_is_found(daemon: Daemon) -> None:
-    """Whatever its letters; only those of ASCII have no case."""
+def test_a_text_of_the_maximum_length_is_found(daemon: Daemon) -> None:
+    """A search ignores case only for letters of ASCII."""
     number = daemon.sh("printf 'a\\n%s\\n' \"$PULSAR_VAR_text\"", text="É" + "x" * 199)
     daemon.ended(number)
     path = f"/task/{number}/search?text="
@@ -307,8 +309,8 @@ def test_the_longest_text_is_found(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_an_output_that_cannot_be_read_is_a_503(daemon: Daemon, damage: str) -> None:
-    """Whether it is gone, though its lines are known, or it is not known what was cut."""
+def test_an_output_that_cannot_be_read_answers_503(daemon: Daemon, damage: str) -> None:
+    """The folder is gone after the lines were indexed, or the record of a cut is bad."""
     number = daemon.sh("seq 1000")
     daemon.ended(number)
     paths = [f"/task/{number}/{path}" for path in ("lines", "pieces", "search?text=7")]
@@ -322,7 +324,7 @@ def test_an_output_that_cannot_be_read_is_a_503(daemon: Daemon, damage: str) -> 
     for path in paths:
         answer = problem(daemon.get(path), 503)
         assert answer["type"].endswith(":output-unavailable")
-    # For a HEAD of them nothing is read.
+    # A HEAD request reads no output.
     assert {daemon.request("HEAD", path).status for path in paths[:3]} == {200}
     if damage == "gone":
         folder.with_suffix(".gone").rename(folder)
@@ -331,8 +333,8 @@ def test_an_output_that_cannot_be_read_is_a_503(daemon: Daemon, damage: str) -> 
     assert [get(daemon, path) for path in paths[:3]] == before
 
 
-def test_colours_in_force_are_told_with_the_lines(daemon: Daemon) -> None:
-    """Of each segment at whose begin there are some."""
+def test_lines_have_the_colours_at_the_begin_of_segments(daemon: Daemon) -> None:
+    """Segments without a colour are not in ``styles``."""
     number = daemon.sh("printf '\\033[1;31m'; seq 30000; printf '\\033[m'; seq 30000")
     daemon.ended(number)
     answer = get(daemon, f"/task/{number}/lines")
@@ -345,8 +347,8 @@ def test_colours_in_force_are_told_with_the_lines(daemon: Daemon) -> None:
     assert (len(last["segments"]), last["styles"]) == (1, {})
 
 
-def test_a_head_has_no_body(daemon: Daemon) -> None:
-    """And other methods are not possible."""
+def test_a_head_request_for_parts_has_no_body(daemon: Daemon) -> None:
+    """Other methods answer 405."""
     number = daemon.sh("echo hello")
     daemon.ended(number)
     for path in ("lines", "pieces", "search?text=x"):
@@ -358,10 +360,10 @@ def test_a_head_has_no_body(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_output_that_cannot_be_read_hides_no_other_task(
+def test_an_output_that_cannot_be_read_hides_no_other_task(
     daemon: Daemon, damage: str
 ) -> None:
-    """Lists and the wait for new tasks show it without output, and say why."""
+    """Lists and long-polls for new tasks show such a task without output, with a note."""
     numbers = [daemon.sh(f"echo {word}") for word in ("one", "two", "three")]
     for number in numbers:
         daemon.ended(number)

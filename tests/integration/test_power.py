@@ -1,7 +1,7 @@
-"""A power cut, a boot, a lost or copied state: no task starts twice, no end changes.
+"""Tests of power cuts, boots, and lost or copied states: no task starts twice.
 
 ``PULSAR_POWER_CUTS=100 PULSAR_LOST_FILES=50 pytest -s tests/integration/test_power.py``
-makes a longer run than the usual one and prints its figures.
+runs longer than the default and prints its figures.
 """
 
 import os
@@ -18,7 +18,7 @@ IDLE = 25 if CUTS >= 50 else 2
 
 
 def tried(*arguments: str) -> None:
-    """Try some kinds of misfortune; their figures say what was wrong."""
+    """Run some kinds of failure in another process. Its output shows any error."""
     call = command("tests.integration.power", *arguments)
     done = subprocess.run(call, check=False, stdout=subprocess.PIPE, text=True)
     print(done.stdout)
@@ -27,7 +27,7 @@ def tried(*arguments: str) -> None:
 
 @pytest.mark.needs("loop mounts")
 def test_a_power_cut_starts_no_task_twice() -> None:
-    """At any moment, busy and idle, whether or not the boot id is another one."""
+    """The cut comes at any moment, busy and idle, with the same boot id or another."""
     half = CUTS // 2
     tried(f"busy={half}", f"idle={CUTS - half}", f"--idle={IDLE}")
 
@@ -35,5 +35,8 @@ def test_a_power_cut_starts_no_task_twice() -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ON_DISK])
 @pytest.mark.needs("loop mounts")
 def test_a_state_in_doubt_starts_no_task_twice(kind: str) -> None:
-    """Files removed or damaged, another boot id, a copy: in doubt a task is lost."""
+    """Files are removed or damaged, the boot id changes, or the state is copied.
+
+    A task whose start is in doubt is lost.
+    """
     tried(f"{kind}={LOST}")

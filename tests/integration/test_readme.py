@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to do works when pasted."""
+"""Tests that run the commands of the README as a newcomer pastes them."""
 
 import json
 import os
@@ -23,7 +23,7 @@ MAX_LINES = 150
 
 
 def by_language(language: str) -> list[Block]:
-    """Return the blocks of one language."""
+    """Return the code blocks in one language."""
     return blocks(README, language)
 
 
@@ -34,7 +34,7 @@ def commands(program: str) -> list[str]:
 
 
 def demonstration(start: Start, environ: dict[str, str], folder: Path) -> Daemon:
-    """Return a daemon like that of the demonstration, which has run its first task."""
+    """Return a daemon like that of the demonstration, after its first task."""
     environ["DEMO_SITE"] = str(folder / "site")
     given = ("--dev", "--port=0", "--command=scripts", f"--config-repo={EXAMPLE}")
     daemon = start(*given, environ=environ)
@@ -56,12 +56,11 @@ def run(words: list[str], **more: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_readme_is_short() -> None:
-    """A newcomer reads it to its end."""
     assert len(README.read_text().splitlines()) <= MAX_LINES
 
 
 def test_readme_names_files_that_exist() -> None:
-    """Every path of the repository that it mentions."""
+    """Every path of the repository in the README is checked."""
     paths = re.findall(r"``((?:docs/|systemd/)[\w./-]*|[A-Z]+\.rst)``", README.read_text())
     assert len(paths) > 10
     for path in paths:
@@ -72,7 +71,10 @@ def test_readme_names_files_that_exist() -> None:
 def test_commands_beside_the_demonstration_work(
     start: Start, environ: dict[str, str], tmp_path: Path
 ) -> None:
-    """What curl prints is what the README shows; the other one prints the output."""
+    """The output of ``curl`` is in the README.
+
+    The other command prints the task's output.
+    """
     daemon = demonstration(start, environ, tmp_path)
     curl, *_ = commands("curl --cacert")
     done = run([*shlex.split(curl.replace(DEMO, daemon.base)), "--silent"])
@@ -90,7 +92,7 @@ def test_commands_beside_the_demonstration_work(
 def test_every_request_of_the_api_page_works(
     start: Start, environ: dict[str, str], tmp_path: Path
 ) -> None:
-    """In the order of the page."""
+    """They run in the order of the page."""
     daemon = demonstration(start, environ, tmp_path)
     lines = [c for b in blocks(DOCS / "api.rst", "console") for c in b.commands()]
     assert len(lines) >= 11
@@ -104,7 +106,7 @@ def test_every_request_of_the_api_page_works(
 
 @pytest.mark.needs("curl")
 def test_api_page_has_every_field_of_a_task(start: Start) -> None:
-    """Of one with output; fields that are only sometimes there are no more than these."""
+    """Only ``outputOffset`` and ``outputCut`` are missing from some tasks."""
     daemon = start("--command", "echo")
     number = daemon.run("site", "production", "deploy")
     table = section(DOCS / "api.rst", "The task object")
@@ -116,7 +118,7 @@ def test_api_page_has_every_field_of_a_task(start: Start) -> None:
 
 @pytest.mark.needs("curl")
 def test_team_on_github_deploys_by_the_five_steps(start: Start, tmp_path: Path) -> None:
-    """With the settings and the commands as they are, but a GitHub of ours."""
+    """The settings and commands are those of the README. GitHub is a local server."""
     scripts = tmp_path / "apps" / "shop"
     scripts.mkdir(parents=True)
     (scripts / "deploy").write_text("#!/bin/sh\necho deployed\n")
