@@ -145,14 +145,14 @@ def crowd() -> Iterator[Callable[[Daemon], list[Client]]]:
 
 
 @pytest.mark.parametrize("form", list(FORMS))
-def test_no_request_fails_while_certificates_are_exchanged(
+def test_no_request_fails_while_certificates_are_replaced(
     form: str,
     folder: Path,
     start: Start,
     crowd: Callable[[Daemon], list[Client]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Open connections go on, new ones get the new certificate, nobody is turned away."""
+    """Open connections continue, and new ones get the new certificate."""
     daemon = start(*options(folder, form), trust=folder / "root")
     clients = crowd(daemon)
     begin = time.monotonic()
@@ -178,10 +178,10 @@ def test_no_request_fails_while_certificates_are_exchanged(
     assert KEPT not in daemon.log.read_text()
 
 
-def test_a_request_that_waits_is_answered_on_its_old_connection(
+def test_a_waiting_request_is_answered_on_its_old_connection(
     folder: Path, start: Start
 ) -> None:
-    """A long-poll and a log that is followed last longer than any exchange."""
+    """A long-poll and a followed log last longer than a replacement."""
     more = ("--command", SHELL, "--poll-timeout", "600")
     daemon = start(*options(folder), *more, trust=folder / "root")
     gate = folder / "gate"
@@ -203,7 +203,7 @@ def test_a_request_that_waits_is_answered_on_its_old_connection(
 
 
 def test_sighup_reads_the_files_at_once(folder: Path, start: Start) -> None:
-    """Also when they have not changed."""
+    """The files need not have changed."""
     daemon = start(*options(folder), trust=folder / "root")
     hang_up(daemon, "new connections get the certificate")
     new = AUTHORITY.issue()
@@ -213,17 +213,17 @@ def test_sighup_reads_the_files_at_once(folder: Path, start: Start) -> None:
     assert daemon.get("/tasks").status == 200
 
 
-def test_a_damaged_certificate_keeps_the_old_and_says_so(
+def test_a_damaged_certificate_keeps_the_old_one_and_is_logged(
     folder: Path, start: Start
 ) -> None:
-    """In one line, once; a good one is then taken."""
+    """The log has one line for each fault. The next good certificate is used."""
     daemon = start(*options(folder), trust=folder / "root")
     old = presented(daemon)
     good = (folder / "cert").read_bytes()
     (folder / "cert").write_bytes(good[:-100])
     wait_for(lambda: KEPT in daemon.log.read_text(), "the complaint")
     assert presented(daemon) == old
-    # What is wrong now is told at once, so all earlier looks are over by then.
+    # SIGHUP logs the new fault at once, so all earlier looks at the files are over by then.
     (folder / "cert").write_bytes(key_pem(AUTHORITY.issue().key))
     hang_up(daemon, KEPT)
     assert presented(daemon) == old
@@ -240,10 +240,10 @@ def test_a_damaged_certificate_keeps_the_old_and_says_so(
     assert daemon.get("/tasks").status == 200
 
 
-def test_files_that_are_no_longer_for_the_daemon_keep_the_old(
+def test_unreadable_certificate_files_keep_the_old_certificate(
     folder: Path, start: Start
 ) -> None:
-    """As after it has given up its privileges."""
+    """A daemon that has given up its privileges can meet this."""
     daemon = start(*options(folder), trust=folder / "root")
     old = presented(daemon)
     (folder / "key").rename(folder / "away")
@@ -252,14 +252,14 @@ def test_files_that_are_no_longer_for_the_daemon_keep_the_old(
 
 
 def test_sighup_without_tls_is_harmless(daemon: Daemon) -> None:
-    """Nothing is to be read again, and nothing ends."""
+    """The daemon logs that there is no certificate."""
     for _ in range(3):
         hang_up(daemon, "SIGHUP: there is no certificate")
     assert daemon.get("/tasks").status == 200
 
 
-def test_a_task_is_told_of_a_hangup_as_ever(start: Start) -> None:
-    """What the daemon does with SIGHUP is not inherited."""
+def test_tasks_do_not_inherit_the_handling_of_sighup(start: Start) -> None:
+    """A task gets SIGHUP as usual."""
     daemon = start("--command", SHELL)
     number = daemon.sh("grep SigIgn /proc/self/status")
     daemon.ended(number)
@@ -267,8 +267,8 @@ def test_a_task_is_told_of_a_hangup_as_ever(start: Start) -> None:
     assert not ignored & 1 << signal.SIGHUP - 1
 
 
-def test_other_client_authorities_are_taken(folder: Path, start: Start) -> None:
-    """Who was let in is turned away by the next connection, and the other way round."""
+def test_replaced_client_authorities_are_used(folder: Path, start: Start) -> None:
+    """The next connection of an old client is refused, and a new client is accepted."""
     other = Authority("other")
     mine, theirs = AUTHORITY.issue(), other.issue()
     for name, one in (("mine", mine), ("theirs", theirs)):

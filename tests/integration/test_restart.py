@@ -32,7 +32,7 @@ from tests.integration.daemon import SHELL, Daemon, Poll, wait_for
 
 TIMES = int(os.environ.get("PULSAR_RESTARTS", "10"))
 
-# Prints numbered lines on both streams, refuses to run twice, ends with 7.
+# Prints numbered lines on both streams, refuses to run twice, exits with 7.
 COUNTER = f"""#!{sys.executable} -IS
 import os, sys, time
 folder, lines = os.environ["PULSAR_VAR_folder"], int(os.environ["PULSAR_VAR_lines"])
@@ -47,7 +47,7 @@ sys.exit(7)
 
 
 def follow(daemon: Daemon, number: int, into: list[str]) -> None:
-    """Follow a task by its offset, whatever happens to the daemon, to its end."""
+    """Follow a task to its end by offsets, over restarts of the daemon."""
     offset = version = 0
     while True:
         try:
@@ -67,7 +67,7 @@ def follow(daemon: Daemon, number: int, into: list[str]) -> None:
 
 
 def streams(daemon: Daemon, number: int) -> tuple[bytes, bytes]:
-    """Return what the index says of both streams."""
+    """Return the bytes of both streams by the index."""
     output = Output(daemon.output_file(number).parent)
     found = {STDOUT: b"", STDERR: b""}
     start = 0
@@ -79,13 +79,13 @@ def streams(daemon: Daemon, number: int) -> tuple[bytes, bytes]:
 
 
 def expected(lines: int, stream: int) -> bytes:
-    """Return what one stream of the counter must be."""
+    """Return the expected bytes of one stream of the counter."""
     return b"".join(b"%06d\n" % n for n in range(stream, lines, 2))
 
 
 @pytest.fixture
 def fixed(start: Start, repo: Path, script: Script) -> Daemon:
-    """Return a daemon that comes back on the port that it had."""
+    """Return a daemon that keeps its port over restarts."""
     script("count", COUNTER)
     options = ("--command=scripts", f"--config-repo={repo}", "--kill-grace=1")
     daemon = start(*options)
@@ -95,7 +95,7 @@ def fixed(start: Start, repo: Path, script: Script) -> Daemon:
 
 
 def check(daemon: Daemon, number: int, lines: int, shown: list[str]) -> None:
-    """Hold one task to everything that was promised."""
+    """Check the status, both streams and the followed output of a task."""
     task = daemon.ended(number)
     assert (task["status"], task["exitCode"]) == ("failed", 7)
     assert streams(daemon, number) == (expected(lines, 0), expected(lines, 1))
@@ -113,10 +113,10 @@ def again_and_again(
         shown: list[str] = []
         follower = Thread(target=follow, args=(daemon, number, shown))
         follower.start()
-        time.sleep(chance.uniform(0, 0.35))  # any moment is meant
+        time.sleep(chance.uniform(0, 0.35))  # at any moment
         restart()
         began = time.monotonic()
-        # One that ended before its shim began waits again for a moment.
+        # A task that ended before its shim began can be waiting again for a moment.
         assert daemon.task(number)["status"] in {"created", "running", "failed"}
         found_again.append(time.monotonic() - began)
         check(daemon, number, 400, shown_by(follower, shown))
@@ -125,8 +125,11 @@ def again_and_again(
     assert zombies(daemon) == []
 
 
-def test_a_daemon_that_is_killed_loses_nothing(fixed: Daemon, tmp_path: Path) -> None:
-    """At any moment: right exit code, every byte once, no gap for who follows."""
+def test_a_killed_daemon_loses_no_output(fixed: Daemon, tmp_path: Path) -> None:
+    """The kill comes at any moment.
+
+    Followers get every byte once, and the exit code is right.
+    """
 
     def restart() -> None:
         fixed.kill()
@@ -135,8 +138,8 @@ def test_a_daemon_that_is_killed_loses_nothing(fixed: Daemon, tmp_path: Path) ->
     again_and_again(fixed, tmp_path, random.Random(4), restart)
 
 
-def test_another_version_takes_over(fixed: Daemon, tmp_path: Path) -> None:
-    """SIGTERM to one version, then the start of another, in the middle of a task."""
+def test_another_version_takes_over_a_running_task(fixed: Daemon, tmp_path: Path) -> None:
+    """The old version gets SIGTERM in the middle of a task, then the other one starts."""
     copy = tmp_path / "other"
     source = Path(pulsar_api.__file__).parent
     for name in ("pulsar_api", "ssl", "twisted"):
@@ -178,8 +181,8 @@ def zombies(daemon: Daemon) -> list[str]:
     return found
 
 
-def test_twenty_tasks_at_once_survive(fixed: Daemon, tmp_path: Path) -> None:
-    """Those that run and those that wait; each starts exactly once."""
+def test_twenty_tasks_survive_a_restart(fixed: Daemon, tmp_path: Path) -> None:
+    """Some run and some wait. Each starts exactly once."""
     numbers = [
         fixed.run("site", f"env{n}", "count", folder=str(tmp_path), lines=300)
         for n in range(20)
@@ -194,10 +197,10 @@ def test_twenty_tasks_at_once_survive(fixed: Daemon, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_who_waits_is_answered_before_a_stop(
+def test_long_polls_are_answered_before_a_stop(
     fixed: Daemon, script: Script, number: signal.Signals
 ) -> None:
-    """A long-poll gets its answer, not a broken connection; the task runs on."""
+    """The connection is not broken, and the task keeps running."""
     script("sleep", "#!/bin/sh\nexec sleep 60\n")
     task = fixed.run("site", "prod", "sleep")
     version = wait_for(lambda: (t := fixed.task(task))["pid"] and t["version"], "the start")
@@ -213,7 +216,7 @@ def test_who_waits_is_answered_before_a_stop(
 def test_a_stopping_daemon_serves_all_but_new_tasks(
     start: Start, repo: Path, script: Script
 ) -> None:
-    """While it waits for running tasks: reads, follows and kills go on."""
+    """Reads, follows and kills work while it waits for running tasks."""
     script("sleep", "#!/bin/sh\necho ready\nexec sleep 60\n")
     daemon = start("--command=scripts", f"--config-repo={repo}", "--drain-timeout=100")
     number = daemon.run("site", "prod", "sleep")
@@ -229,10 +232,10 @@ def test_a_stopping_daemon_serves_all_but_new_tasks(
     assert daemon.process.wait(60) == 0
 
 
-def test_a_kill_in_the_middle_of_a_post_starts_at_most_one(
+def test_a_kill_of_the_daemon_during_a_post_starts_at_most_one_task(
     fixed: Daemon, tmp_path: Path
 ) -> None:
-    """Who retries with the same key gets the same task, and it ran once."""
+    """A client that retries with the same key gets the same task, which ran once."""
     chance = random.Random(5)
     tries = TIMES * 2
     for n in range(tries):
@@ -250,7 +253,7 @@ def test_a_kill_in_the_middle_of_a_post_starts_at_most_one(
 
         thread = Thread(target=post)
         thread.start()
-        time.sleep(chance.uniform(0, 0.01))  # any moment is meant
+        time.sleep(chance.uniform(0, 0.01))  # at any moment
         fixed.kill()
         thread.join(60)
         fixed.start()
@@ -264,11 +267,12 @@ def test_a_kill_in_the_middle_of_a_post_starts_at_most_one(
     assert all(task["exitCode"] == 7 for task in tasks.values())
 
 
-def test_an_output_that_is_too_large_loses_its_middle_and_says_so(
+def test_a_too_large_output_loses_its_middle(
     start: Start, repo: Path, script: Script
 ) -> None:
-    """Begin and end are kept byte for byte, offsets stay what they are."""
-    # Not line by line, or the index might be too large before the output is.
+    """The begin and the end are kept byte for byte, and offsets do not change."""
+    # Written in blocks of lines, so that the output reaches its limit before the index
+    # does.
     code = (
         "import os\nfor first in range(0, 100000, 100):\n"
         "    os.write(1, b''.join(b'%09d\\n' % n for n in range(first, first + 100)))\n"
@@ -294,12 +298,12 @@ def test_an_output_that_is_too_large_loses_its_middle_and_says_so(
     )
 
 
-def test_an_index_that_is_too_large_loses_its_middle_over_a_restart(
+def test_a_too_large_index_loses_its_middle_over_a_restart(
     start: Start, repo: Path, script: Script, tmp_path: Path
 ) -> None:
-    """A byte at a time on both streams: whoever follows, or comes later, reads on."""
+    """The task writes single bytes to both streams. Readers get the rest, early or late."""
     go = tmp_path / "go"
-    # With O_DIRECT each byte is read by itself, however slowly.
+    # With O_DIRECT the shim reads each byte by itself, even if it is slow.
     code = (
         "import fcntl, os, time\n"
         "for fd in (1, 2): fcntl.fcntl(fd, fcntl.F_SETFL, os.O_WRONLY | os.O_DIRECT)\n"
@@ -339,7 +343,7 @@ def test_an_index_that_is_too_large_loses_its_middle_over_a_restart(
 def test_old_tasks_are_removed_with_their_output(
     start: Start, repo: Path, script: Script
 ) -> None:
-    """At the next start at the latest, and never a number is used again."""
+    """The next start removes them at the latest. No number is used again."""
     script("true", "#!/bin/sh\n")
     daemon = start("--command=scripts", f"--config-repo={repo}", "--keep-tasks=3")
     for _ in range(8):
@@ -354,10 +358,10 @@ def test_old_tasks_are_removed_with_their_output(
     assert daemon.run("site", "prod", "true") == 9
 
 
-def test_an_operator_can_end_what_a_stopped_daemon_has_left(
+def test_end_tasks_ends_the_tasks_of_a_stopped_daemon(
     fixed: Daemon, script: Script
 ) -> None:
-    """By one command; the next daemon finds the tasks killed."""
+    """The next daemon finds them killed."""
     script("sleep", "#!/bin/sh\necho ready\nexec sleep 60\n")
     number = fixed.run("site", "prod", "sleep")
     wait_for(lambda: fixed.task(number)["output"], "the start")
@@ -373,13 +377,13 @@ def test_an_operator_can_end_what_a_stopped_daemon_has_left(
 
 
 def test_fifty_clients_race_for_one_target(start: Start, tmp_path: Path) -> None:
-    """Never two tasks at once, in the order of their creation, also over a restart."""
+    """Tasks run one at a time, in the order of their creation, also over a restart."""
     daemon = start("--command", SHELL, "--max-running-per-target=1")
     daemon.arguments[daemon.arguments.index("--port") + 1] = str(daemon.port)
     order, lock = tmp_path / "order", tmp_path / "lock"
     order.touch()
     order.chmod(0o666)
-    # The task proves it: who finds the folder was not alone.
+    # A task that finds the folder has run beside another one, and fails.
     run = f"mkdir {lock} || exit 9; echo $PULSAR_TASK_ID >> {order}; rmdir {lock}"
     body = json.dumps({"action": "run", "variables": {"run": run}})
     created: list[int] = []

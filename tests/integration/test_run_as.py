@@ -1,4 +1,4 @@
-"""Commands under accounts of their own, and what hostile ones try. These need root."""
+"""Tests of commands under accounts of their own, and of hostile ones. They need root."""
 
 import fcntl
 import json
@@ -93,7 +93,7 @@ def start(request: pytest.FixtureRequest, place: Path) -> Iterator[Start]:
 
 
 def attempts(daemon: Daemon, app: str, *arguments: object) -> dict[str, str]:
-    """Run the hostile program as a task; return what became of what it tried."""
+    """Run the hostile program as a task, and return the result of each attempt."""
     words = " ".join(map(str, arguments))
     number = daemon.run(
         app,
@@ -108,8 +108,8 @@ def attempts(daemon: Daemon, app: str, *arguments: object) -> dict[str, str]:
     return found
 
 
-def test_a_hostile_task_gets_nothing(start: Start) -> None:
-    """Neither of the daemon, nor of its own shim, nor of the tasks of other accounts."""
+def test_a_hostile_task_gets_access_to_nothing(start: Start) -> None:
+    """It attacks the daemon, its own shim, and tasks of other accounts."""
     daemon = start("--max-running-per-target", "1")
     hidden = "the-secret-of-another"
     other = daemon.run(
@@ -132,8 +132,8 @@ def test_a_hostile_task_gets_nothing(start: Start) -> None:
     assert daemon.ended(waiting)["exitCode"] == len(hidden)
 
 
-def test_who_a_task_is(start: Start) -> None:
-    """Its account has its home, its mask of modes, and nothing of the daemon's groups."""
+def test_a_task_has_the_identity_of_its_account(start: Start) -> None:
+    """It has the account's home and umask, and no group of the daemon."""
     daemon = start()
     script = "id -un; id -gn; id -Gn; umask; echo $HOME $USER $LOGNAME; echo x >/dev/stderr"
     for app, name, mask, home in (
@@ -149,7 +149,7 @@ def test_who_a_task_is(start: Start) -> None:
 
 
 def test_no_command_has_a_capability(start: Start) -> None:
-    """Nor can it get one by a program that is set-uid, unless the settings allow sudo."""
+    """A set-uid program gives it none either, unless the settings allow sudo."""
     daemon = start()
     number = daemon.run(
         "shop", "live", "run", run="grep -E '^(Cap|NoNew)' /proc/self/status"
@@ -190,7 +190,7 @@ def readable(place: Path) -> dict[str, str]:
 def test_only_commands_of_root_without_accounts_have_capabilities(
     place: Path, readable: dict[str, str], before: tuple[str, ...], tables: str
 ) -> None:
-    """The log of the daemon warns of exactly that, at each start."""
+    """The daemon logs a warning about these at each start."""
     (place / "settings.toml").write_text(tables)
     home = place / "home"
     home.mkdir(mode=0o755)
@@ -220,8 +220,8 @@ def test_only_commands_of_root_without_accounts_have_capabilities(
         daemon.stop()
 
 
-def test_a_daemon_without_accounts_hands_no_capability_on(place: Path) -> None:
-    """Its tasks can change what its shims are told, and the shims themselves."""
+def test_a_daemon_without_accounts_passes_no_capability_on(place: Path) -> None:
+    """Its tasks can change its shims and the files that they read."""
     (place / "state").mkdir()
     shutil.chown(place / "state", OWN)
     daemon = Daemon(place, program=(*capable(OWN), sys.executable, "-m", "pulsar_api"))
@@ -233,10 +233,10 @@ def test_a_daemon_without_accounts_hands_no_capability_on(place: Path) -> None:
     assert found["CapEff"] & NEEDED == NEEDED
 
 
-def test_the_version_of_pulsar_is_asked_for_under_an_account(
+def test_the_version_of_pulsar_is_read_under_an_account(
     start: Start, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The accounts of tasks may own what is found in PATH."""
+    """The account of a task can own programs in PATH."""
     program = place / "bin" / "pulsar"
     program.parent.mkdir(mode=0o755)
     program.write_text(
@@ -255,19 +255,19 @@ def test_the_version_of_pulsar_is_asked_for_under_an_account(
     assert said[1] == f"1.0 {SHOP} {home} CapEff: {0:016}"
 
 
-def test_accounts_without_authentication_are_warned_of(start: Start) -> None:
-    """Each task can ask the daemon for tasks of all other accounts."""
+def test_accounts_without_authentication_are_logged_as_a_risk(start: Start) -> None:
+    """Each task could ask the daemon to start tasks of other accounts."""
     assert "EVERY TASK CAN START" in start().log.read_text()
 
 
-def test_accounts_with_authentication_are_not_warned_of(start: Start) -> None:
-    """Tasks are nobody to the daemon then."""
+def test_accounts_with_authentication_log_no_warning(start: Start) -> None:
+    """Tasks have no credentials for the daemon."""
     daemon = start("--auth-provider", "tokens")
     assert "EVERY TASK CAN START" not in daemon.log.read_text()
 
 
 def test_a_target_without_account_is_refused(start: Start) -> None:
-    """It never runs as the daemon."""
+    """No task runs as the daemon."""
     daemon = start()
     answer = daemon.post("/games/live", {"action": "run", "variables": {"run": "id"}})
     assert (answer.status, answer.json()["field"]) == (400, "app")
@@ -276,7 +276,7 @@ def test_a_target_without_account_is_refused(start: Start) -> None:
 
 
 def test_a_task_of_an_account_survives_the_daemon_and_is_killed(start: Start) -> None:
-    """The next daemon adopts it, and ends all of it, deaf children as well."""
+    """The next daemon adopts it and ends all its processes, also those that ignore TERM."""
     daemon = start()
     run = "trap '' TERM; (trap '' TERM; setsid sleep 300 & echo $!; wait) & wait"
     number = daemon.run("shop", "live", "run", run=run)
@@ -296,7 +296,7 @@ def test_a_task_of_an_account_survives_the_daemon_and_is_killed(start: Start) ->
 
 
 def stop_before_exec(state: Path, user: str) -> int:
-    """Stop the next process of a user that is a copy of a shim yet; return its number."""
+    """Stop the next process of a user before it runs its program, and return its id."""
     uid = pwd.getpwnam(user).pw_uid
 
     def stopped() -> int:
@@ -315,10 +315,10 @@ def stop_before_exec(state: Path, user: str) -> int:
 
 @pytest.fixture
 def slow_program(place: Path) -> Iterator[Path]:
-    """Return a program that whoever runs it has to wait for: it is leased, fcntl(2)."""
+    """Return a program whose start is delayed by a lease, see fcntl(2)."""
     path = place / "program"
     shutil.copy("/bin/true", path)
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # somebody waits
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # a process waits for the lease
     with path.open("rb") as file:
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         yield path
@@ -328,7 +328,7 @@ def slow_program(place: Path) -> Iterator[Path]:
 def test_a_command_that_is_stopped_before_it_runs_is_killed(
     start: Start, slow_program: Path
 ) -> None:
-    """Another task of its account can do that; its shim still hears a kill."""
+    """Another task of its account can stop it. Its shim still obeys a kill."""
     daemon = start("--command", str(slow_program))
     number = daemon.run("shop", "live", "run")
     child = stop_before_exec(daemon.state, SHOP)
@@ -337,10 +337,8 @@ def test_a_command_that_is_stopped_before_it_runs_is_killed(
     assert not Path(f"/proc/{child}").exists()
 
 
-def test_what_cannot_be_entered_or_run_fails_and_says_why(
-    start: Start, place: Path
-) -> None:
-    """As the account it would have run as, not as the daemon."""
+def test_an_inaccessible_program_fails_with_the_reason(start: Start, place: Path) -> None:
+    """The account of the task counts, not that of the daemon."""
     shut = place / "shut"
     shut.mkdir(mode=0o700)
     (shut / "program").write_text("#!/bin/sh\n")
@@ -457,15 +455,15 @@ def test_admin_frees_a_target_that_a_process_of_root_holds(
         ('group = "games"', "user"),
     ],
 )
-def test_an_account_that_cannot_be_is_refused_at_the_start(
+def test_an_impossible_account_is_refused_at_the_start(
     place: Path, table: str, why: str
 ) -> None:
-    """In one line, before anything is started."""
+    """One line names the reason, before anything starts."""
     refused(place, f'[[run-as]]\non = ["shop/*"]\n{table}\n', why)
 
 
 def test_a_daemon_that_cannot_change_the_user_refuses_accounts(place: Path) -> None:
-    """Tasks would run as the daemon, or not at all."""
+    """Its tasks would run as the daemon, or not at all."""
     refused(place, TABLES, "CAP_SETUID", capable(OWN, READ))
 
 
@@ -483,8 +481,8 @@ def test_state_folder_holds_no_program_that_a_task_could_replace(place: Path) ->
         daemon.stop()
 
 
-def test_the_daemons_own_account_is_no_other(place: Path) -> None:
-    """Its tasks could change its state."""
+def test_the_account_of_the_daemon_is_refused_for_tasks(place: Path) -> None:
+    """Tasks under it could change the daemon's state."""
     table = f'[[run-as]]\non = ["*"]\nuser = "{OWN}"\n'
     refused(place, table, "the daemon runs as this user", capable(OWN))
 
@@ -495,7 +493,7 @@ def test_the_daemons_own_account_is_no_other(place: Path) -> None:
 def test_accounts_are_checked_after_twistd_has_changed_the_user(
     place: Path, user: str, why: str
 ) -> None:
-    """The option --uid takes from the daemon what it had when it read its settings."""
+    """The option ``--uid`` takes privileges that the daemon had at first."""
     twistd = (TWISTD, "--nodaemon", "--pidfile=", f"--uid={user}", f"--gid={user}")
     refused(place, TABLES, why, program=(*twistd, "pulsar-api"))
 

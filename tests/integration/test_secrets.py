@@ -1,4 +1,4 @@
-"""Secrets through a real daemon: seen by the task, and by no reader and in no file."""
+"""Tests of secrets in a daemon: tasks get them, readers and files do not."""
 
 import base64
 import json
@@ -71,7 +71,7 @@ def python(script: Script, name: str, text: str) -> None:
 def test_no_reader_and_no_file_has_a_secret(
     daemon: Daemon, script: Script, tmp_path: Path
 ) -> None:
-    """Whoever reads, in whatever way, while it runs and after."""
+    """Every way to read is tried, while the task runs and after its end."""
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
     wait = f"\nopen({str(fifo)!r}).read()\n"
@@ -130,8 +130,8 @@ def test_no_reader_and_no_file_has_a_secret(
 
 
 @pytest.mark.parametrize("cut", range(1, 30, 4))
-def test_a_secret_that_is_cut_by_a_pause_is_masked(start: Start, cut: int) -> None:
-    """The first half waits for the second, and what is none goes out in the end."""
+def test_a_secret_printed_in_two_parts_is_masked(start: Start, cut: int) -> None:
+    """The first part is held until the second comes. A part without a second is printed."""
     daemon = start("--command", SHELL)
     half, rest = TOKEN[:cut], TOKEN[cut:]
     assert rest or cut >= len(TOKEN)
@@ -148,10 +148,10 @@ def test_a_secret_that_is_cut_by_a_pause_is_masked(start: Start, cut: int) -> No
     assert daemon.task(number)["output"] == expected
 
 
-def test_who_waits_gets_its_secrets_from_the_next_daemon(
+def test_a_waiting_task_gets_its_secrets_from_the_next_daemon(
     start: Start, repo: Path, script: Script, tmp_path: Path
 ) -> None:
-    """The daemon is killed meanwhile; the values wait in a file that is then gone."""
+    """The daemon is killed meanwhile. The values are in a file, which is then removed."""
     python(script, "block", f"open({str(tmp_path / 'block')!r}).read()")
     out = tmp_path / "seen"
     python(
@@ -194,10 +194,10 @@ def test_who_waits_gets_its_secrets_from_the_next_daemon(
         check_clean(data, path)
 
 
-def test_the_secrets_of_one_that_is_killed_while_it_waits_are_removed(
+def test_secrets_of_a_task_killed_while_waiting_are_removed(
     start: Start, repo: Path, script: Script
 ) -> None:
-    """It never starts, so nobody needs them."""
+    """The task never starts, so it needs no secrets."""
     script("block", "#!/bin/sh\nexec sleep 600\n")
     daemon = start("--command=scripts", "--config-repo", str(repo), "--max-running=1")
     first = daemon.run("site", "production", "block")
@@ -209,8 +209,8 @@ def test_the_secrets_of_one_that_is_killed_while_it_waits_are_removed(
     daemon.ended(first)
 
 
-def test_a_short_secret_is_not_masked_and_the_creator_is_told(start: Start) -> None:
-    """It is still in no answer, no record and no argument."""
+def test_a_short_secret_is_not_masked_in_output_and_noted(start: Start) -> None:
+    """The response has a note. The value is still in no variable of the task."""
     daemon = start("--command", SHELL)
     run = 'echo "$PULSAR_VAR_token $PULSAR_VAR_password"'
     variables = {"run": run, "token": "q7", "password": "long enough"}
@@ -227,8 +227,8 @@ def test_a_short_secret_is_not_masked_and_the_creator_is_told(start: Start) -> N
     daemon.ended(plain.json()["id"])
 
 
-def test_more_variables_can_be_marked_as_secret(start: Start) -> None:
-    """By a list of names; a name that is not there is a mistake that is said."""
+def test_a_request_can_mark_more_variables_as_secret(start: Start) -> None:
+    """An unknown name in the list answers 400."""
     daemon = start("--command", SHELL)
     value = {"action": "run", "variables": {"run": "echo $PULSAR_VAR_pin", "pin": "31415"}}
     number = daemon.post("/a/b", {**value, "secret": ["pin"]}).json()["id"]
@@ -239,8 +239,8 @@ def test_more_variables_can_be_marked_as_secret(start: Start) -> None:
         problem(daemon.post("/a/b", {**value, "secret": wrong}), 400, "secret")
 
 
-def test_the_settings_say_which_names_are_secret(start: Start, tmp_path: Path) -> None:
-    """A list of patterns in the file replaces the usual one."""
+def test_settings_name_the_secret_variables(start: Start, tmp_path: Path) -> None:
+    """A list of patterns in the file replaces the default."""
     config = tmp_path / "config.toml"
     config.write_text('secret-variables = ["*pin*"]\n')
     daemon = start("--command", SHELL, "--config", str(config))
@@ -251,8 +251,8 @@ def test_the_settings_say_which_names_are_secret(start: Start, tmp_path: Path) -
     assert daemon.task(number)["output"] == "*** abcd\n"
 
 
-def test_a_task_whose_secrets_are_gone_is_not_started_again(start: Start) -> None:
-    """By the restart of release 0.6: the values are not kept; it says what to do."""
+def test_a_restart_of_a_job_with_secrets_answers_409(start: Start) -> None:
+    """The values are not stored. The response tells the caller to create a new task."""
     daemon = start("--command", SHELL)
     number = daemon.sh("exit 3", password=TOKEN)
     daemon.ended(number)
@@ -261,8 +261,8 @@ def test_a_task_whose_secrets_are_gone_is_not_started_again(start: Start) -> Non
     assert "Create a new task" in refused["detail"]
 
 
-def test_a_key_does_not_compare_secret_values(start: Start) -> None:
-    """They are not kept; all else of the request must be the same."""
+def test_an_idempotency_key_does_not_compare_secrets(start: Start) -> None:
+    """They are not stored. The rest of the request must be the same."""
     daemon = start("--command", SHELL)
     key = {"Content-Type": "application/json", "Idempotency-Key": "k"}
 
@@ -276,8 +276,8 @@ def test_a_key_does_not_compare_secret_values(start: Start) -> None:
     daemon.ended(first)
 
 
-def test_pulsar_0_3_has_no_other_way_than_arguments(start: Start, tmp_path: Path) -> None:
-    """What is shown of the command has a mask there, and the output too."""
+def test_pulsar_0_3_gets_secrets_as_masked_arguments(start: Start, tmp_path: Path) -> None:
+    """It has no other way to get them. The command and the output show a mask."""
     program = tmp_path / "bin" / "pulsar"
     program.parent.mkdir()
     program.write_text('#!/bin/sh\necho "$@"\n')
@@ -291,8 +291,8 @@ def test_pulsar_0_3_has_no_other_way_than_arguments(start: Start, tmp_path: Path
     assert task["output"].endswith("-s password=*** -s branch=main\n")
 
 
-def test_the_forms_of_this_test_are_those_of_other_programs() -> None:
-    """So that `check_clean` looks for something."""
+def test_forms_of_secrets_are_those_of_other_programs() -> None:
+    """Otherwise `check_clean` would look for nothing."""
     texts = forms(SECRETS.values())
     assert quote(TOKEN, safe="").encode() in texts
     assert base64.b64encode(KEY.encode()).rstrip(b"=") in texts

@@ -69,12 +69,12 @@ def basic(user: str = "joe", password: str = PASSWORD) -> dict[str, str]:
 
 
 def bearer(token: str) -> dict[str, str]:
-    """Return what shows a token."""
+    """Return the header of a Bearer token."""
     return {"Authorization": f"Bearer {token}"}
 
 
 def sign_in(daemon: Daemon, body: str, **headers: str) -> Answer:
-    """Send the form."""
+    """Send the form of the sign-in."""
     return daemon.request("POST", "/login", body, {**FORM, **headers})
 
 
@@ -87,8 +87,8 @@ def session_of(answer: Answer) -> dict[str, str]:
 JOE = "user=joe&password=correct+horse"
 
 
-def test_a_user_and_a_password(static: Daemon) -> None:
-    """By Basic authentication; whatever differs is wrong."""
+def test_basic_authentication_needs_the_exact_user_and_password(static: Daemon) -> None:
+    """Any other pair answers 401."""
     assert static.get("/tasks", **basic()).status == 200
     wrong = [("joe", ""), ("joe", "correct"), ("Joe", PASSWORD), ("", PASSWORD), ("x", "y")]
     for number, pair in enumerate([*wrong, ("joe", PASSWORD + "\n"), ("joe", "\0")]):
@@ -97,8 +97,8 @@ def test_a_user_and_a_password(static: Daemon) -> None:
         problem(answer, 401)
 
 
-def test_a_wrong_password_is_braked(static: Daemon) -> None:
-    """After ten in a minute an address gets 429; who was let in before is still heard."""
+def test_ten_wrong_passwords_in_a_minute_answer_429(static: Daemon) -> None:
+    """The limit is for an address. Credentials that were accepted before still work."""
     assert static.get("/tasks", **basic()).status == 200
     source = "127.3.1.1"
     for number in range(10):
@@ -108,7 +108,7 @@ def test_a_wrong_password_is_braked(static: Daemon) -> None:
         answer = static.request("GET", "/tasks", None, headers, source)
         assert problem(answer, 429)["type"].endswith(":too-many-failures")
         assert 0 < int(answer.headers["Retry-After"]) <= 60
-    # A person is told in the form.
+    # The form shows a page with the reason.
     form = static.request("POST", "/login", "user=joe&password=x", FORM, source)
     assert (form.status, form.headers["Content-Type"]) == (429, "text/html; charset=utf-8")
     assert b"try again in" in form.body
@@ -117,8 +117,8 @@ def test_a_wrong_password_is_braked(static: Daemon) -> None:
     assert static.request("GET", "/tasks", None, basic("x", "y"), "127.3.1.2").status == 401
 
 
-def test_a_password_that_is_not_known_yet_is_braked_too(static: Daemon) -> None:
-    """Else the brake would tell a right guess from a wrong one."""
+def test_a_new_valid_password_after_ten_wrong_ones_answers_429(static: Daemon) -> None:
+    """Otherwise a guesser could tell a right password from a wrong one."""
     source = "127.3.1.3"
     for number in range(10):
         static.request("GET", "/tasks", None, basic("joe", f"{number}"), source)
@@ -127,7 +127,7 @@ def test_a_password_that_is_not_known_yet_is_braked_too(static: Daemon) -> None:
 
 @pytest.mark.parametrize("tls", [False, True])
 def test_the_session_of_a_browser(start: Start, tmp_path: Path, tls: bool) -> None:  # noqa: FBT001
-    """Its cookie has all the flags; it survives a restart and ends at the sign-out."""
+    """Its cookie has all flags. It survives a restart and ends at the sign-out."""
     (tmp_path / "password").write_text(PASSWORD)
     daemon = start(
         *("--auth-provider", "static", "--auth-username", "joe"),
@@ -168,13 +168,13 @@ def test_the_session_of_a_browser(start: Start, tmp_path: Path, tls: bool) -> No
     assert ("sign-out", "session", True) in means
 
 
-def test_a_session_is_never_one_that_the_browser_brought(static: Daemon) -> None:
-    """Fixation: an id that an attacker has set does not become a session."""
+def test_a_sign_in_ignores_the_session_id_of_the_browser(static: Daemon) -> None:
+    """An id that an attacker has set does not become a session (session fixation)."""
     planted = {"Cookie": "pulsar=" + "x" * 43}
     session = session_of(sign_in(static, JOE, **planted))
     assert session != planted
     problem(static.get("/login/me", **planted), 401)
-    # Nor does an own one from before go on: somebody may have seen it.
+    # An earlier id of the same user ends too, as somebody could have seen it.
     again = session_of(sign_in(static, JOE, **session))
     problem(static.get("/login/me", **session), 401)
     assert static.get("/login/me", **again).status == 200
@@ -196,8 +196,8 @@ def test_a_page_is_drawn_without_asking_who_it_is_for(static: Daemon, path: str)
     assert "sign-in" not in {e["what"] for e in audit(static, "--refused")}
 
 
-def test_a_wrong_sign_in_says_so_on_the_page(static: Daemon) -> None:
-    """No cookie, 403, and what was typed is not shown again."""
+def test_a_wrong_sign_in_answers_403_with_the_form(static: Daemon) -> None:
+    """It sets no cookie and does not repeat the input."""
     answer = sign_in(static, "user=%3Cb%3E&password=%3Ci%3E&next=//evil.example")
     assert answer.status == 403
     assert answer.headers["Set-Cookie"] is None
@@ -209,7 +209,7 @@ def test_a_wrong_sign_in_says_so_on_the_page(static: Daemon) -> None:
 
 
 def test_the_state_holds_no_secret_in_clear(static: Daemon) -> None:
-    """Neither a session's id, nor a password, nor a token; and no one else reads it."""
+    """No file has a session id, password or token. Other users cannot read the files."""
     session = session_of(sign_in(static, JOE))
     token = command(static, "token", "create", "ci", "--may", "read").strip()
     assert static.get("/tasks", **bearer(token)).status == 200
@@ -225,8 +225,8 @@ def test_the_state_holds_no_secret_in_clear(static: Daemon) -> None:
     assert not [s for s in secrets if s in static.log.read_text()]
 
 
-def test_tokens_come_and_go_while_the_daemon_runs(static: Daemon) -> None:
-    """Made, listed with its last use, revoked; expired ones count no more."""
+def test_tokens_are_created_and_revoked_while_the_daemon_runs(static: Daemon) -> None:
+    """The list has the last use. Expired tokens are refused."""
     token = command(
         static, "token", "create", "ci", "--may", "run", "--on", "shop/*", "--expires", "9"
     ).strip()
@@ -273,10 +273,10 @@ def test_tokens_come_and_go_while_the_daemon_runs(static: Daemon) -> None:
         ("revoke", "nobody"),
     ],
 )
-def test_what_is_wrong_with_a_token_is_said(
+def test_invalid_arguments_for_tokens_are_reported(
     tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
-    """In one line, and nothing is made."""
+    """The error has one line, and no token is created."""
     (tmp_path / "lock").touch()
     done = zygote.run(
         [*PULSAR_API, "token", *arguments, "--state-dir", str(tmp_path)],
@@ -291,8 +291,8 @@ def test_what_is_wrong_with_a_token_is_said(
 
 
 @pytest.mark.needs("root")
-def test_a_token_is_for_the_owner_of_the_state_to_make(tmp_path: Path) -> None:
-    """Else root would leave files that the daemon cannot write."""
+def test_only_the_owner_of_the_state_can_create_a_token(tmp_path: Path) -> None:
+    """Root would leave files that the daemon cannot write."""
     (tmp_path / "lock").touch()
     os.chown(tmp_path, 12345, 12345)
     done = zygote.run(
@@ -308,7 +308,7 @@ def test_a_token_is_for_the_owner_of_the_state_to_make(tmp_path: Path) -> None:
 def test_commands_for_operators_find_the_state_folder_in_the_settings(
     static: Daemon, tmp_path: Path
 ) -> None:
-    """So what systemd gives the daemon is typed once."""
+    """An operator need not repeat the options of the daemon."""
     settings = tmp_path / "pulsar-api.toml"
     settings.write_text(f'state-dir = "{static.state}"\nport = 1\n')
     for command in (("token", "create", "ci"), ("token", "list"), ("audit",)):
@@ -324,7 +324,7 @@ def test_commands_for_operators_find_the_state_folder_in_the_settings(
 
 @pytest.mark.parametrize("command", ["audit", "token list", "token create x", "end-tasks"])
 def test_a_folder_without_a_daemon_is_refused(tmp_path: Path, command: str) -> None:
-    """An empty list would look as if nobody had done anything."""
+    """An empty list would look as if nothing had happened."""
     for options in (
         ("--state-dir", str(tmp_path)),
         ("--config", str(tmp_path / "pulsar-api.toml")),
@@ -362,7 +362,7 @@ def test_a_folder_of_another_user_is_named_as_such(
 
 
 def is_cut(response: HTTPResponse) -> bool:
-    """Return whether a stream ends without its end, which it does sooner or later."""
+    """Return whether a stream is cut before its end. It waits for that."""
     try:
         response.read()
     except (IncompleteRead, OSError):
@@ -371,7 +371,7 @@ def is_cut(response: HTTPResponse) -> bool:
 
 
 class Streams:
-    """Everything that stays open: a log, events, long-polls, sockets."""
+    """Everything that stays open: a log, events and long-polls."""
 
     def __init__(self, daemon: Daemon, number: int, headers: dict[str, str]) -> None:
         self.daemon = daemon
@@ -386,7 +386,7 @@ class Streams:
         daemon.headers = {}
 
     def all_ended(self) -> None:
-        """Wait until every one is cut."""
+        """Wait until all of them are cut."""
         for path, connection, response in self.open:
             assert is_cut(response), path
             connection.close()
@@ -395,8 +395,8 @@ class Streams:
                 poll.answer()
 
 
-def test_what_is_open_ends_when_its_token_is_revoked(static: Daemon) -> None:
-    """Streams and long-polls of it, and no others."""
+def test_streams_end_when_their_token_is_revoked(static: Daemon) -> None:
+    """Long-polls end too. Streams of other callers continue."""
     token = command(static, "token", "create", "ci", "--may", "run").strip()
     number = static.request("POST", "/shop/p?action=x", None, bearer(token)).json()["id"]
     task = f"/task/{number}?output=none"
@@ -420,7 +420,7 @@ def test_what_is_open_ends_when_its_token_is_revoked(static: Daemon) -> None:
 def test_a_socket_ends_when_its_token_is_revoked(
     static: Daemon, transport: type[Transport]
 ) -> None:
-    """It hears why."""
+    """The last frame has the reason."""
     token = command(static, "token", "create", "ci", "--may", "run").strip()
     with transport(static, {}) as socket:
         socket.say(json.dumps({"token": token}))
@@ -442,8 +442,8 @@ def test_a_socket_ends_when_its_token_is_revoked(
         assert socket.last() == 'c[403,"Access denied"]'
 
 
-def test_the_audit_log_says_who_wanted_what(static: Daemon) -> None:
-    """Allowed or not, with the address; never a password or token."""
+def test_the_audit_log_has_callers_and_actions(static: Daemon) -> None:
+    """Refused requests are in it too. Passwords and tokens are not."""
     token = command(static, "token", "create", "ci", "--may", "read").strip()
     number = static.request("POST", "/shop/p?action=x", None, basic()).json()["id"]
     problem(static.get(f"/task/{number}/kill", **bearer(token)), 403)
@@ -470,10 +470,10 @@ def test_the_audit_log_says_who_wanted_what(static: Daemon) -> None:
     assert (PASSWORD in text, token in text) == (False, False)
 
 
-def test_the_audit_log_says_who_listed_actions(
+def test_the_audit_log_has_requests_for_lists_of_actions(
     start: Start, repo: Path, script: Script
 ) -> None:
-    """A refusal names the right that the caller has not."""
+    """A refusal names the missing right."""
     script("deploy", "#!/bin/sh\n")
     daemon = start(
         *("--auth-provider", "tokens"),
@@ -495,8 +495,8 @@ def test_the_audit_log_says_who_listed_actions(
     assert "token:ci (token, 127.0.0.1)  list  site/prod\n" in command(daemon, "audit")
 
 
-def test_a_proxy_says_where_a_request_comes_from(start: Start, tmp_path: Path) -> None:
-    """If the settings say that it is one; anybody else may write what they like."""
+def test_a_proxy_gives_the_address_of_a_request(start: Start, tmp_path: Path) -> None:
+    """The daemon believes only the proxies in the settings."""
     config = tmp_path / "config.toml"
     config.write_text('auth-provider = "tokens"\nproxies = ["127.0.0.1"]\n')
     daemon = start("--config", str(config), "--command", "true")
@@ -555,8 +555,8 @@ def test_a_page_is_told_what_it_has_to_know(
     assert daemon.get("/login/me", **session, **bearer(token)).json() == me
 
 
-def test_without_authentication_nobody_is_asked(start: Start) -> None:
-    """And what somebody shows is not looked at; the audit log has the address."""
+def test_without_authentication_credentials_are_ignored(start: Start) -> None:
+    """The audit log has the address."""
     daemon = start("--command", "true")
     assert daemon.get("/tasks", **bearer("x")).status == 200
     number = daemon.run("site", "p", "x")

@@ -1,4 +1,4 @@
-"""Sockets that flood, or do not read: neither memory nor time is taken from the others."""
+"""Tests that sockets that flood or do not read take no memory or time from others."""
 
 import json
 import os
@@ -141,8 +141,8 @@ FLOODS += [(("--dev",), "pings"), (("--dev",), "fragments")]
     ids=[f"{kind}-{'tls' if options else 'http'}" for options, kind in FLOODS],
     indirect=["daemon"],
 )
-def test_socket_that_floods_takes_nothing(daemon: Daemon, kind: str) -> None:
-    """Without credentials, whatever it sends: pings, messages without end, tiny frames."""
+def test_a_flooding_socket_delays_nobody(daemon: Daemon, kind: str) -> None:
+    """It sends pings, endless messages or tiny frames, without credentials."""
     watch = Watch(daemon)
     with attackers(daemon, kind, 1):
         busy = watch.p99(SECONDS)
@@ -152,8 +152,8 @@ def test_socket_that_floods_takes_nothing(daemon: Daemon, kind: str) -> None:
     watch.check_rest()
 
 
-def test_silent_sockets_take_little(daemon: Daemon) -> None:
-    """Nor those that are waited for to say who they are."""
+def test_silent_sockets_need_little_memory(daemon: Daemon) -> None:
+    """The daemon waits for their credentials."""
     watch = Watch(daemon)
     with attackers(daemon, "nothing", SILENT):
         busy = watch.p99(SECONDS)
@@ -174,7 +174,7 @@ TEXTS = {
 def test_sockets_that_do_not_read_delay_nobody(
     daemon: Daemon, transport: type[Transport], text: str
 ) -> None:
-    """At the end of a task that has printed much: its text is made once, not for each."""
+    """A task has printed much. The daemon makes the text once for all sockets."""
     watch = Watch(daemon)
     header = f"Authorization: {daemon.headers['Authorization']}"
     with (
@@ -196,6 +196,6 @@ def test_sockets_that_do_not_read_delay_nobody(
         print(f"another socket heard the end after {heard[0] - began:.2f} s")
     print(f"memory +{watch.grown / MIB:.1f} MiB")
     assert busy < max(SLOWEST, 5 * watch.idle)
-    # Each may leave some pieces unread, and is an object itself.
+    # Each socket can have some unread pieces, and is an object itself.
     assert watch.grown < CROWD * 64 * 1024 + GROWN
     watch.check_rest()

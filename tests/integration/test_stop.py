@@ -1,4 +1,4 @@
-"""How a daemon ends: in time, whatever is broken, and what it leaves to the next one."""
+"""Tests of the end of a daemon: in time, whatever is broken, with a handover."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from tests.integration.conftest import Start
 from tests.integration.daemon import SHELL, Daemon, wait_for
 
 NOISE = 20.0
-"""Seconds that a busy machine may add."""
+"""Seconds that a busy machine can add."""
 
 
 def ends(daemon: Daemon, within: float) -> None:
@@ -30,10 +30,10 @@ def ends(daemon: Daemon, within: float) -> None:
         pytest.fail(f"still there after {time.monotonic() - begin:.0f} s")
 
 
-def test_a_daemon_whose_database_is_locked_ends_and_the_next_does_its_kills(
+def test_a_daemon_with_a_locked_database_ends_and_the_next_one_kills(
     start: Start,
 ) -> None:
-    """Of a task that waits and of one that runs; neither could be recorded."""
+    """One task waits and one runs. Neither kill could be recorded."""
     daemon = start("--command", SHELL, "--max-running=1", "--kill-grace=1")
     running = daemon.sh("trap '' TERM; echo ready; sleep 600")
     wait_for(lambda: daemon.task(running)["output"], "the task")
@@ -58,10 +58,10 @@ def test_a_daemon_whose_database_is_locked_ends_and_the_next_does_its_kills(
     assert daemon.task(spared)["output"] == "spared\n"
 
 
-def test_a_daemon_whose_database_is_moved_away_ends_and_the_next_does_its_kill(
+def test_a_daemon_with_a_moved_database_ends_and_the_next_one_kills(
     start: Start,
 ) -> None:
-    """It cannot record the kill of a task that waits."""
+    """The daemon cannot record the kill of a waiting task."""
     daemon = start("--command", SHELL, "--max-running=1", "--kill-grace=1")
     running = daemon.sh("echo ready; exec sleep 600")
     wait_for(lambda: daemon.task(running)["output"], "the task")
@@ -85,7 +85,7 @@ def test_a_daemon_whose_database_is_moved_away_ends_and_the_next_does_its_kill(
 
 @pytest.mark.parametrize("where", ["repo", "state"])
 def test_paths_that_are_not_utf_8_work(start: Start, tmp_path: Path, where: str) -> None:
-    """What runs gets the bytes; what is shown of them is escaped; and SIGTERM ends it."""
+    """The task gets the bytes, and the API escapes them."""
     odd = os.fsdecode(b"caf\xe9")
     repo = tmp_path / (odd if where == "repo" else "repo")
     actions = repo / "apps" / "site"

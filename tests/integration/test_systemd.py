@@ -1,4 +1,4 @@
-"""The unit that is shipped, and sockets that systemd opens."""
+"""Tests of the shipped unit, and of sockets that systemd opens."""
 
 import shlex
 import socket
@@ -76,7 +76,7 @@ def activated(sock: socket.socket) -> tuple[str, ...]:
 
 @pytest.mark.needs("systemd-analyze")
 def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
-    """No unknown setting, no wrong value; only the program has another place here."""
+    """All settings and values are valid. Only the path of the program differs here."""
     copy = tmp_path / UNIT.name
     text = UNIT.read_text()
     assert text.count("ExecStart=/opt/pulsar-api/bin/twistd ") == 1
@@ -87,16 +87,16 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    # A machine's other units are looked at too, and are no business of ours.
+    # systemd also checks other units of the machine, which do not matter here.
     complaints = [line for line in done.stderr.splitlines() if "pulsar-api" in line]
     assert complaints == []
     assert done.returncode == 0, done.stderr
 
 
-def test_what_the_unit_starts_serves(
+def test_the_command_line_of_the_unit_starts_a_daemon(
     service: SectionProxy, start: Start, tmp_path: Path
 ) -> None:
-    """The very command line of the unit, with a settings file of this test."""
+    """Only the settings file is that of the test."""
     twistd, *options = shlex.split(service["ExecStart"])
     assert Path(twistd).is_absolute()
     assert Path(twistd).name == "twistd"
@@ -107,8 +107,8 @@ def test_what_the_unit_starts_serves(
     assert daemon.get("/tasks/created").json() == {"changed": False}
 
 
-def test_a_restart_of_the_unit_leaves_tasks_alone(service: SectionProxy) -> None:
-    """Only the daemon is stopped, and nothing that tasks use is removed under them."""
+def test_a_restart_of_the_unit_keeps_tasks_running(service: SectionProxy) -> None:
+    """Only the daemon is stopped, and no folder that tasks use is removed."""
     assert service["KillMode"] == "process"
     assert service["OOMPolicy"] == "continue"
     assert service.get("PrivateTmp", "no") == "no"
@@ -117,15 +117,15 @@ def test_a_restart_of_the_unit_leaves_tasks_alone(service: SectionProxy) -> None
 
 
 def test_the_unit_runs_as_a_user_of_its_own(service: SectionProxy) -> None:
-    """And what it keeps is for nobody else."""
+    """Other users cannot read its state."""
     assert service["User"] == "pulsar-api"
     assert service["StateDirectoryMode"] == "0700"
 
 
-def test_the_unit_is_started_again_if_it_fails_but_not_for_ever(
+def test_the_unit_restarts_after_failures_a_limited_number_of_times(
     unit: ConfigParser, service: SectionProxy
 ) -> None:
-    """A refused start comes to an end before the limit's interval does."""
+    """A refused start reaches the limit within the interval."""
     assert service["Restart"] == "on-failure"
     tries = int(unit["Unit"]["StartLimitBurst"])
     assert tries * int(service["RestartSec"]) < int(unit["Unit"]["StartLimitIntervalSec"])
@@ -134,15 +134,15 @@ def test_the_unit_is_started_again_if_it_fails_but_not_for_ever(
 @pytest.mark.parametrize(
     "setting", ["ProtectHome", "ProtectSystem", "PrivateTmp", *NO_SUDO]
 )
-def test_the_unit_does_not_set_what_breaks_deployments(
+def test_the_unit_has_no_setting_that_breaks_deployments(
     setting: str, service: SectionProxy
 ) -> None:
-    """Keys are in the home, files go where they have to, sudo works."""
+    """Deployments need keys in the home, write to any place and call sudo."""
     assert setting not in service
 
 
-def test_the_unit_says_why(service: SectionProxy) -> None:
-    """What is unusual about it has a comment before it."""
+def test_the_unit_explains_unusual_settings(service: SectionProxy) -> None:
+    """Each has a comment before it."""
     lines = UNIT.read_text().splitlines()
     for setting in ("Type", "KillMode", "OOMPolicy", "LimitNOFILE", "TasksMax"):
         assert setting in service
@@ -151,7 +151,7 @@ def test_the_unit_says_why(service: SectionProxy) -> None:
 
 
 def test_a_socket_that_systemd_opened_is_served(start: Start, near: socket.socket) -> None:
-    """So that no connection is refused while the daemon is restarted."""
+    """No connection is refused while the daemon restarts."""
     daemon = start(
         "--listen",
         "systemd:domain=INET:name=web",
@@ -161,10 +161,8 @@ def test_a_socket_that_systemd_opened_is_served(start: Start, near: socket.socke
     assert daemon.get("/tasks").status == 200
 
 
-def test_a_socket_that_everybody_reaches_is_refused(
-    wide: socket.socket, tmp_path: Path
-) -> None:
-    """Who opened it makes no difference."""
+def test_a_public_socket_of_systemd_is_refused(wide: socket.socket, tmp_path: Path) -> None:
+    """It is treated like one that the daemon opens."""
     said = refusal(
         tmp_path,
         *("--listen", "systemd:domain=INET:name=web"),

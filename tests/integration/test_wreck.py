@@ -1,4 +1,4 @@
-"""Tasks that wreck their own folders, as the account of the daemon."""
+"""Tests of tasks that damage their own folders, as the account of the daemon."""
 
 from pathlib import Path
 
@@ -26,17 +26,17 @@ sleep $TIME
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "link", "folder", "hole", "garbage", "nothing"])
-def test_a_task_that_wrecks_its_folder_harms_itself_alone(
+def test_a_task_that_damages_its_folder_affects_no_other(
     start: Start, tmp_path: Path, kind: str
 ) -> None:
-    """The daemon serves, ends in time and starts; the task ends, while it runs or after."""
+    """The daemon serves, ends in time and starts again. The task ends."""
     daemon = start("--command", SHELL, "--kill-grace=1")
     short = daemon.sh(f"KIND={kind} TIME=0 DONE=/dev/null; {WRECK}", env="one")
     long = daemon.sh(f"KIND={kind} TIME=600 DONE={tmp_path}/wrecked; {WRECK}", env="two")
     good = daemon.sh("echo good")
     assert daemon.ended(good)["status"] == "finished"
     assert daemon.ended(short)["status"] in {"finished", "lost", "failed"}
-    # It says so in a file of its own: what it prints nobody may be able to read.
+    # The task reports it in a file of its own, as its output can be unreadable.
     wait_for((tmp_path / "wrecked").exists, "the wreck")
     daemon.stop()
     daemon.start()
@@ -45,7 +45,7 @@ def test_a_task_that_wrecks_its_folder_harms_itself_alone(
     assert len(daemon.get("/tasks").json()["tasks"]) == 3
     daemon.post(f"/task/{long}/kill")
     task = daemon.ended(long)
-    # The next daemon ends what has no lock any more, and its shim may say how it ended.
+    # The next daemon ends tasks without a lock, and the shim can still record the result.
     assert task["status"] in {"killed", "lost"} or task["signal"] == "SIGKILL", task
     again = daemon.sh("echo good", env="two")
     assert daemon.ended(again)["status"] == "finished"

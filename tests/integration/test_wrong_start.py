@@ -1,4 +1,4 @@
-"""Whatever is wrong is said in one line, with exit status 1, before anything starts."""
+"""Tests that invalid settings give one line and exit status 1 before anything starts."""
 
 import os
 import shutil
@@ -33,9 +33,10 @@ PEM = ("--ssl-key", "{files}/key", "--ssl-cert", "{files}/cert")
 
 @frozen
 class Wrong:
-    """Options that are wrong, and what of the line says so.
+    """Invalid options, and a part of the expected error.
 
-    ``{files}`` is the folder of the fixture, ``{own}`` and ``{port}`` see `refusal`.
+    ``{files}`` is the folder of the fixture. For ``{own}`` and ``{port}`` see
+    `refusal`.
     """
 
     options: tuple[str, ...]
@@ -43,7 +44,7 @@ class Wrong:
 
 
 def wrong(options: str, says: str, *more: str) -> Wrong:
-    """Make a `Wrong` of a line; what has spaces of its own follows as ``more``."""
+    """Make a `Wrong` of one line. Options that contain spaces follow as ``more``."""
     return Wrong((*options.split(), *more), says)
 
 
@@ -310,10 +311,10 @@ def filled(case: Wrong, files: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case.options))
-def test_what_is_wrong_is_said_in_one_line(
+def test_an_invalid_setting_is_reported_in_one_line(
     case: Wrong, files: Path, tmp_path: Path
 ) -> None:
-    """With exit status 1, before anything has begun."""
+    """The exit status is 1, and nothing has started."""
     said = told(tmp_path / "own", *filled(case, files))
     assert case.says in said.replace(str(files), "{files}")
 
@@ -321,10 +322,8 @@ def test_what_is_wrong_is_said_in_one_line(
 @pytest.mark.parametrize(
     "case", [OPTIONS[0], FOLDERS[-1]], ids=lambda case: " ".join(case.options)
 )
-def test_nothing_starts_when_an_option_is_wrong(
-    case: Wrong, files: Path, tmp_path: Path
-) -> None:
-    """The same, and nothing on the port, in the foreground and as a daemon."""
+def test_an_invalid_setting_opens_no_port(case: Wrong, files: Path, tmp_path: Path) -> None:
+    """The daemon is tried in the foreground and in the background."""
     said = refusal(tmp_path, *filled(case, files))
     assert case.says in said.replace(str(files), "{files}")
 
@@ -353,10 +352,10 @@ def test_nothing_starts_when_an_option_is_wrong(
     ],
     ids=["key", "cert", "pfx", "passphrase", "client ca", "config"],
 )
-def test_a_file_that_is_not_for_the_daemon_is_named(
+def test_an_unreadable_file_is_named(
     options: tuple[str, ...], locked: str, says: str, files: Path, tmp_path: Path
 ) -> None:
-    """With the reason that the system gives."""
+    """The error has the reason of the system."""
     mine = tmp_path / "files"
     shutil.copytree(files, mine)
     (mine / locked).chmod(0)
@@ -367,8 +366,8 @@ def test_a_file_that_is_not_for_the_daemon_is_named(
 
 
 @pytest.mark.parametrize("option", ["--state-dir", "--log-dir"])
-def test_a_folder_that_cannot_be_written_is_named(option: str, tmp_path: Path) -> None:
-    """Before there is something to write to it."""
+def test_an_unwritable_folder_is_named(option: str, tmp_path: Path) -> None:
+    """The daemon checks it before it writes anything."""
     folder = tmp_path / "read only"
     folder.mkdir(mode=0o555)
     with powerless():
@@ -376,8 +375,8 @@ def test_a_folder_that_cannot_be_written_is_named(option: str, tmp_path: Path) -
     assert said == f"{option}: {folder} is not writable"
 
 
-def test_nothing_starts_when_a_folder_cannot_be_written(tmp_path: Path) -> None:
-    """Neither in the foreground nor as a daemon."""
+def test_an_unwritable_state_folder_opens_no_port(tmp_path: Path) -> None:
+    """The daemon is tried in the foreground and in the background."""
     folder = tmp_path / "read only"
     folder.mkdir(mode=0o555)
     said = refusal(tmp_path, "--state-dir", str(folder), before=POWERLESS)
@@ -385,8 +384,8 @@ def test_nothing_starts_when_a_folder_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["--state-dir", "--log-dir"])
-def test_a_folder_that_cannot_be_made_is_named(option: str, tmp_path: Path) -> None:
-    """With the reason that the system gives."""
+def test_a_folder_that_cannot_be_created_is_named(option: str, tmp_path: Path) -> None:
+    """The error has the reason of the system."""
     folder = tmp_path / "read only"
     folder.mkdir(mode=0o555)
     with powerless():
@@ -399,19 +398,19 @@ def test_a_folder_that_cannot_be_made_is_named(option: str, tmp_path: Path) -> N
 def test_a_state_that_belongs_to_another_user_is_refused(
     start: Start, tmp_path: Path, name: str
 ) -> None:
-    """As after a start by hand as root; later every task would fail."""
+    """A start by hand as root leaves such files, and later every task would fail."""
     daemon = start("--command", "true")
     daemon.ended(daemon.run("site", "production", "deploy"))
     daemon.stop()
     path = daemon.state / name
     path.chmod(path.stat().st_mode & ~0o222)
-    os.chown(path, 1, 1)  # the daemon gives itself back what belongs to it
+    os.chown(path, 1, 1)  # the daemon changes modes of its own files only
     with powerless():
         assert str(path) in told(tmp_path / "own", "--state-dir", str(daemon.state))
 
 
 def test_a_state_whose_tasks_are_no_folder_is_refused(tmp_path: Path) -> None:
-    """Somebody else's folder was named, or something went wrong with this one."""
+    """The setting names a wrong folder, or the folder is damaged."""
     state = tmp_path / "state"
     state.mkdir()
     (state / "tasks").write_bytes(b"")
@@ -428,8 +427,8 @@ def test_a_database_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
     assert "was made by a newer version" in refusal(tmp_path, "--state-dir", str(state))
 
 
-def test_a_daemon_that_cannot_take_up_its_tasks_ends(tmp_path: Path) -> None:
-    """With exit status 1, so that systemd sees a failure: it neither lives on nor lies."""
+def test_a_daemon_that_cannot_load_its_tasks_exits(tmp_path: Path) -> None:
+    """The exit status is 1, so that systemd sees a failure."""
     state = tmp_path / "state"
     state.mkdir()
     with sqlite3.connect(state / "pulsar-api.db") as db:
@@ -447,8 +446,8 @@ def test_a_daemon_that_cannot_take_up_its_tasks_ends(tmp_path: Path) -> None:
         process.wait()
 
 
-def test_a_busy_port_is_told(tmp_path: Path) -> None:
-    """Whoever has it keeps it."""
+def test_a_busy_port_is_reported(tmp_path: Path) -> None:
+    """The other program keeps the port."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
@@ -456,8 +455,8 @@ def test_a_busy_port_is_told(tmp_path: Path) -> None:
     assert said == "cannot listen on 127.0.0.1 port {port}: Address already in use"
 
 
-def test_a_busy_endpoint_is_told(tmp_path: Path) -> None:
-    """Under the name that it was given."""
+def test_a_busy_endpoint_is_reported(tmp_path: Path) -> None:
+    """The error has the endpoint as it was given."""
     text = "tcp:{port}:interface=127.0.0.1"
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -466,8 +465,8 @@ def test_a_busy_endpoint_is_told(tmp_path: Path) -> None:
     assert said == f"cannot listen on {text}: Address already in use"
 
 
-def test_a_busy_unix_socket_is_told(tmp_path: Path) -> None:
-    """And whoever listens there goes on."""
+def test_a_busy_unix_socket_is_reported(tmp_path: Path) -> None:
+    """The other program keeps the socket."""
     path = tmp_path / "socket"
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
@@ -481,7 +480,7 @@ def test_a_busy_unix_socket_is_told(tmp_path: Path) -> None:
 def test_a_second_daemon_on_the_same_port_does_not_start(
     daemon: Daemon, tmp_path: Path
 ) -> None:
-    """And does not disturb the first."""
+    """The first daemon is not disturbed."""
     said = refusal(tmp_path, busy=daemon.port)
     assert said == "cannot listen on 127.0.0.1 port {port}: Address already in use"
     assert daemon.get("/tasks").status == 200
@@ -490,7 +489,7 @@ def test_a_second_daemon_on_the_same_port_does_not_start(
 def test_a_state_dir_that_another_daemon_uses_is_refused(
     daemon: Daemon, script: Script, tmp_path: Path
 ) -> None:
-    """Two daemons would start the same tasks; the first goes on as if nothing were."""
+    """Two daemons would start the same tasks. The first one continues."""
     said = refusal(tmp_path, "--state-dir", str(daemon.state))
     expected = f"another pulsar-api uses {daemon.state}. Give each its own folder"
     assert said == f"--state-dir: {expected}"
@@ -500,27 +499,27 @@ def test_a_state_dir_that_another_daemon_uses_is_refused(
 
 
 def test_a_state_dir_is_free_when_its_daemon_has_ended(daemon: Daemon) -> None:
-    """Also after kill -9: nothing has to be removed by hand."""
+    """After ``kill -9`` the operator need not remove anything."""
     daemon.kill()
     daemon.start()
     assert daemon.get("/tasks").status == 200
 
 
-def test_everybody_is_served_if_that_is_said(start: Start) -> None:
-    """--allow-anonymous is what the refusal asks for."""
+def test_allow_anonymous_serves_everybody(start: Start) -> None:
+    """The refusal names this option."""
     daemon = start("--interface", "0.0.0.0", "--allow-anonymous")
     assert daemon.host == "0.0.0.0"
     assert daemon.get("/tasks").status == 200
 
 
-def test_everybody_is_served_by_an_endpoint_if_that_is_said(start: Start) -> None:
-    """The same for --listen."""
+def test_allow_anonymous_serves_everybody_by_an_endpoint(start: Start) -> None:
+    """The option ``--listen`` behaves like ``--interface``."""
     daemon = start("--listen", "tcp:0", "--allow-anonymous")
     assert daemon.host == "0.0.0.0"
 
 
-def test_what_is_refused_would_have_been_served(start: Start) -> None:
-    """The port that the refusals are given can be listened on: it is not the reason."""
+def test_the_port_of_the_refusals_is_usable(start: Start) -> None:
+    """So the port is not the reason for a refusal."""
     with reserved() as port:
         assert not answers(port)
         daemon = start("--port", str(port))
