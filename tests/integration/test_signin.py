@@ -1,4 +1,4 @@
-"""Sessions, passwords, tokens, the brake on guessing, and the audit log of it all."""
+"""Tests of sessions, passwords, tokens, limits on guesses, and the audit log."""
 
 import base64
 import errno
@@ -181,8 +181,8 @@ def test_a_sign_in_ignores_the_session_id_of_the_browser(static: Daemon) -> None
 
 
 @pytest.mark.parametrize("path", ["/web/", "/web/job/7", "/pulsar/index.html"])
-def test_a_page_is_drawn_without_asking_who_it_is_for(static: Daemon, path: str) -> None:
-    """It finds out by itself; only who shows nothing at all is sent to sign in first."""
+def test_pages_are_the_same_for_every_credential(static: Daemon, path: str) -> None:
+    """A request without any credential is redirected to the sign-in."""
     answer = static.get(path)
     assert answer.status == 303
     target = path.replace("/", "%2F")
@@ -192,7 +192,7 @@ def test_a_page_is_drawn_without_asking_who_it_is_for(static: Daemon, path: str)
     answers = [static.get(path, **headers) for headers in shown]
     assert [answer.status for answer in answers] == [200] * 5
     assert len({answer.body for answer in answers}) == 1
-    # It was not looked at: a wrong one is neither counted nor forgotten.
+    # The daemon did not check the credentials, so it counted no guess.
     assert "sign-in" not in {e["what"] for e in audit(static, "--refused")}
 
 
@@ -343,12 +343,12 @@ def test_a_folder_without_a_daemon_is_refused(tmp_path: Path, command: str) -> N
         assert [p.name for p in tmp_path.iterdir()] == ["pulsar-api.toml"]
 
 
-def test_a_folder_of_another_user_is_named_as_such(
+def test_a_folder_of_another_user_is_reported(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It is usually readable by that user only."""
+    """Usually only that user can read it."""
 
     def forbidden(_: Path) -> bool:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "lock")
@@ -514,12 +514,12 @@ def test_a_proxy_gives_the_address_of_a_request(start: Start, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_a_page_is_told_what_it_has_to_know(
+def test_a_page_gets_its_caller_and_settings(
     start: Start,
     tmp_path: Path,
     asked: bool,  # noqa: FBT001
 ) -> None:
-    """Who it is for, by what, what they may, and where it shall ask again."""
+    """These are the user, the means, the rights, and targets that need a confirmation."""
     config = tmp_path / "config.toml"
     provider = 'auth-provider = "tokens"\n' if asked else ""
     config.write_text(provider + 'confirm = ["*/production", "shop/x/drop"]\n')
@@ -551,7 +551,7 @@ def test_a_page_is_told_what_it_has_to_know(
     session = session_of(sign_in(daemon, f"user=&password={token}"))
     signed_in = {**me, "means": "token session", "signedIn": True}
     assert daemon.get("/login/me", **session).json() == signed_in
-    # What is shown besides is what counts, not the cookie.
+    # A token in the header takes precedence over the cookie.
     assert daemon.get("/login/me", **session, **bearer(token)).json() == me
 
 

@@ -1,4 +1,4 @@
-"""TLS as clients see it: who the daemon is, which versions it speaks, and where it may."""
+"""Tests of TLS as clients see it: certificates, versions, and refused addresses."""
 
 import datetime as dt
 import os
@@ -36,19 +36,19 @@ PROTOCOL_VERSION = 70  # RFC 8446, section 6
 
 @pytest.fixture(scope="module")
 def authority() -> Authority:
-    """Return an authority, of which clients know only the root."""
+    """Return an authority whose root the clients trust."""
     return Authority()
 
 
 @pytest.fixture(scope="module")
 def issued(authority: Authority) -> Issued:
-    """Return what the authority gave to the daemon."""
+    """Return the key and certificates that the authority issued to the daemon."""
     return authority.issue()
 
 
 @pytest.fixture
 def files(tmp_path: Path, authority: Authority, issued: Issued) -> Path:
-    """Return a folder with the daemon's identity in all its forms."""
+    """Return a folder with the daemon's key and certificate in all formats."""
     stranger = Authority("stranger").issue()
     contents = {
         "root": certificates_pem(authority.root),
@@ -73,7 +73,7 @@ Serve = Callable[..., Daemon]
 
 @pytest.fixture
 def serve(start: Start, files: Path) -> Serve:
-    """Return a function that starts a daemon with files of the folder by their names."""
+    """Return a function that starts a daemon with named files of the folder."""
 
     def begin(
         *options: str, environ: Mapping[str, str] | None = None, **names: str
@@ -85,18 +85,18 @@ def serve(start: Start, files: Path) -> Serve:
 
 
 def seen(daemon: Daemon, context: ssl.SSLContext, name: str = "localhost") -> ssl.SSLSocket:
-    """Return a connection after its handshake, in which the daemon was asked for a name."""
+    """Return a connection to the daemon after its handshake, for a given server name."""
     sock = daemon.open_socket()
     return context.wrap_socket(sock, server_hostname=name)
 
 
 def trusting(root: Path) -> ssl.SSLContext:
-    """Return a client that knows one authority and nobody else."""
+    """Return the context of a client that trusts one authority."""
     return ssl.create_default_context(cafile=root)
 
 
 def hello(version: int) -> bytes:
-    """Return what a client says first that knows nothing newer than a version."""
+    """Return the first message of a client that supports no newer version."""
     suites = struct.pack("!4H", 0xC009, 0xC00A, 0xC02B, 0x002F)
     groups = struct.pack("!HHHH", 10, 4, 2, 23)
     points = struct.pack("!HHBB", 11, 2, 1, 0)
@@ -110,7 +110,7 @@ def hello(version: int) -> bytes:
 
 
 def answer(daemon: Daemon, version: int) -> bytes:
-    """Return the first seven bytes of the answer to a client of a version."""
+    """Return the first seven bytes of the response to such a client."""
     with socket.create_connection((daemon.host, daemon.port), PATIENCE) as sock:
         sock.sendall(hello(version))
         with sock.makefile("rb") as stream:
@@ -118,16 +118,16 @@ def answer(daemon: Daemon, version: int) -> bytes:
 
 
 class TestCertificates:
-    def test_a_client_that_knows_only_the_authority_is_served(self, serve: Serve) -> None:
-        """The chain that is appended in the certificate file leads there."""
+    def test_a_client_that_trusts_the_root_is_served(self, serve: Serve) -> None:
+        """The certificate file has the intermediate certificates."""
         daemon = serve(key="key", cert="cert")
         assert daemon.scheme == "https"
         assert daemon.get("/tasks").status == 200
 
-    def test_a_client_that_knows_another_authority_is_not_deceived(
+    def test_a_client_that_trusts_another_root_refuses_the_daemon(
         self, serve: Serve, files: Path
     ) -> None:
-        """The control: these clients do look."""
+        """So the clients of these tests do verify certificates."""
         daemon = serve(key="key", cert="cert")
         with pytest.raises(ssl.SSLCertVerificationError):
             seen(daemon, trusting(files / "stranger.cert"))
@@ -137,19 +137,19 @@ class TestCertificates:
         daemon = serve(key="locked", cert="cert", passphrase="phrase")
         assert daemon.get("/tasks").status == 200
 
-    def test_a_pfx_serves(self, serve: Serve) -> None:
-        """With everything in it, the chain too."""
+    def test_a_pfx_file_serves(self, serve: Serve) -> None:
+        """It has the key, the certificate and the chain."""
         assert serve(pfx="pfx").get("/tasks").status == 200
 
-    def test_a_pfx_with_a_passphrase_serves(self, serve: Serve) -> None:
-        """The passphrase is in the same kind of file."""
+    def test_a_pfx_file_with_a_passphrase_serves(self, serve: Serve) -> None:
+        """The passphrase is in a file."""
         daemon = serve(pfx="locked-pfx", passphrase="phrase")
         assert daemon.get("/tasks").status == 200
 
     def test_a_pfx_overrides_key_and_certificate(
         self, serve: Serve, files: Path, issued: Issued
     ) -> None:
-        """Whoever has both sees the certificate of the PKCS #12 file."""
+        """A daemon with both presents the certificate of the PKCS #12 file."""
         daemon = serve(pfx="pfx", key="stranger.key", cert="stranger.cert")
         with seen(daemon, trusting(files / "root")) as sock:
             presented = sock.getpeercert(binary_form=True)
@@ -157,10 +157,10 @@ class TestCertificates:
             certificates_pem(issued.certificate).decode()
         )
 
-    def test_a_passphrase_can_be_one_of_systemds_credentials(
+    def test_a_passphrase_can_be_a_credential_of_systemd(
         self, start: Start, files: Path
     ) -> None:
-        """LoadCredential= puts it in a folder; its name is enough."""
+        """With ``LoadCredential=`` its name is enough."""
         daemon = start(
             f"--ssl-pfx={files / 'locked-pfx'}",
             "--ssl-passphrase=phrase",
@@ -169,27 +169,27 @@ class TestCertificates:
         )
         assert daemon.get("/tasks").status == 200
 
-    def test_a_settings_file_names_the_same_files(
+    def test_a_settings_file_can_name_the_certificate(
         self, start: Start, files: Path, tmp_path: Path
     ) -> None:
-        """Nothing about TLS needs a command line."""
+        """TLS needs no option on the command line."""
         config = tmp_path / "pulsar-api.toml"
         config.write_text(f"ssl-key = '{files / 'key'}'\nssl-cert = '{files / 'cert'}'\n")
         daemon = start("--config", str(config), trust=files / "root")
         assert daemon.scheme == "https"
 
-    def test_an_endpoint_serves_tls_too(self, serve: Serve) -> None:
-        """--listen replaces the port, not the certificate."""
+    def test_an_endpoint_serves_tls(self, serve: Serve) -> None:
+        """The option ``--listen`` replaces the port, not the certificate."""
         daemon = serve("--listen", "tcp:0:interface=127.0.0.1", pfx="pfx")
         assert daemon.scheme == "https"
 
-    def test_everybody_is_served_with_a_certificate_of_ones_own(self, serve: Serve) -> None:
-        """The counterpart of what is refused below."""
+    def test_a_certificate_of_ones_own_can_serve_all_interfaces(self, serve: Serve) -> None:
+        """The development certificate cannot, see below."""
         daemon = serve("--interface=0.0.0.0", "--allow-anonymous", key="key", cert="cert")
         assert daemon.get("/tasks").status == 200
 
-    def test_a_client_without_tls_does_no_harm(self, serve: Serve) -> None:
-        """It is cut off, and the next one is served."""
+    def test_a_client_without_tls_is_disconnected(self, serve: Serve) -> None:
+        """The next client is served."""
         daemon = serve(key="key", cert="cert")
         with daemon.open_socket() as sock:
             sock.sendall(b"GET /tasks HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -205,27 +205,27 @@ class TestVersions:
         [(ssl.TLSVersion.TLSv1_2, "TLSv1.2"), (ssl.TLSVersion.TLSv1_3, "TLSv1.3")],
         ids=["1.2", "1.3"],
     )
-    def test_tls_1_2_and_1_3_are_spoken(
+    def test_tls_1_2_and_1_3_are_supported(
         self, serve: Serve, files: Path, version: ssl.TLSVersion, name: str
     ) -> None:
-        """By clients that know only the one or the other."""
+        """Each client supports only one of them."""
         daemon = serve(key="key", cert="cert")
         context = trusting(files / "root")
         context.minimum_version = context.maximum_version = version
         with seen(daemon, context) as sock:
             assert sock.version() == name
 
-    def test_nothing_older_is_spoken(self, serve: Serve) -> None:
-        """A client of TLS 1.1 or 1.0 is told that it is its version that is refused."""
+    def test_older_versions_get_a_protocol_version_alert(self, serve: Serve) -> None:
+        """Clients of TLS 1.0 and 1.1 learn that their version is refused."""
         daemon = serve(key="key", cert="cert")
         for version in (TLS11, TLS10):
             kind, _, length, _, why = struct.unpack("!BHHBB", answer(daemon, version))
             assert (kind, length, why) == (ALERT, 2, PROTOCOL_VERSION)
-        # The same words with the newer version are understood.
+        # The same message with a newer version is accepted.
         assert answer(daemon, TLS12)[0] == HANDSHAKE
 
-    def test_http_1_1_is_what_is_agreed_on(self, serve: Serve, files: Path) -> None:
-        """Also with a client that would like HTTP/2."""
+    def test_alpn_selects_http_1_1(self, serve: Serve, files: Path) -> None:
+        """The client also offers HTTP/2."""
         daemon = serve(key="key", cert="cert")
         context = trusting(files / "root")
         context.set_alpn_protocols(["h2", "http/1.1"])
@@ -235,13 +235,13 @@ class TestVersions:
 
 @pytest.mark.needs("sslscan")
 class TestScan:
-    """What `sslscan` finds, a program that knows nothing of ours."""
+    """The results of `sslscan`, an independent program."""
 
     @pytest.mark.parametrize("kind", ["ec", "rsa"])
-    def test_forward_secrecy_and_nothing_old(
+    def test_ciphers_have_forward_secrecy_and_aead(
         self, start: Start, tmp_path: Path, kind: str
     ) -> None:
-        """Keys agreed on for each connection, AEAD, no compression, no renegotiation."""
+        """Old versions, compression and renegotiation are off."""
         key: Any = ec.generate_private_key(ec.SECP256R1())
         if kind == "rsa":
             key = rsa.generate_private_key(65537, 2048)
@@ -276,10 +276,10 @@ class TestScan:
         assert weak
         assert set(weak) == {"0"}
 
-    def test_nothing_is_compressed_and_no_session_is_resumed(
+    def test_compression_and_session_resumption_are_off(
         self, serve: Serve, files: Path
     ) -> None:
-        """A ticket would be a key to old connections that lies about for long."""
+        """The key of a ticket could decrypt recorded connections later."""
         daemon = serve(key="key", cert="cert")
         for version in VERSIONS:
             context = trusting(files / "root")
@@ -298,7 +298,7 @@ class TestScan:
 class TestClientCertificates:
     @pytest.fixture
     def locked(self, files: Path, start: Start, authority: Authority) -> Daemon:
-        """Return a daemon that lets in who has a certificate of the authority."""
+        """Return a daemon that requires a client certificate of the authority."""
         for name, one in (
             ("right", authority.issue()),
             ("wrong", Authority(authority.name).issue()),
@@ -314,15 +314,15 @@ class TestClientCertificates:
 
     @pytest.mark.parametrize("version", list(VERSIONS), ids=["1.2", "1.3"])
     @pytest.mark.parametrize("who", ["right", "wrong", "old", None])
-    def test_only_who_has_a_certificate_gets_in(
+    def test_a_client_needs_a_certificate_of_the_authority(
         self, locked: Daemon, files: Path, who: str | None, version: ssl.TLSVersion
     ) -> None:
-        """Everybody else is refused in the handshake, before a word of HTTP is read."""
+        """Other clients are refused in the handshake, before the daemon reads any HTTP."""
         context = trusting(files / "root")
         context.minimum_version = context.maximum_version = version
         if who is not None:
             context.load_cert_chain(files / who)
-        # With TLS 1.3 the client is done first, and hears of it when it reads.
+        # In TLS 1.3 the client finishes first and learns of the refusal when it reads.
         got = b""
         refused = None
         try:
@@ -340,10 +340,10 @@ class TestClientCertificates:
         assert locked.get("/tasks").status == 200
         assert "Traceback" not in locked.log.read_text()
 
-    def test_one_that_signs_is_enough(
+    def test_an_intermediate_authority_is_enough(
         self, files: Path, start: Start, authority: Authority
     ) -> None:
-        """The file may hold an authority without the root above it."""
+        """The file need not have the root above it."""
         mine = authority.issue()
         (files / "between").write_bytes(certificates_pem(*mine.between))
         alone = key_pem(mine.key) + certificates_pem(mine.certificate)
@@ -362,12 +362,12 @@ class TestHSTS:
 
     @pytest.fixture
     def config(self, tmp_path: Path) -> str:
-        """Return a file of settings that says for how long."""
+        """Return a settings file with a time for HSTS."""
         (tmp_path / "hsts.toml").write_text("hsts = 31536000\n")
         return str(tmp_path / "hsts.toml")
 
-    def test_every_answer_over_tls_has_it(self, start: Start, config: str) -> None:
-        """Good ones, errors, and those that are made before a request is one."""
+    def test_every_response_over_tls_has_hsts(self, start: Start, config: str) -> None:
+        """Errors have it too, even those before a request is parsed."""
         daemon = start("--dev", "--config", config)
         answers = [
             daemon.get("/tasks"),
@@ -381,21 +381,21 @@ class TestHSTS:
         for answer in answers:
             assert answer.headers.get_all(self.NAME) == ["max-age=31536000"]
 
-    def test_none_without_tls(self, start: Start, config: str) -> None:
-        """Browsers would not believe it, and a proxy says what it wants to."""
+    def test_responses_without_tls_have_no_hsts(self, start: Start, config: str) -> None:
+        """Browsers would ignore it, and a proxy sends its own."""
         daemon = start("--config", config)
         for path in ("/tasks", "/" + "x" * 20000):
             assert self.NAME not in daemon.get(path).headers
 
-    def test_none_unless_it_is_asked_for(self, start: Start) -> None:
-        """A browser that heard it once cannot be told otherwise."""
+    def test_hsts_is_off_by_default(self, start: Start) -> None:
+        """A browser that has received it cannot be told otherwise."""
         assert self.NAME not in start("--dev").get("/tasks").headers
 
 
 class TestDevelopment:
     @pytest.mark.parametrize("name", ["localhost", "api.pulsar.local"])
     def test_dev_serves_tls_for_its_names(self, start: Start, name: str) -> None:
-        """Whoever trusts its certificate gets through under both."""
+        """A client that trusts the certificate connects under both names."""
         daemon = start("--dev")
         assert daemon.scheme == "https"
         with seen(daemon, trusting(CERTIFICATE), name) as sock:
@@ -407,29 +407,28 @@ class TestDevelopment:
         found = names.value.get_values_for_type(x509.DNSName)
         assert {"*.pulsar.local", "localhost"} <= set(found)
 
-    def test_dev_says_loudly_that_it_is_for_development(self, start: Start) -> None:
-        """In capitals, as a warning, where one looks for the address."""
+    def test_dev_logs_a_warning_about_its_certificate(self, start: Start) -> None:
+        """The warning is in capitals, near the address."""
         log = start("--dev").log.read_text()
         assert re.search(r"#warn\] .*DEVELOPMENT CERTIFICATE", log)
 
-    def test_dev_writes_to_the_terminal(self, start: Start) -> None:
-        """What it logs is on its standard output."""
+    def test_dev_logs_to_standard_output(self, start: Start) -> None:
         assert "listens on https://127.0.0.1:" in start("--dev").log.read_text()
 
-    def test_the_warning_depends_on_the_key_not_on_the_option(self, start: Start) -> None:
-        """Named like one's own it is still everybody's."""
+    def test_the_warning_depends_on_the_key(self, start: Start) -> None:
+        """The published key brings the warning without ``--dev`` too."""
         daemon = start("--ssl-key", str(DEV_KEY), "--ssl-cert", str(CERTIFICATE))
         assert "DEVELOPMENT CERTIFICATE" in daemon.log.read_text()
 
-    def test_a_certificate_of_ones_own_brings_no_warning(self, serve: Serve) -> None:
-        """A warning that always comes is none."""
+    def test_a_certificate_of_ones_own_logs_no_warning(self, serve: Serve) -> None:
+        """Nobody would read a warning that always comes."""
         log = serve(key="key", cert="cert").log.read_text()
         assert "DEVELOPMENT" not in log
 
     def test_a_package_without_the_development_files_serves_tls(
         self, serve: Serve, tmp_path: Path
     ) -> None:
-        """Who packages it may leave a published key out; that is no reason to fail."""
+        """A packager can leave the published key out. Only ``--dev`` then fails."""
         package = tmp_path / "package" / "pulsar_api"
         shutil.copytree(Path(pulsar_api.__file__).parent, package)
         shutil.rmtree(package / "ssl", ignore_errors=True)
@@ -451,10 +450,10 @@ class TestDevelopment:
         ],
         ids=" ".join,
     )
-    def test_dev_is_refused_where_others_are(
+    def test_dev_is_refused_on_public_addresses(
         self, tmp_path: Path, place: Sequence[str], allowed: Sequence[str]
     ) -> None:
-        """Its key protects nothing; nobody can allow what nobody can want."""
+        """Its key is public, so even ``--allow-anonymous`` does not permit it."""
         said = told(tmp_path / "own", "--dev", *place, *allowed)
         assert said.startswith("will not listen on ")
         assert said.endswith(NEVER)
@@ -464,7 +463,7 @@ class TestDevelopment:
     def test_the_development_key_is_refused_in_every_form(
         self, tmp_path: Path, form: str, place: str
     ) -> None:
-        """By --ssl-key, in a PKCS #12 file, and under a certificate of another name."""
+        """The key is in PEM, in PKCS #12, and under a certificate of another name."""
         one = self_signed(load_pem_private_key(DEV_KEY.read_bytes(), None))
         (tmp_path / "pfx").write_bytes(one.pfx())
         (tmp_path / "cert").write_bytes(one.cert_pem())
