@@ -57,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def options(folder: Path, form: str = "pem") -> list[str]:
-    """Return what names the files of a form."""
+    """Return the options that name the files of a format."""
     return [f"--ssl-{name}={folder / name}" for name in FORMS[form][1]]
 
 
@@ -72,7 +72,7 @@ def presented(daemon: Daemon) -> str:
 
 
 def fingerprint(issued: Issued) -> str:
-    """Return the same of a certificate."""
+    """Return the fingerprint of a certificate."""
     der = ssl.PEM_cert_to_DER_cert(certificates_pem(issued.certificate).decode())
     return hashlib.sha256(der).hexdigest()
 

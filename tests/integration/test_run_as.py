@@ -43,7 +43,7 @@ home = "/var/tmp"
 """
 
 PYTHON = shutil.which("python3", path="/usr/bin:/usr/local/bin")
-"""One that every account can run; that of the tests may be in somebody's home."""
+"""A Python that every account can run. That of the tests can be in a private folder."""
 
 _SAME = "python{}.{}".format(*sys.version_info)
 SAME_PYTHON = shutil.which(_SAME, path="/usr/bin:/usr/local/bin") or sys.executable

@@ -59,12 +59,12 @@ def create(daemon: Daemon, action: str, **more: object) -> dict[str, Any]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Return what is in all files below a folder."""
+    """Return the contents of all files below a folder."""
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def python(script: Script, name: str, text: str) -> None:
-    """Make an action of a Python program."""
+    """Create an action that is a Python program."""
     script(name, f"#!/usr/bin/env python3\n{text}")
 
 
@@ -90,7 +90,7 @@ def test_no_reader_and_no_file_has_a_secret(
         try:
             check_clean(process.read_bytes(), str(process))
         except OSError:
-            continue  # it has just ended
+            continue  # the process has just ended
     reads = [
         f"/task/{number}",
         f"/task/{number}/output?since=1&timeout=1",

@@ -45,7 +45,7 @@ def descriptors() -> Iterator[None]:
 
 @pytest.fixture(params=[()])
 def daemon(start: Start, request: pytest.FixtureRequest) -> Iterator[Daemon]:
-    """Return a daemon at its usual speed that asks everybody who they are."""
+    """Return a daemon with authentication, without the slowness of coverage."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}
     options = ("--command", SHELL, "--auth-provider", "tokens", *request.param)
     daemon = start(*options, environ=environ)

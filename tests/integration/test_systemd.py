@@ -45,7 +45,7 @@ def unit() -> ConfigParser:
 
 @pytest.fixture(scope="module")
 def service(unit: ConfigParser) -> SectionProxy:
-    """Return what is said about the process."""
+    """Return the section ``Service`` of the unit."""
     return unit["Service"]
 
 
