@@ -94,7 +94,10 @@ def make_folder(path: Path) -> None:
 
 
 def size(path: Path) -> int:
-    """Return the size of a regular file in bytes; raises as `open_regular`."""
+    """Return the size of a regular file in bytes.
+
+    It raises the errors of `open_regular`.
+    """
     try:
         found = os.stat(path, follow_symlinks=False)
     except PermissionError:

@@ -56,7 +56,10 @@ class Guard:
         secret: frozenset[str] = frozenset(),
         key: str | None = None,
     ) -> Task:
-        """Create a task in the caller's name; raises as `TaskService.create`."""
+        """Create a task in the caller's name.
+
+        It raises the errors of `TaskService.create`.
+        """
         _bounded(app=app, env=env)
         _bounded(MAX_ACTION, action=action)
         self._check(app, env, action)

@@ -130,7 +130,7 @@ class Sessions:
         found = await self._store.session(id.digest)
         if found is None:
             return None
-        # A use of a moment ago may not be on disk yet.
+        # The latest use may not be on disk yet.
         used_at = self._used.get(found.user)
         noted = 0.0 if used_at is None else used_at.get(id.digest, 0.0)
         seen = max(found.seen_at, noted)

@@ -120,7 +120,7 @@ class Client:
         return await self.get(made["id"])
 
     async def get(self, task_id: int, output: str = "none") -> Task:
-        """Return a task; raises as `create`.
+        """Return a task. It raises the errors of `create`.
 
         ``output``: ``full``, ``tail`` or ``none``.
         """
@@ -129,7 +129,7 @@ class Client:
         return self._task(await self._json("GET", path, most=most))
 
     async def tasks(self, **query: object) -> list[Task]:
-        """Return the tasks that match, newest first; raises as `create`.
+        """Return the tasks that match, newest first. It raises the errors of `create`.
 
         ``query``: limit, before, status, app, env, user, output.
         """
@@ -143,7 +143,7 @@ class Client:
         return sorted(tasks, key=lambda task: -task.id)
 
     async def kill(self, task_id: int) -> Task:
-        """Tell a task and all its processes to end; raises as `create`.
+        """Tell a task and all its processes to end. It raises the errors of `create`.
 
         Nothing happens to a task that has ended.
         """
@@ -161,7 +161,7 @@ class Client:
         return freed
 
     async def wait(self, task_id: int) -> Task:
-        """Return a task when it has ended; raises as `create`."""
+        """Return a task when it has ended. It raises the errors of `create`."""
         while True:
             path = f"/task/{task_id}/state?output=none&timeout={self.poll:g}"
             try:
@@ -188,7 +188,10 @@ class Client:
                 yield Piece(data["stream"], data["offset"], data["text"], event.end)
 
     async def events(self, task_id: int, offset: int = 0) -> AsyncIterator[Event]:
-        """Yield the events of a task, of which ``end`` is the last; raises as `create`."""
+        """Yield the events of a task, of which ``end`` is the last.
+
+        It raises the errors of `create`.
+        """
         cursor = ""
         tries = Retries(self, self._reactor)
         path = f"/task/{task_id}/events?offset={offset}"

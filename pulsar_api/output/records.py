@@ -88,7 +88,7 @@ class Block(NamedTuple):
     more: bool
     """Whether there may be more records after these."""
     cut: Cut
-    """What was cut, read after the records."""
+    """The part that was cut out; it is read after the records."""
 
 
 NOTHING_CUT = Cut()

@@ -149,7 +149,7 @@ class Masker:
                     return len(begun)
                 tries += 1
             at += step
-            step *= 2  # the first start that is found is the longest one
+            step *= 2  # the first match is the longest
         for length in range(min(_START, self.longest, len(data) + 1) - 1, 0, -1):
             if data[-length:] in self.shorter:
                 return length

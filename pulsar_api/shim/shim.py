@@ -126,7 +126,7 @@ def read_file(name: bytes | str) -> bytes:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write a small file from its start; a limit of sizes may split the write."""
+    """Write a small file as a whole; a limit on file sizes may split the write."""
     done = 0
     while done < len(data):
         done += posix.pwrite(fd, data[done:], done)
@@ -580,7 +580,7 @@ class Recorder:
         self.daemon = 1
 
     def open(self) -> None:
-        """Open the files; after an error, those that are missing."""
+        """Open the files that are not open yet."""
         flags = posix.O_WRONLY | posix.O_CREAT | posix.O_APPEND | posix.O_CLOEXEC
         if self.output < 0:
             self.output = posix.open("output", flags, 0o600, dir_fd=self.folder)
@@ -684,7 +684,7 @@ class Command:
         self.began = 0.0
 
     def open(self) -> None:
-        """Open the cgroup and the pipes; after an error, those that are missing."""
+        """Open the cgroup and the pipes that are not open yet."""
         if self.spec.cgroup and self.cgroup < 0:
             self.cgroup = open_cgroup(self.spec.cgroup, self.spec.cgroup_limits)
         for code in (STDOUT, STDERR)[len(self.streams) :]:
@@ -692,7 +692,10 @@ class Command:
             self.streams.append(Stream(code, mask))
 
     def enter(self) -> None:
-        """Enter the folder in which the command is started; raises as `start`."""
+        """Enter the folder in which the command is started.
+
+        It raises the errors of `start`.
+        """
         folder = self.spec.directory
         try:
             posix.chdir(folder or ".")
@@ -746,7 +749,7 @@ class Command:
         return pid
 
     def spawn(self, path: bytes) -> int:
-        """Start the program as the daemon's user; raises as `start`."""
+        """Start the program as the daemon's user. It raises the errors of `start`."""
         out, err = (stream.write_end for stream in self.streams)
         ours = [(limit, set_soft_limit(limit, soft)) for limit, soft in self.limits]
         try:
@@ -771,7 +774,10 @@ class Command:
                 set_soft_limit(limit, soft)
 
     def spawn_as(self, path: bytes) -> int:
-        """Start the program in its cgroup and under its account; raises as `start`."""
+        """Start the program in its cgroup and under its account.
+
+        It raises the errors of `start`.
+        """
         if self.spec.account:
             for stream in self.streams:
                 # The pipe belongs to the user of the shim; without this the command could

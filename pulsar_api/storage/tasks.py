@@ -121,7 +121,7 @@ class SQLiteStore:
     def by_key(
         self, key: str, user: Principal | None, since: float
     ) -> Deferred[TaskSnapshot | None]:
-        """Fire with the newest task with this key of a user that was created since."""
+        """Fire with the newest task that this user has created with a key since then."""
         text = (
             "SELECT * FROM task WHERE idempotency_key = ? AND created_steady > ?"
             # Records of earlier versions have only the name.
@@ -256,7 +256,7 @@ class SQLiteStore:
         return self._reader.do(lambda db: tuple(db.execute(text).fetchone()))
 
     def news(self, since: int, known: int, limit: int) -> Deferred[News]:
-        """Fire with what was recorded after a change and after a task."""
+        """Fire with the records that follow a given change and a given task."""
         new = "SELECT * FROM task WHERE id > ? ORDER BY id LIMIT ?"
         changed = (
             "SELECT * FROM task WHERE change > ? AND revision > 1 ORDER BY change LIMIT ?"

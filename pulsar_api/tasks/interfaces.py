@@ -233,7 +233,7 @@ class TaskStore(Protocol):
     def by_key(
         self, key: str, user: Principal | None, since: float
     ) -> Deferred[TaskSnapshot | None]:
-        """Fire with the newest task with this key of a user, None if there is none.
+        """Fire with the newest task that this user created with a key, or None.
 
         Only tasks created after ``since``, by the `SteadyClock`, count.
         """

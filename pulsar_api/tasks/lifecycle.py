@@ -286,7 +286,7 @@ class Lifecycle:
             run_in_background(self._finish_run(live, exit))
 
     async def _finish_run(self, live: LiveTask, exit: Exit) -> None:
-        live.task.refresh()  # its end then records all the output that was announced
+        live.task.refresh()  # so the record of the end has all announced output
         notes = [*live.newest.notes]
         if exit.open:
             notes.append(OUTPUT_STILL_OPEN)

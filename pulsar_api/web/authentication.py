@@ -141,7 +141,9 @@ class Access:
     async def caller(
         self, credentials: Presented | None, address: str, *, used: bool = True
     ) -> Caller:
-        """Return the caller with these credentials at an address; raises as `enter`.
+        """Return the caller with these credentials at an address.
+
+        It raises the errors of `enter`.
 
         ``used``: whether this counts as a use of the session.
         """

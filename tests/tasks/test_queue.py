@@ -108,7 +108,7 @@ def test_one_principal_fills_half_of_the_queue() -> None:
     st.integers(0, 3),
     st.data(),
 )
-def test_limits_hold_whatever_the_order_of_the_ends(
+def test_limits_hold_in_whatever_order_tasks_end(
     apps: list[str], running: int, per_target: int, data: st.DataObject
 ) -> None:
     """Every task starts in the end, and those of one target start in order."""

@@ -40,10 +40,10 @@ class GitHubAPI:
     url: str
     """The base URL of the REST API."""
     _silent: BoundedDict[bytes, float] = field(factory=partial(BoundedDict, _MAX_SILENT))
-    """Until when not to ask with some credentials: seconds since the epoch."""
+    """When requests with each of these credentials may be sent again, since the epoch."""
 
     async def get(self, path: str, auth: str) -> tuple[int, Any]:
-        """Return the status and the JSON of a resource; raises as `send`.
+        """Return the status and the JSON of a resource. It raises the errors of `send`.
 
         ``auth`` is the Authorization header.
         """
@@ -56,7 +56,10 @@ class GitHubAPI:
         return await self.send("GET", f"{self.url}{path}", headers)
 
     async def post(self, url: str, form: Mapping[str, str]) -> tuple[int, Any]:
-        """Return the status and the JSON that a form is answered with; raises as `send`."""
+        """Return the status and the JSON that a form is answered with.
+
+        It raises the errors of `send`.
+        """
         headers = {"Accept": "application/json", "User-Agent": "pulsar-api"}
         return await self.send("POST", url, headers, form)
 

@@ -219,7 +219,7 @@ class TaskAPI:
 
 
 async def find(tasks: Guard, number: str) -> Task:
-    """Return the task with the number in a path; raises as `Guard.find`."""
+    """Return the task with the number in a path. It raises the errors of `Guard.find`."""
     if not (number.isascii() and number.isdigit() and len(number) < 20):
         raise UnknownTask(number[:100])
     return await tasks.find(int(number))

@@ -207,7 +207,7 @@ def read_text(output: Output, offset: int, end: int, size: int) -> tuple[str, in
         hole_start, hole_end = output.cut()
         text = "".join(output.text(offset, stop))
         if output.cut() == (hole_start, hole_end):
-            break  # else output was dropped meanwhile
+            break  # otherwise some output was dropped meanwhile
     if offset < hole_end and hole_start < stop:
         stop = max(stop, hole_end)
     return text, stop

@@ -156,7 +156,7 @@ class BodyRequest(Request):
 
 
 async def body_of(request: Request, who: str | None, most: int = MAX_BODY) -> bytes:
-    """Return the body of a request; raises as `Body.read` fails."""
+    """Return the body of a request. It raises the errors of `Body.read`."""
     if not isinstance(request, BodyRequest):
         return b"" if request.content is None else request.content.read()
     return b"" if request.body is None else await request.body.read(most, who)
