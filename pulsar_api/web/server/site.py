@@ -29,7 +29,7 @@ BURST = 5
 """Seconds' worth of requests that an address may send at once."""
 UNIDENTIFIED_MEMORY = 4 << 20
 """Bytes that are held for all callers who are not identified yet."""
-BODY_MEMORY = 12 << 20
+BODY_MEMORY = 9 << 20
 """Bytes of bodies that are held for all callers together; for one, a third of it."""
 _MAX_REJECTIONS = 64  # connections that are told at the same time that there are too many
 
